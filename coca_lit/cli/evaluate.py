@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 MAX_NAMES = 300  # characters of names that a message repeats
 _OWN = re.compile(r"evals\.[\w-]+(\._target_=.*|=\{.*)", re.DOTALL)
+# What evaluations read as the training does: frames of a clip, the split 1k-A of MSR-VTT, Karpathy's file of MS-COCO.
+FOLLOWING = ("frames", "one_thousand", "karpathy")
 # How the names of evaluations end.
 KINDS = ("captions", "retrieval", "zeroshot", "choice", "probe", "answers", "judgments", "labels")
 
@@ -42,8 +45,8 @@ def evaluate() -> None:
 
 def with_evals(words: list[str]) -> list[str]:
     """The overrides with the evaluations of the checkpoint's run, how it wrote captions, and where their data were,
-    unless `evals` is given. Of the run's config only names of our evaluations, existing folders and plain options of
-    `scoring.generate` count: it may be a stranger's.
+    unless `evals` is given. Of the run's config only names of our evaluations, existing folders, the `FOLLOWING` of its
+    data and plain options of `scoring.generate` count: it may be a stranger's.
 
     Raises:
         ConfigError: no evaluations are known: the checkpoint belongs to no run, or to one with only own evaluations.
@@ -59,7 +62,7 @@ def with_evals(words: list[str]) -> list[str]:
     # The user's options count alone: those of the run may belong to another strategy.
     decoding_given = any(key == "scoring" or f"{key}.".startswith("scoring.generate.") for key in given)
     names: list[str] = []
-    places: dict[str, str] = {}
+    places: dict[str, str | int] = {}
     generates: set[str | None] = set()
     notes: list[str] = []
     checkpoints = _values(f"checkpoint={given['checkpoint']}")
@@ -102,7 +105,8 @@ def with_evals(words: list[str]) -> list[str]:
         notes.insert(0, f"scoring what the run scored: {' '.join(added)}")
     if notes and is_first_process():
         print(*dict.fromkeys(notes), sep="\n", flush=True)
-    return [*words, *added, *(f"{key}={quote(place)}" for key, place in places.items() if key not in given)]
+    kept = {key: quote(of) if isinstance(of, str) else str(of) for key, of in places.items() if key not in given}
+    return [*words, *added, *(f"{key}={value}" for key, value in kept.items())]
 
 
 def _values(override: str) -> list[str]:
@@ -130,8 +134,10 @@ def _generate(config: Mapping[str, Any]) -> str | None:
     return f"{{{', '.join(f'{name}: {text}' for name, text in texts.items())}}}"
 
 
-def _places(config: Mapping[str, Any], evals: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Keys of what a run scored: the folders of data, and the split of own photos, which rarely have a test split."""
+def _places(config: Mapping[str, Any], evals: Sequence[str]) -> Iterator[tuple[str, str | int]]:
+    """Keys of what a run scored: the folders of data, the split of own photos, which rarely have a test split, and what
+    follows the training data.
+    """
     split = _node(config, "scoring").get("split")
     if split in ("train", "val") and all(name.startswith("my_photos_") for name in evals):
         yield "scoring.split", split
@@ -142,6 +148,12 @@ def _places(config: Mapping[str, Any], evals: Sequence[str]) -> Iterator[tuple[s
         place = data.get("root") if place == "${data.root}" else place
         if isinstance(place, str) and os.path.isdir(place):
             yield key, place
+    for name, part, key in product(evals, ("records", "images"), FOLLOWING):
+        follows = str(_node(_node(_node(config, "evals"), name), part).get(key))
+        if follows.startswith("${oc.select:data."):
+            value = (_node(data, "records") if follows.startswith("${oc.select:data.records.") else data).get(key)
+            if isinstance(value, int) or (isinstance(value, str) and os.path.isfile(value)):
+                yield f"evals.{name}.{part}.{key}", value
 
 
 def _node(config: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from torchvision.transforms.functional import pil_to_tensor
 
+from coca_lit.cli.assembly import plain
 from coca_lit.cli.command import compose as compose_config
 from coca_lit.cli.evaluate import evaluate, run, with_evals
 from coca_lit.cli.words import to_override
@@ -160,6 +161,35 @@ def test_the_evaluations_are_those_of_the_run(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"evals=.*--help.*[{,]scenes[,}].*_captions") as error:
         evaluate()
     assert len(str(error.value)) < 800
+
+
+@pytest.mark.parametrize(
+    ("data", "changed", "expected"),
+    [
+        ("msrvtt", ("records.frames=5", "records.one_thousand=true"), {"frames": 5, "one_thousand": True}),
+        ("my_clips", (), {"frames": 8}),
+        ("kinetics", ("records.frames=3",), {"frames": 3}),
+        ("scenes_motion", ("frames=6",), {"frames": 6}),
+        ("mscoco", ("records.karpathy={}/split.json",), {"karpathy": "{}/split.json"}),
+    ],
+)
+def test_the_evaluations_read_as_those_of_the_run(tmp_path, data, changed, expected):
+    """Of a run as it is written, the frames of clips and the split among them."""
+    (tmp_path / "split.json").touch()
+    overrides = (f"++data.{word.format(tmp_path)}" for word in changed)
+    word = run_folder(tmp_path, plain(compose_config("train", [f"data={data}", *overrides])))
+    evals = compose_config("evaluate", with_evals([word])).evals
+    expected = {key: value.format(tmp_path) if isinstance(value, str) else value for key, value in expected.items()}
+    assert evals
+    for node in evals.values():
+        assert {key: node.records[key] for key in expected} == expected
+
+
+def test_a_strangers_frames_are_a_number_and_its_files_are_there(tmp_path):
+    follow = {key: f"${{oc.select:data.records.{key},null}}" for key in ("frames", "karpathy")}
+    data = {"records": {"frames": [1, 2], "karpathy": str(tmp_path / "gone.json")}}
+    word = run_folder(tmp_path, {"evals": {"mscoco_captions": {"records": follow}}, "data": data})
+    assert with_evals([word]) == [word, "evals=[mscoco_captions]"]
 
 
 def test_a_path_with_a_comma_is_one_checkpoint(tmp_path):
