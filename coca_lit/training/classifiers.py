@@ -96,7 +96,9 @@ class Classifier(Objective):
         """(I, N) of records and classes, on the CPU of every rank."""
 
         def compute(part: Sequence[Record], images: Images) -> Tensor:
-            return self.head(self.features_of(net, part, images))
+            return self.head(
+                self.features_of(net, part, images).to(self.head.weight.dtype)
+            )  # the network may be in bf16
 
         return rows_of(net, records, compute, batch_size, num_workers)
 
@@ -274,7 +276,7 @@ class PoolerClassifier(Classifier):
         return self.features_of(net, (), batch.images)
 
     def features_of(self, net: CoCa, records: Sequence[Record], images: Images) -> Tensor:
-        return self.pooler(joined(net.image_encoder(images)))[:, 0]
+        return self.pooler(joined(net.image_encoder(images)).to(self.head.weight.dtype))[:, 0]
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy in nats per image; in training of mixtures of the first image with the last, and so on."""

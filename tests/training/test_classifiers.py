@@ -323,6 +323,11 @@ def test_a_checkpoint_keeps_its_classifier(classifier: Any, tmp_path: Path) -> N
     CoCaLit(net, OPTIMIZER).on_save_checkpoint(plain)
     torch.save(plain, path)
     assert load_classifier(path, net) is None
+    make = comparison_records if getattr(classifier, "images", 1) == 2 else entailment_records
+    records = make("val", size=32, count=2)
+    exact = loaded.logits(net, records)
+    rounded = loaded.logits(net.bfloat16(), records)  # as coca-evaluate precision=bf16
+    torch.testing.assert_close(rounded, exact, atol=0.05 * float(exact.abs().max()), rtol=0)
 
 
 def test_a_classifier_whose_numbers_are_not_stored_is_refused(tmp_path: Path, net: CoCa) -> None:
