@@ -1,8 +1,12 @@
 """What every evaluation records about its scores."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.motion import motion_records
@@ -31,6 +35,12 @@ def test_scores_are_recorded_with_what_they_depend_on(tmp_path: Path) -> None:
     assert evaluation.conditions["x/mine"].settings == {}  # a default that is written down is the default
     evaluation.evaluate(model, Settings(tmp_path, full=False), limit=4)
     assert evaluation.conditions == {}
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1.0), np.float32(1), True, 1])
+def test_scores_are_numbers_that_json_takes(tmp_path: Path, value: Any) -> None:
+    evaluation = FunctionEvaluation("x", RECORDS, lambda *_: {"mine": value})
+    assert json.dumps(evaluation.evaluate(create_model("coca_tiny"), Settings(tmp_path))) == '{"x/mine": 1.0}'
 
 
 def test_two_records_of_one_id_are_refused_before_anything_is_scored() -> None:
