@@ -39,7 +39,7 @@ class Draws(NamedTuple):
         values: (D,)
         score: of the units themselves.
         units: a digest of the units in their order. Draws with the same digest are of the same resamples.
-        trials: number of units if the score is a share of something (see `is_share`), else 0.
+        trials: number of units if the score is a share of something (see `is_share`) in [0, 1], else 0.
     """
 
     values: np.ndarray
@@ -107,7 +107,8 @@ def bootstrap(units: Sequence[Hashable], *scores: Resampled, draws: int = DRAWS)
         for score in scores:
             for name, values in score(counts).items():
                 parts.setdefault(name, []).append(values)
-    count = {name: len(units) if is_share(name) else 0 for name in parts}
+    # A measure of a user may be called a share and be in percent.
+    count = {name: len(units) if is_share(name) and 0 <= once[name] <= 1 else 0 for name in parts}
     return {name: Draws(np.concatenate(values), once[name], of, count[name]) for name, values in parts.items()}
 
 
@@ -145,7 +146,7 @@ def difference(first: Draws, second: Draws) -> Difference:
     The p-value compares the difference with the scatter of its draws about their mean, as sacreBLEU does (Riezler and
     Maxwell 2005). The interval is that of the draws. Where these do not scatter, since no image is an exception (both
     models are right on the same ones), that of shares reaches as far as Wilson's of 0 exceptions, within [-1, 1], and
-    that of other scores is NaN.
+    that of other scores is NaN. Resamples in which a score is NaN are left out; if there are no others, all is NaN.
 
     Raises:
         ValueError: the draws are of different images.
@@ -153,14 +154,16 @@ def difference(first: Draws, second: Draws) -> Difference:
     if first.units != second.units or first.values.shape != second.values.shape:
         raise ValueError("a paired test needs draws of the same images")
     values, value = second.values - first.values, second.score - first.score
-    scatter = np.abs(values - values.mean())
-    p = (1 + int((scatter >= abs(value)).sum())) / (1 + len(values))
-    nan = bool(np.isnan(values).any())
-    low, high = Draws(values, value, first.units).interval()
+    known = values[~np.isnan(values)]
+    if not len(known) or math.isnan(value):
+        return Difference(value, float("nan"), float("nan"), float("nan"))
+    scatter = np.abs(known - known.mean())
+    p = (1 + int((scatter >= abs(value)).sum())) / (1 + len(known))
+    low, high = Draws(known, value, first.units).interval()
     if (trials := min(first.trials, second.trials)) and scatter.max() < EQUAL:
         _, rest = Draws(np.zeros(1), 0.0, first.units, trials).interval()
         low, high = max(value - rest, -1.0), min(value + rest, 1.0)
-    return Difference(value, low, high, p=float("nan") if nan else p)
+    return Difference(value, low, high, p)
 
 
 class Conditions(NamedTuple):

@@ -259,6 +259,12 @@ def test_a_test_needs_the_same_images() -> None:
 def test_scores_without_a_value() -> None:
     rare = ratios({"s": (np.array([0.5, 0, 0]), np.array([1.0, 0, 0]))})  # one image has that category
     assert np.isnan(bootstrap(range(3), rare)["s"].interval()).all()
+    first, second = (np.random.default_rng(seed).normal(mean, 1, size=1000) for seed, mean in ((0, 0.0), (1, 9.0)))
+    whole = difference(Draws(first, 0.0, "x"), Draws(second, 9.0, "x"))
+    first[7] = np.nan  # one resample without that category
+    some = difference(Draws(first, 0.0, "x"), Draws(second, 9.0, "x"))
+    assert not some.noise
+    assert some == pytest.approx(whole, abs=0.02)
     nothing = Draws(np.full(1000, np.nan), np.nan, "x")
     assert np.isnan(nothing.interval()).all()
     assert difference(nothing, nothing).noise
