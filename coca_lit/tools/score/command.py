@@ -100,7 +100,9 @@ def score(arguments: Sequence[str] | None = None) -> None:
             texts = {key: item.captions for key, item in listings.items()}
             table = score_captions(captions, listings, options.synonyms, options.instances)
             scores = table.scores
-            print_scores(scores, table.draws, dict.fromkeys(scores, len(captions)))
+            domains = Counter(item.domain for item in listings.values())
+            images = {score: domains.get(score.rpartition("/")[0], len(captions)) for score in scores}
+            print_scores(scores, table.draws, images)
             for name, reason in table.not_run.items():
                 print(printable(f"{name} not run: {reason}"))
             for line in (*warnings(texts, captions), *examples(texts, captions, options.examples)):

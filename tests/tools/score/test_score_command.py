@@ -56,7 +56,7 @@ def test_published_scores(tmp_path, monkeypatch, capsys):
     assert 2 < high - value < 6
 
 
-def test_formats(tmp_path, monkeypatch):
+def test_formats(tmp_path, monkeypatch, capsys):
     without_java = functools.partial(caption_table, metrics=("Bleu", "CIDEr"), tokenize=list)
     monkeypatch.setattr("coca_lit.metrics.captions.caption_table", without_java)
     captions = results(tmp_path / "p.json", REFERENCES.items())
@@ -73,6 +73,9 @@ def test_formats(tmp_path, monkeypatch):
     assert {"in-domain/CIDEr", "out-domain/Bleu_1", "CIDEr"} <= score_captions(
         *read_files(captions, packed)
     ).scores.keys()
+    score([str(captions), str(packed)])
+    headings = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" images")]
+    assert headings == ["all images, 3 images", "in-domain, 2 images", "out-domain, 1 images"]
 
 
 @pytest.mark.parametrize(
