@@ -183,15 +183,19 @@ def _published(run: Run, name: str, scores: Sequence[str]) -> tuple[dict[str, di
 
 def published_scores(runs: Sequence[Run], score: str) -> tuple[list[float], list[str]]:
     """What is published of the released models that were scored: a value for each run, NaN where there is none of the
-    same images, and the sources.
+    same images and texts, and the sources.
     """
     data, _, name = score.rpartition("/")
     known = [row for row in json.loads(PUBLISHED.read_text()).get(data, []) if "model" in row and name in row["scores"]]
     values, sources = [], []
     for run in runs:
         model, of = released(str(run.config.get("checkpoint")).removeprefix(PREFIX)), run.conditions.get(score)
-        key = (model.name, of.images, of.split) if model is not None and of is not None else ("", 0, "")
-        own = [row for row in known if (row["model"], row["images"], row.get("split", key[2])) == key]
+        key = (model.name, of.images, of.split, of.texts) if model is not None and of is not None else ("", 0, "", 0)
+        own = [
+            row
+            for row in known
+            if (row["model"], row["images"], row.get("split", key[2]), row.get("texts", key[3])) == key
+        ]
         values.append(own[0]["scores"][name] if own else math.nan)
         sources += [row["source"] for row in own[:1]]
     return values, list(dict.fromkeys(sources))
@@ -401,7 +405,11 @@ def compared(first: Run, second: Run, score: str) -> Comparison:
     draws = [run.draws.get(score) for run in (first, second)]
     if draws[0] is None or draws[1] is None or not same_data([first, second], score):
         return Comparison(None, why_not, None, APART if why_not else "")
+    if draws[0].units != draws[1].units or draws[0].values.shape != draws[1].values.shape:  # as in folds of other sizes
+        return Comparison(None, why_not, None, APART)
     found = difference(draws[0], draws[1])
+    if math.isnan(found.p):
+        return Comparison(None, why_not, None, APART if why_not else "")
     if why_not or found.noise or score.endswith(STATISTICS):
         return Comparison(found, why_not, None, APART if why_not else NOISE if found.noise else "differs")
     better = int((found.value > 0) != lower_is_better(score))

@@ -32,7 +32,7 @@ from coca_lit.tools.report.tables import (
 from coca_lit.tools.report.terminal import report_sweep, summary
 
 PNG = b"\x89PNG"
-USUAL = Conditions("test", 5000, "images", 25_000, "texts", {})
+USUAL = Conditions("test", 5000, "images", 25_010, "texts", {})
 
 
 def make_run(folder, results, config="", conditions=USUAL, **files):
@@ -221,6 +221,17 @@ def test_two_runs_are_compared_by_the_paired_test(tmp_path):
     assert json.loads((a.folder / "intervals.json").read_text())["intervals"].keys() == {"x/SPICE"}
 
 
+def test_draws_that_no_test_compares_have_no_verdict(tmp_path):
+    """Folds of other sizes, and a score that no resample has."""
+    for name, size in (("a", 30), ("b", 20)):
+        draws = bootstrap(range(size), ratios({"x/folds/t2i_recall@1": (np.arange(size) < 15.0, None)}))
+        draws["x/rare"] = Draws(np.full(1000, np.nan), 0.5, "x")
+        write_draws(make_run(tmp_path / name, dict.fromkeys(draws, 0.5)), draws)
+    table = difference_table(*(read_run(tmp_path / name) for name in "ab"))
+    verdicts = {row[0]: row[5:] for row in table.rows if len(row) > 1}
+    assert verdicts == {"text to image recall@1, %": ["", "", "", "not comparable"], "rare": [""] * 4}
+
+
 def test_curves_that_several_runs_have_are_drawn(tmp_path):
     for name, title in (("a", "train/caption_loss"), ("b", "train/caption_loss"), ("c", "train/text_loss")):
         folder = make_run(tmp_path / name, {"x/SPICE": 0.1})
@@ -344,7 +355,7 @@ def test_published_scores_stand_beside_those_of_a_list_of_models(tmp_path, secon
     assert [line[2:] for line in said if "ok" in line] == [["0.00", "36.18"], ["12.50", "45.65"], ["25.00"]]
 
 
-@pytest.mark.parametrize("other", [{"images": 64}, {"split": "val"}])
+@pytest.mark.parametrize("other", [{"images": 64}, {"split": "val"}, {"texts": 25_014}])
 def test_published_scores_of_other_images_do_not(tmp_path, other):
     conditions = USUAL._replace(**other)
     folder = make_run(tmp_path / "0", {"mscoco/t2i_recall@1": 0.5}, f"checkpoint: {B32}\n", conditions)
