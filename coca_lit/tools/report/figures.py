@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ def curves_figures(curves: Curves) -> dict[str, bytes]:
     losses = {name: curve for name, curve in curves.items() if name.endswith("_loss")}
     scores = {n: curve for n, curve in curves.items() if n.endswith(HEADLINES) and f"/{RERANKED}" not in n}
     scores = dict(sorted(scores.items(), key=lambda item: len(item[1]) == 1))  # the final ones behind their curves
-    with_curves = {_on_all(name) for name, curve in scores.items() if len(curve) > 1}
+    with_curves = {_on_all(name, scores) for name, curve in scores.items() if len(curve) > 1}
     scores = {name: curve for name, curve in scores.items() if len(curve) > 1 or name in with_curves}
     cider = {name: scores.pop(name) for name in list(scores) if name.endswith("/CIDEr")}  # on a scale of its own
     groups = {"losses": losses, "scores, %": scores, "CIDEr": cider}
@@ -47,13 +47,14 @@ def curves_of_runs(runs: Sequence[Run]) -> dict[str, bytes]:
         return {}
     names = dict.fromkeys(name for run in runs for name in run.curves if name.endswith(("_loss", *HEADLINES)))
     panels: dict[str, bytes] = {}
+    known = {score for run in runs for score in run.results}
     for name in names:
         labelled = zip(runs, run_names(runs), strict=True)
         drawn = [(run.curves[name], label) for run, label in labelled if len(run.curves.get(name, ())) > 1]
         if len(drawn) < 2 or len(panels) == PANELS or f"/{RERANKED}" in name:
             continue
         loss = name.endswith("_loss")
-        if not loss and not same_data(runs, _on_all(name)):
+        if not loss and not same_data(runs, _on_all(name, known)):
             continue
         figure = Figure(figsize=(PANEL[0], PANEL[1] + ENTRY * len(drawn)), dpi=160, layout="constrained")
         axes = figure.add_subplot()
@@ -61,7 +62,7 @@ def curves_of_runs(runs: Sequence[Run]) -> dict[str, bytes]:
             steps, raw = zip(*points, strict=True)
             values = _finite(raw if loss else (in_print_units(name, value) for value in raw))
             axes.plot(steps, values, label=_text(label), marker="" if len(steps) >= 30 else ".")
-        title = _curve_name(name)
+        title = _curve_name(name, known)
         _finish(axes, title, logarithmic=loss)
         panels[title] = _png(figure)
     return panels
@@ -90,38 +91,40 @@ def side_by_side(panels: Sequence[bytes]) -> bytes:
 
 
 def _panel(title: str, group: Curves) -> bytes:
-    entries = len({_on_all(name) for name in group})
+    entries = len({_on_all(name, group) for name in group})
     figure = Figure(figsize=(PANEL[0], PANEL[1] + ENTRY * min(entries, LINES)), dpi=160, layout="constrained")
     axes = figure.add_subplot()
     colours: dict[str, str] = {}  # shared by a score on all images and on a subset
     ends: dict[str, tuple[int, float]] = {}  # of the curves of subsets
     for name, points in list(group.items())[:LINES]:
-        label = None if _on_all(name) in colours else _curve_name(name)
-        colour = colours.setdefault(_on_all(name), f"C{len(colours)}")
+        of_all = _on_all(name, group)
+        label = None if of_all in colours else _curve_name(name, group)
+        colour = colours.setdefault(of_all, f"C{len(colours)}")
         steps, raw = zip(*points, strict=True)
         values = _finite(raw if title == "losses" else (in_print_units(name, value) for value in raw))
         final = len(values) == 1 and title != "losses"
         if final and name in ends:
             join = zip(ends[name], (steps[0], values[0]), strict=True)
             axes.plot(*join, color=colour, linestyle="--", linewidth=1)
-        ends.setdefault(_on_all(name), (steps[-1], values[-1]))
+        ends.setdefault(of_all, (steps[-1], values[-1]))
         marker = "*" if final else "" if len(points) >= 30 else "."
         axes.plot(steps, values, label=label, color=colour, marker=marker, markersize=11 if final else None)
     _finish(axes, title, logarithmic=title == "losses")
     return _png(figure)
 
 
-def _curve_name(name: str) -> str:
+def _curve_name(name: str, known: Collection[str]) -> str:
     """scenes_256/CIDEr -> "built-in scenes, CIDEr"; train/caption_loss -> "caption loss, training"."""
-    group, _, short = _on_all(name).rpartition("/")
+    group, _, short = _on_all(name, known).rpartition("/")
     if short.endswith("_loss"):
         return _text(f"{short.replace('_', ' ')}, {STAGES.get(group, group)}")
     return _text(f"{data_name(group)}, {score_name(short).removesuffix(', %')}")
 
 
-def _on_all(score: str) -> str:
-    """The name of a score on all images: scenes_256/CIDEr -> scenes/CIDEr."""
-    return re.sub(r"_\d+(?=/)", "", score)
+def _on_all(score: str, known: Collection[str]) -> str:
+    """The name of a score on all images: scenes_256/CIDEr -> scenes/CIDEr, if that is `known`."""
+    whole = re.sub(r"_\d+(?=/)", "", score)
+    return whole if whole in known else score
 
 
 def comparison_figure(runs: Sequence[Run], objective: str | None = None) -> bytes | None:

@@ -241,6 +241,14 @@ def test_curves_that_several_runs_have_are_drawn(tmp_path):
     assert all(picture.startswith(PNG) for picture in found.values())
 
 
+@pytest.mark.parametrize("curve", ["coco_2014", "coco_2014_256"])
+def test_a_name_that_ends_in_a_number_is_no_number_of_images(tmp_path, curve):
+    for name in "ab":
+        folder = make_run(tmp_path / name, {"coco_2014/CIDEr": 0.1})
+        (folder / "metrics.csv").write_text(f"step,epoch,{curve}/CIDEr\n1,0,0.2\n2,0,0.1\n")
+    assert curves_of_runs([read_run(tmp_path / name) for name in "ab"]).keys() == {"coco_2014, CIDEr"}
+
+
 def test_seeds_are_a_mean_with_a_deviation(tmp_path):
     for seed, rate, cider in ((0, 1, 0.50), (1, 1, 0.60), (2, 1, 0.70), (0, 2, 0.1), (1, 2, 0.2), (0, 3, 0.9)):
         make_run(tmp_path / f"{seed}{rate}", {"x/CIDEr": cider}, f"seed: {seed}\nmodel: {{lr: {rate}}}\n")
