@@ -128,23 +128,42 @@ def _place_of_evaluation(cfg: DictConfig, name: str) -> str | None:
 
 
 def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
-    """The evaluations of a config, and with `scoring.skip_missing` the reason for each whose data cannot be read. A
-    target may return several evaluations, or be a function (model, records, settings) -> {score: value} itself.
+    """The evaluations of a config, and with `scoring.skip_missing` the reason for each whose data cannot be read, or
+    whose scores have the names of another's. A target may return several evaluations, or be a function
+    (model, records, settings) -> {score: value} itself.
+
+    Raises:
+        ConfigError: two evaluations give a score of the same name, as far as it is known beforehand.
     """
     from coca_lit.distributed import print_rank_zero
 
-    evals, missing = [], {}
+    evals: list[Evaluation] = []
+    missing: dict[str, str] = {}
+    givers: dict[str, str] = {}  # score -> key of its evaluation
     for name, node in cfg.evals.items():
         try:
             otherwise = "scoring.skip_missing=true leaves such evaluations out, evals=[] all of them"
             with _named_place(_place_of_evaluation(cfg, name), "" if cfg.scoring.skip_missing else otherwise):
                 built = _build_evaluation(name, node) if node else []
-            evals += built if isinstance(built, list) else [built]
         except DataError as error:
             if not cfg.scoring.skip_missing:
                 raise
             missing[name] = str(error)
             print_rank_zero(f"skipped {name}: {error}")
+            continue
+        for evaluation in built if isinstance(built, list) else [built]:
+            scores = [f"{evaluation.name}/{of}" for of in evaluation.score_names or [type(evaluation).__name__]]
+            if twice := next((score for score in scores if score in givers), None):
+                clash = (
+                    f"evals.{givers[twice]} and evals.{name} both give {twice}: set evals.NAME.name=… of one of them"
+                )
+                if not cfg.scoring.skip_missing:
+                    raise ConfigError(clash)
+                missing[f"{name} {evaluation.name}"] = clash
+                print_rank_zero(f"skipped {evaluation.name} of {name}: {clash}")
+                continue
+            givers |= dict.fromkeys(scores, name)
+            evals.append(evaluation)
     return evals, missing
 
 

@@ -67,6 +67,7 @@ DATA_SETS = {  # names of evaluations -> names for readers; others are shown as 
     "scenes_motion_choice": "moving scenes, choice of caption",
     "msrvtt": "MSR-VTT",
     "kinetics": "Kinetics",
+    "kinetics_zeroshot": "Kinetics, zero-shot",
     "my_clips": "your clips",
     "clip_shards": "clips in shards",
     "snli_ve": "SNLI-VE",

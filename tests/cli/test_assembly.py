@@ -121,6 +121,28 @@ def test_evaluations_read_the_split_that_the_training_reads(tmp_path: Path) -> N
     assert [node.records.karpathy for node in known] == [None, None]
 
 
+@pytest.mark.parametrize(
+    ("other", "clash"),
+    [
+        (["_target_=coca_lit.evals.retrieval.RetrievalScores", "name=scenes"], "scenes/t2i_recall@1"),
+        (["_target_=coca_lit.evals.captions.CaptionScores", "name=scenes"], None),
+        (["_target_=coca_lit.evals.retrieval.RetrievalScores"], None),
+    ],
+)
+def test_two_evaluations_of_one_name_share_no_score(guest: None, other: list[str], clash: str | None) -> None:
+    words = [f"+evals.mine.{word}" for word in (*other, "records._target_=guest_parts.records", "records.split=val")]
+    cfg = compose("evals=[scenes_retrieval]", *words)
+    if clash is None:
+        assert len(build_evals(cfg)[0]) == 2
+        return
+    with pytest.raises(ConfigError, match=rf"^evals.scenes_retrieval and evals.mine both give {clash}: set evals.NAME"):
+        build_evals(cfg)
+    cfg.scoring.skip_missing = True
+    built, missing = build_evals(cfg)
+    assert len(built) == 1
+    assert missing.keys() == {"mine scenes"}
+
+
 @pytest.mark.parametrize("epochs", ["-1", "null"])
 def test_a_training_needs_a_length_besides_its_time(tmp_path: Path, epochs: str) -> None:
     cfg = compose(

@@ -122,4 +122,6 @@ def test_classes_of_clips(tmp_path: Path) -> None:
         *(f"checkpoint={tmp_path}/run", "evals=kinetics_zeroshot", f"roots.kinetics={tmp_path}/kinetics"),
         *("scoring.split=val", f"output_dir={tmp_path}/scored"),
     ]
-    assert {"kinetics/top1", "kinetics/mean_per_class_recall"} <= evaluate.run(compose("evaluate", words)).keys()
+    assert {"kinetics_zeroshot/top1", "kinetics_zeroshot/mean_per_class_recall"} <= evaluate.run(
+        compose("evaluate", words)
+    ).keys()
