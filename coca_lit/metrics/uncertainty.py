@@ -154,12 +154,12 @@ def difference(first: Draws, second: Draws) -> Difference:
     if first.units != second.units or first.values.shape != second.values.shape:
         raise ValueError("a paired test needs draws of the same images")
     values, value = second.values - first.values, second.score - first.score
-    known = values[~np.isnan(values)]
-    if not len(known) or math.isnan(value):
+    values = values[~np.isnan(values)]
+    if not len(values) or math.isnan(value):
         return Difference(value, float("nan"), float("nan"), float("nan"))
-    scatter = np.abs(known - known.mean())
-    p = (1 + int((scatter >= abs(value)).sum())) / (1 + len(known))
-    low, high = Draws(known, value, first.units).interval()
+    scatter = np.abs(values - values.mean())
+    p = (1 + int((scatter >= abs(value)).sum())) / (1 + len(values))
+    low, high = Draws(values, value, first.units).interval()
     if (trials := min(first.trials, second.trials)) and scatter.max() < EQUAL:
         _, rest = Draws(np.zeros(1), 0.0, first.units, trials).interval()
         low, high = max(value - rest, -1.0), min(value + rest, 1.0)
