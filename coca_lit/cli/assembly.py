@@ -154,9 +154,7 @@ def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
         for evaluation in built if isinstance(built, list) else [built]:
             scores = [f"{evaluation.name}/{of}" for of in evaluation.score_names or [type(evaluation).__name__]]
             if twice := next((score for score in scores if score in givers), None):
-                clash = (
-                    f"evals.{givers[twice]} and evals.{name} both give {twice}: set evals.NAME.name=… of one of them"
-                )
+                clash = f"evals.{givers[twice]} and evals.{name} both give {twice}: set evals.NAME.name=… of one"
                 if not cfg.scoring.skip_missing:
                     raise ConfigError(clash)
                 missing[f"{name} {evaluation.name}"] = clash

@@ -30,24 +30,19 @@ TRIES, PAUSE = 10, 30  # to write the scores on a full disk, and seconds between
 
 @dataclass
 class Found:
-    """What the evaluations of a run found, by the name of the score; for the middle three see `Evaluation`."""
+    """What the evaluations of a run found, by the name of the score; for the last three see `Evaluation`."""
 
     scores: dict[str, float] = field(default_factory=dict)
     not_run: dict[str, str] = field(default_factory=dict)
     draws: dict[str, Draws] = field(default_factory=dict)
     conditions: dict[str, Conditions] = field(default_factory=dict)
-    givers: dict[str, "Evaluation"] = field(default_factory=dict, repr=False)
 
     def add(self, evaluation: "Evaluation", scores: dict[str, float]) -> None:
-        """Adds what `evaluation.evaluate` has returned and noted. A score that another evaluation has given stays."""
-        twice = [score for score in scores if self.givers.setdefault(score, evaluation) is not evaluation]
-        self.scores |= {score: value for score, value in scores.items() if score not in twice}
+        """Adds what `evaluation.evaluate` has returned and noted."""
+        self.scores |= scores
         self.not_run |= evaluation.not_run
-        for score in twice:
-            why = "another evaluation gives a score of this name: set evals.NAME.name=… of one of them"
-            self.not_run[f"{score} of {type(evaluation).__name__}"] = why
-        self.draws |= {score: draws for score, draws in evaluation.draws.items() if score not in twice}
-        self.conditions |= {score: of for score, of in evaluation.conditions.items() if score not in twice}
+        self.draws |= evaluation.draws
+        self.conditions |= evaluation.conditions
 
 
 def finish_run(

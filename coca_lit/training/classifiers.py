@@ -96,9 +96,8 @@ class Classifier(Objective):
         """(I, N) of records and classes, on the CPU of every rank."""
 
         def compute(part: Sequence[Record], images: Images) -> Tensor:
-            return self.head(
-                self.features_of(net, part, images).to(self.head.weight.dtype)
-            )  # the network may be in bf16
+            features = self.features_of(net, part, images)
+            return self.head(features.to(self.head.weight.dtype))  # the network may be in bf16
 
         return rows_of(net, records, compute, batch_size, num_workers)
 

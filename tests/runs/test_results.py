@@ -7,12 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coca_lit.data.records import Record
 from coca_lit.errors import DataError
-from coca_lit.evals import FunctionEvaluation, Settings
 from coca_lit.metrics.uncertainty import Conditions, bootstrap, ratios
-from coca_lit.models import create_model
-from coca_lit.runs.results import CONDITIONS, Found, read_conditions, read_draws, write_conditions, write_draws
+from coca_lit.runs.results import CONDITIONS, read_conditions, read_draws, write_conditions, write_draws
 
 ROW = {"split": "test", "images": 64, "image_digest": "a", "texts": 320, "text_digest": "b", "settings": {"rerank": 4}}
 
@@ -28,19 +25,6 @@ def test_draws_of_a_measure_in_percent_come_back(tmp_path: Path) -> None:
     found = read_draws(tmp_path)
     assert {name: of.trials for name, of in found.items()} == {"x/colour_accuracy": 0, "x/accuracy": 400}
     assert found["x/colour_accuracy"].interval() == (low, high)
-
-
-def test_a_score_is_not_replaced_by_one_of_the_same_name(tmp_path: Path) -> None:
-    found = Found()
-    for value, names in ((1.0, ["a", "b"]), (2.0, ["b", "c"])):
-        evaluation = FunctionEvaluation(
-            "x", [Record(0, "none.jpg")], lambda *_, of=value, keys=names: dict.fromkeys(keys, of)
-        )
-        for _ in range(2):  # of one evaluation the last ones count
-            found.add(evaluation, evaluation.evaluate(create_model("coca_tiny"), Settings(tmp_path)))
-    assert found.scores == {"x/a": 1.0, "x/b": 1.0, "x/c": 2.0}
-    assert found.not_run.keys() == {"x/b of FunctionEvaluation"}
-    assert found.conditions.keys() == found.scores.keys()
 
 
 def test_conditions_come_back(tmp_path: Path) -> None:
