@@ -30,8 +30,8 @@ def test_a_branch_of_the_grid_is_a_run_of_its_own(tmp_path: Path) -> None:
         *("scaling=small", "model.net.embed_dim=48", "model.warmup_steps=2", "callbacks.checkpoint.every_n_steps=4"),
         *("trainer=cpu", "trainer.limit_val_batches=0", "data.batch_size=8", "data.train_count=8", "evals=[]"),
     )
-    branching = "ckpt_path='${branch_of:${output_dir},${trainer.max_steps},24}'"
-    for steps in (24, 5):
+    branching = "ckpt_path='${branch_of:${output_dir},${trainer.max_steps},12}'"
+    for steps in (12, 5):
         folder = f"output_dir='{tmp_path}/trainer.max_steps={steps}'"
         train.run(compose(folder, "name=test", *options, f"trainer.max_steps={steps}", branching))
     run(tmp_path / "straight", *options, "trainer.max_steps=5", "ckpt_path=null")

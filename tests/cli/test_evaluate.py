@@ -213,8 +213,7 @@ def test_a_path_that_no_system_takes_is_one_that_is_not_there(path, monkeypatch)
 @pytest.mark.parametrize(("evals", "split"), [(["my_photos_captions"], ["val"]), (["scenes_captions"], [])])
 def test_own_photos_are_scored_on_the_split_of_the_run(tmp_path, evals, split):
     config = {"evals": {name: {"_target_": ""} for name in evals}, "scoring": {"split": "val"}}
-    OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
-    words = with_evals([f"checkpoint={tmp_path}"])
+    words = with_evals([run_folder(tmp_path, config)])
     assert [word.partition("=")[2].strip('"') for word in words if word.startswith("scoring.split=")] == split
 
 
@@ -310,10 +309,10 @@ def folder_evals(root, *kinds):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("context", [128, 256])
-def test_a_long_context_is_captioned_and_scored_to_its_end(folder, tmp_path, monkeypatch, context):
+def test_a_long_context_is_captioned_and_scored_to_its_end(folder, tmp_path, monkeypatch):
     """A file in Apple's layout: captions are those of a plain loop without a cache, and texts are read to the end."""
     without_java(monkeypatch)
+    context = 128
     image = {"patch_size": 16, "embed_dim": 64, "depth": 1, "num_heads": 1}
     sizes = {"image_size": 32, "embed_dim": 64, "pooler_queries": 3, "text_width": 64, "text_heads": 8}
     layers = {"text_layers": 1, "decoder_layers": 1, "cls_mask": "legacy"}

@@ -12,7 +12,7 @@ from coca_lit.evals.base import Settings
 from coca_lit.evals.vqa import PlaceScores, is_right
 from coca_lit.metrics.uncertainty import digest
 from coca_lit.models import create_model
-from helpers.running import run
+from helpers.running import TINY, run
 
 
 @pytest.mark.parametrize("size", [32, 48, 100])
@@ -77,14 +77,6 @@ def test_scores_are_shares_of_questions(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.mark.slow
 def test_a_few_steps_of_the_experiment(tmp_path: Path) -> None:
-    words = ("data.train_count=32", "data.batch_size=8", "trainer.max_epochs=1", "model.warmup_steps=1")
-    results = run(
-        tmp_path,
-        "experiment=scenes_places",
-        "evals=[scenes_boxes]",
-        "trainer=cpu",
-        "scoring.images=8",
-        "model.warmup_steps=1",
-        *words,
-    )
+    words = ("experiment=scenes_places", "evals=[scenes_boxes]", "data.train_count=32", "data.batch_size=8")
+    results = run(tmp_path, *TINY, *words)
     assert {"scenes_places/box_accuracy", "scenes_places/name_accuracy"} <= set(results)

@@ -40,12 +40,14 @@ def test_captions_are_those_of_the_cpu() -> None:
         assert torch.equal(on_cpu(found), net.generate(images(), max_length=12, **options))
 
 
-@pytest.mark.parametrize("setup", [(), ("trainer.micro_batch_size=4", "model.net.dropout=0.1")])
+SCORED = ("evals=[scenes_captions,scenes_retrieval,scenes_zeroshot,scenes_probe]", "scoring.images=8")
+
+
+@pytest.mark.parametrize("setup", [SCORED, ("trainer.micro_batch_size=4", "model.net.dropout=0.1")])
 def test_a_run_is_that_of_the_cpu_and_is_scored(
     setup: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_java(monkeypatch)
-    scored = ("evals=[scenes_captions,scenes_retrieval,scenes_zeroshot,scenes_probe]", "scoring.images=8")
     found: dict[str, torch.device] = {}
 
     class Device(L.Callback):
@@ -53,9 +55,9 @@ def test_a_run_is_that_of_the_cpu_and_is_scored(
             found["device"] = pl_module.device
 
     with SimulatedGpu(), watched(Device()):
-        scores = run(tmp_path / "gpu", *TINY, *setup, *scored, "trainer.accelerator=auto", "trainer.precision=auto")
+        scores = run(tmp_path / "gpu", *TINY, *setup, "trainer.accelerator=auto", "trainer.precision=auto")
     assert found["device"].type == "mps"
-    expected = run(tmp_path / "cpu", *TINY, *setup, *scored)
+    expected = run(tmp_path / "cpu", *TINY, *setup)
     assert scores.keys() == expected.keys()
     torch.testing.assert_close(weights(tmp_path / "gpu"), weights(tmp_path / "cpu"), atol=2e-4, rtol=0)
 
