@@ -2,7 +2,6 @@
 
 import gc
 import multiprocessing
-import os
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,9 @@ from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.errors import DataError
 from coca_lit.tools.prepare.scenes import export_scenes
 from helpers.datamodules import TOKENIZER, fit
+from helpers.shared_data import SHARED
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-FLICKR8K = Path(os.environ.get("COCA_SHARED_DATA", CHECKOUT.parent / "shared" / "data")) / "flickr8k"
+FLICKR8K = SHARED / "flickr8k"
 
 
 def laion(folder: Path, num_workers: int) -> LAIONDataModule:

@@ -262,8 +262,7 @@ def index_without_copies(tmp_path: Path, but: Collection[str] = ()) -> None:
             path.unlink()
 
 
-@pytest.mark.parametrize("fault", ["slow down"])
-def test_patience_ends_and_the_run_stops_saved(store, tmp_path, fault, monkeypatch):
+def test_patience_ends_and_the_run_stops_saved(store, tmp_path):
     """A first shard is there, then the store is gone: the run stops with a checkpoint, and resumes from it."""
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
 
@@ -280,7 +279,7 @@ def test_patience_ends_and_the_run_stops_saved(store, tmp_path, fault, monkeypat
         time.sleep(1)
     index_without_copies(tmp_path, but={key.split("/")[-2] for key in keys})
     store.faults.extend([""] * 2)  # the listing and the manifest
-    store.always = fault
+    store.always = "slow down"
     with pytest.raises(StoreError, match=r"for 0 s .*data\.store_patience"):
         fit(stopped, store_patience=0)
     assert 0 < len(stopped.seen) < 12

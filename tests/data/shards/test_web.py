@@ -80,26 +80,21 @@ def test_a_transfer_that_goes_on_is_not_cut(url, tmp_path):
         WebStore(2).get_file(f"{url}/slow", str(tmp_path / "x"), 100)
 
 
-def test_a_silent_server_is_left_when_the_patience_is_over(caplog):
+def test_a_silent_server_is_left_when_the_patience_is_over_and_silence_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(store, "SILENCE", 0.2)
+    monkeypatch.setattr(store, "FIRST_WAIT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         began = time.monotonic()
         with pytest.raises(StoreError, match=r"data\.store_patience"):
             read_file(f"http://127.0.0.1:{silent.getsockname()[1]}/x", 100, patience=1)
         assert 0.9 < time.monotonic() - began < 60
+    assert "does not answer (TimeoutError" in caplog.text
 
 
 @pytest.mark.parametrize(("patience", "silence"), [(600, 10), (5, 5), (0.1, 1), (0, 10)])
 def test_one_attempt_waits_no_longer_than_the_patience(patience, silence):
     """Without patience, as shards are fetched ahead, there is one attempt, which may take the usual time."""
     assert store.ask("https://host/x", patience, lambda web: web.timeout) == silence
-
-
-def test_silence_is_said(monkeypatch, caplog):
-    monkeypatch.setattr(store, "SILENCE", 0.2)
-    monkeypatch.setattr(store, "FIRST_WAIT", 0.1)
-    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(StoreError):
-        read_file(f"http://127.0.0.1:{silent.getsockname()[1]}/x", 100, patience=1)
-    assert "does not answer (TimeoutError" in caplog.text
 
 
 PUBLIC, OTHER = "93.184.216.34", "8.8.8.8"
