@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from coca_lit.callbacks import StallGuard
 from coca_lit.callbacks.guards import NonFiniteGuard, RunFolderGuard
 from coca_lit.data.batch import Batch
+from helpers.datamodules import Recorder
+
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step")  # of the recorder
 
 
 class Slow(Dataset[Batch]):
@@ -32,19 +35,11 @@ class Slow(Dataset[Batch]):
         return Batch(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2), torch.ones(1), [f"sample {i}"])
 
 
-class Module(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(1, 1)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        return self.layer(torch.ones(1)).sum()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch
+def fit(load: Callable[[int], None]) -> None:
+    """Half a second without a batch is a stall."""
+    options: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[StallGuard(minutes=0.5 / 60)], **options)
+    trainer.fit(Recorder(), DataLoader(Slow(load), batch_size=None))
 
 
 @pytest.mark.parametrize("stalls", [False, True])
@@ -65,9 +60,7 @@ def test_a_wait_for_data_is_reported_once_with_its_place(
             time.sleep(0.01)
 
     monkeypatch.setattr("coca_lit.callbacks.guards.time", SimpleNamespace(monotonic=look))
-    options: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[StallGuard(minutes=0.5 / 60)], **options)
-    trainer.fit(Module(), DataLoader(Slow(load), batch_size=None))
+    fit(load)
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("coca_lit")]
     assert len(ours) == stalls
     said = capfd.readouterr().err
@@ -83,11 +76,11 @@ def test_a_run_goes_on_where_its_folder_cannot_be_made_again(tmp_path: Path, cap
     folder.mkdir()
     (folder / "config.yaml").write_text("seed: 0")
     guard, trainer = RunFolderGuard(folder), L.Trainer(logger=False, enable_checkpointing=False)
-    guard.on_train_start(trainer, Module())
+    guard.on_train_start(trainer, Recorder())
     caplog.clear()
     shutil.rmtree(folder)
     folder.write_text("a file has its name now")
-    guard.on_fit_end(trainer, Module())
+    guard.on_fit_end(trainer, Recorder())
     assert len(caplog.records) == 2, caplog.text  # that it was deleted, and why it cannot be made again
     assert str(folder) in caplog.messages[1]
 
@@ -96,11 +89,9 @@ def test_the_watch_ends_with_a_training_that_fails() -> None:
     def load(i: int) -> None:
         raise OSError("the disk is gone")
 
-    options: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     before = threading.active_count()
-    trainer = L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[StallGuard(minutes=0.5 / 60)], **options)
     with pytest.raises(OSError, match="the disk is gone"):
-        trainer.fit(Module(), DataLoader(Slow(load), batch_size=None))
+        fit(load)
     until = time.monotonic() + 10
     while threading.active_count() > before and time.monotonic() < until:
         time.sleep(0.01)
