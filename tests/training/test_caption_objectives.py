@@ -77,14 +77,11 @@ def test_prompts_by_hand(net: CoCa) -> None:
     assert batch.prefix_lengths.tolist() == [3, 3]
     asked = make_batch(net, [words, long])._replace(prefix_lengths=torch.tensor([3, 4]))
     assert objective.with_prompts(net, asked, torch.tensor([0, 1])).prefix_lengths.tolist() == [5, 6]
-    torch.manual_seed(0)
-    plain = loss_terms(net(batch.images, batch.tokens, batch.lengths, prefix_lengths=batch.prefix_lengths))["caption"]
     with torch.no_grad():
         found = objective.eval()(net, make_batch(net, [words, words]))["prefixed"]
     one = objective.with_prompts(net, make_batch(net, [words, words]), torch.tensor([0, 0]))
     expected = loss_terms(net(one.images, one.tokens, one.lengths, prefix_lengths=one.prefix_lengths))["caption"]
     torch.testing.assert_close(found, expected.detach())
-    assert plain.item() > 0
 
 
 def test_parallel_prediction_alone_trains_what_captioning_trains() -> None:

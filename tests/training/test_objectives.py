@@ -132,19 +132,17 @@ def test_an_objective_that_returns_no_terms_is_named(questions: Batch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("objectives", "options", "said"),
+    ("objectives", "said"),
     [
-        ({"a": Brightness(name="caption")}, {}, "objectives.a.*'caption'"),
-        ({"a": Brightness(), "b": Brightness()}, {}, "objectives.b.*'brightness'"),
-        ({"a": Brightness(weight=0)}, {}, "brightness_weight.*objectives.a=null"),
-        ({"a": 3}, {}, "objectives.a.*3"),
+        ({"a": Brightness(name="caption")}, "objectives.a.*'caption'"),
+        ({"a": Brightness(), "b": Brightness()}, "objectives.b.*'brightness'"),
+        ({"a": Brightness(weight=0)}, "brightness_weight.*objectives.a=null"),
+        ({"a": 3}, "objectives.a.*3"),
     ],
 )
-def test_objectives_that_cannot_join_are_refused(
-    objectives: dict[str, Any], options: dict[str, Any], said: str
-) -> None:
+def test_objectives_that_cannot_join_are_refused(objectives: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        CoCaLit(create_model("coca_tiny"), OPTIMIZER, objectives=objectives, **options)
+        CoCaLit(create_model("coca_tiny"), OPTIMIZER, objectives=objectives)
 
 
 # Whole runs

@@ -15,11 +15,8 @@ from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa
 from coca_lit.training.optim import AdamW, Timm, warmup_cosine, warmup_stable_decay
 from helpers.running import run
+from helpers.steps import ENCODER as VIT
 
-VIT = {
-    "image_encoder": "vit_base_patch32_clip_224",
-    "image_encoder_args": {"patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 2},
-}
 Build = Callable[..., CoCa]
 
 

@@ -18,17 +18,14 @@ from coca_lit.errors import ConfigError
 from coca_lit.models import CoCa, create_model
 from coca_lit.training.optim import Timm
 from coca_lit.training.sharding import FullySharded, shard
+from helpers.steps import ENCODER
 
 pytestmark = pytest.mark.slow  # five optimizers on two processes
 
 LR, SAMPLES, STEPS = 1e-3, 4, 2
 IN_FP32 = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
 NAMES = ("muon", "lion", "adopt", "nadamw")
-TINY = {
-    "image_encoder": "vit_base_patch32_clip_224",
-    "image_encoder_args": {"patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 2},
-    **{"text_layers": 1, "decoder_layers": 1},
-}
+TINY = {**ENCODER, "text_layers": 1, "decoder_layers": 1}
 COLOURS = ("red", "blue", "green", "yellow")
 
 

@@ -9,12 +9,9 @@ from torch import Tensor
 
 from coca_lit.models import CoCa
 from helpers.slow import slow
+from helpers.steps import ENCODER
 
 WORDS = ["a", "b", "c", "d", "e"]  # few enough for an untrained model to choose the end id now and then
-ENCODER = {
-    "image_encoder": "vit_base_patch32_clip_224",
-    "image_encoder_args": {"patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 2},
-}
 Build = Callable[..., CoCa]
 
 

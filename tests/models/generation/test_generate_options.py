@@ -120,24 +120,21 @@ def mean_log_prob(model: CoCa, image: Tensor, start: list[int], ids: list[int]) 
     return sum(chosen) / len(chosen)
 
 
-@pytest.mark.parametrize("weight", [0.3])
 @pytest.mark.parametrize(
     "options", [{"strategy": "beam", "num_beams": 4}, {"strategy": "sample"}], ids=["beam", "sample"]
 )
-def test_rerank_mixes_similarity_and_log_probability(model: CoCa, weight: float, options: dict[str, Any]) -> None:
+def test_rerank_mixes_similarity_and_log_probability(model: CoCa, options: dict[str, Any]) -> None:
     images = make_images(5)
     if options["strategy"] == "sample":
         options = options | {"generator": torch.Generator().manual_seed(0)}
     captions = model.generate(
-        images, num_captions=4, rerank="contrastive", rerank_weight=weight, return_scores=True, **options
+        images, num_captions=4, rerank="contrastive", rerank_weight=0.3, return_scores=True, **options
     )
     tokens = captions.ids.flatten(0, 1)
     texts = model.encode_text(tokens, caption_lengths(tokens, model.tokenizer.eot_id)).unflatten(0, (5, 4))
     cosines = torch.einsum("bne,be->bn", texts, model.encode_image(images))
     torch.testing.assert_close(captions.similarities, cosines)
-    torch.testing.assert_close(
-        captions.scores, weight * model.logit_scale.exp() * cosines + (1 - weight) * captions.log_probs
-    )
+    torch.testing.assert_close(captions.scores, 0.3 * model.logit_scale.exp() * cosines + 0.7 * captions.log_probs)
     assert (captions.scores.diff(dim=1) <= 0).all()
 
 
@@ -191,7 +188,6 @@ def test_attention_is_that_of_the_cross_blocks(model: CoCa, monkeypatch: pytest.
         ({"prompt": 5}, "prompt.*5"),
         ({"prompt": ""}, "prompt 0"),
         ({"prompt": ["a dog"]}, "1 prompts.* 2 images"),
-        ({"prompt": "a red dog on grass", "max_length": 7}, "6 of 7"),
     ],
 )
 def test_wrong_options_are_explained(model: CoCa, options: dict[str, Any], message: str) -> None:

@@ -133,12 +133,8 @@ def test_batches_do_not_change_captions(model: CoCa) -> None:
 
 @pytest.mark.slow
 def test_random_models_prompts_and_rules() -> None:
-    check_random_cases(range(10))
-
-
-def check_random_cases(seeds: range) -> None:
     """Cached against uncached for random weights, images, prompts, lengths and rules, beams and greedy."""
-    for seed in seeds:
+    for seed in range(10):
         random = torch.Generator().manual_seed(seed)
 
         def draw(low: int, high: int, random: torch.Generator = random) -> int:

@@ -96,11 +96,10 @@ def test_texts_as_long_as_a_head_is_wide_get_keys_and_values(
     assert bool(calls) == absorbs
 
 
-def step(kind: str = "none", bf16: bool = False, packed: bool = True) -> list[Tensor]:
+def step(bf16: bool = False, packed: bool = True) -> list[Tensor]:
     """Caption states of a small model, and the gradients of all parameters, dropout 0."""
     torch.manual_seed(0)
     model = create_model("coca_tiny").train()
-    model.set_grad_checkpointing(kind)
     lengths = torch.tensor([5, 20, 2, 9])
     tokens = torch.randint(4, 40, (4, 20), generator=torch.Generator().manual_seed(1))
     tokens[torch.arange(20) >= lengths[:, None]] = 0
