@@ -10,19 +10,17 @@ import pytest
 from PIL import Image
 
 from coca_lit.callbacks.guards import BadSampleLog, read_bad_samples
-from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.examples import CaptionDataset
 from coca_lit.data.records import ImageFile, Record
 from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.reader import read_shard
-from coca_lit.data.shards.shard import MANIFEST, Shard, read_manifest
+from coca_lit.data.shards.shard import MANIFEST, read_manifest
 from coca_lit.data.transforms import RandomCrop
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.tools.prepare.check import JOURNAL
 from coca_lit.tools.prepare.command import data as coca_data
 from helpers.datamodules import TOKENIZER, fit
 from helpers.epochs import open_epoch
-from helpers.shards import spoil, write_shards
+from helpers.shards import read, spoil, write_shards
 
 NONE_OF = "it is none of JPEG, PNG, WEBP, BMP, GIF"
 
@@ -50,12 +48,6 @@ def laion(folder: Path, **more) -> LAIONDataModule:
     return LAIONDataModule(str(folder), 24, tokenizer=TOKENIZER, batch_size=4, image_size=16, **more)
 
 
-def reasons(path: Path) -> dict[str, int]:
-    bad = BadSamples(1.0)
-    list(read_shard(Shard(str(path)), ["txt"], bad))
-    return dict(bad.reasons)
-
-
 # Shards that break off, are empty or vanish
 
 
@@ -65,7 +57,7 @@ def test_damage_in_the_middle_is_not_the_end(tmp_path):
     at = content.index(b"00003.jpg")
     content[at : at + 512] = b"\xff" * 512
     path.write_bytes(content)
-    assert reasons(path) == {"broken or truncated shard": 1}
+    assert read(path)[1] == {"broken or truncated shard": 1}
 
 
 def test_where_nothing_may_be_lost_nothing_comes_in_its_place(shards):

@@ -34,10 +34,8 @@ def laion(folder: Path, num_workers: int) -> LAIONDataModule:
     )
 
 
-def scenes(folder: Path, num_workers: int) -> ScenesDataModule:
-    return ScenesDataModule(
-        tokenizer=TOKENIZER, batch_size=6, image_size=16, train_count=27, num_workers=num_workers, val_split=None
-    )
+def scenes() -> ScenesDataModule:
+    return ScenesDataModule(tokenizer=TOKENIZER, batch_size=6, image_size=16, train_count=27, val_split=None)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -54,9 +52,9 @@ def test_a_resumed_training_sees_the_same_batches(tmp_path, num_workers):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_training_resumed_twice_in_an_epoch_sees_the_same_batches(tmp_path):
-    whole = fit(scenes(tmp_path, 0), tmp_path / "whole")
-    fit(scenes(tmp_path, 0), tmp_path / "again", tmp_path / "whole/step=5.ckpt")
-    assert fit(scenes(tmp_path, 0), tmp_path / "third", tmp_path / "again/step=6.ckpt") == whole[6:]
+    whole = fit(scenes(), tmp_path / "whole")
+    fit(scenes(), tmp_path / "again", tmp_path / "whole/step=5.ckpt")
+    assert fit(scenes(), tmp_path / "third", tmp_path / "again/step=6.ckpt") == whole[6:]
 
 
 def test_exported_data_sets_are_read(tmp_path):

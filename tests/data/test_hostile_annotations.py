@@ -32,8 +32,6 @@ from helpers.shards import jpeg
 pytestmark = pytest.mark.slow
 
 WINO = {"id": 0, "image_0": "a", "image_1": "b", "caption_0": "a b", "caption_1": "b a"}
-
-
 TALK = [{"value": "?"}, {"value": "a dog"}]
 
 
@@ -123,20 +121,12 @@ KARPATHY = {
         for i, split in enumerate(["train", "restval", "val"])
     ]
 }
-
-
 COCO = {
     "images": [{"id": i, "file_name": f"{i}.jpg", "domain": "near-domain"} for i in range(2)],
     "annotations": [{"image_id": i, "caption": "a dog", "id": i} for i in range(2)],
 }
-
-
 RESULTS = [{"image_id": i, "caption": "a dog"} for i in range(3)]
-
-
 QUESTIONS = {"data_subtype": "val2014", "questions": [{"image_id": 1, "question": "what?", "question_id": 10}]}
-
-
 ANSWERS = {
     "annotations": [
         {
@@ -182,23 +172,11 @@ def test_forged_annotations(folder, data):
 
 
 NUMBERED = {"images": [{"cocoid": 1, "imgid": 0, "split": "test", "sentences": [{"sentid": 7}]}]}
-
-
 PAIR = {"id": 0, "image_0": "0", "image_1": "1", "caption_0": "a dog", "caption_1": "dog a"}
-
-
 TALKS = [{"image": f"images/{i}.jpg", "conversations": [{"value": "?"}, {"value": "a dog"}]} for i in range(2)]
-
-
 HYPOTHESIS = {"gold_label": "neutral", "Flickr30K_ID": "0", "pairID": "0.jpg#0r1n", "sentence2": "a dog"}
-
-
 STATEMENT = {"identifier": "dev-0-0-0", "sentence": "two dogs", "label": "True", "left_url": "", "right_url": ""}
-
-
 LABELLED = {"image": "0.jpg", "image2": "1.png", "text": "a dog", "label": "yes", "split": "train", "kind": "dogs"}
-
-
 INSTANCES = {"categories": [{"id": 1, "name": "dog"}], "annotations": [{"image_id": 0, "category_id": 1}]}
 
 

@@ -89,11 +89,6 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks():
         assert sorted(index.i for part in parts for index in part) == sorted(index.i for index in batch)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_workers_do_not_change_the_data(dataset):
-    assert_equal(list(open_epoch(dataset, 4, epoch=1)), list(open_epoch(dataset, 4, epoch=1, num_workers=2)))
-
-
 def test_a_resumed_epoch_continues_with_the_same_data(dataset):
     whole = list(open_epoch(dataset, 4, epoch=2))
     for start in range(6):

@@ -196,7 +196,6 @@ VIT = (
     "+model.net.image_encoder=vit_base_patch32_clip_224",
     "+model.net.image_encoder_args={patch_size:8,embed_dim:64,depth:1,num_heads:2}",
 )
-PREDICTION = "+model.objectives.own._target_=coca_lit.training.caption_objectives.ParallelPrediction"
 SHORT = (
     *("trainer=cpu", "trainer.max_epochs=1", "trainer.limit_val_batches=0", "evals=[]", "ema=0.5"),
     *("data.train_count=32", "data.batch_size=8", "model.warmup_steps=2", "trainer.gradient_clip_val=0.5"),
@@ -233,7 +232,6 @@ def test_a_run_in_micro_batches_ends_with_the_same_weights(tmp_path: Path, preci
         (("trainer.micro_batch_size=3", *VIT), r"batch_size.*8.*3"),
         (("trainer.micro_batch_size=2",), r"resnet10t.*model.freeze=\[image_encoder\]"),
         (("trainer.micro_batch_size=0", *VIT), r"micro_batch_size.*0"),
-        (("trainer.micro_batch_size=2", *VIT, PREDICTION), r"micro_batch_size.*model\.objectives\.own"),
     ],
 )
 def test_wrong_micro_batches_are_refused(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:

@@ -223,7 +223,6 @@ def test_each_rank_holds_its_part_and_scores_with_all(sharded) -> None:
     ("overrides", "message"),
     [
         ((*SHARDED, "ema=0.99"), "trainer=fsdp .* ema"),
-        ((*SHARDED, "trainer.micro_batch_size=2"), "trainer=fsdp .*micro_batch_size"),
         (("trainer.strategy=deepspeed_stage_2",), "trainer.strategy=deepspeed_stage_2"),
         (("data.batch_size=9", *DDP), "data.batch_size.* 9 .* 2"),
     ],

@@ -19,12 +19,13 @@ from coca_lit.tokenizer import WordTokenizer
 TOKENIZER = WordTokenizer(VOCABULARY, 24)
 
 
-def write_vqa(root: Path, split: str = "train2014", hidden: bool = False) -> None:
+def write_vqa(root: Path) -> None:
     """Six questions about two images, in the official schema."""
-    (root / split.replace("test-dev", "test")).mkdir(parents=True)
+    split = "train2014"
+    (root / split).mkdir()
     asked, annotations = [], []
     for image in (9, 25):
-        Image.new("RGB", (40, 30)).save(root / split.replace("test-dev", "test") / f"COCO_{split}_{image:012d}.jpg")
+        Image.new("RGB", (40, 30)).save(root / split / f"COCO_{split}_{image:012d}.jpg")
         for n in range(3):
             id = image * 1000 + n
             asked.append({"image_id": image, "question": f"How many {n}?", "question_id": id})
@@ -37,9 +38,7 @@ def write_vqa(root: Path, split: str = "train2014", hidden: bool = False) -> Non
             )
     about = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": split}
     (root / f"v2_OpenEnded_mscoco_{split}_questions.json").write_text(json.dumps({**about, "questions": asked}))
-    if not hidden:
-        path = root / f"v2_mscoco_{split}_annotations.json"
-        path.write_text(json.dumps({**about, "annotations": annotations}))
+    (root / f"v2_mscoco_{split}_annotations.json").write_text(json.dumps({**about, "annotations": annotations}))
 
 
 def test_official_files(tmp_path: Path) -> None:

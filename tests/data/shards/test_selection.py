@@ -79,7 +79,9 @@ def assert_equal(one: list[Batch], other: list[Batch]) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_batches_are_those_of_copied_shards(folder, tmp_path, rank):
-    chosen, copied = select(tmp_path / "kept.parquet", rows()), copy(folder, tmp_path / "copied", rows())
+    """A row without a key selects nothing."""
+    chosen = select(tmp_path / "kept.parquet", [*rows(), ("00000.tar", None)])
+    copied = copy(folder, tmp_path / "copied", rows())
     found = batches(tmp_path, folder, rank, 2, selection=chosen)
     assert_equal(found, batches(tmp_path, copied, rank, 2))
     seen = {key.rpartition("/")[2] for batch in found for key in batch.keys}
@@ -141,11 +143,6 @@ def test_selections_of_any_program(tmp_path, more):
     assert found.counts == {"00000.tar": 3, "00002.tar": 7, "00003.tar": 2}
     for shard in ("00000.tar", "00001.tar", "00003.tar"):
         assert found.keys(shard) == {key for name, key in chosen if name == shard}
-
-
-def test_a_row_without_a_key_selects_nothing(folder, tmp_path):
-    chosen = select(tmp_path / "k.parquet", [*rows(), ("00000.tar", None)])
-    assert_equal(batches(tmp_path, folder, selection=chosen), batches(tmp_path, copy(folder, tmp_path / "c", rows())))
 
 
 def test_what_does_not_fit_is_one_sentence(folder, tmp_path):
