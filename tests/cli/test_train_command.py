@@ -276,6 +276,11 @@ def test_missing_data_are_one_sentence(error_of: Callable[..., str], tmp_path: P
     assert "data.shards=PLACE" in said
 
 
+def test_a_word_that_evaluates_is_no_code(error_of: Callable[..., str], target: Path) -> None:
+    said = error_of(f"""threads=${{eval:'__import__("pathlib").Path("{target}").touch()'}}""")
+    assert re.match(r"error: .*Unsupported interpolation type eval", said)
+
+
 @pytest.mark.parametrize(
     ("words", "key"),
     [
