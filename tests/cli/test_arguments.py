@@ -17,7 +17,7 @@ from coca_lit.tools.caption import command as caption_command  # noqa: F401  reg
 from coca_lit.weights.hub import released
 
 HOSTILE = [
-    *("a b.jpg", "a,b.jpg", "=", "null", "10", "[x]", "{a,b}", "/data/{0..3}.tar", "x/y=1/2.jpg", "*.tar", "~x", ""),
+    *("a b.jpg", "a,b.jpg", "=", "null", "10", "[x]", "{a,b}", "/data/{0..3}.tar", "x/y=1/2.jpg", "*.tar", "~x"),
     *("quote\"s'", "back\\slash\\", '\\"', "new\nline\t", "${oc.env:HOME}", "\\${x}", "${", "ü", "\udcff", " lead "),
 ]
 
@@ -30,13 +30,11 @@ def composed(tmp_path: Path, *overrides: str) -> dict:
 
 
 def test_words_become_a_list(tmp_path: Path) -> None:
-    words = [word for word in HOSTILE if word != ""]
-    found = composed(tmp_path, *parse(["k=2", *words, "index=i"], "images")[1])
-    assert found == {"images": words, "index": "i", "query": None, "k": 2}
+    found = composed(tmp_path, *parse(["k=2", *HOSTILE, "index=i"], "images")[1])
+    assert found == {"images": HOSTILE, "index": "i", "query": None, "k": 2}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("word", HOSTILE)
+@pytest.mark.parametrize("word", ["", "\\${x}"])
 def test_words_become_the_values_of_keys(word: str, tmp_path: Path) -> None:
     found = composed(tmp_path, *parse(["folder", "k=3", word], ("index", "query"))[1])
     assert found == {"images": [], "index": "folder", "query": word, "k": 3}
