@@ -413,22 +413,17 @@ def test_signatures_are_read_without_running_anything(tmp_path: Path, monkeypatc
 
 
 MADE = "def made(name='\u00e9'): pass\n"
+SOURCES = {
+    "bom": b"\xef\xbb\xbf" + MADE.encode(),
+    "latin": b"# coding: latin-1\n" + MADE.encode("latin-1"),
+    "torn": b"x = 1\ndef made(:\n",
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "source"),
-    [
-        ("bom", b"\xef\xbb\xbf" + MADE.encode()),
-        ("latin", b"# coding: latin-1\n" + MADE.encode("latin-1")),
-        ("torn", b"x = 1\ndef made(:\n"),
-    ],
-    ids=["bom", "latin", "torn"],
-)
-def test_a_users_module_is_read_as_python_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: bytes
-) -> None:
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_users_module_is_read_as_python_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     file = tmp_path / f"module_{name}.py"
-    file.write_bytes(source)
+    file.write_bytes(SOURCES[name])
     monkeypatch.syspath_prepend(tmp_path)
     made = {"_target_": f"module_{name}.made"}
     if name == "torn":

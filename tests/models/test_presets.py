@@ -9,21 +9,14 @@ from coca_lit.models.presets import VOCABULARIES
 from helpers.slow import slow
 from helpers.study import PROFILE, SIZES, SMALL, millions
 
+SCENES = {"": render, "_vqa": facts, "_places": places, "_motion": motion, "_statements": statements}
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("scenes", render.VOCABULARY),
-        ("scenes_vqa", facts.VOCABULARY),
-        ("scenes_places", places.VOCABULARY),
-        ("scenes_motion", motion.VOCABULARY),
-        ("scenes_statements", statements.VOCABULARY),
-    ],
-    ids=["scenes", "scenes_vqa", "scenes_places", "scenes_motion", "scenes_statements"],
-)
-def test_vocabulary_of_the_scenes(name: str, words: tuple[str, ...]) -> None:
-    assert VOCABULARIES[name] == list(words)
-    assert create_model("coca_tiny", tokenizer=name).tokenizer.spec == list(words)
+
+@pytest.mark.parametrize("kind", SCENES)
+def test_vocabulary_of_the_scenes(kind: str) -> None:
+    words = list(SCENES[kind].VOCABULARY)
+    assert VOCABULARIES[f"scenes{kind}"] == words
+    assert create_model("coca_tiny", tokenizer=f"scenes{kind}").tokenizer.spec == words
 
 
 def test_an_unknown_vocabulary_suggests_one() -> None:
