@@ -32,6 +32,7 @@ from coca_lit.tokenizer import (
 )
 from coca_lit.weights.load import load_model, save_model
 from helpers.shared_data import SHARED
+from helpers.slow import slow
 from helpers.tokenizer_files import SPECIAL, texts_of_many_scripts, trained_file
 
 TRICKY = [
@@ -257,8 +258,10 @@ def test_errors() -> None:
             build(2)
 
 
-def expect_ids_of_the_source(kind: str, folder: Path, count: int) -> None:
-    file, texts = trained_file(kind, folder), texts_of_many_scripts(count)
+@pytest.mark.parametrize("count", [300, *slow(20_000)])
+@pytest.mark.parametrize("kind", ["ByteLevel", "Metaspace", "WordPiece"])
+def test_a_tokenizer_file_gives_the_ids_of_its_source(kind: str, count: int, tmp_path: Path) -> None:
+    file, texts = trained_file(kind, tmp_path), texts_of_many_scripts(count)
     source = HFTokenizer.from_file(str(file))
     source.no_truncation()
     source.no_padding()
@@ -270,20 +273,6 @@ def expect_ids_of_the_source(kind: str, folder: Path, count: int) -> None:
     assert [tokenizer.decode(ids) for ids in found] == [source.decode(encoding.ids).strip() for encoding in expected]
     again = get_tokenizer(json.loads(json.dumps(tokenizer.spec)), 200)
     assert again.encode_batch(texts[:50]) == found[:50]
-
-
-FAMILIES = pytest.mark.parametrize("kind", ["ByteLevel", "Metaspace", "WordPiece"])
-
-
-@FAMILIES
-def test_a_tokenizer_file_gives_the_ids_of_its_source(kind: str, tmp_path: Path) -> None:
-    expect_ids_of_the_source(kind, tmp_path, 300)
-
-
-@pytest.mark.slow
-@FAMILIES
-def test_a_tokenizer_file_gives_the_ids_of_its_source_for_100_000_texts(kind: str, tmp_path: Path) -> None:
-    expect_ids_of_the_source(kind, tmp_path, 100_000)
 
 
 def test_a_model_with_a_tokenizer_file(tmp_path: Path) -> None:

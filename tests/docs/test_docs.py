@@ -26,7 +26,7 @@ from coca_lit.data import Record
 from coca_lit.models import create_model
 from coca_lit.tokenizer import get_tokenizer
 from coca_lit.tools.export.open_clip import write_open_clip
-from helpers.hub_server import Hub, Repository
+from helpers.hub_server import Hub, Repository, answers_at
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -244,9 +244,7 @@ def released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     Image.open("photo.jpg").save("photos/1.jpg")
     with Hub() as hub:
         hub.repositories["laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k"] = Repository(files)
-        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        answers_at(monkeypatch, hub.url)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

@@ -1,19 +1,14 @@
 """Data sets in CLIP_benchmark's layout: our scores of a checkpoint equal CLIP_benchmark's own command line's."""
 
 import functools
-import hashlib
 import json
 import random
-import re
 import shutil
 import sys
 import tarfile
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -30,6 +25,7 @@ from coca_lit.evals.clip_benchmark import captioned_shards, classified_shards, c
 from coca_lit.models import CoCa, create_model
 from coca_lit.tools import clip_benchmark as command
 from coca_lit.weights.load import save_model
+from helpers.hub_server import Hub, Repository, answers_at
 
 pytest.importorskip("clip_benchmark")
 
@@ -150,14 +146,7 @@ def test_half_precision_is_off(words: list[str], more: list[str], monkeypatch: p
 
 
 def test_a_missing_checkpoint_is_one_sentence(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = [
-        "--dataset",
-        "wds/flowers",
-        "--dataset_root",
-        f"{root}/flowers",
-        "--pretrained",
-        str(tmp_path / "gone.ckpt"),
-    ]
+    place = ["--dataset", "wds/flowers", "--dataset_root", f"{root}/flowers", "--pretrained", f"{tmp_path}/gone.ckpt"]
     with pytest.raises(SystemExit, match=r"^error: .*gone\.ckpt"):
         theirs(root, tmp_path / "theirs.json", monkeypatch, *place, "--task", "zeroshot_classification")
 
@@ -183,62 +172,22 @@ def test_all_data_sets_of_a_folder(root: Path) -> None:
     assert [record.id for record in images.records[:2]] != ["0/s0000000", "0/s0000001"]  # a fair sample comes first
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The part of the Hub that a download of data sets asks for; they are the folders ORG/NAME in `root`."""
-
-    root: Path
-    commit = "0123456789abcdef0123456789abcdef01234567"
-
-    def do_GET(self) -> None:
-        path = urlsplit(self.path).path
-        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/(tree|revision)/.+", path):
-            folder = self.root / found[1]
-            sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-            tree = [{"type": "file", "path": name, "size": size, "oid": name} for name, size in sizes.items()]
-            info = {"id": found[1], "sha": self.commit, "siblings": [{"rfilename": name} for name in sizes]}
-            self.answer(200 if sizes else 404, json.dumps(tree if found[2] == "tree" else info).encode())
-        elif found := re.fullmatch(rf"/datasets/([^/]+/[^/]+)/resolve/{self.commit}/(.+)", path):
-            self.answer(200, (self.root / found[1] / found[2]).read_bytes())
-        else:
-            self.answer(404, b"")
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def answer(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        etag = hashlib.sha1(body).hexdigest()
-        headers = {"X-Repo-Commit": self.commit, "ETag": f'"{etag}"', "Content-Length": str(len(body))}
-        for key, value in headers.items() if status == 200 else [("X-Error-Code", "RepoNotFound")]:
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET" and status == 200:
-            self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_data_sets_on_the_hub(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fetched once, and read from the cache where the Hub cannot be reached."""
-    Hub.root = tmp_path / "hub"
-    shutil.copytree(root / "flowers", Hub.root / "org" / "wds_flowers")
-    shutil.copytree(root / "vtab/pets", Hub.root / "org" / "wds_vtab-pets")
-    (Hub.root / "org" / "wds_flowers" / "train").mkdir()
-    (Hub.root / "org" / "wds_flowers" / "train" / "0.tar").write_bytes(b"another split")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}"
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        )
+    with Hub() as hub:
+        hub.repositories["org/wds_flowers"] = Repository(files_of(root / "flowers") | {"train/0.tar": b"another split"})
+        hub.repositories["org/wds_vtab-pets"] = Repository(files_of(root / "vtab/pets"))
+        answers_at(monkeypatch, hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         found = clip_benchmark("hf://datasets/org", list(SETS))
         with pytest.raises(DataNotFoundError, match="org/wds_cars"):
             clip_benchmark("hf://datasets/org", ["cars"])
-        server.shutdown()
     here = clip_benchmark(root, list(SETS))
     for evaluation, expected in zip(found, here, strict=True):
         assert (evaluation.name, evaluation.prompts) == (expected.name, expected.prompts)

@@ -98,6 +98,14 @@ class Hub(ThreadingHTTPServer):
         return [request for request in self.requests if request.method == method and part in request.path]
 
 
+def answers_at(patch: Any, url: str) -> None:
+    """With pytest's MonkeyPatch: the client talks to this address in place of the real one."""
+    from huggingface_hub import constants
+
+    patch.setattr(constants, "ENDPOINT", url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Hub
@@ -115,7 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
             if commit := self._commit(found[1], found[2]):
                 folder = f"{unquote(found[3])}/" if found[3] else ""
                 inside = {p: c for p, c in commit[1].items() if p.startswith(folder)}
-                names = {folder + p.removeprefix(folder).split("/")[0]: None for p in inside}
+                depth = None if "recursive=true" in self.path.lower() else 1
+                names = {folder + "/".join(p.removeprefix(folder).split("/")[:depth]): None for p in inside}
                 tree = [self._entry(p, commit[1].get(p)) for p in names]
                 if inside or not folder:
                     self._answer(200, tree)

@@ -14,6 +14,7 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.weights.load import MODEL_KEY, load_dual_encoder, load_model, save_model
 from coca_lit.weights.open_clip import to_open_clip
 from coca_lit.weights.start import EFFICIENTNETS, copy_weights, load_image_weights
+from helpers.hostile import Evil
 
 Build = Callable[..., CoCa]
 
@@ -97,19 +98,9 @@ def test_open_clip_files(from_open_clip_model: CoCa, tmp_path: Path, name: str) 
     assert not loaded.training
 
 
-class Attack:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Path.touch, (self.target,)
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_file_does_not_run(tiny_model: Build, tmp_path: Path, zipped: bool) -> None:
-    content = training_checkpoint(tiny_model()) | {"callbacks": Attack(tmp_path / "ran")}
+    content = training_checkpoint(tiny_model()) | {"callbacks": Evil(tmp_path / "ran")}
     torch.save(content, tmp_path / "evil.ckpt", _use_new_zipfile_serialization=zipped)
     for load in (load_model, lambda path: load_image_weights(tiny_model(), path)):
         with pytest.raises(ValueError, match=r"evil\.ckpt'.*code"):

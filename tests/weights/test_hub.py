@@ -31,7 +31,7 @@ from coca_lit.weights.hub import DEFAULT, PHOTOS_WEIGHTS, _say, download, list_m
 from coca_lit.weights.load import load_model, save_model
 from coca_lit.weights.open_clip import to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
-from helpers.hub_server import TOKEN, Hub, Repository
+from helpers.hub_server import TOKEN, Hub, Repository, answers_at
 from helpers.mammut import released_files
 
 SMALL = {
@@ -42,6 +42,7 @@ SMALL = {
 L14, B32 = "laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k", "laion/CoCa-ViT-B-32-laion2B-s13B-b90k"
 OPENMAMMUT = "laion/openMaMMUT-ViT-L-14-DataComp-1.4B-s12.8B-b180K"
 SAFE, BIN = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
+NOBODY = "http://127.0.0.1:9"  # the port of `discard`, which no machine serves any more
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +71,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
     """The Hub that the client talks to instead of the real one, with an empty cache and no token."""
     constants = huggingface_hub.constants
     with Hub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        answers_at(monkeypatch, hub.url)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
@@ -314,15 +313,11 @@ def test_a_model_in_the_cache_needs_no_connection(
         with monkeypatch.context() as offline:
             offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
             assert locate(name) == first
-    nobody = "http://127.0.0.1:9"  # the port of `discard`, which no machine serves any more
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", nobody)
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody + "/{repo_id}/resolve/{revision}/{filename}"
-    )
+    answers_at(monkeypatch, NOBODY)
     assert_equal(load_model(f"hf-hub:{B32}"), model)
-    with pytest.raises(CheckpointError, match=rf"^'me/absent'.*{nobody} cannot be reached"):
+    with pytest.raises(CheckpointError, match=rf"^'me/absent'.*{NOBODY} cannot be reached"):
         locate("hf-hub:me/absent")
-    with pytest.raises(CheckpointError, match=f"^{nobody} cannot be reached for 'me/own'.*'photos'"):
+    with pytest.raises(CheckpointError, match=f"^{NOBODY} cannot be reached for 'me/own'.*'photos'"):
         list_models("hf-hub:me/own/*")
 
 
@@ -541,10 +536,7 @@ def offline(request: pytest.FixtureRequest, hub: Hub, monkeypatch: pytest.Monkey
         if request.param == "forbidden":
             monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         else:
-            nobody = "http://127.0.0.1:9"  # the port of `discard`, which no machine serves any more
-            monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", nobody)
-            template = nobody + "/{repo_id}/resolve/{revision}/{filename}"
-            monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+            answers_at(monkeypatch, NOBODY)
 
         def wait(seconds: float) -> None:
             raise AssertionError(f"waits {seconds} s and tries again")

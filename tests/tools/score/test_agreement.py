@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,9 +21,8 @@ from helpers.slow import slow
 
 JUDGMENTS = SHARED / "judgments"
 published = pytest.mark.skipif(not JUDGMENTS.is_dir(), reason="shared judgements not present")
-# Hessel et al. 2021 (arXiv 2104.08718), tables 1 and 2, of all photos.
+# Hessel et al. 2021 (arXiv 2104.08718), table 1, of all photos; experiments/judged_scores has those of the crowd too.
 EXPERTS_TAU_C = {"Bleu_1": 32.3, "Bleu_4": 30.8, "ROUGE_L": 32.3, "METEOR": 41.8, "CIDEr": 43.9}
-CROWD_TAU_B = {"Bleu_4": 16.9, "ROUGE_L": 19.9, "METEOR": 22.2, "CIDEr": 24.6}
 
 
 def judged(images: int = 20, seed: int = 0) -> tuple[Judged, dict[str, np.ndarray]]:
@@ -213,7 +211,7 @@ def test_meteor_of_single_captions(few: Callable[[str], Judged]) -> None:
 
     ours = few("ExpertAnnotations.txt")
     scores, _ = reference_scores(ours)
-    for number in (0, 7, 50):
+    for number in (0, 50):
         image, caption = ours.candidates[number]
         alone = caption_scores({0: list(ours.references[image])}, {0: caption}, ["METEOR"])
         assert scores["METEOR"][number] == pytest.approx(alone["METEOR"], abs=1e-12)
@@ -221,17 +219,11 @@ def test_meteor_of_single_captions(few: Callable[[str], Judged]) -> None:
 
 @published
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "measure", "truth"),
-    [("ExpertAnnotations.txt", "tau_c", EXPERTS_TAU_C), ("CrowdFlowerAnnotations.txt", "tau_b", CROWD_TAU_B)],
-)
-def test_intervals_cover_the_published_numbers(
-    monkeypatch: pytest.MonkeyPatch, name: str, measure: str, truth: dict[str, float]
-) -> None:
+def test_intervals_cover_the_published_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COCA_SPICE_JARS", os.devnull)
-    everything = read_judgments(Path(JUDGMENTS) / name)
+    everything = read_judgments(JUDGMENTS / "ExpertAnnotations.txt")
     scores, _ = reference_scores(everything)
-    found = agreement(everything, scores).by[measure]
-    for score, value in truth.items():
+    found = agreement(everything, scores).by["tau_c"]
+    for score, value in EXPERTS_TAU_C.items():
         low, high = found[score].interval()
         assert low <= value / 100 <= high, score
