@@ -77,11 +77,12 @@ def write_rows(path: Path) -> None:
     assert "1 rows are lost" in log.getvalue()
 
 
+def refuse(*_: Any, **__: Any) -> None:
+    raise OSError(1, "Operation not permitted")
+
+
 @pytest.mark.parametrize("hard", [True, False])
 def test_links_where_the_system_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hard: bool) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(1, "Operation not permitted")
-
     monkeypatch.setattr(os, "symlink", refuse)
     if not hard:
         monkeypatch.setattr(os, "link", refuse)
@@ -94,9 +95,6 @@ def test_links_where_the_system_has_none(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_claim_holds_where_the_system_has_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(1, "Operation not permitted")
-
     monkeypatch.setattr(os, "link", refuse)
     for _ in range(2):
         claim(tmp_path / "settings.json", {"beams": 3})

@@ -16,7 +16,6 @@ from pathlib import Path
 import key_reference
 import pytest
 import torch
-from huggingface_hub import constants
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
@@ -244,10 +243,7 @@ def released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     Image.open("photo.jpg").save("photos/1.jpg")
     with Hub() as hub:
         hub.repositories["laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k"] = Repository(files)
-        answers_at(monkeypatch, hub.url)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        answers_at(monkeypatch, hub.url, tmp_path / "cache")
         yield
 
 

@@ -197,13 +197,6 @@ def test_pages_quote_what_was_recorded(page: str, claim: Claim) -> None:
             )
 
 
-@pytest.mark.parametrize("study", sorted(path.parent.name for path in ROOT.glob("experiments/*/results.csv")))
-def test_studies_open_with_question_and_answer(study: str) -> None:
-    opening = text_of(study).splitlines()[:20]
-    bold = [line.split()[0] for line in opening if line.startswith("**")]
-    assert bold[:2] == ["**Question.**", "**Answer.**"]
-
-
 PUBLISHED = {
     "coca_ViT-L-14": "OpenCLIP CoCa L/14, fine-tuned",
     "coca_ViT-L-14/laion2b_s13b_b90k": "OpenCLIP CoCa L/14, LAION-2B",

@@ -19,18 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    command = (
-        sys.executable,
-        "-m",
-        "mkdocs",
-        "build",
-        "-q",
-        "--strict",
-        "-f",
-        ROOT / ".docs" / "mkdocs.yml",
-        "-d",
-        folder,
-    )
+    build = ("-m", "mkdocs", "build", "-q", "--strict", "-f", ROOT / ".docs" / "mkdocs.yml", "-d", folder)
+    command = (sys.executable, *build)
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
     assert done.returncode == 0, done.stderr
     return folder

@@ -5,7 +5,6 @@ import json
 import random
 import shutil
 import sys
-import tarfile
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.tools import clip_benchmark as command
 from coca_lit.weights.load import save_model
 from helpers.hub_server import Hub, Repository, answers_at
+from helpers.shards import write_tar
 
 pytest.importorskip("clip_benchmark")
 
@@ -181,10 +181,7 @@ def test_data_sets_on_the_hub(root: Path, tmp_path: Path, monkeypatch: pytest.Mo
     with Hub() as hub:
         hub.repositories["org/wds_flowers"] = Repository(files_of(root / "flowers") | {"train/0.tar": b"another split"})
         hub.repositories["org/wds_vtab-pets"] = Repository(files_of(root / "vtab/pets"))
-        answers_at(monkeypatch, hub.url)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        answers_at(monkeypatch, hub.url, tmp_path / "cache")
         found = clip_benchmark("hf://datasets/org", list(SETS))
         with pytest.raises(DataNotFoundError, match="org/wds_cars"):
             clip_benchmark("hf://datasets/org", ["cars"])
@@ -213,30 +210,19 @@ def test_captions_of_another_vocabulary(tiny_model: Any, tmp_path: Path) -> None
     assert any(written)
 
 
-def broken(folder: Path, what: str) -> None:
-    if what == "a missing shard":
-        (folder / "test" / "1.tar").unlink()
-    elif what == "zero shards":
-        (folder / "test" / "nshards.txt").write_text("0\n")
-    elif what == "a class beyond the names":
-        (folder / "classnames.txt").write_text("rose\n")
-    elif what == "a sample without a class":
-        with tarfile.open(folder / "test" / "0.tar", "w") as tar:
-            tar.addfile(tarfile.TarInfo("s0000000.webp"))
-
-
 @pytest.mark.parametrize(
-    ("what", "error", "message"),
+    ("damage", "error", "message"),
     [
-        ("a missing shard", DataNotFoundError, r"5 .*1\.tar"),
-        ("zero shards", DataError, "nshards.txt"),
-        ("a class beyond the names", DataError, "class of .* below 1"),
-        ("a sample without a class", DataError, "s0000000.*cls"),
+        (lambda folder: (folder / "test" / "1.tar").unlink(), DataNotFoundError, r"5 .*1\.tar"),
+        (lambda folder: (folder / "test" / "nshards.txt").write_text("0\n"), DataError, "nshards.txt"),
+        (lambda folder: (folder / "classnames.txt").write_text("rose\n"), DataError, "class of .* below 1"),
+        (lambda folder: write_tar(folder / "test" / "0.tar", {"s0000000.webp": b""}), DataError, "s0000000.*cls"),
     ],
+    ids=["a missing shard", "zero shards", "a class beyond the names", "a sample without a class"],
 )
-def test_damaged_data_sets(root: Path, tmp_path: Path, what: str, error: type[Exception], message: str) -> None:
+def test_damaged_data_sets(root: Path, tmp_path: Path, damage: Any, error: type[Exception], message: str) -> None:
     shutil.copytree(root / "flowers", tmp_path / "flowers")
-    broken(tmp_path / "flowers", what)
+    damage(tmp_path / "flowers")
     with pytest.raises(error, match=message):
         clip_benchmark(tmp_path)
 

@@ -49,6 +49,8 @@ def test_a_study_has_all_that_the_contract_asks_for(name: str) -> None:
     assert name in report.STUDIES
     assert f"experiments/report.py {name}" in (folder / "run.sh").read_text()
     assert f"({name}/README.md)" in (ROOT / "experiments" / "README.md").read_text()
+    opening = (folder / "README.md").read_text().splitlines()[:20]
+    assert [line.split()[0] for line in opening if line.startswith("**")][:2] == ["**Question.**", "**Answer.**"]
 
 
 def make_run(folder: Path, seed: int, results: dict[str, float] | None) -> Path:
@@ -126,17 +128,11 @@ def test_study_of_variants_has_a_table_and_a_figure(tmp_path, monkeypatch: pytes
 
 
 def test_table_of_a_benchmark_has_the_newest_row_of_each_case() -> None:
-    about = {
-        "command": "python speed.py --repetitions 2",
-        "machine": "m",
-        "versions": "torch=2 open_clip_torch=3 pillow=1",
-    }
+    about = {"command": "python speed.py --repetitions 2", "machine": "m"}
+    about["versions"] = "torch=2 open_clip_torch=3 pillow=1"
     measured = (("a", "theirs", 4.0, 1.0, "old"), ("a", "ours", 2.0, 0.5, "old"), ("b", "ours", 9.0, 0.9, "old"))
-    measured += (
-        ("b", "theirs", 12345.6, 1.0, "new"),
-        ("a", "ours", 1.00006, 0.25, "new"),
-        ("c", "ours", 1.0, 1.0, "new"),
-    )
+    measured += (("b", "theirs", 12345.6, 1.0, "new"), ("a", "ours", 1.00006, 0.25, "new"))
+    measured += (("c", "ours", 1.0, 1.0, "new"),)
     columns = ("case", "engine", "seconds", "memory", "commit")
     rows = [dict(zip(columns, map(str, row), strict=True)) | about for row in measured]
     values = {"theirs, s": ("seconds", "theirs"), "ours, s": ("seconds", "ours"), "memory, %": ("memory", "ours")}

@@ -68,15 +68,8 @@ def test_a_whole_data_module(tmp_path: Path) -> None:
 
 def test_the_checkpoint_is_evaluated_and_captions(checkpoint: Path, tmp_path: Path) -> None:
     options = ("imports=[my_coca_parts]", f"checkpoint={checkpoint}")
-    command(
-        "coca-evaluate",
-        "--config-dir",
-        "conf",
-        *options,
-        "evals=patches",
-        f"hydra.run.dir={tmp_path}",
-        "scoring.images=4",
-    )
+    few = ("evals=patches", "scoring.images=4", f"hydra.run.dir={tmp_path}")
+    command("coca-evaluate", "--config-dir", "conf", *options, *few)
     assert json.loads((tmp_path / "results.json").read_text())["patches/words"] > 0
     Image.new("RGB", (40, 40), (255, 0, 0)).save(tmp_path / "red.png")
     written = command("coca-caption", str(tmp_path / "red.png"), *options, "generate.strategy=greedy")

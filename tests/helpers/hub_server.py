@@ -11,6 +11,7 @@ import re
 import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -98,10 +99,14 @@ class Hub(ThreadingHTTPServer):
         return [request for request in self.requests if request.method == method and part in request.path]
 
 
-def answers_at(patch: Any, url: str) -> None:
-    """With pytest's MonkeyPatch: the client talks to this address in place of the real one."""
+def answers_at(patch: Any, url: str, cache: Path | None = None) -> None:
+    """With pytest's MonkeyPatch: the client talks to this address in place of the real one, and has this cache."""
     from huggingface_hub import constants
 
+    if cache is not None:
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the Hub's second protocol, in a library of its own
     patch.setattr(constants, "ENDPOINT", url)
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 

@@ -25,9 +25,8 @@ from coca_lit.metrics.captions import CaptionMetric, caption_scores, caption_tab
 from coca_lit.metrics.java import runtime as java
 from coca_lit.metrics.java.meteor import Meteor, meteor_of_sums, shared_meteor, summable
 from coca_lit.metrics.java.runtime import ptb_tokenize
-from helpers.shared_data import SHARED
+from helpers.shared_data import CAPTIONS, fakecap
 
-CAPTIONS = SHARED / "captions"
 GERMAN = {"LANG": "de_DE.UTF-8", "LC_ALL": "de_DE.UTF-8", "JAVA_TOOL_OPTIONS": "-Duser.language=de -Duser.country=DE"}
 
 
@@ -53,15 +52,6 @@ def once(texts):
 
 def split(texts):
     return [" ".join(text.lower().split()) for text in texts]
-
-
-def fakecap():
-    references = {}
-    for row in json.loads((CAPTIONS / "fakecap_refs.json").read_text())["annotations"]:
-        references.setdefault(row["image_id"], []).append(row["caption"])
-    return references, {
-        r["image_id"]: r["caption"] for r in json.loads((CAPTIONS / "fakecap_results.json").read_text())
-    }
 
 
 def coco_karpathy_test_generated():
@@ -157,13 +147,8 @@ def test_odd_captions_are_those_of_the_official_tool(monkeypatch):
     draw = random.Random(0)
     captions = [" ".join(draw.choices(odd, k=draw.randint(1, 12))) for _ in range(120)]
     references = {i: captions[3 * i : 3 * i + 2] for i in range(40)} | {3: ["."], 4: ["", "a dog"]}
-    predictions = {i: captions[3 * i + 2] for i in range(40)} | {
-        1: "...",
-        2: "",
-        3: "?!",
-        4: "A DOG\n",
-        5: "dog " * 2000,
-    }
+    predictions = {i: captions[3 * i + 2] for i in range(40)}
+    predictions |= {1: "...", 2: "", 3: "?!", 4: "A DOG\n", 5: "dog " * 2000}
     tokenizer = PTBTokenizer()
     official = tokenizer.tokenize({i: [{"caption": text} for text in texts] for i, texts in references.items()})
     hypotheses = tokenizer.tokenize({i: [{"caption": text}] for i, text in predictions.items()})

@@ -1,6 +1,5 @@
 """The reward against pycocoevalcap, its words against the Penn Treebank's."""
 
-import json
 import math
 import random
 
@@ -9,9 +8,8 @@ from pycocoevalcap.cider.cider import Cider
 
 from coca_lit.metrics.cider import CiderD, fast_words
 from coca_lit.metrics.java.runtime import ptb_tokenize
-from helpers.shared_data import SHARED
+from helpers.shared_data import CAPTIONS, fakecap
 
-CAPTIONS = SHARED / "captions"
 WORDS = ["a", "dog", "runs", "on", "the", "green", "grass", "with", "red", "ball"]
 
 
@@ -51,8 +49,7 @@ def test_a_caption_by_hand() -> None:
 
 @pytest.mark.skipif(not CAPTIONS.is_dir(), reason="shared caption data not present")
 def test_words_are_nearly_those_of_the_treebank() -> None:
-    rows = json.loads((CAPTIONS / "fakecap_refs.json").read_text())["annotations"]
-    texts = [row["caption"] for row in rows]
+    texts = [text for references in fakecap()[0].values() for text in references]
     expected = [text.split() for text in ptb_tokenize(texts)]
     assert sum(fast_words(text) != words for text, words in zip(texts, expected, strict=True)) < 0.003 * len(texts)
 

@@ -22,10 +22,9 @@ from coca_lit.metrics.java.runtime import Conversation, ptb_tokenize
 from coca_lit.metrics.java.spice import JARS, Spice, SpiceError, corpus_scores, shared_spice, spice_jars
 from coca_lit.tools.prepare import spice_jars as fetch
 from coca_lit.tools.prepare.command import data
-from helpers.shared_data import SHARED
+from helpers.shared_data import CAPTIONS, SHARED, fakecap
 
 REAL_JARS = SHARED / "spice"
-CAPTIONS = SHARED / "captions"
 needs_jars = pytest.mark.skipif(not REAL_JARS.is_dir(), reason="the shared CoreNLP jars are absent")
 FAST = functools.partial(caption_table, metrics=["Bleu"], tokenize=list)
 # F-scores of the first images of coco-caption's example, from the run whose mean over all 1,000 is the published one.
@@ -57,15 +56,6 @@ def empty(tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, tmp_path / name)
     monkeypatch.setattr(module, "pycocoevalcap_folder", lambda name: tmp_path / "lib")
     return tmp_path
-
-
-def fakecap(images):
-    references = {}
-    for row in json.loads((CAPTIONS / "fakecap_refs.json").read_text())["annotations"]:
-        references.setdefault(row["image_id"], []).append(row["caption"])
-    captions = {row["image_id"]: row["caption"] for row in json.loads((CAPTIONS / "fakecap_results.json").read_text())}
-    chosen = list(references)[:images]
-    return {key: references[key] for key in chosen}, {key: captions[key] for key in chosen}
 
 
 def tokens(references, captions):
@@ -269,7 +259,7 @@ def test_the_archive_is_fetched_in_two_attempts(empty, monkeypatch, capsys):
 @pytest.mark.skipif(not CAPTIONS.is_dir(), reason="shared caption data not present")
 def test_published_score(jars):
     """All 6,005 captions of coco-caption's example: 0.133."""
-    pairs = tokens(*fakecap(None))
+    pairs = tokens(*fakecap())
     scores = shared_spice().score(*pairs)
     assert corpus_scores(scores)["SPICE"] == pytest.approx(0.13289623216413698, abs=1e-12)
     start = time.monotonic()

@@ -45,11 +45,8 @@ def test_killed_worker_is_one_sentence(tmp_path: Path) -> None:
     said = (tmp_path / "run.log").read_text()
     pid = re.search(r"worker (\d+)", said)[1]  # type: ignore[index]
     last = said.strip().splitlines()[-1]
-    assert re.fullmatch(
-        rf"coca_lit\.errors\.DataError: a data worker( \(process {pid}\))? ended or was killed, usually because "
-        r"memory ran out: use fewer workers .*; the same command resumes",
-        last,
-    )
+    expected = rf"coca_lit\.errors\.DataError: a data worker( \(process {pid}\))? .*killed.*fewer workers.*resumes"
+    assert re.fullmatch(expected, last)
 
 
 class DeleteFolder(L.Callback):

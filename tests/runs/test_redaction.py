@@ -18,12 +18,8 @@ from helpers.running import compose, train_py
 def test_no_secret_in_what_a_run_prints_and_writes(tmp_path, monkeypatch):
     secrets = {"WANDB_API_KEY": "from-environment-1", "HF_TOKEN": "from-environment-2"}
     arguments = (
-        *(
-            "trainer=smoke",
-            "name=x",
-            "++model.net.image_encoder_args.token=typed-3",
-            "++model.net.image_encoder_args.note=${oc.env:HF_TOKEN}",
-        ),
+        *("trainer=smoke", "name=x", "++model.net.image_encoder_args.token=typed-3"),
+        "++model.net.image_encoder_args.note=${oc.env:HF_TOKEN}",
         "++model.net.image_encoder_args.deep={api_key:typed-4,password:${oc.env:WANDB_API_KEY}}",
         "+data.text=https://me:typed-5@host/x",
     )
@@ -46,9 +42,8 @@ def test_no_secret_in_what_a_run_prints_and_writes(tmp_path, monkeypatch):
     assert yaml.safe_load(written["config.yaml"])["model"]["net"]["image_encoder_args"]["note"] == "${oc.env:HF_TOKEN}"
     everything = "".join([printed.stdout, printed.stderr, stopped.stdout, stopped.stderr, *written.values()])
     assert not re.search(r"from-environment|typed-", everything)
-    wrong = train_py(
-        "++model.net.image_encoder_args.token=typed-6,typed-7", "name=x", cwd=tmp_path
-    )  # which the message repeats
+    twice = "++model.net.image_encoder_args.token=typed-6,typed-7"  # which the message repeats
+    wrong = train_py(twice, "name=x", cwd=tmp_path)
     assert wrong.stderr.startswith("error: ")
     assert "typed-" not in wrong.stderr
 
@@ -56,14 +51,8 @@ def test_no_secret_in_what_a_run_prints_and_writes(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_no_secret_of_a_sweep(tmp_path):
     """In Hydra's record, the log lines of its launcher, our records, and names of folders."""
-    words = (
-        "-m",
-        "seed=1,2",
-        "++model.net.image_encoder_args.token=typed-1",
-        "model.net.name=nothing",
-        "hydra.sweep.subdir=${seed}",
-    )
-    done = train_py(*words, cwd=tmp_path)
+    words = ("-m", "seed=1,2", "++model.net.image_encoder_args.token=typed-1", "model.net.name=nothing")
+    done = train_py(*words, "hydra.sweep.subdir=${seed}", cwd=tmp_path)
     assert done.returncode == 1
     assert "succeeded: model.net.name: unknown model 'nothing'" in done.stderr
     assert "#1 : ++seed=2 ++model.net.image_encoder_args.token=<hidden>" in done.stdout

@@ -28,15 +28,12 @@ def test_draws_of_a_measure_in_percent_come_back(tmp_path: Path) -> None:
 
 
 def test_conditions_come_back(tmp_path: Path) -> None:
+    assert read_conditions(tmp_path) == {}
     first, second = Conditions(**ROW), Conditions(**ROW | {"settings": {}})
     known = {"x/CIDEr": first, "x/METEOR": first, "x/t2i_recall@1": second}
     write_conditions(tmp_path, known)
     assert read_conditions(tmp_path) == known
     assert len(json.loads((tmp_path / CONDITIONS).read_text())) == 2  # equal ones are written once
-
-
-def test_a_run_without_conditions(tmp_path: Path) -> None:
-    assert read_conditions(tmp_path) == {}
 
 
 @pytest.mark.parametrize(

@@ -27,12 +27,7 @@ from helpers.running import launched, run, watched
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EVERY = ("callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep_last=20", "trainer.log_every_n_steps=1")
-SIX = (
-    "data.batch_size=6",
-    "trainer.max_epochs=2",
-    "trainer.strategy=ddp",
-    *EVERY,
-)  # of which two and three have equal parts
+SIX = ("data.batch_size=6", "trainer.max_epochs=2", "trainer.strategy=ddp", *EVERY)  # two and three have equal parts
 
 
 class Keys(L.Callback):
@@ -192,13 +187,8 @@ def test_signals_to_one_rank_save_once_and_end_all_with_143(tmp_path: Path) -> N
     """They come after step 2; all ranks know with step 3."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun opens one
     told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
-    told |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RUN_ID": "x",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    told |= {"TORCHELASTIC_RUN_ID": "x", "GLOO_SOCKET_IFNAME": "lo"}
     overrides = (*MAP, "trainer.strategy=ddp", "trainer.devices=2")
     processes = []
     for number in ("0", "1"):

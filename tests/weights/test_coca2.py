@@ -114,20 +114,16 @@ def test_a_mask_that_version_4_knows(tmp_path: Path) -> None:
         write_open_clip(model, tmp_path, version="5")
 
 
-@pytest.mark.parametrize(
-    ("preset", "tensors", "parts"),
-    [("coca2_ViT-B-32", 637, {"image": 89_955_584, "text": 63_428_608, "decoder": 100_967_424})],
-)
-def test_sizes_of_the_presets(preset: str, tensors: int, parts: dict[str, int]) -> None:
+def test_sizes_of_the_preset() -> None:
     with torch.device("meta"):
-        model = create_model(preset)
-    assert len(to_open_clip(model)) == tensors
+        model = create_model("coca2_ViT-B-32")
+    assert len(to_open_clip(model)) == 637
     sizes = {"image": 0, "text": 0, "decoder": 0}
     for name, parameter in model.named_parameters():
         part = "image" if name.startswith(("image_", "pooling")) else name.partition(".")[0]
         if part in sizes:
             sizes[part] += parameter.numel()
-    assert sizes == parts
+    assert sizes == {"image": 89_955_584, "text": 63_428_608, "decoder": 100_967_424}
 
 
 def test_initial_values_of_coca2() -> None:

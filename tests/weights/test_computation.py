@@ -91,20 +91,11 @@ def test_openclip_finetuning_openclip(folder: Path, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ("model.net.cls_mask=correct", "cls_mask is 'correct', but the weights in .* were trained with 'legacy'"),
-        ("+model.net.text_heads=8", "text_heads is 8, but the weights in .* were trained with 4"),
-        (
-            "+model.net.image_encoder_args={num_heads: 1}",
-            "image_encoder_args.num_heads is 1, but the weights in .* were trained with 3",
-        ),
-        (
-            "+model.net.resize_mode=squash",
-            "resize_mode is 'squash', but the weights in .* were trained with 'shortest'",
-        ),
-        (
-            "+model.net.image_encoder_args={act_layer: quick_gelu}",
-            r"init_from: .* computes something else: .*\.act is 'QuickGELU\w*' in the model and 'GELU\w*' in the file",
-        ),
+        ("model.net.cls_mask=correct", r"cls_mask is 'correct'.* 'legacy'"),
+        ("+model.net.text_heads=8", r"text_heads is 8\b.* 4\b"),
+        ("+model.net.image_encoder_args={num_heads: 1}", r"image_encoder_args\.num_heads is 1\b.* 3\b"),
+        ("+model.net.resize_mode=squash", r"resize_mode is 'squash'.* 'shortest'"),
+        ("+model.net.image_encoder_args={act_layer: quick_gelu}", r"init_from: .*\.act is 'QuickGELU.* 'GELU"),
     ],
 )
 def test_choices_that_contradict_the_weights(folder: Path, choice: str, message: str) -> None:

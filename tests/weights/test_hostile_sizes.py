@@ -243,19 +243,6 @@ def test_parts_that_overlap(load: Callable[[Path], str], tmp_path: Path) -> None
     assert "overlap" in load(tmp_path / "x.pt")
 
 
-def test_a_tensor_that_repeats_one_number(load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any]) -> None:
-    size, width = 1_500_000, ours[MODEL_KEY]["text_width"]
-    state = ours["state_dict"] | {"net.text.position_embedding": torch.zeros(1).expand(size, width)}
-    torch.save({"state_dict": state, MODEL_KEY: ours[MODEL_KEY] | {"context_length": size - 1}}, tmp_path / "x.ckpt")
-    assert "stored" in load(tmp_path / "x.ckpt")
-
-
-def test_many_names_of_one_tensor(load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any]) -> None:
-    state = ours["state_dict"] | dict.fromkeys((f"net.{i}" for i in range(1000)), torch.zeros(10**6))
-    torch.save({"state_dict": state, MODEL_KEY: ours[MODEL_KEY]}, tmp_path / "x.ckpt")
-    assert "stored" in load(tmp_path / "x.ckpt")
-
-
 def test_low_rank_updates_that_claim_a_matrix(
     load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any]
 ) -> None:
@@ -269,47 +256,51 @@ def test_low_rank_updates_that_claim_a_matrix(
     assert "low-rank" in load(tmp_path / "x.ckpt")
 
 
-@pytest.mark.parametrize(
-    "forged",
-    [
-        {"text_layers": 4096},
-        {"decoder_layers": 4096, "text_layers": 4096},
-        {"image_encoder": "resnet50", "image_encoder_args": {"layers": [4096] * 4}},
-        {"image_encoder": "vit_base_patch32_clip_224", "image_encoder_args": {"depth": 4096}},
-        {"text_width": 4096, "text_heads": 1},
-        {"context_length": 10**12},
-        {"context_length": 10**6, "text_tower": "modern"},
-    ],
-)
-def test_forged_sizes(
-    load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any], forged: dict[str, Any]
-) -> None:
-    torch.save(ours | {MODEL_KEY: ours[MODEL_KEY] | forged}, tmp_path / "x.ckpt")
-    assert "is damaged" in load(tmp_path / "x.ckpt")
-
-
-def test_an_empty_tensor_explains_no_size(load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any]) -> None:
-    state = ours["state_dict"] | {"net.x": torch.zeros(10**9, 0)}
-    config = ours[MODEL_KEY] | {"embed_dim": 10**6}
-    torch.save({"state_dict": state, MODEL_KEY: config}, tmp_path / "x.ckpt")
-    assert "empty" in load(tmp_path / "x.ckpt")
-
-
-def test_a_description_that_holds_itself_again_and_again(
-    load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any]
-) -> None:
+def pairs_of_itself() -> tuple[Any, ...]:
     node: tuple[Any, ...] = (1, 1)
     for _ in range(50):
         node = (node, node)
-    torch.save(ours | {MODEL_KEY: ours[MODEL_KEY] | {"text_layers": node}}, tmp_path / "x.ckpt")
-    assert "nested" in load(tmp_path / "x.ckpt")
+    return node
 
 
-def test_a_description_that_repeats_a_long_list(
-    load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any]
+@pytest.mark.parametrize(
+    ("tensors", "sizes", "said"),
+    [
+        *(
+            ({}, sizes, "is damaged")
+            for sizes in (
+                {"text_layers": 4096},
+                {"decoder_layers": 4096, "text_layers": 4096},
+                {"image_encoder": "resnet50", "image_encoder_args": {"layers": [4096] * 4}},
+                {"image_encoder": "vit_base_patch32_clip_224", "image_encoder_args": {"depth": 4096}},
+                {"text_width": 4096, "text_heads": 1},
+                {"context_length": 10**12},
+                {"context_length": 10**6, "text_tower": "modern"},
+            )
+        ),
+        ({"text.position_embedding": torch.zeros(1).expand(1_500_000, 96)}, {"context_length": 1_499_999}, "stored"),
+        (dict.fromkeys(map(str, range(1000)), torch.zeros(10**6)), {}, "stored"),
+        ({"x": torch.zeros(10**9, 0)}, {"embed_dim": 10**6}, "empty"),
+        ({}, {"text_layers": pairs_of_itself()}, "nested"),
+        ({}, {"text_layers": [[0] * 10**5] * 3000}, "more than 1,000,000 values"),
+    ],
+    ids=[
+        *("layers", "layers of both", "layers of the trunk", "depth", "width", "context", "context without positions"),
+        *("a tensor of one number", "many names of one tensor", "an empty tensor", "a pair of pairs", "a long list"),
+    ],
+)
+def test_forged_sizes(
+    load: Callable[[Path], str],
+    tmp_path: Path,
+    ours: dict[str, Any],
+    tensors: dict[str, Tensor],
+    sizes: dict[str, Any],
+    said: str,
 ) -> None:
-    torch.save(ours | {MODEL_KEY: {"text_layers": [[0] * 10**5] * 3000}}, tmp_path / "x.ckpt")
-    assert "more than 1,000,000 values" in load(tmp_path / "x.ckpt")
+    """Also with a tensor that would explain the size, stored as one number or none, and with endless descriptions."""
+    state = ours["state_dict"] | {f"net.{name}": tensor for name, tensor in tensors.items()}
+    torch.save({"state_dict": state, MODEL_KEY: ours[MODEL_KEY] | sizes}, tmp_path / "x.ckpt")
+    assert said in load(tmp_path / "x.ckpt")
 
 
 def test_a_long_description(load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any]) -> None:

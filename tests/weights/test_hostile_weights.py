@@ -33,16 +33,6 @@ def test_pickle_as_checkpoint_of_a_training(tmp_path, target, key):
         run(cfg)
 
 
-def test_pickle_as_model(tmp_path, target):
-    torch.save({"state_dict": Evil(target)}, tmp_path / "evil.ckpt")
-    with pytest.raises(ValueError, match="holds code") as caught:
-        coca_lit.load_model(tmp_path / "evil.ckpt")
-    assert "weights_only" not in str(caught.value)
-    with pytest.raises(CheckpointError, match="holds code") as caught:
-        inspect(tmp_path / "evil.ckpt")
-    assert "weights_only" not in str(caught.value)
-
-
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b'{"a": 1}', b"hello", bytes(1000), pickle.dumps([1])])
 def test_what_is_no_checkpoint(tmp_path, content):
     """PyTorch advises to load it as code."""

@@ -69,13 +69,9 @@ def cache(tmp_path: Path) -> Path:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
     """The Hub that the client talks to instead of the real one, with an empty cache and no token."""
-    constants = huggingface_hub.constants
     with Hub() as hub:
-        answers_at(monkeypatch, hub.url)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the Hub's second protocol, in a library of its own
+        answers_at(monkeypatch, hub.url, cache)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(cache / "token"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's tries
         yield hub

@@ -22,7 +22,7 @@ from experiments.photos.quantise import quantised, save_quantised
 
 Build = Callable[..., CoCa]
 CAT = Path(__file__).resolve().parents[2] / "coca_lit" / "assets" / "photos" / "cat.jpg"
-WEIGHT = "text.token_embedding.weight"
+WEIGHT, SCALES = "text.token_embedding.weight", "text.token_embedding.weight.scales"
 
 
 @pytest.fixture(scope="module")
@@ -69,34 +69,19 @@ def test_numbers_that_fp16_lacks_are_refused() -> None:
         quantised({"bias": torch.tensor([1.0, 1e6])})
 
 
-def no_scales(tensors: dict[str, Tensor]) -> None:
-    del tensors[f"{WEIGHT}.scales"]
-
-
-def few_scales(tensors: dict[str, Tensor]) -> None:
-    tensors[f"{WEIGHT}.scales"] = tensors[f"{WEIGHT}.scales"][:1].clone()
-
-
-def scales_not_numbers(tensors: dict[str, Tensor]) -> None:
-    tensors[f"{WEIGHT}.scales"][0] = torch.nan
-
-
-def whole_scales(tensors: dict[str, Tensor]) -> None:
-    tensors[f"{WEIGHT}.scales"] = tensors[f"{WEIGHT}.scales"].long()
-
-
-def scales_of_floats(tensors: dict[str, Tensor]) -> None:
-    tensors[WEIGHT] = tensors[WEIGHT].float()
-
-
-def scales_of_nothing(tensors: dict[str, Tensor]) -> None:
-    tensors[f"{'a' * 9}.scales"] = torch.ones(3)
-
-
 @pytest.mark.parametrize(
-    "forge", [no_scales, few_scales, scales_not_numbers, whole_scales, scales_of_floats, scales_of_nothing]
+    "forge",
+    [
+        lambda tensors: tensors.pop(SCALES),
+        lambda tensors: tensors.update({SCALES: tensors[SCALES][:1].clone()}),
+        lambda tensors: tensors[SCALES][:1].fill_(torch.nan),
+        lambda tensors: tensors.update({SCALES: tensors[SCALES].long()}),
+        lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].float()}),
+        lambda tensors: tensors.update({f"{'a' * 9}.scales": torch.ones(3)}),
+    ],
+    ids=["none", "few", "no numbers", "whole numbers", "of floats", "of nothing"],
 )
-def test_forged_scales(tiny_model: Build, tmp_path: Path, forge: Callable[[dict[str, Tensor]], None]) -> None:
+def test_forged_scales(tiny_model: Build, tmp_path: Path, forge: Callable[[dict[str, Tensor]], object]) -> None:
     path = tmp_path / "model.safetensors"
     save_quantised(tiny_model(), path)
     tensors, metadata = load_torch(path), load_tensors(path)[1]
@@ -105,20 +90,14 @@ def test_forged_scales(tiny_model: Build, tmp_path: Path, forge: Callable[[dict[
     assert_refused(path, "scale")
 
 
-def test_a_cut_file(tiny_model: Build, tmp_path: Path) -> None:
+def test_a_cut_file_and_a_changed_byte(tiny_model: Build, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_quantised(tiny_model(), path)
-    path.write_bytes(path.read_bytes()[:-100])
-    assert_refused(path, "not a readable")
-
-
-def test_a_changed_byte(tiny_model: Build, tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    save_quantised(tiny_model(), path)
-    content = bytearray(path.read_bytes())
-    content[-100] ^= 1
-    path.write_bytes(content)
-    assert_refused(path, "damaged")
+    content = path.read_bytes()
+    changed = content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
+    for damaged, said in ((content[:-100], "not a readable"), (changed, "damaged")):
+        path.write_bytes(damaged)
+        assert_refused(path, said)
 
 
 def assert_refused(path: Path, word: str) -> None:

@@ -45,7 +45,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(len(TEXTS), 3, 32, 32), open_clip.get_tokenizer("coca_ViT-B-32")(TEXTS)
 
 
-@pytest.mark.parametrize("context", [76, *slow(77, 128, 256)])
+@pytest.mark.parametrize("context", [76, *slow(77, 256)])
 def test_features_and_logits_are_equal(batch: tuple[Tensor, Tensor], context: int) -> None:
     theirs, ours = make_pair(context=context)
     images, tokens = batch[0], open_clip.SimpleTokenizer(context_length=context)([*TEXTS[:3], "word " * 300])

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from coca_lit import save_model
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.tools.caption import outputs
-from coca_lit.tools.prepare.scenes import write_shards
-from helpers.applying import caption, new_model
+from helpers.applying import caption, fill
 from helpers.running import ROOT
 from helpers.shard_jobs import RECAPTION, contents, shards_to_caption
 
@@ -20,10 +18,7 @@ from helpers.shard_jobs import RECAPTION, contents, shards_to_caption
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, shards/, and in expected/ what one process writes."""
-    folder = tmp_path_factory.mktemp("engines")
-    save_model(new_model(), folder / "tiny.safetensors")
-    (folder / "shards").mkdir()
-    write_shards(folder / "shards", 8, 40, per_shard=2)
+    folder = fill(tmp_path_factory.mktemp("engines"), photos=0, samples=8, per_shard=2)
     caption(*words(folder), f"output={folder}/expected")
     return folder
 

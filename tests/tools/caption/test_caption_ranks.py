@@ -8,23 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from coca_lit import save_model
-from coca_lit.data.scenes.render import render
-from coca_lit.tools.prepare.scenes import write_shards
-from helpers.applying import caption, new_model
+from helpers.applying import caption, fill
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    save_model(new_model(), folder / "tiny.safetensors")
-    (folder / "photos").mkdir()
-    for i in range(7):
-        render(i * 37, size=40).save(folder / "photos" / f"{i}.png")
-    (folder / "photos" / "4.png").write_bytes(b"broken")
-    (folder / "shards").mkdir()
-    write_shards(folder / "shards", 8, 40, per_shard=2)
-    return folder
+    return fill(tmp_path_factory.mktemp("ranks"), photos=7, samples=8, per_shard=2)
 
 
 @pytest.fixture(scope="module")

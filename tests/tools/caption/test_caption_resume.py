@@ -9,29 +9,17 @@ from typing import Any
 
 import pytest
 
-from coca_lit import save_model
-from coca_lit.data.scenes.render import render
 from coca_lit.errors import ConfigError
 from coca_lit.files import append_lines
 from coca_lit.tools.caption import inputs, outputs
-from coca_lit.tools.prepare.scenes import write_shards
-from helpers.applying import caption, new_model
+from helpers.applying import caption, fill
 from helpers.forking import Program
-
-PHOTOS = 10  # in batches of 3
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, photos/ with one that is broken, shards/, and of each kind of output the one without a kill."""
-    folder = tmp_path_factory.mktemp("resume")
-    save_model(new_model(), folder / "tiny.safetensors")
-    (folder / "photos").mkdir()
-    for i in range(PHOTOS):
-        render(i * 37, size=40).save(folder / "photos" / f"{i}.png")
-    (folder / "photos" / "4.png").write_bytes(b"broken")
-    (folder / "shards").mkdir()
-    write_shards(folder / "shards", 12, 40, per_shard=4)
+    folder = fill(tmp_path_factory.mktemp("resume"), photos=10, samples=12, per_shard=4)  # photos in batches of 3
     for output in ("lines.jsonl", "coco.json", "new/"):
         write(folder, folder / "expected" / output)
     return folder

@@ -77,12 +77,8 @@ def assert_complete(done: subprocess.CompletedProcess[str], sweep: Path) -> None
 @pytest.mark.slow
 def test_one_after_another_then_more_of_the_same(run: Run, tmp_path: Path) -> None:
     """Fixed values name the sweep, varied ones its jobs; a second command adds to the same table."""
-    sweep = (
-        tmp_path
-        / "outputs"
-        / "sweeps"
-        / "demo,+model.net.image_encoder_args.api_key=_hidden_,model.freeze=_a_b_,seed=1"
-    )
+    name = "demo,+model.net.image_encoder_args.api_key=_hidden_,model.freeze=_a_b_,seed=1"
+    sweep = tmp_path / "outputs" / "sweeps" / name
     fixed = ("seed=1", "threads=1", "model.freeze=[a/b]", "+model.net.image_encoder_args.api_key=hunter2")
     first = run(APP, "-m", RATES, *fixed)
     assert_complete(first, sweep)
@@ -106,12 +102,8 @@ def test_processes_side_by_side_of_which_one_is_killed(run: Run, tmp_path: Path)
     done = run(APP, "-m", "hydra/launcher=joblib_jobs", "hydra.launcher.n_jobs=4", rates)
     sweep = tmp_path / "outputs" / "sweeps" / "demo"
     rows = {row["model.optimizer.lr"]: row for row in rows_of(sweep)}
-    assert {rate: row["status"] for rate, row in rows.items()} == {
-        "0.1": "ok",
-        "109": "failed",
-        "0.3": "ok",
-        "115": "stopped",
-    }
+    statuses = {rate: row["status"] for rate, row in rows.items()}
+    assert statuses == {"0.1": "ok", "109": "failed", "0.3": "ok", "115": "stopped"}
     assert rows["109"]["error"].startswith("job 1: killed by SIGKILL")
     assert done.returncode == 1
     assert "error: job 1: killed by SIGKILL" in done.stderr
@@ -170,11 +162,8 @@ def test_optuna_study_survives_failures_and_goes_on(run: Run, tmp_path: Path) ->
     sweep = tmp_path / "outputs" / "sweeps" / "demo"
     done = run(APP, "-m", *study, *grid)
     assert done.returncode == 0, done.stderr
-    assert {row["model.optimizer.lr"]: row["status"] for row in rows_of(sweep)} == {
-        "0.5": "ok",
-        "0.6": "ok",
-        "7": "failed",
-    }
+    statuses = {row["model.optimizer.lr"]: row["status"] for row in rows_of(sweep)}
+    assert statuses == {"0.5": "ok", "0.6": "ok", "7": "failed"}
     assert "best scenes/CIDEr: 60.00 in outputs/sweeps/demo/model.optimizer.lr=0.6" in done.stdout
 
     storage = f"sqlite:///{sweep}/optuna.db"

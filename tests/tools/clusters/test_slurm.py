@@ -122,17 +122,10 @@ def test_jobs_of_a_sweep_of_which_one_is_killed(call: Call, tmp_path: Path) -> N
 
 def test_preempted_jobs_are_requeued_and_terminated_ones_stop(call: Call, tmp_path: Path) -> None:
     pytest.importorskip("submitit")
-    app = (
-        sys.executable,
-        str(ROOT / "tests" / "helpers" / "preempted_app.py"),
-        "-m",
-        *ON_ONE_NODE,
-        NO_GPUS,
-        "seed=0,1",
-    )
+    app = (sys.executable, str(ROOT / "tests" / "helpers" / "preempted_app.py"), "-m", *ON_ONE_NODE, NO_GPUS)
     steps = ("trainer.max_epochs=1", "data.train_count=16", "data.batch_size=4")
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("", "tests"))
-    done = call(*app, "trainer=cpu", *SIZES, *SHORT, *LOGS, *steps, PYTHONPATH=paths)
+    done = call(*app, "seed=0,1", "trainer=cpu", *SIZES, *SHORT, *LOGS, *steps, PYTHONPATH=paths)
     assert done.returncode == 1
     assert "error: 1 of 2 jobs" in done.stderr
     rows = rows_of(tmp_path / "sweep", "seed")

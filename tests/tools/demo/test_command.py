@@ -32,6 +32,16 @@ def shown(monkeypatch, tmp_path):
     return calls
 
 
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of three."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for record in scene_records("val", count=3):
+        record.image().save(folder / f"{record.id}.png")
+    return folder
+
+
 def fake_run(folder, score, model):
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps({"scenes/exact_match": score}))
@@ -82,13 +92,9 @@ def test_the_training_command_is_that_of_a_run(tmp_path, monkeypatch):
     assert {"name: demo_model", "max_epochs: 6"} <= {line.strip() for line in shown[0].stdout.splitlines()}
 
 
-def test_scenes_are_searched_unless_a_folder_is_given(shown, tmp_path, tiny_model, capsys):
+def test_scenes_are_searched_unless_a_folder_is_given(shown, tmp_path, photos, tiny_model, capsys):
     save_model(tiny_model(), tmp_path / "tiny.safetensors")
     cli.run(compose("checkpoint=tiny.safetensors"))
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for record in scene_records("val", count=3):
-        record.image().save(photos / f"{record.id}.png")
     (photos / "broken.png").write_text("no image")
     cli.run(compose("checkpoint=tiny.safetensors", "images=photos"))
     save_model(tiny_model(text_layers=1), tmp_path / "other.safetensors")
@@ -102,19 +108,16 @@ def test_scenes_are_searched_unless_a_folder_is_given(shown, tmp_path, tiny_mode
     assert shown[0][3] == {"builtin": False}
 
 
-def test_clips_stay_in_the_index(shown, tmp_path, tiny_model):
+def test_clips_stay_in_the_index(shown, tmp_path, photos, tiny_model):
     """The page shows none, a search finds them."""
     pytest.importorskip("av")
     from helpers.clips import greys, write_clip
 
     model = tiny_model()
     save_model(model, tmp_path / "tiny.safetensors")
-    (tmp_path / "photos").mkdir()
-    for record in scene_records("val", count=3):
-        record.image().save(tmp_path / "photos" / f"{record.id}.png")
-    write_clip(tmp_path / "photos" / "a.mp4", greys(range(0, 200, 20)))
+    write_clip(photos / "a.mp4", greys(range(0, 200, 20)))
     file = tmp_path / "photos.index.safetensors"
-    index = ImageIndex(model, tmp_path / "photos", frames=2)
+    index = ImageIndex(model, photos, frames=2)
     index.update()
     index.save(file)
     cli.run(compose("checkpoint=tiny.safetensors", "images=photos"))
@@ -161,13 +164,11 @@ def test_the_page_answers_to_its_own_name_alone():
     assert [*answers.values()] == [200, 200, 400, 400]
 
 
-def test_a_file_of_another_kind_is_not_replaced_by_the_index(shown, tmp_path, tiny_model, capsys):
+@pytest.mark.usefixtures("shown", "photos")
+def test_a_file_of_another_kind_is_not_replaced_by_the_index(tmp_path, tiny_model, capsys):
     save_model(tiny_model(), tmp_path / "tiny.safetensors")
     save_model(tiny_model(), tmp_path / "photos.index.safetensors")
     before = (tmp_path / "photos.index.safetensors").read_bytes()
-    (tmp_path / "photos").mkdir()
-    for record in scene_records("val", count=3):
-        record.image().save(tmp_path / "photos" / f"{record.id}.png")
     cli.run(compose("checkpoint=tiny.safetensors", "images=photos"))
     assert (tmp_path / "photos.index.safetensors").read_bytes() == before
     assert "photos.index.safetensors" in capsys.readouterr().out

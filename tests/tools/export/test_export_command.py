@@ -204,16 +204,13 @@ def test_a_missing_package_is_named(checkpoint: Path, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["format=openclip"], "format: there is no format 'openclip'; did you mean 'open_clip'?"),
-        (
-            ["format=onnx", "correct_cls_mask=true"],
-            "correct_cls_mask belongs to format=open_clip, but the format is onnx",
-        ),
-        (["format=safetensors", "checkpoint=absent.ckpt"], "there is no checkpoint 'absent.ckpt'"),
+        (["format=openclip"], "^format: .*'openclip'.*'open_clip'"),
+        (["format=onnx", "correct_cls_mask=true"], "^correct_cls_mask .*format=open_clip.*onnx"),
+        (["format=safetensors", "checkpoint=absent.ckpt"], "'absent.ckpt'"),
     ],
 )
 def test_mistakes(checkpoint: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(message)):
+    with pytest.raises(ConfigError, match=message):
         export(f"checkpoint={checkpoint}", f"output={tmp_path}/model", *arguments)
     assert list(tmp_path.iterdir()) == []
 

@@ -6,6 +6,8 @@ within 0.3 %, and with any two of them they do not. OpenCLIP's own profile (33.3
 here) counts attention, runs the text tower once, and the decoder over 76 tokens instead of 75.
 """
 
+import functools
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from helpers.study import PROFILE, SIZES
 BATCH = 2
 
 
+@functools.cache
 def forward(name: str) -> tuple[dict[str, float], dict[str, float]]:
     """GFLOP of a pair by part, and of its products of attention."""
     with torch.device("meta"):

@@ -68,24 +68,15 @@ def test_csv(photos, tmp_path, capsys):
     rows += [("photos/none.jpg", "lost"), ("photos/4.jpg", "")]
     run(table(tmp_path / "t.csv", rows), tmp_path / "out", "--samples-per-shard", "3", "--max-bad-fraction", "0.2")
     found = samples(tmp_path / "out")
-    assert list(found) == [
-        "0000000000",
-        "0000000001",
-        "0000000002",
-        "0000100000",
-        *("0000100001", "0000100002", "0000200000"),
-    ]
+    assert list(found) == [f"0000{shard}0000{i}" for shard in (0, 1) for i in range(3)] + ["0000200000"]
     sample = found["0000000002"]
     assert sample["jpg"] == (photos / "2.jpg").read_bytes()  # copied as it is
     assert sample["txt"] == b'a dog, 2 "quoted"'
     meta = json.loads(sample["json"])
     assert meta["captions"] == ['a dog, 2 "quoted"', "the same one"]
     assert (meta["width"], meta["height"], meta["key"], meta["source"]) == (12, 12, "0000000002", "2.jpg")
-    assert {name: entry.samples for name, entry in read_manifest(tmp_path / "out").items()} == {
-        "00000.tar": 3,
-        "00001.tar": 3,
-        "00002.tar": 1,
-    }
+    samples_of = {name: entry.samples for name, entry in read_manifest(tmp_path / "out").items()}
+    assert samples_of == {"00000.tar": 3, "00001.tar": 3, "00002.tar": 1}
     said = capsys.readouterr().out
     assert "1 x missing image" in said
     assert "none.jpg missing image" in said

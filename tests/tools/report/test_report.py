@@ -79,17 +79,8 @@ def test_page_needs_nothing_else(run):
     assert "http" not in re.sub(r'src="[^"]+"', "", page)
     assert "<script>" not in page  # a caption is text, whatever it holds
     assert "&lt;script&gt;" in page
-    for text in (
-        "123.45",
-        "SPICE",
-        "no jars",
-        "a.ckpt",
-        "OpenCLIP CoCa B/32, LAION-2B",
-        "36.18",
-        "built-in scenes: retrieval",
-        "the clearest mistakes",
-        "306.72 M",
-    ):
+    texts = ("123.45", "SPICE", "no jars", "a.ckpt", "OpenCLIP CoCa B/32, LAION-2B", "36.18", "306.72 M")
+    for text in (*texts, "built-in scenes: retrieval", "the clearest mistakes"):
         assert text in page
     assert (run / "curves.png").read_bytes().startswith(PNG)
 
@@ -451,11 +442,8 @@ def test_a_setting_that_refers_to_another_is_what_that_one_says(tmp_path):
     make_run(tmp_path / "a", {"x/CIDEr": 0.5}, own)
     make_run(tmp_path / "b", {"x/CIDEr": 0.6}, written)
     runs, _ = find_runs([tmp_path])
-    assert differences(runs) == {
-        "roots.other": ["/d/a/x", "/d/y"],
-        "round": ["${about}", 1],
-        "lost": ["${nowhere}", 1],
-    }
+    other = {"roots.other": ["/d/a/x", "/d/y"], "round": ["${about}", 1], "lost": ["${nowhere}", 1]}
+    assert differences(runs) == other
 
 
 def test_references_that_grow_without_end_are_no_values_of_settings(tmp_path):

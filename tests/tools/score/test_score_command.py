@@ -4,23 +4,28 @@ import csv
 import functools
 import gzip
 import json
-import os
 import re
-from pathlib import Path
 
 import pytest
 
 from coca_lit.metrics.captions import caption_table, tokenize_captions
 from coca_lit.tools.score.command import examples, read_files, score, score_captions, warnings
+from helpers.running import ROOT
+from helpers.shared_data import CAPTIONS, SHARED
 
-SHARED = Path(os.environ.get("COCA_SHARED_DATA", Path(__file__).resolve().parents[4] / "shared" / "data")) / "captions"
-ROOT = Path(__file__).resolve().parents[3]
 REFERENCES = {1: "a red dog runs", 2: "two green birds sit", 3: "a blue cat"}
 
 
 def write(path, content):
     path.write_text(json.dumps(content))
     return path
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Scores by BLEU and CIDEr alone, which need no Java."""
+    table = functools.partial(caption_table, metrics=("Bleu", "CIDEr"), tokenize=list)
+    monkeypatch.setattr("coca_lit.metrics.captions.caption_table", table)
 
 
 def coco(path, **domains):
@@ -35,16 +40,16 @@ def results(path, captions):
     return write(path, [{"image_id": i, "caption": text} for i, text in captions])
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="shared caption data not present")
+@pytest.mark.skipif(not CAPTIONS.is_dir(), reason="shared caption data not present")
 @pytest.mark.slow
 def test_published_scores(tmp_path, monkeypatch, capsys):
     """Without METEOR, whose published scores are in tests/metrics."""
     metrics = ("Bleu", "ROUGE_L", "CIDEr", "SPICE")
     monkeypatch.setattr("coca_lit.metrics.captions.caption_table", functools.partial(caption_table, metrics=metrics))
-    files = [str(SHARED / name) for name in ("fakecap_results.json", "fakecap_refs.json")]
+    files = [str(CAPTIONS / name) for name in ("fakecap_results.json", "fakecap_refs.json")]
     score([*files, "--output", str(tmp_path / "scores.json")])
     scores = json.loads((tmp_path / "scores.json").read_text())
-    published = json.loads((SHARED / "expected_scores.json").read_text())["fakecap"]
+    published = json.loads((CAPTIONS / "expected_scores.json").read_text())["fakecap"]
     for name in ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"):
         assert round(scores[name], 3) == published[name]
     shown = capsys.readouterr().out
@@ -56,9 +61,8 @@ def test_published_scores(tmp_path, monkeypatch, capsys):
     assert 2 < high - value < 6
 
 
-def test_formats(tmp_path, monkeypatch, capsys):
-    without_java = functools.partial(caption_table, metrics=("Bleu", "CIDEr"), tokenize=list)
-    monkeypatch.setattr("coca_lit.metrics.captions.caption_table", without_java)
+@pytest.mark.usefixtures("quick")
+def test_formats(tmp_path, capsys):
     captions = results(tmp_path / "p.json", REFERENCES.items())
     rows = [
         {"imgid": i, "filename": f"{i}.jpg", "split": "val", "sentences": [{"raw": t}]} for i, t in REFERENCES.items()
@@ -111,10 +115,9 @@ def test_mistakes_in_references(tmp_path):
         score([str(captions), str(write(tmp_path / "silent.json", {"images": images, "annotations": silent}))])
 
 
-def test_hallucinated_objects(tmp_path, monkeypatch, capsys):
+@pytest.mark.usefixtures("quick")
+def test_hallucinated_objects(tmp_path, capsys):
     """The cat of image 2 is annotated, other animals are in references; the bus and the bird of image 3 are neither."""
-    without_java = functools.partial(caption_table, metrics=("Bleu",), tokenize=list)
-    monkeypatch.setattr("coca_lit.metrics.captions.caption_table", without_java)
     captions = results(tmp_path / "p.json", [(1, "a dog"), (2, "a cat"), (3, "kittens and a bus, a blue bird")])
     (tmp_path / "synonyms.txt").write_text("dog, puppy\ncat, kitten\nbus\nbird\n")
     instances = {"categories": [{"id": 9, "name": "cat"}], "annotations": [{"image_id": 2, "category_id": 9}]}
@@ -128,9 +131,8 @@ def test_hallucinated_objects(tmp_path, monkeypatch, capsys):
         score(["p.json", "r.json", *files[:2]])
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_folder_of_the_output_is_made_or_refused_before_scoring(tmp_path, monkeypatch, capsys):
-    without_java = functools.partial(caption_table, metrics=("Bleu",), tokenize=list)
-    monkeypatch.setattr("coca_lit.metrics.captions.caption_table", without_java)
     captions, references = results(tmp_path / "p.json", REFERENCES.items()), coco(tmp_path / "coco.json")
     score([str(captions), str(references), "--output", str(tmp_path / "new" / "scores.json")])
     assert json.loads((tmp_path / "new" / "scores.json").read_text())["Bleu_1"] > 0.9
@@ -151,12 +153,12 @@ def test_a_file_of_another_kind_is_not_replaced(tmp_path):
         assert output.read_bytes() == before
 
 
-@pytest.mark.skipif(not (SHARED.parent / "judgments").is_dir(), reason="shared judgements not present")
+@pytest.mark.skipif(not (SHARED / "judgments").is_dir(), reason="shared judgements not present")
 @pytest.mark.slow
 def test_judgments(tmp_path, monkeypatch, capsys):
     """A table for each measure, with people, intervals and differences; --output has the numbers."""
     monkeypatch.setenv("COCA_SPICE_JARS", str(tmp_path))
-    folder = SHARED.parent / "judgments"
+    folder = SHARED / "judgments"
     lines = (folder / "ExpertAnnotations.txt").read_text().splitlines()[:200]
     (tmp_path / "some.txt").write_text("\n".join(lines))
     files = ["--judgments", str(tmp_path / "some.txt"), "--captions", str(folder / "Flickr8k.token.txt")]
