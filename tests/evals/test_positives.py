@@ -13,6 +13,7 @@ from coca_lit.data.datasets.retrieval import Positives, cxc_positives, eccv_posi
 from coca_lit.data.records import Record
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.evals import Settings
+from coca_lit.evals.inference import embed_pairs
 from coca_lit.evals.retrieval import PositiveRetrieval, RetrievalScores
 from coca_lit.metrics.retrieval import positive_scores
 from coca_lit.metrics.uncertainty import exact
@@ -166,8 +167,6 @@ def test_folds_are_searched_by_themselves(tmp_path: Path) -> None:
     model = make_model()
     evaluation = RetrievalScores("x", listed, fold=2)
     scores = evaluation.evaluate(model, Settings(tmp_path))
-    from coca_lit.evals.inference import embed_pairs
-
     images, texts, owner = embed_pairs(model, listed)
     of_folds = []
     for start in (0, 2, 4):

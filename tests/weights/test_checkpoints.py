@@ -71,16 +71,8 @@ def from_open_clip_model() -> CoCa:
         "coca_tiny",
         image_encoder="vit_base_patch32_clip_224",
         image_encoder_args={"patch_size": 16, "embed_dim": 64, "depth": 1, "num_heads": 1},
-        embed_dim=64,
-        pooler_queries=3,
-        pooler_heads=8,
-        tokenizer="clip",
-        context_length=9,
-        cls_mask="legacy",
-        text_width=64,
-        text_layers=1,
-        text_heads=1,
-        decoder_layers=1,
+        **{"embed_dim": 64, "pooler_queries": 3, "pooler_heads": 8, "tokenizer": "clip", "context_length": 9},
+        **{"cls_mask": "legacy", "text_width": 64, "text_layers": 1, "text_heads": 1, "decoder_layers": 1},
     )
 
 

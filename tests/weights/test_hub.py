@@ -125,11 +125,7 @@ def test_openmammut_by_its_name(hub: Hub) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        "apple/mobileclip2_coca_dfn2b_s13b_docci_s12m_context128",
-        "hf-hub:apple/mobileclip2_coca_dfn2b_s13b_docci_s12m_context128",
-        "coca_ViT-L-14/dfn2b_s13b_docci_s12m_context128",
-    ],
+    ["apple/mobileclip2_coca_dfn2b_s13b_docci_s12m_context128", "coca_ViT-L-14/dfn2b_s13b_docci_s12m_context128"],
 )
 def test_apples_layout(hub: Hub, name: str, model: CoCa, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """One `.pt`, and a `config.json` that is OpenCLIP's model config itself. Its heads are not those of the rule."""

@@ -35,14 +35,6 @@ def disturb(model: CoCa) -> None:
             nn.init.normal_(module.b, std=0.05)
 
 
-def test_the_sum_by_hand() -> None:
-    update = LowRank(torch.zeros(2, 3), rank=1, alpha=4.0)
-    update.a.data = torch.tensor([[1.0, 2.0, 3.0]])
-    update.b.data = torch.tensor([[1.0], [-1.0]])
-    weight = torch.ones(2, 3)
-    assert torch.equal(update(weight), torch.tensor([[5.0, 9.0, 13.0], [-3.0, -7.0, -11.0]]))
-
-
 def test_the_update_is_divided_by_its_rank() -> None:
     """W + 4/2 · B A with W = 0, B = (1 2; 0 1) and A = (1 0 1; 0 1 1), so B A = (1 2 3; 0 1 1)."""
     update = LowRank(torch.zeros(2, 3), rank=2, alpha=4.0)

@@ -14,30 +14,16 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.models.inputs import Patches, stack_images
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
-from helpers import oracle
+from helpers import coca2, oracle
 from helpers.coca2 import same
 from helpers.family import check_files
 from helpers.oracle import State
 
 NAME = "coca2-moderntext-naflex_ViT-B-32"
 STYLE = {"gated": True, "qk_norm": True, "mlp_width": 44}
-SMALL: dict[str, Any] = {
-    "image_encoder_args": {
-        "patch_size": 8,
-        "pre_norm": True,
-        "pos_embed_grid_size": [3, 3],
-        "embed_dim": 48,
-        "depth": 2,
-        "num_heads": 3,
-    },
+SMALL: dict[str, Any] = coca2.SMALL | {
+    "image_encoder_args": coca2.SMALL["image_encoder_args"] | {"pre_norm": True, "pos_embed_grid_size": [3, 3]},
     "image_size": 24,
-    "embed_dim": 32,
-    "pooler_queries": 5,
-    "pooler_heads": 4,
-    "context_length": 12,
-    "text_width": 32,
-    "text_layers": 2,
-    "text_heads": 2,
     "decoder_layers": 2,
     "text_tower_args": {"pool": "mean", **STYLE},
     "decoder_args": {"cross_attention_every": 1, **STYLE},

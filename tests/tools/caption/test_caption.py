@@ -14,6 +14,7 @@ from PIL import Image
 
 from coca_lit import save_model
 from coca_lit.cli.words import quote
+from coca_lit.data import pixels
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.datasets.annotations import read_results
 from coca_lit.data.scenes.render import render
@@ -22,6 +23,8 @@ from coca_lit.data.shards.shard import Shard as ShardFile
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.models import CoCa
 from coca_lit.models.inputs import preprocessing
+from coca_lit.tools.caption import inputs
+from coca_lit.tools.caption.inputs import Source, load_images
 from coca_lit.tools.prepare.scenes import write_shards
 from helpers.applying import caption, naive_captions, new_model
 
@@ -91,8 +94,6 @@ def test_json_lines(model: CoCa, checkpoint: str, photos: Path, tmp_path: Path, 
 
 
 def test_exif_rotation_is_applied(model: CoCa, photos: Path, tmp_path: Path) -> None:
-    from coca_lit.tools.caption.inputs import Source, load_images
-
     render(10, size=48).save(tmp_path / "upright.jpg", quality=95)
     paths = [photos / "turned.jpg", tmp_path / "upright.jpg"]
     batch = next(load_images([[Source(path.name, path) for path in paths]], preprocessing(32, "bicubic", "shortest")))
@@ -103,8 +104,6 @@ def test_exif_rotation_is_applied(model: CoCa, photos: Path, tmp_path: Path) -> 
 
 
 def test_an_image_of_a_shard_that_vanished_is_named(tmp_path: Path) -> None:
-    from coca_lit.tools.caption.inputs import Source, load_images
-
     gone = Source("the first", tmp_path / "gone.tar", offset=512, size=100)
     batch = next(load_images([[gone]], preprocessing(32, "bicubic", "shortest")))
     assert not batch.positions
@@ -112,16 +111,13 @@ def test_an_image_of_a_shard_that_vanished_is_named(tmp_path: Path) -> None:
 
 
 def test_a_byte_more_than_the_limit_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from coca_lit.data import pixels
-    from coca_lit.tools.caption import inputs
-
     render(10, size=48).save(tmp_path / "photo.png")
     size = (tmp_path / "photo.png").stat().st_size
     for limit, accepted in ((size, True), (size - 1, False)):
         monkeypatch.setattr(pixels, "MAX_IMAGE", limit)
         monkeypatch.setattr(inputs, "MAX_IMAGE", limit)
-        part = inputs.Source("photo", tmp_path / "photo.png", offset=0, size=size)
-        batch = next(inputs.load_images([[part]], preprocessing(32, "bicubic", "shortest")))
+        part = Source("photo", tmp_path / "photo.png", offset=0, size=size)
+        batch = next(load_images([[part]], preprocessing(32, "bicubic", "shortest")))
         assert bool(batch.positions) == accepted
     assert f"more than the {size - 1:,}" in batch.broken[0]
 

@@ -122,9 +122,8 @@ def test_near_duplicates(rows, tmp_path, distance, cosine):
     expected = naive_dedup(rows, [], distance, cosine)
     assert 10 < len(expected) < 280
     output = tmp_path / "kept.parquet"
-    words = ["" if distance is None else str(distance) or "", cosine]
-    more = [] if cosine is None else [f"cosine={cosine}"]
-    coca_data(["dedup", str(tmp_path / "a"), f"output={output}", f"hash_distance={words[0] or 'none'}", *more])
+    near = [f"hash_distance={'none' if distance is None else distance}"] + [f"cosine={cosine}"] * (cosine is not None)
+    coca_data(["dedup", str(tmp_path / "a"), f"output={output}", *near])
     assert chosen(output) == names(expected)
     content = output.read_bytes()
     dedup_scores(find_scores([tmp_path / "a"]), output, (), distance, cosine)

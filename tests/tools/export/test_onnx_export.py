@@ -38,10 +38,7 @@ TRANSFORMER = {
     **CONVOLUTIONAL,
     "image_encoder": "vit_base_patch32_clip_224",
     "image_encoder_args": {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
-    "pooler": "cascade",
-    "pooler_queries": 5,
-    "cls_mask": "legacy",
-    "tokenizer": "clip",
+    **{"pooler": "cascade", "pooler_queries": 5, "cls_mask": "legacy", "tokenizer": "clip"},
 }
 
 

@@ -31,16 +31,8 @@ TEXTS = ["a dog", "two cats sit on a very long wooden bench!", "word " * 90]
 SMALL = {
     "image_encoder": "vit_base_patch16_clip_224",
     "image_encoder_args": {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
-    "image_size": 32,
-    "embed_dim": 32,
-    "pooler_queries": 5,
-    "pooler_heads": 4,
-    "tokenizer": "clip",
-    "context_length": 20,
-    "text_width": 32,
-    "text_layers": 2,
-    "text_heads": 4,
-    "decoder_layers": 2,
+    **{"image_size": 32, "embed_dim": 32, "pooler_queries": 5, "pooler_heads": 4, "tokenizer": "clip"},
+    **{"context_length": 20, "text_width": 32, "text_layers": 2, "text_heads": 4, "decoder_layers": 2},
     "cls_mask": "legacy",
 }
 SHIFTED = {"mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1]}
