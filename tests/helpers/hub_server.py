@@ -128,8 +128,9 @@ class _Handler(BaseHTTPRequestHandler):
             if commit := self._commit(found[1], found[2]):
                 folder = f"{unquote(found[3])}/" if found[3] else ""
                 inside = {p: c for p, c in commit[1].items() if p.startswith(folder)}
-                depth = None if "recursive=true" in self.path.lower() else 1
-                names = {folder + "/".join(p.removeprefix(folder).split("/")[:depth]): None for p in inside}
+                below = [p.removeprefix(folder).split("/") for p in inside]
+                levels = None if "recursive=true" in self.path.lower() else 1
+                names = {folder + "/".join(p[:n]): None for p in below for n in range(1, len(p) + 1)[:levels]}
                 tree = [self._entry(p, commit[1].get(p)) for p in names]
                 if inside or not folder:
                     self._answer(200, tree)
