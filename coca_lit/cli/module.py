@@ -43,7 +43,12 @@ def build_module(cfg: DictConfig, start: "Start | None" = None, source: "DualEnc
         from coca_lit.weights.load import architecture
 
         with error_context("ckpt_path"):
-            cfg = with_facts(cfg, architecture(start.content.get(MODEL_KEY, {}), start.path), start.path)
+            theirs = architecture(start.content.get(MODEL_KEY, {}), start.path)
+            cfg = with_facts(cfg, theirs, start.path)
+        if cfg.vocabulary is not None and (words := theirs.get("tokenizer")) is not None:
+            cfg = cfg.copy()
+            with open_dict(cfg):
+                cfg.model.net.tokenizer = words  # the captions may have changed since
         source = None
     elif (source := source or load_source(cfg)) is not None:
         with error_context("init_from"):

@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from coca_lit.cli.module import with_vocabulary
+from coca_lit.cli.module import build_module, with_vocabulary
 from coca_lit.errors import ConfigError
 from coca_lit.models import create_model
+from coca_lit.runs.resume import Start
 from coca_lit.tokenizer import frequent_words
 from coca_lit.tools.export.open_clip import write_open_clip
 from coca_lit.training.gradient_caching import predicted_tokens
 from coca_lit.training.optim import AdamW
+from coca_lit.weights import MODEL_KEY
 from coca_lit.weights.load import load_model, save_model
 from helpers.running import TINY, compose, run
 
@@ -40,6 +42,16 @@ def test_a_run_learns_its_words_and_its_checkpoint_knows_them(tmp_path: Path, ca
 def test_a_vocabulary_does_not_replace_a_tokenizer_that_is_given(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="vocabulary=null"):
         run(tmp_path, *TINY, "vocabulary=3", "+model.net.tokenizer=scenes")
+
+
+def test_a_resumed_run_keeps_the_words_of_its_checkpoint() -> None:
+    """Those of captions that have changed since have the same number, and other ids."""
+    cfg = compose(*TINY, "vocabulary=1", "+model.net.tokenizer=[a,cat]")
+    start = Start(Path("last.ckpt"), {MODEL_KEY: create_model("coca_tiny", tokenizer=["a", "dog"]).config})
+    assert build_module(cfg, start).net.tokenizer.spec == ["a", "dog"]
+    assert cfg.model.net.tokenizer == ["a", "cat"]
+    cfg.vocabulary = None
+    assert build_module(cfg, start).net.tokenizer.spec == ["a", "cat"]
 
 
 def test_data_that_list_no_captions_have_no_vocabulary() -> None:
