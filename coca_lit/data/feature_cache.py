@@ -25,13 +25,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index
 from coca_lit.data.prefetch import worker_options
-from coca_lit.data.records import Clip, Record
+from coca_lit.data.records import Clip, ImageFile, Record
 from coca_lit.data.transforms import TrainTransform, Transform, augmented, loaded, whole
-from coca_lit.distributed import gather_objects, print_rank_zero, rank, stable_seed, world_size
+from coca_lit.data.video import ClipFile
+from coca_lit.distributed import broadcast_object, gather_objects, print_rank_zero, rank, stable_seed, world_size
 from coca_lit.errors import DataError
 from coca_lit.files import replacing
 from coca_lit.models.inputs import joined
 from coca_lit.progress import ProgressBar
+from coca_lit.reading import printable
 from coca_lit.tokenizer import Tokenizer
 from coca_lit.weights.intact import digest
 
@@ -73,8 +75,8 @@ class FeatureCache:
     def encode(self, records: Sequence[Record], count: int, num_workers: int, device: torch.device) -> list[Path]:
         """The files of `count` views of the records; missing ones are encoded now, split over the processes.
 
-        Files are named after the ids and sources of the records: delete the folder if images change under the same
-        names.
+        Files are named after the ids and sources of the records, and after the size and time of image files: a photo
+        that is replaced under its name is encoded again, with all others.
 
         Raises:
             DataError: nothing can be written, or the disk has no room; on all processes. Or there are no records, or
@@ -86,7 +88,8 @@ class FeatureCache:
             raise DataError(
                 f"features are cached of one image a record, and {several[0]!r} has more: set cached_augmentations=0"
             )
-        name = stable_seed("records", *(pickle.dumps((record.id, record.image)).hex() for record in records))
+        sources = ((record.id, record.image, *_file_state(record.image)) for record in records)
+        name = broadcast_object(stable_seed("records", *(pickle.dumps(source).hex() for source in sources)))
         paths = [self.folder / f"{name:016x}_{view}.npy" for view in range(count)]
         missing = [(view, path) for view, path in enumerate(paths) if not path.exists()]
         reason = None
@@ -145,6 +148,17 @@ class FeatureCache:
             rng = random.Random(stable_seed("view", self.seed, view, record.id))
             pixels = cast(Tensor, augmented(record.image, self.crop, rng))
         return pixels.flip(-1) if is_mirrored(view) else pixels
+
+
+def _file_state(image: Callable[[], Image.Image]) -> tuple[int, ...]:
+    """Size and time of change of an image or clip on disk; nothing for others, and for a file that is missing."""
+    if not isinstance(image, ImageFile | ClipFile):
+        return ()
+    try:
+        about = image.path.stat()
+    except OSError:
+        return ()
+    return about.st_size, about.st_mtime_ns
 
 
 def is_mirrored(view: int) -> bool:
@@ -236,7 +250,10 @@ class CachedFirstCaptionDataset(FirstCaptionDataset):
         self.view = view
 
     def _image(self, i: int) -> Tensor:
-        return read_features(self.view, i)
+        try:
+            return read_features(self.view, i)
+        except DataError as error:
+            raise DataError(f"{printable(str(self.records[i].id))}: {error}") from error
 
 
 def _no_transform(image: Image.Image) -> Tensor:

@@ -1,5 +1,6 @@
 """Cached image tokens against the encoder itself, file by file and in whole runs."""
 
+import os
 import signal
 from functools import partial
 from pathlib import Path
@@ -93,6 +94,19 @@ def test_views_are_encoded_once_for_the_same_encoder_images_and_settings(tmp_pat
     assert len({path for paths in (first, *others) for path in paths}) == 4
 
 
+def test_another_photo_of_the_same_name_is_encoded(tmp_path: Path) -> None:
+    photo, found = tmp_path / "photo.png", []
+    for seed in (0, 1):
+        noise(seed).save(photo)
+        os.utime(photo, ns=(seed, seed))
+        (path,) = views(tmp_path, Encoder()).encode([Record("photo", photo, "a")], 1, 0, CPU)
+        expected = Encoder()(build_transform(size=SIZE)(noise(seed))[None])[0]
+        torch.testing.assert_close(read_features(path, 0).float(), expected, atol=2e-3, rtol=0)
+        found.append(path)
+    assert found[0] != found[1]
+    assert views(tmp_path, Encoder()).encode([Record("photo", photo, "a")], 1, 0, CPU) == found[1:]
+
+
 def test_encoding_that_dies_leaves_no_file(tmp_path: Path) -> None:
     encoder = Encoder()
     encoder.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
@@ -102,12 +116,12 @@ def test_encoding_that_dies_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_an_image_that_cannot_be_decoded_is_replaced(tmp_path: Path) -> None:
-    images = [*records(200), Record(200, broken, ("a green square",))]
+    images = [*records(200), Record("torn.jpg", broken, ("a green square",))]
     paths = views(tmp_path, Encoder()).encode(images, 2, 0, CPU)
     example = CachedCaptionDataset(images, paths, TOKENIZER)[Index(0, 200)]
-    assert example.key != "200"
+    assert example.key != "torn.jpg"
     assert [bad.reason for bad in example.bad] == ["unreadable image"]
-    with pytest.raises(DataError, match=r"image 200"):
+    with pytest.raises(DataError, match=r"^torn\.jpg: image 200"):
         CachedFirstCaptionDataset(images, paths[0], TOKENIZER)[200]
 
 
