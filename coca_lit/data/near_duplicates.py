@@ -102,24 +102,23 @@ def _near_pairs(hashes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
             yield from zip(i[near].tolist(), j[near].tolist(), strict=True)
 
 
-def held_out(hashes: Sequence[int | None], names: Sequence[str], share: float) -> set[int]:
+def held_out(hashes: Sequence[int | None], share: float) -> set[int]:
     """Indices of about `share` of the photos, at least one: whole groups of look-alikes, in the order of a number
-    that depends on the content alone, so that it hardly matters which photos are added later.
-
-    Args:
-        names: stand in for the hashes that are unknown.
+    that depends on the content alone, so that it hardly matters which photos are added later. A photo without a hash
+    stays in the training, which replaces it.
 
     Raises:
-        DataError: all photos look alike, so that no part of them tests anything.
+        DataError: all photos look alike, so that no part of them tests anything, or only one group can be decoded.
     """
-    groups = look_alikes(hashes)
+    groups = [group for group in look_alikes(hashes) if hashes[group[0]] is not None]
     if len(groups) < 2:
-        raise DataError(f"all {len(hashes)} photos look alike, so none can be held out for scores")
+        broken = hashes.count(None)
+        which = f"all {len(hashes)} photos" if not broken else f"the {len(hashes) - broken} photos that can be decoded"
+        raise DataError(f"{which} look alike, so none can be held out for scores")
     wanted = max(1, round(share * len(hashes)))
 
     def order(group: list[int]) -> int:
-        known = [(names[i], hashes[i]) for i in group]
-        return min(stable_seed("held out", name if found is None else found) for name, found in known)
+        return min(stable_seed("held out", hashes[i]) for i in group)
 
     chosen: set[int] = set()
     for group in sorted(groups, key=order):

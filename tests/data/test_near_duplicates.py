@@ -68,21 +68,26 @@ def test_a_tenth_is_held_out_in_whole_groups_whatever_the_order() -> None:
     rng = random.Random(1)
     hashes: list[int | None] = [rng.getrandbits(64) - 2**63 for _ in range(200)]
     hashes += hashes[:50]  # copies
-    names = [str(i) for i in range(len(hashes))]
-    chosen = held_out(hashes, names, 0.1)
+    chosen = held_out(hashes, 0.1)
     assert 25 <= len(chosen) <= 26
     assert all((i in chosen) == (i + 200 in chosen) for i in range(50))
     order = rng.sample(range(len(hashes)), len(hashes))
-    shuffled = held_out([hashes[i] for i in order], [names[i] for i in order], 0.1)
+    shuffled = held_out([hashes[i] for i in order], 0.1)
     assert {order[i] for i in shuffled} == chosen
 
 
 def test_a_burst_is_not_held_out_and_few_photos_lose_one() -> None:
     rng = random.Random(2)
     burst: list[int | None] = [7] * 20 + [rng.getrandbits(63) for _ in range(20)]
-    chosen = held_out(burst, [str(i) for i in range(40)], 0.1)
+    chosen = held_out(burst, 0.1)
     assert len(chosen) == 4
     assert min(chosen) >= 20
-    assert len(held_out([1, 2**32 - 1, -1], ["a", "b", "c"], 0.1)) == 1
-    with pytest.raises(DataError, match="look alike"):
-        held_out([5, 5, 4], ["a", "b", "c"], 0.1)
+    assert len(held_out([1, 2**32 - 1, -1], 0.1)) == 1
+    with pytest.raises(DataError, match="all 3 photos look alike"):
+        held_out([5, 5, 4], 0.1)
+
+
+def test_a_broken_photo_is_not_held_out() -> None:
+    assert held_out([*[None] * 8, 1, 2**32 - 1], 0.5) == {8, 9}
+    with pytest.raises(DataError, match="the 1 photos that can be decoded"):
+        held_out([None, None, 5], 0.1)

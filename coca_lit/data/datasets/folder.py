@@ -11,7 +11,8 @@ bounds, and nothing outside of it.
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -72,8 +73,15 @@ def folder_records(
     root = Path(root)
     if not root.is_dir():
         raise not_found("the folder of photos", [root], HOW)
+    inside = root.resolve()
     if not captions_file(root) and [*root.glob("annotations/captions_*.json")]:
-        return mscoco_records(root, split)
+        for path in (root / "dataset_coco.json", *root.glob("annotations/*.json")):
+            _check_inside(path, inside, path)
+        records = mscoco_records(root, split)
+        for image in (record.image for record in records):
+            if isinstance(image, ImageFile):  # all are
+                _check_inside(image.path, inside, image.path)
+        return records
     photos = _photos(root, suffixes)
     files = files_inside([photo.name for photo in photos], root)
     photos = [photo for photo in photos if photo.name in files]
@@ -81,14 +89,25 @@ def folder_records(
         raise not_found("captioned photos", [root], HOW)
     splits = [photo.split for photo in photos]
     if hold_out and not any(splits):
-        chosen = held_out(hash_files([files[photo.name] for photo in photos]), [p.name for p in photos], HELD_OUT)
+        chosen = held_out(hash_files([files[photo.name] for photo in photos]), HELD_OUT)
         splits = ["val" if i in chosen else "train" for i in range(len(photos))]
     found = [photo for photo, its in zip(photos, splits, strict=True) if (its or "train") == split]
     if not found:
-        known = ", ".join(sorted({its or "train" for its in splits}))
-        way_on = ": set scoring.split=val or data.val_split=null" if hold_out else ""  # keys of runs
-        raise DataError(f"{root} has no split {split!r}, but {known}{way_on}")
+        raise no_split(root, split, splits, of_run=hold_out)
     return [Record(photo.name, ImageFile(files[photo.name]), photo.captions) for photo in found]
+
+
+def no_split(place: Path, split: str, splits: Sequence[str | None], of_run: bool = True) -> DataError:
+    """The error for a split that is not among those of the photos.
+
+    Args:
+        of_run: say which keys of a run help.
+    """
+    known = sorted({its or "train" for its in splits})
+    other = next((its for its in reversed(known) if its != "train"), None)
+    keys = f"scoring.split={other} data.val_split={other}" if other else "data.val_split=null 'evals=[]'"
+    way_on = f": set {keys}" if of_run and split != "train" else ""
+    return DataError(f"{place} has no split {split!r}, but {', '.join(known) or 'none'}{way_on}")
 
 
 def folder_training_captions(root: str | Path) -> list[str]:
@@ -97,10 +116,12 @@ def folder_training_captions(root: str | Path) -> list[str]:
 
 
 def captions_file(root: Path) -> Path | None:
-    """The table or JSON of captions in the folder; raises `DataError` for several."""
+    """The table or JSON of captions in the folder; raises `DataError` for several, and for a link out of it."""
     found = [root / name for name in CAPTIONS if (root / name).is_file()]
     if len(found) > 1:
         raise DataError(f"{root} has both {found[0].name} and {found[1].name}: leave one of them")
+    for path in found:
+        _check_inside(path, root.resolve(), path)
     return found[0] if found else None
 
 
@@ -163,20 +184,23 @@ def split_of(row: Mapping[str, Any], path: Path) -> str | None:
 
 def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...], None]]:
     """(file, captions, no split) of every photo that is not hidden, with the lines of the .txt of the same name."""
-    for folder, folders, files in os.walk(root):  # follows no links
+    inside = root.resolve()
+    for folder, folders, files in os.walk(root):  # follows no links to folders
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(folder, name) for name in sorted(files) if not name.startswith(".")):
             if path.suffix.lower() in suffixes:
                 text, content = path.with_suffix(".txt"), b""
                 if text.is_file():
-                    _check_inside(text, root.resolve(), text)
+                    for file in (path, text):
+                        _check_inside(file, inside, file)
                     content = read_bounded(text, MAX_TEXT, "is not readable")
                 lines = content.decode("utf-8-sig", "replace").splitlines()
                 yield path.relative_to(root).as_posix(), clean(lines), None
 
 
 def files_inside(names: Iterable[str], root: Path) -> dict[str, Path]:
-    """The file of each name that has one, in the folder or its images/.
+    """The file of each name that has one, in the folder or its images/. Archives of macOS decompose the accents of file
+    names.
 
     Raises:
         DataError: a name or a link leads out of the folder, or more than `MAX_MISSING` of the files are missing.
@@ -186,7 +210,9 @@ def files_inside(names: Iterable[str], root: Path) -> dict[str, Path]:
         name = PurePosixPath(text)
         if name.is_absolute() or ".." in name.parts or "\0" in text:
             raise DataError(f"{root} names {printable(text)!r}, which is not in the folder")
-        path = next((path for path in (root / name, root / "images" / name) if os.path.isfile(path)), None)
+        forms = dict.fromkeys((text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))))
+        places = (place / form for form in forms for place in (root, root / "images"))
+        path = next(filter(os.path.isfile, places), None)
         if path is None:
             missing.append(text)
         else:

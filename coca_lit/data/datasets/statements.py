@@ -17,7 +17,7 @@ from coca_lit.data.datasets.annotations import (
     read_rows,
     schema,
 )
-from coca_lit.data.datasets.folder import HELD_OUT, files_inside, split_of
+from coca_lit.data.datasets.folder import HELD_OUT, files_inside, no_split, split_of
 from coca_lit.data.near_duplicates import hash_files, held_out
 from coca_lit.data.records import ImageFile, Listing, Record, not_found, records_on_disk
 from coca_lit.errors import DataError
@@ -122,7 +122,7 @@ def pairs_records(root: str | Path, split: str) -> list[Record]:
         if found[0].further:
             raise DataError(f"{path} has two images a row and no splits: add a column split of train and val")
         names = list(dict.fromkeys(row.filename for row in found))
-        chosen = {names[i] for i in held_out(hash_files([files[name] for name in names]), names, HELD_OUT)}
+        chosen = {names[i] for i in held_out(hash_files([files[name] for name in names]), HELD_OUT)}
         splits = ["val" if row.filename in chosen else "train" for row in found]
     image = {name: ImageFile(path) for name, path in files.items()}
     records = [
@@ -131,8 +131,7 @@ def pairs_records(root: str | Path, split: str) -> list[Record]:
         if (its or "train") == split
     ]
     if not records:
-        known = ", ".join(sorted({its or "train" for its in splits})) or "none"
-        raise DataError(f"{path} has no split {split!r}, but {known}: set scoring.split=val or data.val_split=null")
+        raise no_split(path, split, splits)
     return records
 
 

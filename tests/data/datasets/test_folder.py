@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from coca_lit.data.datasets.folder import folder_records, folder_training_captions
+from coca_lit.data.datasets.folder import captions_beside, folder_records, folder_training_captions
 from coca_lit.data.records import ImageFile
 from coca_lit.data.scenes.render import render
 from coca_lit.errors import DataError
@@ -126,6 +126,50 @@ def test_links_out_are_not_followed(tmp_path: Path) -> None:
         os.symlink(tmp_path / "other" / f"secret{Path(link).suffix}", mine / link)
         with pytest.raises(DataError, match="link out"):
             folder_records(mine, "train")
+        with pytest.raises(DataError, match="link out"):
+            [*captions_beside(mine, (".jpg",))]  # as `coca-data prepare` reads it
+
+
+@pytest.mark.parametrize("link", ["captions.csv", "annotations", "train2017", "train2017/1.jpg"])
+def test_links_out_of_layouts_are_not_followed(tmp_path: Path, link: str) -> None:
+    listed = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "a secret"}]}
+    for root in (tmp_path / "other", tmp_path / "mine"):
+        fill(root / "train2017", ["1.jpg"])
+        (root / "annotations").mkdir()
+        (root / "annotations" / "captions_train2017.json").write_text(json.dumps(listed))
+    (tmp_path / "other" / "captions.csv").write_text("file,caption\ntrain2017/1.jpg,a secret")
+    assert folder_records(tmp_path / "mine", "train")[0].captions == ("a secret",)
+    if (tmp_path / "mine" / link).exists():
+        (tmp_path / "mine" / link).rename(tmp_path / "aside")
+    (tmp_path / "mine" / link).symlink_to(tmp_path / "other" / link)
+    with pytest.raises(DataError, match="link out"):
+        folder_records(tmp_path / "mine", "train")
+
+
+def test_accents_may_be_decomposed_on_disk(tmp_path: Path) -> None:
+    """As macOS archives them; the table is typed."""
+    for typed, stored in (("caf\u00e9.jpg", "cafe\u0301.jpg"), ("u\u0308.jpg", "\u00fc.jpg")):
+        root = fill(tmp_path / typed, [stored])
+        (root / "captions.csv").write_text(f"file,caption,split\n{typed},a cup,train", encoding="utf-8")
+        (record,) = folder_records(root, "train")
+        assert (record.id, record.image) == (typed, ImageFile(root / stored))
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "advice"),
+    [
+        ("train", "val", r": set data\.val_split=null 'evals=\[\]'$"),
+        ("train test", "val", ": set scoring.split=test data.val_split=test$"),
+        ("train test val", "dev", ": set scoring.split=val data.val_split=val$"),
+        ("test", "train", "but test$"),
+    ],
+)
+def test_the_advice_for_a_missing_split_works(tmp_path: Path, given: str, asked: str, advice: str) -> None:
+    fill(tmp_path, [f"{split}.jpg" for split in given.split()])
+    rows = [f"{split}.jpg,a cup,{split}" for split in given.split()]
+    (tmp_path / "captions.csv").write_text("\n".join(["file,caption,split", *rows]))
+    with pytest.raises(DataError, match=advice):
+        folder_records(tmp_path, asked)
 
 
 def test_folders_without_photos_captions_or_with_two_files(tmp_path: Path) -> None:
