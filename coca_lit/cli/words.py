@@ -17,6 +17,7 @@ Positional = str | Sequence[str]  # one key that takes all words as a list, or k
 
 _RANGE = r"\{\d+\.\.\d+\}"
 _PRIMITIVE = re.compile(rf"""(?P<quoted>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(?:{_RANGE}|[^\[\]{{}}(),"'])+""")
+_HOME = re.compile(r"(?:^|(?<=[\[,]))~(?=/)")  # of the value, or of one in a list or a sweep
 _OVERRIDE = re.compile(r"[+~]*(?:hydra/)?[A-Za-z_][\w.@:-]*=", re.ASCII)
 
 
@@ -66,9 +67,11 @@ def parse(arguments: Sequence[str], positional: Positional = ()) -> tuple[argpar
 
 def to_override(word: str) -> str:
     """`key=value` with quotes where Hydra's grammar needs them: it knows no letters beyond ASCII and takes the brace of
-    /data/{00000..00099}.tar for the start of a dictionary.
+    /data/{00000..00099}.tar for the start of a dictionary. The ~ of key=~/x, which a shell leaves, becomes the home.
     """
-    key, _, value = word.partition("=")
+    key, equals, value = word.partition("=")
+    value = _HOME.sub(lambda found: os.path.expanduser(found[0]), value)
+    word = f"{key}{equals}{value}"
     forms = [word, f"{key}={_PRIMITIVE.sub(_quote_primitive, value)}"]
     if re.match(rf"[^\[{{\"']|{_RANGE}", value):  # neither a list, a dictionary nor quoted: text as a whole
         forms.append(f"{key}={QuotedString(value, Quote.double).with_quotes()}")

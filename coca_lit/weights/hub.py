@@ -49,6 +49,8 @@ EPOCH = re.compile(r"epoch_(\d+)\.pt")  # OpenCLIP's checkpoints of a training
 # In the order in which they are looked for. `model.safetensors` is ours; in OpenCLIP's repositories it may be another
 # library's file, but there one of the others comes first.
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors")
+GRAPHS = ("image_encoder", "text_encoder", "decoder")  # of an export to ONNX
+GRAPH_ENDS = (".onnx", ".onnx.data", "_int8.onnx", "_int8.onnx.data")
 CHECKPOINTS = ("best.ckpt", "last.ckpt")  # of a run, in that order
 FILE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 CAPTIONER = "mscoco_finetuned_laion2b_s13b_b90k"  # the tag that a CoCa's name without a tag means
@@ -381,7 +383,7 @@ def push(folder: Path, repo: str, private: bool = False) -> str:
     with _hub_errors(repo):
         api = HfApi(library_name="coca_lit")
         repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
-        stale = [*WEIGHTS, OPEN_CLIP_CONFIG]
+        stale = [*WEIGHTS, OPEN_CLIP_CONFIG, *(graph + end for graph in GRAPHS for end in GRAPH_ENDS)]
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a model", delete_patterns=stale)
     return f"{PREFIX}{repo}"
 

@@ -14,6 +14,7 @@ from coca_lit.cli.command import CONF, compose
 from coca_lit.cli.words import parse, to_override
 from coca_lit.errors import ConfigError
 from coca_lit.tools.caption import command as caption_command  # noqa: F401  registers the options of generation
+from coca_lit.tools.curate.command import Words
 from coca_lit.weights.hub import released
 
 HOSTILE = [
@@ -85,6 +86,26 @@ def test_what_is_no_option_and_no_override(words: list[str], said: str) -> None:
 )
 def test_values_need_no_second_quotes(tmp_path: Path, typed: str, value: object) -> None:
     assert composed(tmp_path, to_override(f"query={typed}"))["query"] == value
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("~/x", "/my home/x"),
+        ("[~/x,~/y/{0..1}.tar]", ["/my home/x", "/my home/y/{0..1}.tar"]),
+        ("'~/x'", "~/x"),
+        ("a~/x", "a~/x"),
+        ("~x/y", "~x/y"),
+    ],
+)
+def test_the_home_that_a_shell_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, value: object
+) -> None:
+    monkeypatch.setenv("HOME", "/my home")
+    assert composed(tmp_path, *parse([f"query={typed}"])[1])["query"] == value
+    words = Words()
+    words.add_argument("--in-shards")
+    assert words.parse_args(["in_shards=~/x"]).in_shards == "/my home/x"
 
 
 @pytest.mark.parametrize(("word", "said"), [("[a", "query='\"[a\"'"), ("{a: 1", "query='\"{a: 1\"'")])

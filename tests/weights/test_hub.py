@@ -466,7 +466,8 @@ def test_pushed_and_pulled(
     hub: Hub, model: CoCa, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    hub.repositories["me/my-coca"] = repository = Repository(files | {"LICENSE": b"MIT"})
+    graphs = dict.fromkeys(["decoder.onnx", "decoder.onnx.data", "text_encoder_int8.onnx"], b"of an earlier push")
+    hub.repositories["me/my-coca"] = repository = Repository(files | graphs | {"LICENSE": b"MIT"})
     assert push_to_hub(model, "me/my-coca") == "hf-hub:me/my-coca"
     assert repository.files.keys() == {"model.safetensors", "README.md", "LICENSE", "pytorch_model.bin"}
     assert 'coca_lit.load_model("hf-hub:me/my-coca")' in repository.files["README.md"].decode()

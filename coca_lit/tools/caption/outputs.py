@@ -19,7 +19,7 @@ from coca_lit.data.datasets.annotations import MAX_BYTES, check_id
 from coca_lit.distributed import broadcast_object, gather_objects, rank, world_size
 from coca_lit.errors import DataError
 from coca_lit.files import append_lines, atomic_write, claim, is_leftover, remove_leftovers, whole_lines
-from coca_lit.reading import parse_json, printable, read_json
+from coca_lit.reading import is_int64, parse_json, printable, read_json
 from coca_lit.tools.caption.inputs import Files, OpenShard, Shard, Source, Unit, write_shard
 
 SETTINGS = "settings.json"
@@ -160,8 +160,8 @@ class JsonLines(Writer):
 class CocoResults(JsonLines):
     """The results format of COCO, [{"image_id": …, "caption": …}], as COCO's own evaluation and `coca-score` read it.
 
-    The id of an image is the number in names like 000000000042.jpg and COCO_val2014_000000000042.jpg, else the file
-    name without its suffix. Captions are in parts beside the file until all are written.
+    The id of an image is the number, of 64 bits, in names like 000000000042.jpg and COCO_val2014_000000000042.jpg, else
+    the file name without its suffix. Captions are in parts beside the file until all are written.
     """
 
     key = "image_id"
@@ -189,7 +189,7 @@ class CocoResults(JsonLines):
     def _id(self, source: Source) -> int | str:
         stem = Path(source.name).stem
         number = re.fullmatch(r"(?:COCO_\w+_)?(\d+)", stem, re.ASCII)
-        return int(number[1]) if number else stem
+        return int(number[1]) if number and is_int64(int(number[1])) else stem
 
 
 class Recaptioned(Writer):

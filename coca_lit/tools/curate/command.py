@@ -3,6 +3,7 @@ teachers say of them.
 """
 
 import argparse
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,13 +35,14 @@ _SCORES = "folders of NAME.scores.parquet, or such files"
 
 
 class Words(argparse.ArgumentParser):
-    """Takes KEY=VALUE for --key VALUE, as the other commands do."""
+    """Takes KEY=VALUE for --key VALUE, and ~/ in VALUE for the home, as the other commands do."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = []
         for word in args or ():
             key, equals, value = word.partition("=")
             flag = f"--{key.replace('_', '-')}"
+            value = os.path.expanduser(value) if value.startswith("~/") else value
             words.append(f"{flag}={value}" if equals and flag in self._option_string_actions else word)
         return super().parse_known_args(words, namespace)
 

@@ -219,11 +219,11 @@ def _copy_pictures(run: Path, folder: Path) -> list[str]:
 
 
 def _placed(text: str, name: str, repo: str | None = None) -> str:
-    """A text of `Exported` with the name of the folder. Libraries that read a folder or a file also take the name of a
-    repository instead.
+    """A text of `Exported` with the name of the folder. OpenCLIP and coca_lit also take the name of a repository in
+    place of a folder or its weights; onnxruntime does not.
     """
     if repo is not None:
-        text = re.sub(r'"(local-dir:\{folder\}|\{folder\}/[\w.]+)"', f'"hf-hub:{repo}"', text)
+        text = re.sub(r'"(local-dir:\{folder\}|\{folder\}/\w+\.safetensors)"', f'"hf-hub:{repo}"', text)
     return text.replace("{folder}", name)
 
 

@@ -167,6 +167,7 @@ def test_words_of_a_real_command(model: CoCa, checkpoint: str, tmp_path: Path) -
 @pytest.mark.slow
 def test_coco_results(model: CoCa, checkpoint: str, tmp_path: Path) -> None:
     names = {"COCO_val2014_000000000042.jpg": 42, "000000000139.jpg": 139, "1000268201_693b08cb0e.jpg": None}
+    names[f"{2**63}.jpg"] = None  # a number that is no id
     for i, name in enumerate(names):
         render(i).save(tmp_path / name)
     caption(checkpoint, f"images=[{tmp_path}]", f"output={tmp_path}/r.json", "batch_size=2")

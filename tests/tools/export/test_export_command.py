@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from coca_lit.cli.command import compose
+from coca_lit.cli.words import parse
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.models import create_model
@@ -145,7 +146,7 @@ def test_only_an_earlier_export_is_replaced_and_only_on_request(checkpoint: Path
     }
 
 
-def test_other_folders_are_never_replaced(checkpoint: Path, tmp_path: Path) -> None:
+def test_other_folders_are_never_replaced(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "README.md").write_text("my notes")
     with pytest.raises(ConfigError, match=r"'README\.md'"):
         export(f"checkpoint={checkpoint}", f"output={tmp_path}", "format=safetensors", "overwrite=true")
@@ -155,6 +156,9 @@ def test_other_folders_are_never_replaced(checkpoint: Path, tmp_path: Path) -> N
     again = [f"checkpoint={tmp_path}/model/model.safetensors", f"output={tmp_path}/model", "overwrite=true"]
     with pytest.raises(ConfigError, match="checkpoint itself"):
         export(*again, "format=open_clip", "correct_cls_mask=true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="checkpoint itself"):
+        export(*parse(["checkpoint=~/model", *again[1:], "format=safetensors"])[1])
     mixed = [f"checkpoint={checkpoint}", f"interpolate_with={tmp_path}/model/model.safetensors", "weight=0.5"]
     with pytest.raises(ConfigError, match="checkpoint itself"):
         export(*mixed, *again[1:], "format=safetensors")
