@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 MAX_JSON = 64 * 2**20  # bytes of a file that a program wrote: settings, scores, a manifest, a line of a journal
-MAX_RUN_JSON, MAX_YAML = 16 * 2**20, 2**20  # bytes of the scores and samples of a run, and of its configuration
+MAX_RUN_JSON, MAX_YAML = 16 * 2**20, 16 * 2**20  # bytes of the scores and samples of a run, and of its configuration
+MAX_YAML_EVENTS = 2**18  # values, starts and ends in the configuration, of which a packed tokenizer may be most bytes
 MAX_NPZ = 64 * 2**20  # bytes of the arrays of a run, unpacked: 8,000 scores with 1,000 resamples
 MAX_DEPTH = 32  # lists and objects within each other in a file of a run
 MAX_FOOTER = 64 * 2**20  # bytes of the metadata of a Parquet file, and of any text in it
@@ -34,7 +35,8 @@ MAX_EXPANSION = 50  # times its size that a compressed file may grow to; shards 
 ALWAYS = 64 * 2**20  # bytes that it may grow to in any case
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open}
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_BASE_60 = re.compile(r"[-+\s\d_.]*(?::[-+\s\d_.]*){64,}")  # YAML reads 1:30 as 90, in time that grows with the square
+# YAML reads 1:30 as 90, in time that grows with the square.
+_BASE_60 = re.compile(r"[-+\s\d_.]*(?::[-+\s\d_.]*){64}[-+\s\d_.:]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
 
@@ -209,7 +211,7 @@ def read_run_yaml(folder: Path, name: str) -> dict[str, Any]:
 
     Raises:
         DataError: as `read_run_file`, or it is no such YAML, has aliases, which could expand without end, a number in
-            base 60 of many digits, or is nested deeper than `MAX_DEPTH`.
+            base 60 of many digits, more than `MAX_YAML_EVENTS` values, or is nested deeper than `MAX_DEPTH`.
     """
     import yaml
 
@@ -221,7 +223,9 @@ def read_run_yaml(folder: Path, name: str) -> dict[str, Any]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     depth = 0
     try:
-        for event in yaml.parse(content, Loader=loader):
+        for count, event in enumerate(yaml.parse(content, Loader=loader)):
+            if count == MAX_YAML_EVENTS:
+                raise DataError(f"{shown} holds more than {MAX_YAML_EVENTS:,} values")
             if isinstance(event, yaml.AliasEvent):
                 raise DataError(f"{shown} has an alias (*{printable(str(event.anchor))}), which is not followed")
             if isinstance(event, yaml.ScalarEvent) and _BASE_60.fullmatch(event.value):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from coca_lit.data.datasets.captions import coco_folder_records
 from coca_lit.data.pixels import open_image
@@ -104,6 +105,15 @@ def test_arrays_of_numbers_and_texts_alone(tmp_path, kind):
             read_run_npz(tmp_path, "x.npz")
     else:
         np.testing.assert_array_equal(read_run_npz(tmp_path, "x.npz")["a"], array)
+
+
+def test_a_configuration_may_hold_a_large_tokenizer_and_not_many_values(tmp_path):
+    config = {"model": {"net": {"tokenizer": {"packed": "eNq+/" * 2**20, "start": "<s>"}}}}
+    (tmp_path / "x.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    assert read_run_yaml(tmp_path, "x.yaml") == config
+    (tmp_path / "x.yaml").write_text(f"values: [{'1,' * 2**18}]")
+    with pytest.raises(DataError, match=r"x\.yaml holds more than 262,144 values"):
+        read_run_yaml(tmp_path, "x.yaml")
 
 
 def test_numbers_in_base_60(tmp_path):
