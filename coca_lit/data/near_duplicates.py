@@ -108,13 +108,12 @@ def held_out(hashes: Sequence[int | None], share: float) -> set[int]:
     stays in the training, which replaces it.
 
     Raises:
-        DataError: all photos look alike, so that no part of them tests anything, or only one group can be decoded.
+        DataError: all photos that can be decoded look alike, so that no part of them tests anything.
     """
     groups = [group for group in look_alikes(hashes) if hashes[group[0]] is not None]
     if len(groups) < 2:
-        broken = hashes.count(None)
-        which = f"all {len(hashes)} photos" if not broken else f"the {len(hashes) - broken} photos that can be decoded"
-        raise DataError(f"{which} look alike, so none can be held out for scores")
+        broken = f" or cannot be decoded ({hashes.count(None)})" if None in hashes else ""
+        raise DataError(f"all {len(hashes)} photos look alike{broken}, so none can be held out for scores")
     wanted = max(1, round(share * len(hashes)))
 
     def order(group: list[int]) -> int:
