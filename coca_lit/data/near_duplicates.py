@@ -117,7 +117,7 @@ def held_out(hashes: Sequence[int | None], share: float) -> set[int]:
     wanted = max(1, round(share * len(hashes)))
 
     def order(group: list[int]) -> int:
-        return min(stable_seed("held out", hashes[i]) for i in group)
+        return min(stable_seed("held out", found) for i in group if (found := hashes[i]) is not None)
 
     chosen: set[int] = set()
     for group in sorted(groups, key=order):
