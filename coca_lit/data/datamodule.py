@@ -267,13 +267,14 @@ class RecordsDataModule(CaptionDataModule):
         assert self.trainer is not None
         assert self.cache_dir is not None
         net = cast(Any, self.trainer.lightning_module).net
-        apart = net.config["frame_pooling"] == "mean" or net.config["frame_positions"]
-        if apart and isinstance(self.train_records[0].image, Clip):
-            raise DataError(
-                "features of clips are cached for frame_pooling=tokens without frame_positions: set these, or "
-                "cached_augmentations=0"
-            )
         encoder: nn.Module = net.image_encoder.frozen_part()
+        apart = net.config["frame_pooling"] == "mean" or net.config["frame_positions"]
+        apart = apart or (net.config["pooler"] == "mean" and net.image_encoder.prefix_tokens)
+        if (apart or encoder is not net.image_encoder) and isinstance(self.train_records[0].image, Clip):
+            raise DataError(
+                "features of clips are cached for frame_pooling=tokens without frame_positions, of a whole frozen "
+                "encoder, and not for pooler=mean beside class tokens: set these, or cached_augmentations=0"
+            )
         precision, plain = self.trainer.precision_plugin, self.plain_transform()
         context = (precision.forward_context, precision.precision)
         cache = FeatureCache(self.cache_dir, encoder, plain, self.train_transform(), self.seed, *context)

@@ -167,11 +167,12 @@ def is_mirrored(view: int) -> bool:
 
 def mirrored(record: Record) -> Record:
     """With the texts of the mirror image: left and right swapped."""
-    captions = tuple(map(_swap_sides, record.captions))
-    return record._replace(captions=captions, question=_swap_sides(record.question))
+    captions = tuple(map(swap_sides, record.captions))
+    return record._replace(captions=captions, question=swap_sides(record.question))
 
 
-def _swap_sides(text: str) -> str:
+def swap_sides(text: str) -> str:
+    """What is said of an image, said of its mirror image."""
     return re.sub(r"\b(left|right)\b", lambda word: SIDES[word[0].lower()], text, flags=re.IGNORECASE)
 
 

@@ -16,6 +16,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from coca_lit.distributed import sum_over_ranks, world_size
+from coca_lit.errors import DataError
 
 if TYPE_CHECKING:
     from coca_lit.models.image import ImageEncoder, Normalise
@@ -66,22 +67,33 @@ def use_global_batch_norms(module: nn.Module) -> None:
 
 
 class FrozenStages(nn.Module):
-    """The first stages of an encoder: pixels (B, 3, H, W) -> the input of the next one, as tokens (B, H'·W', C)."""
+    """The first stages of an encoder: pixels (B, 3, H, W) -> the input of the next one, as tokens (B, H'·W', C).
 
-    def __init__(self, normalise: "Normalise", stages: Sequence[nn.Module]) -> None:
+    Args:
+        width: of the encoder's output. Where C equals it, the encoder could not tell one from the other: `DataError`.
+    """
+
+    def __init__(self, normalise: "Normalise", stages: Sequence[nn.Module], width: int) -> None:
         super().__init__()
         self.normalise = normalise
         self.stages = nn.Sequential(*stages)
+        self.width = width
 
     def forward(self, images: Tensor) -> Tensor:
-        return as_tokens(self.stages(self.normalise(images)))
+        tokens = as_tokens(self.stages(self.normalise(images)))
+        if tokens.shape[2] == self.width:
+            raise DataError(
+                f"the frozen stages of the image encoder are {self.width} wide, as is its output: freeze all of it "
+                "(model.freeze=[image_encoder]), or set data.cached_augmentations=0"
+            )
+        return tokens
 
 
 def frozen_part(encoder: "ImageEncoder") -> nn.Module:
     """The stages before the first one that is trained; the encoder itself if these are none or all."""
     stages = stages_of(encoder.trunk)
     count = _frozen(stages)
-    return FrozenStages(encoder.normalise, stages[:count]) if 0 < count < len(stages) else encoder
+    return FrozenStages(encoder.normalise, stages[:count], encoder.width) if 0 < count < len(stages) else encoder
 
 
 def run_remaining(encoder: "ImageEncoder", tokens: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from coca_lit.data.batch import Batch
+from coca_lit.data.feature_cache import swap_sides
 from coca_lit.distributed import sum_over_ranks
 from coca_lit.losses import loss_terms
 from coca_lit.losses.caption import caption_loss
@@ -50,6 +51,7 @@ class SelfCritical(Objective):
             raise ValueError(f"max_length must be at least 3 (start, one token, end), got {max_length}")
         self.samples, self.max_length, self._build_reward = samples, max_length, reward
         self._reward: Reward | None = None
+        self._references: Mapping[str, Sequence[str]] = {}
         self._previous: tuple[float, float] | None = None  # when the previous call began, and seconds of its scoring
 
     def check(self, net: CoCa, pairs: Pairs) -> None:
@@ -61,7 +63,7 @@ class SelfCritical(Objective):
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         images = net.image_encoder(batch.images)  # once for both losses
-        policy, self.measures = self.policy(net, images, batch.keys)
+        policy, self.measures = self.policy(net, images, batch.keys, batch.answers)
         if not self.weights["contrastive"]:
             return {"policy": policy}
         return {"policy": policy} | loss_terms(net(images, batch.tokens, batch.lengths, captioning=False))
@@ -71,20 +73,23 @@ class SelfCritical(Objective):
         words: dict[Hashable, list[list[str]]] = {
             key: [[*fast_words(text), END] for text in texts] for key, texts in references.items()
         }
-        self._reward = self._build_reward(words)
+        self._reward, self._references = self._build_reward(words), references
 
-    def policy(self, net: CoCa, images: Tensor, keys: Sequence[str]) -> tuple[Tensor, dict[str, float]]:
+    def policy(
+        self, net: CoCa, images: Tensor, keys: Sequence[str], answers: Sequence[Sequence[str]] = ()
+    ) -> tuple[Tensor, dict[str, float]]:
         """Policy loss of sampled captions, and measures: the mean reward, the mean distance of rewards from their
         baselines, and the share of the previous call's scoring in the time from that call to this one.
 
         Args:
             images: (B, S, C) tokens of the image encoder, with gradient if that is trained.
             keys: of the images, for their references.
+            answers: the texts of each image; they tell a mirror image of `feature_cache` from the image itself.
         """
         began = time.perf_counter()
         ids = self._draw(net, images)  # (B, K, L)
         scoring = time.perf_counter()
-        rewards = self._rewards(net, ids, keys)  # (B, K)
+        rewards = self._rewards(net, ids, keys, answers)  # (B, K)
         seconds = time.perf_counter() - scoring
         advantages = leave_one_out(rewards).to(images.device)
 
@@ -115,17 +120,24 @@ class SelfCritical(Objective):
     def _most(self, net: CoCa) -> int:
         return min(self.max_length, net.tokenizer.context_length)
 
-    def _rewards(self, net: CoCa, ids: Tensor, keys: Sequence[str]) -> Tensor:
+    def _rewards(self, net: CoCa, ids: Tensor, keys: Sequence[str], answers: Sequence[Sequence[str]]) -> Tensor:
         assert self._reward is not None, "read() comes first"
         tokenizer, most, rows = net.tokenizer, self._most(net), ids.tolist()
         rewards = []
-        for key, samples in zip(keys, rows, strict=True):
+        for key, samples, texts in zip(keys, rows, answers or [()] * len(rows), strict=True):
+            mirrored = self._is_mirrored(key, texts)
             captions = []
             for sample in samples:
                 finished = sample.index(tokenizer.eot_id) < most - 1
-                captions.append([*fast_words(tokenizer.decode(sample)), *([END] if finished else [])])
+                text = tokenizer.decode(sample)
+                text = swap_sides(text) if mirrored else text  # the references are of the image itself
+                captions.append([*fast_words(text), *([END] if finished else [])])
             rewards.append(self._reward(key, captions))
         return torch.tensor(rewards)
+
+    def _is_mirrored(self, key: str, texts: Sequence[str]) -> bool:
+        own = self._references.get(key, ())
+        return [*texts] != [*own] and [*texts] == [*map(swap_sides, own)]
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:

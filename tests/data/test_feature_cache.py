@@ -2,8 +2,12 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from coca_lit.callbacks import ScoreDuringTraining
 from coca_lit.cli import assembly
 from coca_lit.cli.assembly import build
 from coca_lit.cli.module import build_module
+from coca_lit.data.datamodule import RecordsDataModule
 from coca_lit.data.examples import Index
 from coca_lit.data.feature_cache import (
     CachedCaptionDataset,
@@ -23,7 +28,7 @@ from coca_lit.data.feature_cache import (
     mirrored,
     read_features,
 )
-from coca_lit.data.records import Record
+from coca_lit.data.records import Clip, Record
 from coca_lit.data.scenes.render import VOCABULARY
 from coca_lit.data.transforms import RandomCrop, build_transform
 from coca_lit.distributed import rank
@@ -36,6 +41,11 @@ from helpers.running import compose, logged, run
 SIZE, COUNT = 16, 5
 TOKENIZER = WordTokenizer(VOCABULARY)
 CPU = torch.device("cpu")
+VIT: dict[str, Any] = {
+    "image_encoder": "vit_base_patch32_clip_224",
+    "image_encoder_args": {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 1},
+    "embed_dim": 32,
+}
 
 
 class Encoder(nn.Module):
@@ -180,6 +190,39 @@ def test_views_are_dealt_out_to_ranks(on_ranks, tmp_path: Path) -> None:
     for path, own in zip(paths, results[1][0], strict=True):
         assert path.read_bytes() == own.read_bytes()
     assert all("cannot write" in said for said in on_ranks(2, fails_on_one, tmp_path))
+
+
+class Still(Clip):
+    count = 2
+
+    def frames(self, count: int | None = None) -> Iterator[Image.Image]:
+        return iter([noise(0)] * (count or self.count))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "frozen"),
+    [
+        ({"frame_pooling": "mean"}, "image_encoder"),
+        ({"pooler": "mean", **VIT}, "image_encoder"),
+        ({}, "image_encoder.trunk.*1"),
+    ],
+    ids=["means", "class tokens", "stages"],
+)
+def test_features_of_clips_that_would_not_be_those_of_their_frames_are_refused(
+    sizes: dict[str, Any], frozen: str, tmp_path: Path
+) -> None:
+    net = create_model("coca_tiny", **sizes)
+    net.freeze(frozen)
+    clips = {"train": [Record(i, Still(), ("a red circle",)) for i in range(2)]}
+    sizes = {"batch_size": 2, "image_size": 32, "val_split": None}
+    data = RecordsDataModule(clips, tokenizer=net.tokenizer, cached_augmentations=1, cache_dir=str(tmp_path), **sizes)
+    strategy = SimpleNamespace(root_device=CPU)
+    plugin = SimpleNamespace(forward_context=nullcontext, precision="32")
+    data.trainer = SimpleNamespace(
+        lightning_module=SimpleNamespace(net=net), precision_plugin=plugin, strategy=strategy
+    )
+    with pytest.raises(DataError, match="features of clips are cached for"):
+        data.setup("fit")
 
 
 # Runs: scenes are never cropped, so one view is exactly what is trained on without a cache

@@ -7,6 +7,8 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from coca_lit.distributed import rank, world_size
+from coca_lit.errors import DataError
+from coca_lit.models import create_model
 from coca_lit.models.convolutional import GlobalBatchNorm2d, use_global_batch_norms
 
 
@@ -63,3 +65,16 @@ def test_one_process_computes_what_timm_does(name: str) -> None:
     images = torch.randn(2, 3, 64, 64)
     for mode in (True, False):
         assert torch.equal(ours.train(mode)(images), plain.train(mode)(images))
+
+
+@pytest.mark.parametrize("channels", [[8, 8, 16, 32], [8, 8, 32, 32]])
+def test_frozen_stages_and_the_remaining_ones_are_the_encoder(channels: list[int]) -> None:
+    """Unless the frozen ones are as wide as the encoder's output, for which the encoder would take theirs."""
+    net = create_model("coca_tiny", image_encoder_args={"channels": channels, "output_stride": 8}).eval()
+    net.freeze("image_encoder.trunk.*1", *(f"image_encoder.trunk.layer{i}" for i in (2, 3)))
+    encoder, images = net.image_encoder, torch.randn(2, 3, 32, 32)
+    if channels[2] == channels[3]:
+        with pytest.raises(DataError, match=r"32 wide, as is its output: .*data\.cached_augmentations=0"):
+            encoder.frozen_part()(images)
+    else:
+        torch.testing.assert_close(encoder(encoder.frozen_part()(images)), encoder(images))

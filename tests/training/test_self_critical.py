@@ -104,6 +104,30 @@ def test_another_reward_takes_the_place_of_cider() -> None:
     assert seen[KEYS[0]][0] == [*REFERENCES[KEYS[0]][0].split(), END]
 
 
+def test_a_mirror_image_is_rewarded_as_the_image_itself() -> None:
+    """A caption that says the opposite of the references, which are of the photo that is not mirrored."""
+    said = {"left": "a red circle left of a blue square", "right": "a red circle right of a blue square"}
+
+    class Side(SelfCritical):
+        def _draw(self, net: CoCa, images: Tensor) -> Tensor:
+            return net.tokenizer([said[side], "a small green circle"])[None, :, : self._most(net)]
+
+    net, found = network(), {}
+    for side, answers in (
+        ("left", ()),
+        ("left", (said["left"],)),
+        ("right", (said["right"],)),
+        ("right", ("another",)),
+    ):
+        made = Side(2, max_length=16)
+        made.read(REFERENCES | {"0": (said["left"],)})
+        tokens = net.tokenizer([said[side]])
+        made(net, Batch(pixels()[:1], tokens, (tokens > 0).sum(1), ["0"], answers=(answers,)))
+        found[side, answers] = made.measures["reward"]
+    plain, same, mirrored, other = found.values()
+    assert plain == same == mirrored > other
+
+
 def test_the_share_of_scoring_is_that_of_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each call reads the clock when it begins and around its scoring: 2 of 10 seconds, then 80 of 100."""
     times = iter([0.0, 1.0, 3.0, 10.0, 11.0, 91.0, 110.0, 111.0, 112.0])
