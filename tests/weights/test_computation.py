@@ -108,13 +108,14 @@ def test_choices_that_contradict_the_weights(folder: Path, choice: str, message:
 def test_choices_that_do_not(folder: Path) -> None:
     given = (
         "model.net.cls_mask=legacy",
-        "+model.net.image_encoder_args={patch_drop_rate: 0.5}",
+        "+model.net.image_encoder_args={patch_drop_rate: 0.5, attn_drop_rate: 0.1}",
         "model.net.dropout=0.1",
     )
     net = build_module(
         compose("data=scenes", "model.net.name=coca_vit_b32", *NET, f"init_from={folder / WEIGHTS}", *given)
     ).net
     assert net.config["image_encoder_args"]["patch_drop_rate"] == 0.5
+    assert net.config["image_encoder_args"]["attn_drop_rate"] == 0.1
     expected = load_model(folder / WEIGHTS).state_dict()
     torch.testing.assert_close(net.state_dict(), expected, atol=0, rtol=0)
 

@@ -32,29 +32,31 @@ class PatchProjection(nn.Conv2d):
 
 
 class ShortAttention(nn.Module):
-    """timm's attention without norms, gate and dropout of probabilities.
+    """timm's attention without norms and gate.
 
     Where the fused kernel's backward pass is slow, in bf16 on a CPU, it trains with plain products, as long as the
-    probabilities, which these keep, take no more memory than the queries.
+    probabilities, which these keep, take no more memory than the queries, and none are dropped.
     """
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
         self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
         self.qkv, self.proj, self.proj_drop = attention.qkv, attention.proj, attention.proj_drop
+        self.attn_drop_rate = attention.attn_drop.p
         self.train(attention.training)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x (B, S, D) -> (B, S, D)"""
         batch, length, _ = x.shape
         qkv = self.qkv(x)  # (B, S, 3·D)
+        dropped = self.attn_drop_rate if self.training else 0.0
         slow = self.training and _in_bf16_on_cpu(x) and not torch.compiler.is_compiling()
-        if slow and attn_mask is None and not is_causal and length <= self.head_dim:
+        if slow and not dropped and attn_mask is None and not is_causal and length <= self.head_dim:
             attended = attend_text_by_text(qkv.flatten(0, 1), self.num_heads, [length] * batch, None)
             attended = attended.unflatten(0, (batch, length))
         else:
             q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)  # each (B, H, S, D/H)
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask, dropped, is_causal)
             attended = attended.transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(attended))
 
@@ -119,7 +121,7 @@ def _is_patchwise(conv: nn.Module) -> bool:
 def _is_plain(attention: Attention) -> bool:
     norms = (attention.q_norm, attention.k_norm, attention.norm)
     gate = getattr(attention, "gate", None)
-    return all(isinstance(norm, nn.Identity) for norm in norms) and gate is None and attention.attn_drop.p == 0
+    return all(isinstance(norm, nn.Identity) for norm in norms) and gate is None
 
 
 def _in_bf16_on_cpu(x: Tensor) -> bool:

@@ -50,6 +50,21 @@ def test_short_attention_in_bf16_is_that_of_timm() -> None:
         assert (a - b).norm() < 0.03 * b.norm() + 1e-3
 
 
+def test_probabilities_are_dropped_in_training_as_timm_does() -> None:
+    torch.manual_seed(0)
+    plain = Attention(32, 2, qkv_bias=True, attn_drop=0.3)
+    fast, x, outputs = ShortAttention(copy.deepcopy(plain)), torch.randn(3, 10, 32), []
+    for bf16 in (False, True):
+        for layer in (plain, fast):
+            torch.manual_seed(1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                outputs.append(layer.train()(x))
+                outputs.append(layer.eval()(x))
+    for found, expected in zip(outputs[2::4] + outputs[3::4], outputs[::4] + outputs[1::4], strict=True):
+        assert torch.equal(found, expected)
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-2)
+
+
 @pytest.mark.parametrize(("size", "short"), [(40, True), (48, False)], ids=["26 tokens", "37 tokens"])
 def test_it_is_used_in_bf16_training_while_probabilities_are_no_larger_than_queries(size: int, short: bool) -> None:
     encoder = ImageEncoder("vit_base_patch32_clip_224", size, **VIT | {"embed_dim": 64})  # heads of width 32
