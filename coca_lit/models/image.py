@@ -98,7 +98,8 @@ class ImageEncoder(nn.Module):
 
     def depths(self) -> dict[str, int]:
         """{parameter: layers from the top}: 1 in the last layer, one more in each before it. The layers are those that
-        timm groups the parameters into: blocks of a transformer, stages of a ResNet. Empty if timm does not know them.
+        timm groups the parameters into: blocks of a transformer, residual blocks of a ResNet. Empty if timm does not
+        know them.
         """
         if not hasattr(self.trunk, "group_matcher"):
             return {}

@@ -136,6 +136,15 @@ def test_all_parameters_train(images: list[Tensor], model: CoCa) -> None:
     model.eval().set_grad_checkpointing("none")
 
 
+def test_the_norm_before_the_blocks_is_as_deep_as_the_embeddings(model: CoCa) -> None:
+    names = [name for name, _ in model.image_encoder.named_parameters()]
+    expected = {
+        name: 2 if ".blocks.0." in name else 1 if ".blocks.1." in name else 3 for name in names
+    }  # the encoder has no final norm
+    assert "trunk.norm_pre.weight" in names
+    assert model.image_encoder.depths() == expected
+
+
 @torch.no_grad()
 def test_captions_do_not_depend_on_the_other_images(images: list[Tensor], model: CoCa) -> None:
     """With a cache, greedy and by beams, with attention that adds up to 1."""

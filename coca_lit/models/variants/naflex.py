@@ -56,6 +56,11 @@ class NaFlexEncoder(ImageEncoder):
     def prefix_tokens(self) -> int:
         return 0
 
+    def depths(self) -> dict[str, int]:
+        """The norm in front of the blocks is as deep as the embeddings; timm groups it with the last block."""
+        found = super().depths()
+        return found | {name: max(found.values()) for name in found if name.startswith("trunk.norm_pre.")}
+
     def set_image_size(self, image_size: int) -> None:
         raise ValueError(
             f"this model takes images of any shape, up to {self.max_patches} patches, so it has no image size to change"
