@@ -178,6 +178,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     from coca_lit.distributed import process_group, rank
     from coca_lit.metrics.java.spice import JARS_VARIABLE
     from coca_lit.models import CoCa, part_sizes
+    from coca_lit.models.generation.options import complete
     from coca_lit.models.parts import forward_flops
     from coca_lit.runs.results import Found, finish_run
     from coca_lit.runs.resume import start_run_folder
@@ -192,6 +193,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
             raise ConfigError(f"{folder} holds the checkpoints of a training run: choose another name")
         model = _load(cfg).to(device, chosen_dtype(cfg.precision))
         settings = build_settings(cfg)
+        with error_context("scoring.generate"):
+            complete(settings.generate or {}).lengths(model.tokenizer.context_length)
         evals, not_run = build_evals(cfg)
         if isinstance(model, CoCa) and any(evaluation.classified for evaluation in evals):
             with error_context("checkpoint"):

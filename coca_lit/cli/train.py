@@ -42,6 +42,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         from coca_lit.data.datamodule import CaptionDataModule, RecordsDataModule
         from coca_lit.data.prefetch import worker_errors
         from coca_lit.models import part_sizes
+        from coca_lit.models.generation.options import complete
         from coca_lit.runs.results import finish_run, read_conditions, read_draws
         from coca_lit.runs.resume import find_checkpoint, finished_results, resume_command, start_run_folder
         from coca_lit.runs.scores import print_scores
@@ -70,6 +71,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
             held_out = {evaluation.name: evaluation.records for evaluation in evals}
             check_held_out(data.train_records, held_out)
         scoring = build_scoring(cfg, evals)
+        with error_context("scoring.generate"):
+            complete(scoring.settings.generate or {}).lengths(module.net.tokenizer.context_length)
         if cfg.scoring.objective is not None:
             scoring.check_score("scoring.objective", cfg.scoring.objective, at_end=True)
         trainer = build_trainer(cfg, scoring, start)

@@ -123,19 +123,20 @@ def generate_answers(
 ) -> dict[int | str, str]:
     """One answer per question, by question id: what the model writes when its caption begins with the question.
 
-    `options` are passed to `CoCa.generate`, but for a prompt, which is of captions; answers have at most `MAX_ANSWER`
-    tokens unless the options set another limit.
+    `options` are passed to `CoCa.generate`, but for a prompt, which is of captions; `max_length` is of the answer
+    alone, `MAX_ANSWER` tokens by default.
     """
     tokenizer = model.tokenizer
     questions = {record.id: fitting(tokenizer, record.question) for record in records}
     begun = {id: len(tokenizer.encode(question)) - 1 for id, question in questions.items()}
+    most = options.get("max_length") or MAX_ANSWER
 
     def write(part: Sequence[Record], images: Images) -> Iterator[str]:
         for start, group in groupby(range(len(part)), key=lambda row: begun[part[row].id]):  # one limit holds for all
             rows = list(group)
-            room = {"max_length": min(start + MAX_ANSWER, tokenizer.context_length)}
+            room = {"max_length": min(start + most, tokenizer.context_length)}
             prompts = {"prompt": [questions[part[row].id] for row in rows]}
-            for ids in model.generate(images[rows], **room | dict(options) | prompts):
+            for ids in model.generate(images[rows], **dict(options) | room | prompts):
                 yield tokenizer.decode(ids[start:])
 
     by_length = sorted(records, key=lambda record: begun[record.id])  # so that a batch has few lengths

@@ -22,7 +22,7 @@ from coca_lit.cli.schema import argument_defaults, check
 from coca_lit.cli.words import to_override
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
-from helpers.running import ROOT, TINY, compose, train_py
+from helpers.running import ROOT, TINY, compose, run, train_py
 
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
 GROUPS = ("callbacks", "data", "evals", "experiment", "logger", "model", "trainer")
@@ -347,6 +347,12 @@ def test_wrong_trainer_is_one_sentence(override: str, said: str, tmp_path: Path)
     with pytest.raises(ConfigError, match=said) as caught:
         build_trainer(compose("trainer=cpu", f"output_dir={tmp_path}", override), [])
     assert "\n" not in str(caught.value)
+
+
+def test_captions_longer_than_the_context_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^scoring\.generate: max_length .* context length of \d+, got 999"):
+        run(tmp_path / "run", *TINY, "evals=[]", "scoring.generate.max_length=999")
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 @pytest.mark.parametrize("nothing", ["logger=[]", "logger.csv=null"])

@@ -370,6 +370,8 @@ def test_novel_captions_generation_options_and_attention(checkpoint, tmp_path, m
     first, _ = json.loads((tmp_path / "samples" / "scenes_attention.json").read_text())
     assert [part["word"] for part in first["words"]] == captions[0].split()
     assert "the patches attended to" in (tmp_path / "report.html").read_text()
+    with pytest.raises(ConfigError, match=r"^scoring\.generate: max_length .* got 999"):
+        run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[]", "scoring.generate={max_length: 999}"))
     with pytest.raises(ConfigError, match="no option 'num_beam' for an evaluation; did you mean 'num_beams'"):
         run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[scenes_captions]", "scoring.generate={num_beam: 2}"))
 

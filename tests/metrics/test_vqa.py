@@ -88,12 +88,14 @@ def model():
     return create_model("coca_tiny", tokenizer="scenes_vqa").eval()
 
 
-def test_an_answer_is_what_the_model_writes_after_the_question(model) -> None:
+@pytest.mark.parametrize("most", [None, 3])
+def test_an_answer_is_what_the_model_writes_after_the_question(model, most: int | None) -> None:
+    """However long the question is, whose tokens do not count."""
     records = scene_question_records("val", count=4)
-    answers = generate_answers(model, records, batch_size=1)
+    answers = generate_answers(model, records, batch_size=1, options={"max_length": most})
     assert list(answers) == [record.id for record in records]
     for record in records[:3]:
-        ids = _greedy(model, record, tokens=9)
+        ids = _greedy(model, record, tokens=(most or 10) - 1)
         assert answers[record.id] == model.tokenizer.decode(ids)
 
 
