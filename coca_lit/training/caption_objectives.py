@@ -140,10 +140,10 @@ class ContrastiveOfCaptions(OfFeatures):
         captions = gather(caption)  # (W·B,)
         own = torch.arange(len(texts), device=texts.device) + rank() * len(texts)  # of all ranks' pairs
         with exact_fp32(images.device), torch.autocast(images.device.type, enabled=False):
-            sides, left_out = (wide(images), wide(texts)), (captions - 1) * 1e4  # exp(-1e4) = 0
+            sides, left_out = (images, texts), (captions - 1) * 1e4  # exp(-1e4) = 0
             losses = [
-                F.cross_entropy(logit_scale * one @ gather(other).T + left_out, own, reduction="none")  # (B,)
-                for one, other in (sides, sides[::-1])
+                F.cross_entropy(logit_scale * wide(one) @ wide(gather(other)).T + left_out, own, reduction="none")
+                for one, other in (sides, sides[::-1])  # (B,) each
             ]
         found = torch.where(caption > 0, sum(losses) / 2, 0.0).sum()
         return {"contrastive_of_captions": found * world_size() / captions.sum().clamp(min=1)}
