@@ -180,6 +180,8 @@ class CoCaLit(L.LightningModule):
                 self.log("train/grad_norm", norm)
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.pairs.check_norms(self.net)
         if self.self_critical is not None and stage == "fit":
             self.self_critical.read(self.trainer.datamodule.training_captions())  # type: ignore[attr-defined]
 

@@ -57,7 +57,9 @@ def build_module(cfg: DictConfig, start: "Start | None" = None, source: "DualEnc
     module = make_module(cfg, cfg.model, optimizer=optimizer)
     if start is None:
         initialise(cfg, module.net, source)
-    add_adapters(cfg, module.net)
+    else:
+        check_classes(module, start)
+    add_adapters(cfg, module)
     if start is not None and cfg.data.get("cached_augmentations"):  # photos are encoded before Lightning restores these
         from coca_lit.training.trainer import SafeCheckpointIO
 
@@ -65,6 +67,18 @@ def build_module(cfg: DictConfig, start: "Start | None" = None, source: "DualEnc
     if not any(p.requires_grad for p in module.parameters()):  # of the network and of the objectives
         raise ConfigError("model.freeze: nothing is left to train, all parameters are frozen")
     return module
+
+
+def check_classes(module: "CoCaLit", start: "Start") -> None:
+    """Raises `ConfigError` if the rows of a classifier in the checkpoint stand for other classes than the data have."""
+    from coca_lit.weights import CLASSIFIERS_KEY
+
+    for name, before in start.content.get(CLASSIFIERS_KEY, {}).items():
+        made = module.further_objectives().get(key := f"model.objectives.{name}")
+        if made is not None and made.config.get("classes") != before.get("classes"):
+            raise ConfigError(
+                f"{key}: the data have other classes than the checkpoint: restore them, or choose another name"
+            )
 
 
 def initialise(cfg: DictConfig, net: "CoCa", source: "DualEncoder | None" = None) -> None:
@@ -77,6 +91,7 @@ def initialise(cfg: DictConfig, net: "CoCa", source: "DualEncoder | None" = None
     if source is None and parts.image_encoder is None and parts.decoder is None:
         return  # as most trainings do, which need not import a dozen modules for this
 
+    from coca_lit.weights.lora import PARTS
     from coca_lit.weights.start import copy_weights, load_image_weights, load_language_model
 
     given: list[str] = []
@@ -85,7 +100,8 @@ def initialise(cfg: DictConfig, net: "CoCa", source: "DualEncoder | None" = None
             load_image_weights(net, parts.image_encoder)
     if source is not None:
         with error_context("init_from"):
-            given = copy_weights(source, net, cfg.init_from)
+            lora = (cfg.lora.get("parts") or PARTS) if cfg.lora.rank else ()
+            given = copy_weights(source, net, cfg.init_from, [lora] if isinstance(lora, str) else lora)
     if parts.decoder is not None:
         with error_context("init_parts.decoder"):
             load_language_model(net, parts.decoder, given)
@@ -127,15 +143,20 @@ def make_module(cfg: DictConfig, model: DictConfig, **objects: Any) -> "CoCaLit"
     return module
 
 
-def add_adapters(cfg: DictConfig, net: "CoCa") -> None:
-    """Low-rank adaptation, if `lora.rank` is set: after weights have been loaded, because it renames them."""
+def add_adapters(cfg: DictConfig, module: "CoCaLit") -> None:
+    """Low-rank adaptation, if `lora.rank` is set: after weights have been loaded, because it renames them. Then it is
+    known which batch norms train.
+    """
     from coca_lit.distributed import print_rank_zero
 
+    net = module.net
     if cfg.lora.rank:
         adapted = build(cfg.lora, "lora", net=net)
         parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in adapted))
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         print_rank_zero(f"low-rank updates of {len(adapted)} matrices of {parts}, {trained:,} parameters train")
+    with error_context("model"):
+        module.pairs.check_norms(net)
 
 
 # What a config leaves open, filled in from the data and the machine

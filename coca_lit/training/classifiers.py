@@ -110,7 +110,7 @@ class StateClassifier(Classifier):
         images: of each record.
         true_label: the class of texts that are true of their images. They have the caption loss too, in the same pass:
             what its gradient says about every word, a label says about the whole text. None for labels alone.
-        true_weight: factor of that loss.
+        true_weight: factor of that loss, above 0.
     """
 
     true_label: str | None = None
@@ -131,7 +131,7 @@ class StateClassifier(Classifier):
                 raise ValueError(
                     f"true_label must be one of the classes, such as {self.classes[0]!r:.80}, got {true_label!r:.80}"
                 )
-            check_number("true_weight", true_weight, at_least=0)
+            check_number("true_weight", true_weight, above=0)
             self.weights = self.weights | {"true_texts": true_weight}
             self.averages_tokens = True
         self.images, self.true_label = images, true_label

@@ -48,9 +48,8 @@ class MicroBatchedPairs(Pairs):
         joined = partial(self.joined_terms, batch) if self.joined else None
         return cached_loss(net, *pairs, self.micro_batch_size, self.weights, batch.prefix_lengths, smoothing, joined)
 
-    def check(self, net: CoCa, further: bool) -> None:
-        """Its batch norms would see micro-batches instead of batches."""
-        super().check(net, further)
+    def check_norms(self, net: CoCa) -> None:
+        """They would see micro-batches instead of batches."""
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.trained_modules()):
             raise ValueError(
                 f"micro_batch_size does not work with the batch norms of {net.config['image_encoder']}: freeze the"

@@ -173,10 +173,15 @@ class Pairs(Objective):
             further: whether other objectives join.
 
         Raises:
-            ValueError: no loss is left, or micro-batches are impossible.
+            ValueError: no loss is left.
         """
         if not any(self.weights.values()) and not further:
             raise ValueError("no loss is left: contrastive_weight or caption_weight must be above 0")
+
+    def check_norms(self, net: CoCa) -> None:
+        """Called before training, after low-rank adaptation, which freezes batch norms, if there is any. Raises
+        ValueError if those that train make micro-batches impossible.
+        """
 
 
 class Texts(Objective):

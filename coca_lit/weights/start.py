@@ -43,13 +43,16 @@ _TOWERS = (
 )
 
 
-def copy_weights(source: DualEncoder, model: CoCa, path: str | Path) -> list[str]:
+def copy_weights(source: DualEncoder, model: CoCa, path: str | Path, adapted: Sequence[str] = ()) -> list[str]:
     """Starts `model` from the weights of a model of the same architecture, which `path` names in messages, and returns
     the names of the tensors that it gave.
 
     One without captioner, such as an OpenCLIP CLIP, starts the towers alone (`towers`).
     Where `model` takes larger or smaller images, `source` is changed to their size, which interpolates its position
     embeddings. Position embeddings of texts are stretched to a longer context, see `stretch`, or cut to a shorter one.
+
+    Args:
+        adapted: parts that low-rank adaptation will freeze.
 
     Raises:
         ValueError: a tensor does not fit, or the models compute different things with equal tensors; the message names
@@ -77,7 +80,9 @@ def copy_weights(source: DualEncoder, model: CoCa, path: str | Path) -> list[str
     if towers_only:
         new = [name for name in target if name not in found]
         print_rank_zero(f"towers start from {path}, which has no captioner; random: {', '.join(parts(new, model))}")
-        if fixed := [name for name, p in model.named_parameters() if name in new and not p.requires_grad]:
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        inside = tuple(f"{part}." for part in adapted)
+        if fixed := [name for name in new if name in frozen or name.startswith(inside)]:
             print_rank_zero(f"note: random and frozen: {', '.join(parts(fixed, model))}")
     return list(found)
 

@@ -1,6 +1,7 @@
 """Classifiers beside the network: of answers, of texts beside one or two images, of images."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from coca_lit.cli.module import build_module
 from coca_lit.data.batch import Batch, collate
 from coca_lit.data.datamodule import RecordsDataModule, SceneQuestionsDataModule, SceneStatementsDataModule
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.statements import LABELS, TRUTHS, comparison_records, entailment_records
-from coca_lit.errors import DataError
+from coca_lit.errors import ConfigError, DataError
 from coca_lit.evals.pooler_probe import ClassPooler
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, create_model
+from coca_lit.runs.resume import Start
 from coca_lit.training.classifiers import AnswerClassifier, PoolerClassifier, StateClassifier, load_classifier
 from coca_lit.training.optim import AdamW
 from coca_lit.weights import CLASSIFIERS_KEY
 from helpers.naive import state_at_end
+from helpers.running import compose
 
 OPTIMIZER = AdamW(lr=1e-3)
 ANSWERS = ["red", "2", "left"]
@@ -216,6 +220,8 @@ def test_what_does_not_fit_is_said(net: CoCa) -> None:
         StateClassifier(["yes", "yes"])
     with pytest.raises(ValueError, match="'false', got 'entailment'"):
         StateClassifier(TRUTHS, true_label="entailment")
+    with pytest.raises(ValueError, match="true_weight must be a number above 0, got 0"):
+        StateClassifier(TRUTHS, true_label="true", true_weight=0)
     with pytest.raises(ValueError, match="decoder"):
         StateClassifier(TRUTHS).build(create_model("coca_tiny", decoder_layers=0))
 
@@ -334,6 +340,18 @@ def test_a_classifier_whose_numbers_are_not_stored_is_refused(tmp_path: Path, ne
     torch.save({"state_dict": state, CLASSIFIERS_KEY: {"mine": config}}, path := tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="are stored"):
         load_classifier(path, net)
+
+
+def test_classes_in_another_order_do_not_resume() -> None:
+    """As when a folder is renamed: the head has as many rows as before, and they would mean other classes."""
+    cfg, classes = compose("experiment=scenes_entailment"), ["entailment", "neutral", "contradiction"]
+    own = build_module(cfg).objectives["labels"].classes
+    assert sorted(own) == sorted(classes)
+    for before in (own, own[::-1]):
+        start = Start(Path("last.ckpt"), {CLASSIFIERS_KEY: {"labels": {"classes": before}, "gone": {}}})
+        refused = pytest.raises(ConfigError, match=r"model\.objectives\.labels: the data have other classes")
+        with nullcontext() if before == own else refused:
+            build_module(cfg, start)
 
 
 @pytest.mark.slow

@@ -73,6 +73,15 @@ def test_wrong_lora_is_one_sentence() -> None:
             build_module(compose(*SHORT, "lora.rank=2", override) if "rank=" not in override else compose(override))
 
 
+@pytest.mark.parametrize("build", [build_module, build_without_weights])
+def test_batch_norms_that_lora_freezes_allow_micro_batches(build: Any) -> None:
+    small = (*SHORT, "lora.rank=2", "trainer.micro_batch_size=2")
+    module = build(compose(*small))
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) and m.training for m in module.train().modules())
+    with pytest.raises(ConfigError, match=r"^model: micro_batch_size does not work with the batch norms of resnet10t"):
+        build(compose(*small, "lora.parts=[text]"))
+
+
 @pytest.mark.slow
 def test_the_plan_counts_what_trains() -> None:
     module = build_without_weights(compose(*SHORT, "lora.rank=2"))

@@ -82,6 +82,14 @@ def test_matrices_kernels_and_norms(tiny_model: Build) -> None:
     assert model.text.dropout.training
 
 
+def test_positions_of_frames_train(tiny_model: Build) -> None:
+    """A model of images has none to start from."""
+    model = tiny_model(frame_positions=2)
+    add_lora(model, rank=2)
+    model(torch.randn(1, 2, 3, 32, 32), model.tokenizer(TEXTS[:1])).logits.square().mean().backward()
+    assert model.pooling.frame_positions.grad.abs().sum() > 0
+
+
 def test_an_embedding_that_another_part_shares_trains_on(tiny_model: Build) -> None:
     model = tiny_model(tied_embeddings=True)
     before = {n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("decoder.")}

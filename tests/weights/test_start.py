@@ -144,7 +144,9 @@ def test_what_stays_random_is_said(clip_file: Path, capsys: pytest.CaptureFixtur
     model = make_coca()
     model.freeze("text")
     copy_weights(load_dual_encoder(clip_file), model, clip_file)
-    assert "note: random and frozen: text.cls_embedding" in capsys.readouterr().out
+    assert "note: random and frozen: text.cls_embedding\n" in capsys.readouterr().out
+    copy_weights(load_dual_encoder(clip_file), make_coca(), clip_file, adapted=["text", "decoder"])
+    assert "note: random and frozen: text.cls_embedding, decoder\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def build_without_weights(cfg: DictConfig) -> "CoCaLit":
     OmegaConf.resolve(node)
     with torch.device("meta"):
         module = make_module(cfg, node)
-        add_adapters(cfg, module.net)
+        add_adapters(cfg, module)
     return module
 
 
