@@ -35,6 +35,7 @@ class Objective(nn.Module):
             whole, or a method that `shard` registers.
         reads_captions: whether it reads captions, and not just labels and the questions in front of them.
         config_key: where it stands in the configuration.
+        owners: the `config_key` of each term that is known so far, of all objectives of a training.
         averages_tokens: whether a term is a mean over tokens. Batches differ in their number, so the mean of two
             batches is not that of the tokens of both.
     """
@@ -52,6 +53,7 @@ class Objective(nn.Module):
             check_number(f"{name}_weight", weight, at_least=0)
         self.weights = weights
         self.measures: dict[str, float] = {}
+        self.owners: dict[str, str] = {}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -73,12 +75,19 @@ class Objective(nn.Module):
         """The weighted sum of the terms, to be differentiated, and the terms themselves.
 
         Raises:
-            ConfigError: they have no names.
+            ConfigError: they have no names, or one that another objective has.
         """
-        terms = self(net, batch)
+        terms = self.named(self(net, batch))
+        return torch.stack([self.weights.get(name, 1.0) * term for name, term in terms.items()]).sum(), terms
+
+    def named(self, terms: Any) -> dict[str, Tensor]:
+        """The terms, if they have names of their own; else raises `ConfigError`."""
         if not isinstance(terms, Mapping):
             raise ConfigError(f"{self.config_key} must return {{name: term}}, got a {type(terms).__name__}")
-        return torch.stack([self.weights.get(name, 1.0) * term for name, term in terms.items()]).sum(), dict(terms)
+        for name in terms:
+            if (owner := self.owners.setdefault(name, self.config_key)) != self.config_key:
+                raise ConfigError(f"{self.config_key}: its term '{name}' has the name of a loss of {owner}; rename it")
+        return dict(terms)
 
 
 class Function(Objective):
@@ -163,7 +172,7 @@ class Pairs(Objective):
         """Of all joined objectives, see `OfFeatures.of_features`."""
         terms: dict[str, Tensor] = {}
         for made in self.joined:
-            terms |= made.of_features(batch, images, texts, logit_scale)
+            terms |= made.named(made.of_features(batch, images, texts, logit_scale))
         return terms
 
     def check(self, net: CoCa, further: bool) -> None:
@@ -208,13 +217,14 @@ def named_objectives(objectives: Mapping[str, Callable[..., Any] | None]) -> dic
     """
     further: dict[str, Objective] = {}
     terms = ["contrastive", "caption", "text", "policy"]
+    owners = dict.fromkeys(terms, "coca_lit")
     for name, function in objectives.items():
         if function is None:
             continue
         if not callable(function):
             raise ValueError(f"objectives.{name}: expected an Objective or a function (net, batch), got {function!r}")
         made = further[name] = function if isinstance(function, Objective) else Function(function)
-        made.config_key = f"model.objectives.{name}"
+        made.config_key, made.owners = f"model.objectives.{name}", owners
         for term, weight in made.weights.items():
             if weight == 0:
                 raise ValueError(f"objectives.{name}: a {term}_weight of 0 trains nothing; set objectives.{name}=null")

@@ -16,7 +16,7 @@ from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, create_model
 from coca_lit.tools.prepare.scenes import export_scenes
 from coca_lit.training.caption_objectives import ParallelPrediction, PrefixPrompts
-from coca_lit.training.objectives import Function, Objective, Pairs, Texts
+from coca_lit.training.objectives import Function, Objective, OfFeatures, Pairs, Texts
 from coca_lit.training.optim import AdamW
 from coca_lit.weights.load import load_model
 from helpers.running import run
@@ -129,6 +129,28 @@ def test_an_objective_that_returns_no_terms_is_named(questions: Batch) -> None:
     module = CoCaLit(create_model("coca_tiny"), OPTIMIZER, 0, 0.0, 0.0, objectives=objectives)
     with pytest.raises(ConfigError, match=r"^model\.objectives\.mine .*Tensor"):
         module.training_step(questions, 0)
+
+
+class OfMine(OfFeatures):
+    def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
+        return {"contrastive": images.sum()}
+
+
+def caption(net: CoCa, batch: Batch) -> dict[str, Tensor]:
+    return {"caption": net.logit_scale.sum()}
+
+
+@pytest.mark.parametrize(
+    ("mine", "term"),
+    [(squares, "mine"), (caption, "caption"), (OfMine(), "contrastive")],
+    ids=["twice", "ours", "joined"],
+)
+def test_a_term_with_the_name_of_another_is_refused(questions: Batch, mine: Any, term: str) -> None:
+    net = create_model("coca_tiny", tokenizer="scenes_vqa")
+    module = CoCaLit(net, OPTIMIZER, objectives={"first": OnlyForward(), "second": mine})
+    with pytest.raises(ConfigError, match=rf"^model\.objectives\.second: .*'{term}'"):
+        module.training_step(questions, 0)
+    CoCaLit(net, OPTIMIZER, objectives={"first": squares}).training_step(questions, 0)
 
 
 @pytest.mark.parametrize(
