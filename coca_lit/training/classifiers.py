@@ -311,9 +311,10 @@ def load_classifier(path: str | Path, net: CoCa) -> Classifier | None:
         return None
     try:
         check_plain(found)
-        name, config = next(iter(found.items()))
-        if config["kind"] not in KINDS:  # of a user's own class
+        known = ((name, config) for name, config in found.items() if config.get("kind") in KINDS)
+        if (first := next(known, None)) is None:  # all are of a user's own classes
             return None
+        name, config = first
         made = KINDS[config["kind"]](config)
         prefix = f"objectives.{name}."
         state = {key.removeprefix(prefix): t for key, t in content["state_dict"].items() if key.startswith(prefix)}

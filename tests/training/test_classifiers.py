@@ -321,6 +321,9 @@ def test_a_checkpoint_keeps_its_classifier(classifier: Any, tmp_path: Path) -> N
     loaded = load_classifier(path, net)
     assert type(loaded) is type(classifier)
     assert loaded.config == classifier.config
+    own = checkpoint | {CLASSIFIERS_KEY: {"own": {"labels": ["a"]}} | checkpoint[CLASSIFIERS_KEY]}  # a user's objective
+    torch.save(own, tmp_path / "own.ckpt")
+    assert load_classifier(tmp_path / "own.ckpt", net).config == classifier.config
     torch.testing.assert_close(loaded.state_dict(), classifier.state_dict())
     plain: dict[str, Any] = {"state_dict": module.state_dict()}
     CoCaLit(net, OPTIMIZER).on_save_checkpoint(plain)
