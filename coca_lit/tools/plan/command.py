@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from coca_lit.cli.assembly import resolve_target
 from coca_lit.cli.command import command
 from coca_lit.cli.module import add_adapters, load_source, make_module, with_recipe, with_vocabulary
-from coca_lit.errors import ConfigError, check_number, error_context
+from coca_lit.errors import ConfigError, DataNotFoundError, check_number, error_context
 
 if TYPE_CHECKING:
     from coca_lit.lit_module import CoCaLit
@@ -27,7 +27,8 @@ def plan() -> None:
 
 
 def run(cfg: DictConfig) -> None:
-    """Prints the plan of a run. No weights are allocated and no folder is made; data are read only by a recipe.
+    """Prints the plan of a run. No weights are allocated and no folder is made; data are read only by a recipe or for
+    `vocabulary`.
 
     Raises:
         ConfigError: a setting of the plan, or the model, cannot be used.
@@ -36,7 +37,11 @@ def run(cfg: DictConfig) -> None:
 
     settings = read_settings(cfg)
     if cfg.recipe is not None:  # whose choices depend on the data
-        cfg = with_vocabulary(with_recipe(cfg, load_source(cfg)))
+        cfg = with_recipe(cfg, load_source(cfg))
+    try:
+        cfg = with_vocabulary(cfg)
+    except DataNotFoundError:
+        print("vocabulary: the training captions are not there, so the tokenizer of the preset is counted.")
     model, spent, recipe = estimate(cfg, settings)
     pixels = 3 * cfg.image_size**2 * max(frames_of(cfg), 1)
     print_plan(f"{cfg.model.net.name}, {cfg.trainer.precision}", model, spent, recipe, settings, pixels)

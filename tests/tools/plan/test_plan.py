@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -319,6 +320,29 @@ def test_a_recipe_chooses_by_the_photos(capsys: pytest.CaptureFixture[str], tmp_
     text = capsys.readouterr().out
     assert "data.batch_size=2 " in text
     assert "coca_efficientnet" in text
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_vocabulary_is_counted_where_the_captions_are(
+    there: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    captions = ["a red dog", "a dog", "blue dogs"] * 4
+    for i, words in enumerate(captions):
+        render(i, size=32).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(words)
+    counted: list[Any] = []
+
+    def estimate(cfg: DictConfig, _: Any) -> tuple[None, None, None]:
+        counted.append(cfg.model.net.get("tokenizer"))
+        return None, None, None
+
+    monkeypatch.setattr(cli, "estimate", estimate)
+    monkeypatch.setattr("coca_lit.tools.plan.report.print_plan", lambda *_: None)
+    place = tmp_path if there else tmp_path / "nowhere"
+    cli.run(compose("plan", ["data=my_photos", f"data.root={place}", "evals=[]", "vocabulary=1"]))
+    (words,) = counted
+    assert set(words or ()) == ({"a", "red", "dog", "blue", "dogs"} if there else set())
+    assert ("tokenizer of the preset is counted" in capsys.readouterr().out) is not there
 
 
 @pytest.mark.slow
