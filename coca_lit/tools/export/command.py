@@ -102,6 +102,8 @@ def _command(cfg: DictConfig) -> str:
         words |= {"interpolate_with": cfg.interpolate_with, "weight": cfg.weight}
     if cfg.push_to is not None:
         words["push_to"] = cfg.push_to
+    if cfg.imports:
+        words["imports"] = f"[{','.join(cfg.imports)}]"
     return shlex.join(["coca-export", *(f"{key}={value}" for key, value in words.items())])
 
 

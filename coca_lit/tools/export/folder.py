@@ -4,6 +4,7 @@ Face Hub.
 """
 
 import glob
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import yaml
 from coca_lit.errors import DataError, UserError
 from coca_lit.files import TEMPORARY, remove_leftovers
 from coca_lit.models import CoCa, part_sizes
+from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS
 from coca_lit.models.text import TextTower
 from coca_lit.models.variants.poolers import MeanPooling
 from coca_lit.reading import printable, read_run_file, read_run_json, read_run_yaml
@@ -34,7 +36,7 @@ USAGE = """\
 import coca_lit
 from PIL import Image
 
-model = coca_lit.load_model("{folder}/model.safetensors")
+model = coca_lit.load_model("{folder}/model.safetensors"{imports})
 images = coca_lit.build_transform(**model.preprocessing)(Image.open("photo.jpg"))[None]
 similarity = model.encode_image(images) @ model.encode_text(model.tokenizer(["a dog", "a cat"])).T
 print(similarity)
@@ -64,11 +66,14 @@ class Exported(NamedTuple):
 def write_safetensors(model: CoCa, folder: Path) -> Exported:
     """Weights and architecture in one file of ours, without the optimizer of a training checkpoint."""
     save_model(model, folder / WEIGHTS)
+    parts = ((IMAGE_ENCODERS, model.config["image_encoder"]), (TEXT_TOWERS, model.config["text_tower"] or ""))
+    guests = list(dict.fromkeys(part.partition(":")[0] for registry, part in parts if registry.is_guest(part)))
+    usage = USAGE.replace("{imports}", f", imports={json.dumps(guests)}" if guests else "")
     return Exported(
         library="coca_lit",
         files={WEIGHTS: "weights in fp32; the architecture and a digest of both in the file's metadata"},
-        needs="coca_lit",
-        usage=USAGE + (CAPTION if model.decoder is not None else ""),
+        needs=" and ".join(["coca_lit", *guests]),
+        usage=usage + (CAPTION if model.decoder is not None else ""),
         check="The file holds the weights of the checkpoint as they are.",
         limits=[],
     )
@@ -245,8 +250,11 @@ def _architecture(model: CoCa) -> dict[str, Any]:
     decoder = f"{config['decoder_layers']} layers of width {config['text_width']}, {config['text_heads']} heads"
     poolers = f"{config['pooler']}, {config['pooler_queries']} queries, {config['pooler_heads']} heads"
     arguments = ", ".join(f"{key}={value}" for key, value in config["image_encoder_args"].items())
+    spec = config["image_encoder"]
+    module, _, encoder = spec.rpartition(":") if spec in IMAGE_ENCODERS else ("", "", spec)
     return {
-        "image encoder": f"`{config['image_encoder']}` of timm" + (f" with {arguments}" if arguments else ""),
+        "image encoder": f"`{encoder}` of {f'`{module}`' if module else 'timm'}"
+        + (f" with {arguments}" if arguments else ""),
         "image size": f"{config['image_size']} pixels",
         "pooler": config["pooler"] if isinstance(model.pooling, MeanPooling) else poolers,
         "common space": f"{config['embed_dim']} dimensions",
