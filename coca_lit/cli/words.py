@@ -27,7 +27,7 @@ def parse(arguments: Sequence[str], positional: Positional = ()) -> tuple[argpar
     A word is an override if it looks like `key=value` and no file has that name. Whatever follows `--` is a word.
 
     Raises:
-        ConfigError: an option that does not exist, or more words than keys.
+        ConfigError: an option that does not exist, two that exclude each other, or more words than keys.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for names in (("--help", "-h"), ("--version",), ("--resolve",), ("--multirun", "-m")):
@@ -61,6 +61,10 @@ def parse(arguments: Sequence[str], positional: Positional = ()) -> tuple[argpar
     if options.config_dir is not None:
         if not options.config_dir.is_dir():
             raise ConfigError(f"--config-dir: there is no folder '{options.config_dir}'")
+        if any(override.startswith("hydra.searchpath=") for override in overrides):  # of which Hydra reads the last
+            raise ConfigError(
+                "--config-dir takes one folder: for several use 'hydra.searchpath=[file://A,file://B]' alone"
+            )
         overrides.append(f"hydra.searchpath=[{quote(f'file://{options.config_dir.absolute()}')}]")
     return options, overrides
 
@@ -77,8 +81,9 @@ def to_override(word: str) -> str:
         forms.append(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
     for form in forms:
         with suppress(HydraException):
-            OverridesParser.create().parse_override(form)
-            return form
+            parsed = OverridesParser.create().parse_override(form).value()
+            other = key == "name" and (parsed is None or isinstance(parsed, int | float))  # name=2024_01_05 is a text
+            return f"{key}={quote(value)}" if other else form
     return word
 
 

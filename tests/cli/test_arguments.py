@@ -62,7 +62,13 @@ def test_options_and_their_values_stand_anywhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(["--zzz"], "--zzz"), (["--config-dir", "nowhere"], "nowhere"), (["photos"], "photos")]
+    ("words", "said"),
+    [
+        (["--zzz"], "--zzz"),
+        (["--config-dir", "nowhere"], "nowhere"),
+        (["photos"], "photos"),
+        (["--config-dir", ".", "hydra.searchpath=[file://b]"], r"hydra\.searchpath=\[file://A,file://B\]"),
+    ],
 )
 def test_what_is_no_option_and_no_override(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
@@ -106,6 +112,11 @@ def test_the_home_that_a_shell_leaves(
     words = Words()
     words.add_argument("--in-shards")
     assert words.parse_args(["in_shards=~/x"]).in_shards == "/my home/x"
+
+
+@pytest.mark.parametrize("name", ["2024_01_05", "007", "1e5", "null", "runs/1"])
+def test_the_name_of_a_run_is_text(name: str) -> None:
+    assert compose("train", [to_override(f"name={name}")]).name == name
 
 
 @pytest.mark.parametrize(("word", "said"), [("[a", "query='\"[a\"'"), ("{a: 1", "query='\"{a: 1\"'")])
