@@ -3,8 +3,8 @@
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -49,9 +49,11 @@ def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None,
     values = OmegaConf.to_container(node, resolve=True)
     if not isinstance(values, dict) or "_target_" not in values:
         raise ConfigError(f"{path} names nothing to build: set {path}._target_ to a class or a function")
-    resolve_target(values["_target_"], path)
-    signature = read_signature(values["_target_"])
-    taken = signature.arguments if signature is not None else {}
+    target, signature = resolve_target(values["_target_"], path), read_signature(values["_target_"])
+    taken: Collection[str] = signature.arguments if signature is not None else ()
+    if signature is None:
+        with suppress(ValueError):  # of what is written in C
+            taken = inspect.signature(target).parameters
     objects |= {key: value for key, value in (offered or {}).items() if key not in values and key in taken}
     node = _without(node)
     for key in FUNCTIONS:  # Hydra would call these: `_partial_` keeps those that await arguments
@@ -173,11 +175,13 @@ def _build_evaluation(name: str, node: DictConfig) -> "Evaluation | list[Evaluat
 
     from coca_lit.evals import FunctionEvaluation
 
-    given = build(node, path, _partial_=True).keywords
+    given = build(_without(node, "every"), path, _partial_=True).keywords
     if "records" not in given:
         raise ConfigError(f"{path} has nothing to score: set {path}.records._target_ to what returns records")
     records = given.pop("records")
-    return FunctionEvaluation(name, records, partial(resolve_target(node["_target_"], path), **given))
+    function = partial(resolve_target(node["_target_"], path), **given)
+    with error_context(path):
+        return FunctionEvaluation(name, records, function, node.get("every", 1))
 
 
 def build_settings(cfg: DictConfig) -> "Settings":
@@ -206,11 +210,14 @@ def build_scoring(cfg: DictConfig, evals: "list[Evaluation]") -> "ScoreDuringTra
         return ScoreDuringTraining(evals, build_settings(cfg), **{key: cfg.scoring[key] for key in WHEN})
 
 
-def build_trainer(cfg: DictConfig, scoring: "ScoreDuringTraining", start: "Start | None" = None) -> "L.Trainer":
+def build_trainer(
+    cfg: DictConfig, scoring: "ScoreDuringTraining", start: "Start | None" = None, splits: bool = True
+) -> "L.Trainer":
     """The trainer with its callbacks, `scoring` among them, loggers, strategy and precision.
 
     Args:
         start: from which the run resumes, in its logs too.
+        splits: the data split their batches over ranks, as ours do exactly; else Lightning gives each rank its samples.
     """
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -229,11 +236,14 @@ def build_trainer(cfg: DictConfig, scoring: "ScoreDuringTraining", start: "Start
     strategy = cfg.trainer.strategy
     if isinstance(strategy, DictConfig):
         strategy = build(strategy, "trainer.strategy")
-    precision = best_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
-    parts = trainer_parts(callbacks, loggers, cfg.trainer.get("accelerator", AUTO), strategy, precision)
+    accelerator, precision = cfg.trainer.get("accelerator", AUTO), cfg.trainer.precision
+    if precision == AUTO:
+        precision = best_precision("cpu" if accelerator == "cpu" else best_device())
+    parts = trainer_parts(callbacks, loggers, accelerator, strategy, precision)
     node = _without(cfg.trainer, "micro_batch_size")  # an argument of the module
+    defaults = {"default_root_dir": cfg.output_dir, "use_distributed_sampler": not splits, **DEFAULTS}
     try:
-        trainer: L.Trainer = build(node, "trainer", {"default_root_dir": cfg.output_dir, **DEFAULTS}, **parts)
+        trainer: L.Trainer = build(node, "trainer", defaults, **parts)
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
     if trainer.max_steps == -1 and trainer.max_epochs in (None, -1):

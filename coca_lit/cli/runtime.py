@@ -60,7 +60,7 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bo
     warnings.filterwarnings("ignore", message=".*logging on epoch level in distributed")  # scores are the same there
 
 
-def best_precision() -> str:
+def best_precision(device: str) -> str:
     """bf16 mixed precision where the device computes it in hardware, else fp32."""
     import torch
 
@@ -70,7 +70,7 @@ def best_precision() -> str:
         "mps": lambda: False,  # not measured there
         "cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False),
     }
-    return "bf16-mixed" if computes_bf16[best_device()]() else "32-true"
+    return "bf16-mixed" if computes_bf16[device]() else "32-true"
 
 
 def chosen_dtype(precision: str) -> "torch.dtype":
@@ -78,7 +78,7 @@ def chosen_dtype(precision: str) -> "torch.dtype":
     import torch
 
     known = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    known["auto"] = known["bf16" if best_precision() == "bf16-mixed" else "fp32"]
+    known["auto"] = known["bf16" if best_precision(best_device()) == "bf16-mixed" else "fp32"]
     if precision not in known:
         raise ConfigError(f"precision must be auto, fp32 or bf16, not '{precision}'")
     return known[precision]

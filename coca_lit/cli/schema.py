@@ -21,6 +21,13 @@ from coca_lit.errors import ConfigError, suggest
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # that `instantiate` reads itself
 NUMBERS = {"int", "float", "bool"}
 AUTO = "auto"  # a recipe chooses the value, see `coca_lit.training.recipe`
+ELSEWHERE = {  # keys that a run sets from others
+    "trainer.callbacks": "set callbacks.NAME instead",
+    "trainer.logger": "set logger.NAME instead",
+    "trainer.enable_checkpointing": "set callbacks.checkpoint, or callbacks.checkpoint=null for none",
+    "trainer.plugins": "choose trainer.precision and trainer.strategy",
+    "model.micro_batch_size": "set trainer.micro_batch_size instead",
+}
 
 
 class Argument(NamedTuple):
@@ -107,11 +114,19 @@ def definition(name: str) -> tuple[ast.ClassDef | ast.FunctionDef, str] | None:
     for node in ast.walk(_source(module)):  # outermost first
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == leaf:
             return node, module
-        if isinstance(node, ast.ImportFrom) and not node.level:
+        if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if leaf == (alias.asname or alias.name):
-                    return definition(f"{node.module}.{alias.name}")
+                    source = f"{_imported_from(node, module)}.{alias.name}"
+                    return definition(source) if source != name else None
     return None
+
+
+def _imported_from(node: ast.ImportFrom, module: str) -> str:
+    """The full name of the module from which a line of `module` imports."""
+    parents = module.split(".") if _source(f"{module}.__init__").body else module.split(".")[:-1]
+    near = parents[: len(parents) - node.level + 1] if node.level else []
+    return ".".join(filter(None, (*near, node.module)))
 
 
 def literal(node: ast.expr | None, module: str) -> Any:
@@ -189,6 +204,8 @@ def check(node: Mapping[str, Any], shipped: Mapping[str, Any], groups: Iterable[
         ConfigError: a key that nobody takes, or a value of another type than is expected.
     """
     for key, value, argument in _walk(node, shipped):
+        if key in ELSEWHERE:
+            raise ConfigError(f"{key} has no effect: {ELSEWHERE[key]}")
         if argument is None:
             while isinstance(value, dict) and len(value) == 1:  # to the innermost key
                 ((name, value),) = value.items()
@@ -234,6 +251,8 @@ def _known(node: Mapping[str, Any], shipped: Mapping[str, Any]) -> tuple[dict[st
     beside = {key: listed[key] for key in listed.keys() - before.arguments.keys()} if before is not None else {}
     if signature is None:
         return beside, True
+    if {"records", "settings"} <= signature.arguments.keys():  # a function as evaluation
+        beside["every"] = Argument("int")
     return dict.fromkeys(HYDRA_KEYS, Argument()) | signature.arguments | beside, signature.takes_any
 
 

@@ -75,7 +75,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
             complete(scoring.settings.generate or {}).lengths(module.net.tokenizer.context_length)
         if cfg.scoring.objective is not None:
             scoring.check_score("scoring.objective", cfg.scoring.objective, at_end=True)
-        trainer = build_trainer(cfg, scoring, start)
+        trainer = build_trainer(cfg, scoring, start, isinstance(data, CaptionDataModule))
         check_processes(trainer.world_size)
         prepare(trainer, module, data)
         if start is None:

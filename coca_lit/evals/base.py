@@ -22,7 +22,7 @@ from torch import Tensor
 
 from coca_lit.data.records import Clip, Record
 from coca_lit.distributed import print_rank_zero
-from coca_lit.errors import DataError, check_number
+from coca_lit.errors import ConfigError, DataError, check_number
 from coca_lit.files import atomic_write
 from coca_lit.metrics.uncertainty import Conditions, Draws, digest
 from coca_lit.models import CLIP, CoCa, DualEncoder
@@ -225,4 +225,7 @@ class FunctionEvaluation(Evaluation):
         self.function = function
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        return self.function(model, records, settings)
+        scores: Any = self.function(model, records, settings)
+        if not isinstance(scores, Mapping):
+            raise ConfigError(f"evals.{self.name} must return {{score: value}}, got a {type(scores).__name__}")
+        return dict(scores)

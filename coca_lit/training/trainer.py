@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from coca_lit.lit_module import CoCaLit
 
 DEFAULTS = {
-    "use_distributed_sampler": False,  # the DataModules split batches over ranks exactly
     "enable_model_summary": False,  # there is `RunSummary`
     "num_sanity_val_steps": 0,
 }

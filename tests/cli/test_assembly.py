@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from coca_lit.cli import command
-from coca_lit.cli.assembly import build_evals, build_scoring, build_trainer
+from coca_lit.cli.assembly import build, build_evals, build_scoring, build_trainer
 from coca_lit.cli.module import build_module
+from coca_lit.cli.schema import argument_defaults, check
 from coca_lit.errors import ConfigError
 from coca_lit.evals import Settings
 from coca_lit.training.objectives import Objective
@@ -40,6 +42,9 @@ def without_name(net, batch):
 def records(split, count=3):
     from coca_lit.data.scenes.render import scene_records
     return scene_records(split, count=count)
+
+def bare(model, records, settings):
+    return len(records)
 
 def counted(model, records, settings, offset=0):
     return {"images": len(records) + offset}
@@ -88,8 +93,68 @@ def test_a_function_is_an_evaluation_of_the_name_of_its_key(
     guest: None, tmp_path: Path, words: list[str], images: int
 ) -> None:
     function = ("_target_=guest_parts.counted", "records._target_=guest_parts.records", "records.split=val")
-    (made,) = evaluations(*function, *words)
+    (made,) = evaluations(*function, *words, "every=2")
     assert made.evaluate(None, Settings(tmp_path)) == {"mine/images": images}
+    assert made.every == 2
+
+
+def test_a_function_that_returns_a_bare_number_is_named(guest: None, tmp_path: Path) -> None:
+    function = ("_target_=guest_parts.bare", "records._target_=guest_parts.records", "records.split=val")
+    with pytest.raises(ConfigError, match=r"^evals\.mine must return \{score: value\}, got a int$"):
+        evaluations(*function)[0].evaluate(None, Settings(tmp_path))
+
+
+PARTS = """
+from . import base as b
+
+class Derived(b.Base):
+    pass
+
+class Log(b.Base):
+    def __init__(self, output_dir):
+        super().__init__(output_dir)
+"""
+
+
+@pytest.mark.parametrize("module", ["package", "package.inner"])
+def test_parts_behind_relative_imports_get_what_they_ask_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    package = f"parts_{len(module)}"
+    for name, source in (
+        ("__init__", "from .impl import Log"),
+        ("inner/__init__", "from ..impl import Log, Derived"),
+        ("base", "class Base:\n    def __init__(self, output_dir): self.place = output_dir"),
+        ("impl", PARTS),
+    ):
+        (file := tmp_path / package / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{source}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    target = module.replace("package", package)
+    assert build(OmegaConf.create({"_target_": f"{target}.Log"}), "x", {"output_dir": "here"}).place == "here"
+    derived = OmegaConf.create({"_target_": f"{package}.inner.Derived"})
+    assert build(derived, "x", {"output_dir": "here"}).place == "here"
+    assert argument_defaults({"_target_": f"{target}.Log"}) == {}
+    with pytest.raises(ConfigError, match=r"'x\.outputdir'.*'x\.output_dir'"):
+        check({"x": {"_target_": f"{target}.Log", "outputdir": 1}}, {"x": None})
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_lightning_gives_ranks_their_samples_where_the_data_do_not(tmp_path: Path, splits: bool) -> None:
+    cfg = compose(f"output_dir={tmp_path}", "trainer=cpu")
+    connector = build_trainer(cfg, build_scoring(cfg, []), None, splits)._accelerator_connector
+    assert connector.use_distributed_sampler is not splits
+
+
+def test_a_run_on_the_cpu_has_its_precision_and_not_that_of_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = compose(f"output_dir={tmp_path}", "trainer.accelerator=cpu", "trainer.precision=auto")
+    for module in ("assembly", "runtime"):
+        monkeypatch.setattr(f"coca_lit.cli.{module}.best_device", lambda: "cuda")
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    assert build_trainer(cfg, build_scoring(cfg, [])).precision == "32-true"
 
 
 def test_a_class_needs_no_name_and_a_measure_is_handed_over(guest: None) -> None:

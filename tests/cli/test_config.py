@@ -185,6 +185,20 @@ def test_wrong_option_is_one_sentence(refused: Callable[..., str], override: str
     assert re.search(said, refused(override))
 
 
+@pytest.mark.parametrize(
+    ("key", "right"),
+    [
+        ("trainer.callbacks", "callbacks.NAME"),
+        ("trainer.logger", "logger.NAME"),
+        ("trainer.enable_checkpointing", "callbacks.checkpoint=null"),
+        ("trainer.plugins", "trainer.precision"),
+        ("model.micro_batch_size", "set trainer.micro_batch_size"),
+    ],
+)
+def test_a_key_that_would_be_ignored_names_the_right_one(refused: Callable[..., str], key: str, right: str) -> None:
+    assert re.match(rf"{re.escape(key)} has no effect: .*{re.escape(right)}", refused(f"{key}=2"))
+
+
 def test_an_argument_that_no_file_lists_is_not_blamed_for_a_typo_beside_it(refused: Callable[..., str]) -> None:
     assert "'image_size'" in refused("data.train_count=64", "image_sze=32")
 
