@@ -162,9 +162,7 @@ class Evaluation:
         self.draws = {f"{name}/{score}": draws for score, draws in self.draws.items()}
         known = self._conditions(scores, model, records, settings) if settings.full else {}
         self.conditions = {f"{name}/{score}": conditions for score, conditions in known.items()}
-        return {
-            f"{name}/{score}": float(value) for score, value in scores.items()
-        }  # a tensor, a NumPy number or a bool
+        return {f"{name}/{score}": float(value) for score, value in scores.items()}  # of a tensor or NumPy number, too
 
     def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
         """The settings that a score depends on, by name; here the options of `CoCa.generate` that are not the defaults,
