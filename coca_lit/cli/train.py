@@ -44,7 +44,14 @@ def run(cfg: DictConfig) -> dict[str, float]:
         from coca_lit.models import part_sizes
         from coca_lit.models.generation.options import complete
         from coca_lit.runs.results import finish_run, read_conditions, read_draws
-        from coca_lit.runs.resume import find_checkpoint, finished_results, resume_command, start_run_folder
+        from coca_lit.runs.resume import (
+            AUTO,
+            find_checkpoint,
+            finished_results,
+            is_requeued,
+            resume_command,
+            start_run_folder,
+        )
         from coca_lit.runs.scores import print_scores
         from coca_lit.training.suitability import check_data, check_held_out
         from coca_lit.training.trainer import choose_fp32_matmul, prepare
@@ -52,11 +59,15 @@ def run(cfg: DictConfig) -> dict[str, float]:
         configure_libraries(cfg.threads, cfg.kernels.enabled, tf32=True)
         with error_context("seed"):
             L.seed_everything(cfg.seed, workers=True, verbose=False)
+        strict = cfg.ckpt_path == AUTO
+        if is_requeued(folder):
+            cfg = cfg.copy()
+            cfg.ckpt_path = AUTO
         start = find_checkpoint(folder, cfg.ckpt_path, is_first_process())
         resumed = start is not None and start.lies_in(folder)
         source = None if resumed else load_source(cfg)
         cfg = with_recipe(cfg, source, resumed)
-        check_start(cfg, start)
+        check_start(cfg, start, strict)
         if start is not None and (results := finished_results(cfg, start)) is not None:
             if is_first_process():
                 images = {score: of.images for score, of in read_conditions(folder).items()}
@@ -88,7 +99,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except SystemExit:  # stopped by a signal, with everything saved
             if trainer.is_global_zero and not os.environ.get(SWEEP_VARIABLE):  # else it is the command of the sweep
-                print(f"resume with: {resume_command(cfg.name)}", flush=True)
+                print(f"resume with: {resume_command(cfg.name, folder)}", flush=True)
             raise
         facts = {**samples_seen(trainer), "parameters": part_sizes(module.net)}
         if trainer.is_global_zero:
@@ -123,10 +134,10 @@ def chosen_experiment() -> dict[str, str]:
     return {"experiment": choices["experiment"]} if choices.get("experiment") else {}
 
 
-def check_start(cfg: DictConfig, start: "Start | None") -> None:
-    """The first process checks that the checkpoint to resume from, if any, fits this config."""
-    from coca_lit.runs.resume import AUTO, check_same_run, identity_of
+def check_start(cfg: DictConfig, start: "Start | None", strict: bool) -> None:
+    """The first process checks that the checkpoint to resume from, if any, fits this config; see `check_same_run`."""
+    from coca_lit.runs.resume import check_same_run, identity_of
 
     if start is not None and is_first_process():
         identity = identity_of(plain(cfg))
-        check_same_run(start, identity, cfg.ckpt_path == AUTO, argument_defaults(identity))
+        check_same_run(start, identity, strict, argument_defaults(identity))

@@ -18,14 +18,24 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.distributed import print_rank_zero
-from coca_lit.errors import CheckpointError
+from coca_lit.errors import CheckpointError, DataError
 from coca_lit.files import atomic_link, atomic_write, csv_line, remove_leftovers, whole_lines
 from coca_lit.machine import is_first_process
 from coca_lit.reading import parse_json, read_json
 from coca_lit.runs.checkpoint_io import inspect, newest_valid, step_files
 from coca_lit.runs.redaction import masked_yaml
 from coca_lit.runs.results import CONDITIONS, DRAWS, INTERVALS
-from coca_lit.runs.run_folder import BAD_STEPS, CHECKPOINTS, CONFIG, METRICS, RESULTS, command, describe_run
+from coca_lit.runs.run_folder import (
+    BAD_STEPS,
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    RESULTS,
+    SLURM_JOB,
+    command,
+    describe_run,
+)
 from coca_lit.weights.sharded import is_checkpoint
 
 RUN_KEY = "coca_lit_run"  # under which our checkpoints keep what resuming needs: see `coca_lit.callbacks.checkpoint`
@@ -115,6 +125,20 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
         with suppress(CheckpointError):
             return Start(last, inspect(path, checksums=False))
     raise CheckpointError(f"none of the checkpoints in {last.parent} can be read")
+
+
+def is_requeued(folder: Path) -> bool:
+    """Whether SLURM has started this job again, and the run has checkpoints of its earlier starts: `ckpt_path`, which
+    the job repeats, was obeyed then. All processes find the same: the first one notes the job after it has moved away
+    what the run does not resume from.
+    """
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" or not step_files(folder / CHECKPOINTS):
+        return False
+    try:
+        begun_by = read_json(folder / ENVIRONMENT, dict).get(SLURM_JOB)
+    except DataError:  # there is none
+        return False
+    return begun_by is not None and begun_by == os.environ.get("SLURM_JOB_ID")
 
 
 def check_same_run(
@@ -284,7 +308,12 @@ def rewind_logs(folder: Path, logged_steps: int, step: int, validating: bool = F
         atomic_write(bad_steps, "".join(lines).encode())
 
 
-def resume_command(name: str) -> str:
-    """The command that resumes this run: the same one, with the name that the run was given."""
-    named = any(word.startswith("name=") for word in sys.argv)
-    return command() if named else f"{command()} {shlex.quote(f'name={name}')}"
+def resume_command(name: str, folder: Path) -> str:
+    """The command that resumes this run: the same one, with the name that the run was given, and without the checkpoint
+    that it began with once it has one of its own.
+    """
+    words = sys.argv[1:]
+    if step_files(folder / CHECKPOINTS):
+        words = [word for word in words if not word.lstrip("+").startswith("ckpt_path=")]
+    named = any(word.startswith("name=") for word in words)
+    return command(words) if named else f"{command(words)} {shlex.quote(f'name={name}')}"

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from coca_lit.runs.redaction import redact
 CONFIG, ENVIRONMENT, RESULTS = "config.yaml", "environment.json", "results.json"
 METRICS, BAD_STEPS, CHECKPOINTS = "metrics.csv", "bad_steps.jsonl", "checkpoints"
 LOCK, HOLDER = ".lock", ".lock.json"
+SLURM_JOB = "slurm_job"  # in `environment.json`: the number of the job that began or resumed the run last
 PATIENCE = 30.0  # seconds for the workers of a killed process to notice that it is gone
 _held: dict[Path, tuple[int | None, dict[str, Any]]] = {}  # by this process: inode of the lock, and holder
 
@@ -52,25 +53,30 @@ def add_facts(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """What a number depends on: command, commit, machine, versions."""
+    """What a number depends on: command, commit, machine, versions; and the SLURM job, if any."""
     packages = ("torch", "lightning", "timm", "hydra-core")
     return {
         "command": command(),
         "commit": commit(),
         "machine": machine(),
+        **({SLURM_JOB: os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}),
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
         "started": time.time(),
     }
 
 
-def command() -> str:
-    """The command that started this process, without secrets, as typed in a shell."""
+def command(words: Sequence[str] | None = None) -> str:
+    """The command that started this process, without secrets, as typed in a shell.
+
+    Args:
+        words: other ones than those that it was given.
+    """
     path = Path(sys.argv[0])
     program = ["python", path.name] if path.suffix == ".py" else [path.name]  # or coca-train
     if path.parent.name == "cli":  # python -m coca_lit.cli.evaluate
         program = [f"coca-{path.stem}"]
-    return redact(shlex.join([*program, *sys.argv[1:]]))
+    return redact(shlex.join([*program, *(sys.argv[1:] if words is None else words)]))
 
 
 def commit() -> str:

@@ -29,6 +29,7 @@ from coca_lit.runs.resume import (
     find_checkpoint,
     finished_results,
     identity_of,
+    is_requeued,
     resume_command,
     rewind_logs,
     rewind_run,
@@ -548,8 +549,39 @@ def test_a_validation_that_is_repeated_leaves_the_log(validating: bool, kept: li
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(["seed=1"], "seed=1 name=demo/slurm_7"), (["name=mine", "seed=1"], "name=mine seed=1")]
+    ("words", "saved", "said"),
+    [
+        (["seed=1"], False, "seed=1 name=demo/slurm_7"),
+        (["name=mine", "seed=1"], True, "name=mine seed=1"),
+        (["name=mine", "ckpt_path=null"], True, "name=mine"),
+        (["name=mine", "ckpt_path=/a b.ckpt"], False, "name=mine 'ckpt_path=/a b.ckpt'"),
+    ],
 )
-def test_the_command_that_resumes_names_the_run(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_that_resumes_names_the_run(
+    words: list[str], saved: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not the checkpoint that it began with, once it has its own."""
+    if saved:
+        save(tmp_path, 1)
     monkeypatch.setattr("sys.argv", ["train.py", *words])
-    assert resume_command("demo/slurm_7") == f"python train.py {said}"
+    assert resume_command("demo/slurm_7", tmp_path) == f"python train.py {said}"
+
+
+def test_a_requeued_job_goes_on_at_its_own_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its command says, which is still that of its first start."""
+    trunk, folder, words = tmp_path / "trunk", tmp_path / "branch", (*TRAINING_ALONE, "report=null", "model.warmup_steps=1")
+    run(trunk, *words, "trainer.max_steps=1")
+    start = f"ckpt_path={trunk}/checkpoints/step_1.ckpt"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run(folder, *words, start, "trainer.max_steps=2")
+    assert not is_requeued(folder)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert is_requeued(folder)
+    assert not is_requeued(trunk)  # of no job
+    run(folder, *words, start, "trainer.max_steps=3")
+    assert state(folder)["global_step"] == 3
+    assert [row["step"] for row in rows(folder) if row["train/contrastive_loss"]] == ["1", "2"]
+    run(folder, *words, "ckpt_path=null", "trainer.max_steps=3")  # nothing is left to do
+    assert not (folder / "earlier_1").exists()
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert not is_requeued(folder)
