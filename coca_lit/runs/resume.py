@@ -138,7 +138,7 @@ def is_requeued(folder: Path) -> bool:
         begun_by = read_json(folder / ENVIRONMENT, dict).get(SLURM_JOB)
     except DataError:  # there is none
         return False
-    return begun_by is not None and begun_by == os.environ.get("SLURM_JOB_ID")
+    return isinstance(begun_by, str) and begun_by == os.environ.get("SLURM_JOB_ID")
 
 
 def check_same_run(
@@ -223,22 +223,20 @@ def start_run_folder(cfg: DictConfig, start: Start | None = None, **facts: Any) 
     if start is None:
         start_fresh(folder)
     else:
-        rewind_run(folder, start, roll_back=cfg.ckpt_path != AUTO)
+        rewind_run(folder, start)
     describe_run(folder, masked_yaml(cfg), facts)
 
 
-def rewind_run(folder: Path, start: Start, roll_back: bool) -> None:
-    """Prepares the run folder for resuming from `start`: its logs end there.
-
-    Args:
-        roll_back: the checkpoint was named, so newer ones in the folder are abandoned.
+def rewind_run(folder: Path, start: Start) -> None:
+    """Prepares the run folder for resuming from `start`: its logs end there. Newer checkpoints are abandoned, because
+    this one was named or they are damaged; left there, they would count as the last ones, which are kept.
     """
     if not start.lies_in(folder):
         start_fresh(folder)
         return
     step = start.run.get("step", 0)
     newer = [path for path in step_files(folder / CHECKPOINTS) if int(path.stem.removeprefix("step_")) > step]
-    if newer and roll_back:
+    if newer:
         print_rank_zero(f"{len(newer)} newer checkpoints were moved to {archive(folder, newer)}")
     rewind_logs(folder, start.run.get("logged_steps", 0), step, start.run.get("validating", False))
 

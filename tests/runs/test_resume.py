@@ -20,7 +20,7 @@ from coca_lit.cli.schema import argument_defaults
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import CheckpointError
 from coca_lit.runs import checkpoint_io
-from coca_lit.runs.checkpoint_io import inspect, newest_valid
+from coca_lit.runs.checkpoint_io import inspect, newest_valid, step_files
 from coca_lit.runs.results import Found, finish_run
 from coca_lit.runs.resume import (
     RUN_KEY,
@@ -378,6 +378,21 @@ def test_torn_and_corrupt_checkpoints_are_passed_over(tmp_path: Path, caplog: py
         newest_valid(folder)
 
 
+def test_damaged_newer_checkpoints_do_not_count_as_the_last_ones(tmp_path: Path) -> None:
+    """After step 7, a trainer that keeps one checkpoint keeps that one."""
+    save(tmp_path, 6)
+    save(tmp_path, 9).write_bytes(b"torn")
+    start = find_checkpoint(tmp_path, "auto", first_process=True)
+    assert start is not None
+    rewind_run(tmp_path, start)
+    trainer: Any = SimpleNamespace(global_step=7, save_checkpoint=lambda path: save(tmp_path, 7))
+    nothing: Any = None
+    Checkpoints(tmp_path, keep_last=1)._save(trainer, nothing)
+    assert [path.name for path in step_files(tmp_path / "checkpoints")] == ["step_7.ckpt"]
+    assert (tmp_path / "checkpoints" / "last.ckpt").resolve().name == "step_7.ckpt"
+    assert (tmp_path / "earlier_1" / "checkpoints" / "step_9.ckpt").read_bytes() == b"torn"
+
+
 def test_a_resume_reads_its_checkpoint_once(tmp_path: Path) -> None:
     path = save(tmp_path, 1, config={"seed": 1})
     start = find_checkpoint(tmp_path, "auto", first_process=True)
@@ -386,7 +401,7 @@ def test_a_resume_reads_its_checkpoint_once(tmp_path: Path) -> None:
     check_same_run(start, {"seed": 1}, strict=True)
     with pytest.raises(CheckpointError, match=r"^seed was 1 when .* is now 2"):
         check_same_run(start, {"seed": 2}, strict=True)
-    rewind_run(tmp_path, start, roll_back=False)
+    rewind_run(tmp_path, start)
 
 
 def test_other_processes_read_a_checkpoint_that_the_first_one_will_replace(tmp_path: Path) -> None:
@@ -533,7 +548,7 @@ def test_going_back_to_an_older_checkpoint(tmp_path: Path) -> None:
         save(tmp_path, step, logged_steps=step)
     (tmp_path / "metrics.csv").write_text("step,loss\n0,1.0\n1,0.9\n1,0.")
     (tmp_path / "bad_steps.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"st')
-    rewind_run(tmp_path, start_at(tmp_path / "checkpoints" / "step_1.ckpt"), roll_back=True)
+    rewind_run(tmp_path, start_at(tmp_path / "checkpoints" / "step_1.ckpt"))
     assert (tmp_path / "earlier_1" / "checkpoints" / "step_2.ckpt").exists()
     assert (tmp_path / "metrics.csv").read_text().split() == ["step,loss", "0,1.0"]
     assert (tmp_path / "bad_steps.jsonl").read_text() == '{"step": 0}\n'
@@ -569,7 +584,8 @@ def test_the_command_that_resumes_names_the_run(
 
 def test_a_requeued_job_goes_on_at_its_own_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever its command says, which is still that of its first start."""
-    trunk, folder, words = tmp_path / "trunk", tmp_path / "branch", (*TRAINING_ALONE, "report=null", "model.warmup_steps=1")
+    trunk, folder = tmp_path / "trunk", tmp_path / "branch"
+    words = (*TRAINING_ALONE, "report=null", "model.warmup_steps=1")
     run(trunk, *words, "trainer.max_steps=1")
     start = f"ckpt_path={trunk}/checkpoints/step_1.ckpt"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
