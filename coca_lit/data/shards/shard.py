@@ -1,8 +1,7 @@
 """A shard, and what the manifest of its folder says about it.
 
 `manifest.json`, written by `coca-data`, records what each shard holds, so that damage and silent changes are noticed:
-sizes are compared when a training starts, the digest just before a shard is read, once per epoch, which costs less
-than a hundredth of decoding its images.
+sizes are compared when a training starts, the digest when a shard is indexed or fetched.
 """
 
 import hashlib

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.listing import find_shards
+from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.remote import cache as remote
 from coca_lit.data.shards.remote.cache import ShardCache
 from coca_lit.errors import DataError, DataNotFoundError
@@ -67,6 +69,16 @@ def test_changed_lost_and_foreign_shards(store, tmp_path):
         find_shards("memory://nowhere/*.tar")
     with pytest.raises(DataNotFoundError, match="shards not found"):
         find_shards("memory://set/deeper/*.tar")
+
+
+def test_whoever_fetches_a_shard_first_compares_it_with_its_manifest(store, cache):
+    filesystem, _ = store
+    content = filesystem.cat_file("/set/00001.tar")
+    filesystem.pipe_file("/set/00001.tar", content.replace(b"a dog number", b"a cat number"))
+    (shard,) = find_shards("memory://set/00001.tar", cache)
+    with pytest.raises(DataError, match=r"memory://set/00001\.tar has another sha256"):
+        list(read_shard(shard, ["txt"], BadSamples(1.0)))
+    assert not copies(cache)
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,8 @@ class RemoteShard(Shard):
         return content
 
     def local(self, verify: bool = False) -> AbstractContextManager[Path]:
-        """As of a local one; the digest is compared when the shard is fetched. Raises as `ShardCache.open`."""
-        check = functools.partial(check_digest, self.name, entry=self.entry) if verify and self.entry else None
+        """As of a local one; the digest is compared whenever the shard is fetched. Raises as `ShardCache.open`."""
+        check = functools.partial(check_digest, self.name, entry=self.entry) if self.entry else None
         return self.cache.open(self.name, self.stored, check)
 
 
