@@ -51,7 +51,7 @@ def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
             written.
 
     Raises:
-        DataError: a shard does not match its manifest, or an index cannot be written.
+        DataError: a shard does not match its manifest or cannot be read, or an index cannot be written.
         StoreError: the store of a remote shard does not answer.
     """
     whole = [replace(shard, selection=None) for shard in shards]

@@ -4,6 +4,7 @@ Shards may come from strangers: nothing is unpickled or unpacked, members other 
 not read, and those that could hold code count as bad samples.
 """
 
+import errno
 import itertools
 import logging
 import re
@@ -17,7 +18,7 @@ from PIL import Image
 from coca_lit.data.bad_samples import BadSampleError, BadSamples, is_told
 from coca_lit.data.records import EncodedImage, Record
 from coca_lit.data.shards.indexed import CLIP_SUFFIXES, IMAGE_SUFFIXES, kind_of, pair_of, read_limit
-from coca_lit.data.shards.shard import Shard
+from coca_lit.data.shards.shard import ChangedError, Shard
 from coca_lit.data.shards.tar import TWICE, Member, group_members, tar_members
 from coca_lit.errors import DataError
 
@@ -62,6 +63,8 @@ def read_fields(
     as a whole.
 
     Args:
+        verify: for what is kept, such as an index: raises `DataError` if the shard differs from its manifest, or cannot
+            be read for a reason that may pass.
         content: False gives the (offset, size) in bytes of each member in place of its content.
         file: the open shard, which is then not compared with its manifest; by default a local copy is opened.
     """
@@ -81,6 +84,8 @@ def read_fields(
     except DataError:
         raise
     except Exception as broken:  # tarfile, zlib, gzip and fsspec raise many types
+        if verify and _may_pass(broken):
+            raise DataError(f"{shard} could not be read ({broken}): start again, or remove it") from broken
         error = str(broken) or type(broken).__name__
     if error:
         log.warning("%s is broken or truncated: %s", shard.name, error)
@@ -89,6 +94,14 @@ def read_fields(
         bad.lose("empty shard", shard.name, shard.samples, read)
     else:
         bad.end_of_shard(read)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt may succeed: the system did not read the file, and not because of what is in it, such as
+    a place that no file has.
+    """
+    failed = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+    return failed or isinstance(error, ChangedError)
 
 
 def holds_code(member: str) -> bool:
