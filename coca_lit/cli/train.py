@@ -17,7 +17,7 @@ from coca_lit.cli.module import build_module, load_source, with_recipe, with_sta
 from coca_lit.cli.runtime import configure_libraries
 from coca_lit.cli.schema import argument_defaults
 from coca_lit.cli.sweep import SWEEP_VARIABLE, check_processes
-from coca_lit.errors import error_context
+from coca_lit.errors import DataError, error_context
 from coca_lit.machine import is_first_process
 from coca_lit.runs.run_folder import in_use
 
@@ -75,6 +75,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
             return results
         module = build_module(with_vocabulary(cfg), start, source)
         data = build_data(cfg, module.net.tokenizer)  # before the evaluations: reported first if missing
+        if start is not None and isinstance(data, CaptionDataModule):
+            resume_data(data, start, strict)
         evals, not_run = build_evals(cfg)
         if start is None and isinstance(data, CaptionDataModule):
             check_data(data, module.net, module.reads_captions)
@@ -132,6 +134,31 @@ def chosen_experiment() -> dict[str, str]:
     """The name of the experiment, for reports; nothing where Hydra does not run, as in a test."""
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     return {"experiment": choices["experiment"]} if choices.get("experiment") else {}
+
+
+def resume_data(data: "CaptionDataModule", start: "Start", strict: bool) -> None:
+    """Has the data read as when the checkpoint was written, before anything asks for their length: Lightning does so
+    once more, under some strategies after that.
+
+    Args:
+        strict: refuse data that have changed; otherwise print a note.
+
+    Raises:
+        DataError: the data have changed.
+    """
+    from coca_lit.distributed import print_rank_zero
+
+    state = start.content.get(type(data).__qualname__, {})
+    data.load_state_dict(state)
+    data.prepare_data()
+    if not (changed := data.changed_since(state)):
+        return
+    if strict:
+        raise DataError(
+            f"{changed}: restore them, take another name, or set ckpt_path={start.path.resolve()} to resume all the "
+            "same"
+        )
+    print_rank_zero(f"note: {changed}")
 
 
 def check_start(cfg: DictConfig, start: "Start | None", strict: bool) -> None:

@@ -129,6 +129,10 @@ class CaptionDataModule(LightningDataModule):
         """At most `count` of the training records, to look at before the training; none where that is not cheap."""
         return []
 
+    def changed_since(self, state: Mapping[str, Any]) -> str:
+        """What changed by itself since `state_dict` returned this state, in words; nothing if nothing did."""
+        return ""
+
     def schedule(self, samples: int) -> Schedule:
         """The batches of an epoch of that many samples."""
         if not self.patches:

@@ -237,8 +237,21 @@ class LAIONDataModule(CaptionDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         digests = {name: chosen.digest for name, chosen in self.chosen.items()}
-        state = {"commits": self.commits, "selections": digests}
+        state = {"commits": self.commits, "selections": digests, "found": self._found()}
         return {name: value for name, value in state.items() if value}
+
+    def _found(self) -> dict[str, list[int]]:
+        """The numbers of shards and of samples in them, by the name of their source."""
+        return {source.name: [len(source.shards), source.samples] for source in self.sources}
+
+    def changed_since(self, state: Mapping[str, Any]) -> str:
+        now = self._found()
+        for name, before in state.get("found", now).items():
+            if now.get(name) != before:
+                of = f" of {name!r}" if name else ""
+                began, are = ("{} shards and {} samples".format(*n) for n in (before, now.get(name, (0, 0))))
+                return f"the run began with {began}{of}, and now there are {are}"
+        return ""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises `DataError` if a selection is not the one that the run began with."""
@@ -269,8 +282,15 @@ class LAIONDataModule(CaptionDataModule):
             if not isinstance(transform, RandomCrop):
                 raise DataError("data.teachers has square crops: it does not work with images of any shape")
             replay = Replay(Path(self.teachers), transform.size)
+            files: dict[Path, str] = {}
             for index in (index for indexes in self.indexes.values() for index in indexes):
-                check_reinforced(reinforced_path(index.shard.name, replay.folder), index.stamp.bytes)
+                path, shard = reinforced_path(index.shard.name, replay.folder), index.shard.name
+                if (other := files.setdefault(path, shard)) != shard:
+                    raise DataError(
+                        f"data.teachers has one file for {other} and {shard}, which have the same file name: rename "
+                        "one of them, and repeat coca-data teach"
+                    )
+                check_reinforced(path, index.stamp.bytes)
         preprocess = Preprocess(transform, self.tokenizer, self.caption_keys, self.seed, encoded, replay, self.frames)
         return IndexedShards(self.sources, preprocess, self.max_bad_fraction, near=self.windows is not None)
 

@@ -10,11 +10,13 @@ import fsspec
 import lightning.pytorch as L
 import pytest
 
+from coca_lit.cli.train import resume_data
 from coca_lit.data.batch import Batch
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.remote.store import StoreError, at_commit
 from coca_lit.errors import DataError
+from coca_lit.runs.resume import Start
 from coca_lit.tokenizer import WordTokenizer
 from coca_lit.tools.prepare.scenes import export_scenes
 from helpers.hub_server import Hub, Repository
@@ -112,6 +114,22 @@ def test_a_run_stays_at_its_commit_and_records_it(
     assert all(f"@{first}/train/" in key for key in keys.keys)
     assert train("other", 1) == {"org/set@main": second}
     assert all(f"@{second}/train/new.tar" in key for key in keys.keys)
+
+
+def test_a_resumed_run_knows_its_commit_before_lightning_restores_it(
+    hub: Hub, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Which comes after the length of an epoch was asked for where the network is sharded."""
+    others = {"tokenizer": WordTokenizer(["a"]), "batch_size": 4, "cache_dir": str(tmp_path)}
+    pattern = "hf://datasets/org/set/train/*.tar"
+    start = Start(tmp_path, {"LAIONDataModule": LAIONDataModule(pattern, None, **others).state_dict()})
+    move(hub, files)
+    fsspec.get_filesystem_class("hf").clear_instance_cache()  # as in another process
+    data = LAIONDataModule(pattern, None, **others)
+    data.prepare_data()
+    assert data.epoch_samples == 9
+    resume_data(data, start, strict=True)
+    assert data.epoch_samples == 12
 
 
 def test_every_process_reads_at_the_commit_of_the_first(hub: Hub, files: dict[str, bytes], tmp_path: Path) -> None:

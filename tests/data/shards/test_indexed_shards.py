@@ -1,5 +1,6 @@
 """Indexed shards: the order of map-style data on any ranks and workers, and the faults of reading in tar order."""
 
+import errno
 import json
 import os
 import tarfile
@@ -13,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from coca_lit.cli.train import resume_data
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.batch import Batch
 from coca_lit.data.loader import Schedule, epoch_batches
@@ -24,7 +26,9 @@ from coca_lit.data.shards.indexing import load_index, make_index, tar_indexes
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.shard import Shard
+from coca_lit.data.shards.tar import tar_members
 from coca_lit.errors import DataError
+from coca_lit.runs.resume import Start
 from helpers.forking import FORKSERVER
 from helpers.shards import TOKENIZER, contents, members, spoil, write_shards, write_tar
 
@@ -232,6 +236,39 @@ def test_several_processes_make_the_indexes_of_one(folder, tmp_path, monkeypatch
     assert [index.shard.file_name for index in made] == ["00000.tar", "00001.tar", "00002.tar"]
     for index, other in zip(made, expected, strict=True):
         assert (index.keys.tolist(), index.places.tolist()) == (other.keys.tolist(), other.places.tolist())
+
+
+def test_what_may_be_read_another_time_is_not_kept_as_broken(tmp_path, monkeypatch):
+    shard, faults = Shard(str(write_shards(tmp_path, 1, 5)[0])), [OSError(errno.EIO, "Input/output error")]
+
+    def failing(*given):
+        for i, member in enumerate(tar_members(*given)):
+            if i == 7 and faults:
+                raise faults.pop()
+            yield member
+
+    monkeypatch.setattr("coca_lit.data.shards.reader.tar_members", failing)
+    with pytest.raises(DataError, match=r"00000\.tar could not be read .*Input/output error.*: start again"):
+        tar_indexes([shard], tmp_path)
+    for _ in range(2):
+        (index,) = tar_indexes([shard], tmp_path)
+        assert (len(index), index.faults) == (5, [])
+
+
+def test_a_run_goes_on_with_the_shards_that_it_began_with(folder, tmp_path, capsys):
+    (tmp_path / "more").mkdir()
+    write_shards(tmp_path / "more", 1, 2)
+    sources = {"a": str(folder), "b": str(tmp_path / "more")}
+    before = laion(sources, tmp_path)
+    start = Start(tmp_path / "step_1.ckpt", {"LAIONDataModule": before.state_dict()})
+    resume_data(laion(sources, tmp_path, num_workers=2), start, strict=True)
+    resume_data(laion(sources, tmp_path), Start(start.path, {"LAIONDataModule": {}}), strict=True)  # of older versions
+    write_shards(tmp_path / "more", 2, 2)
+    changed = "the run began with 1 shards and 2 samples of 'b', and now there are 2 shards and 4 samples"
+    with pytest.raises(DataError, match=rf"^{changed}: restore them, .* ckpt_path={start.path} "):
+        resume_data(laion(sources, tmp_path), start, strict=True)
+    resume_data(laion(sources, tmp_path), start, strict=False)
+    assert capsys.readouterr().out == f"note: {changed}\n"
 
 
 def test_a_folder_that_cannot_be_written_has_its_indexes_in_the_cache(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def shard(tmp_path: Path) -> Path:
 
 def laion(shard: Path, **more: Any) -> LAIONDataModule:
     given = {"teachers": str(shard.parent), "tokenizer": TOKENIZER, "batch_size": 2, "image_size": SIZE, **more}
-    return LAIONDataModule(str(shard), None, cache_dir=str(shard.parent / "cache"), **given)
+    return LAIONDataModule(given.pop("shards", str(shard)), None, cache_dir=str(shard.parent / "cache"), **given)
 
 
 def test_the_crop_replayed_is_the_crop_that_the_teachers_saw(shard, teachers, monkeypatch) -> None:
@@ -151,6 +151,14 @@ def test_what_teachers_do_not_fit_is_refused(shard, teachers) -> None:
     (shard.parent / "00000.teachers.safetensors").write_bytes(b"nonsense")
     with pytest.raises(DataError, match="holds no embeddings"):
         Reinforced(shard.parent / "00000.teachers.safetensors")
+    (shard.parent / "00000.teachers.safetensors").unlink()
+    teach_shard(shard, Teaching(teachers))
+    other = shard.parent / "other" / shard.name
+    other.parent.mkdir()
+    other.write_bytes(shard.read_bytes())
+    mixture = {"a": str(shard), "b": str(other)}
+    with pytest.raises(DataError, match=rf"data.teachers has one file for {shard} and {other}, .*same file name"):
+        laion(shard, shards=mixture).train_dataloader()
     with pytest.raises(ValueError, match="decode=full"):
         laion(shard, decode="reduced")
 
