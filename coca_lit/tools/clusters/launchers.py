@@ -265,10 +265,14 @@ class SlurmLauncher(JobsLauncher):
     def _submit(self, jobs: Sequence[Runnable]) -> "list[submitit.Job[Any]]":
         import submitit
 
+        options = dict(self.options)
+        if options.get("cpus_per_task"):  # which srun does not inherit
+            processors = "export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}"
+            options["setup"] = [processors, *(options.get("setup") or [])]
         try:
             executor = submitit.AutoExecutor(self.folder, cluster="slurm", slurm_max_num_timeout=self.max_num_timeout)
             executor.update_parameters(
-                **{name if name in SHARED else f"slurm_{name}": value for name, value in self.options.items()}
+                **{name if name in SHARED else f"slurm_{name}": value for name, value in options.items()}
             )
             with executor.batch():
                 return [executor.submit(SubmittedJob(job)) for job in jobs]

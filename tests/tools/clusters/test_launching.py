@@ -9,6 +9,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -124,6 +125,25 @@ def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
         arguments = {key: value for key, value in config.items() if key[0] != "_" and key != "defaults"}
         with pytest.raises(ConfigError, match=rf"pip install -e '\.\[{extra}\]'"):
             plugin(**arguments)
+
+
+@pytest.mark.parametrize("processors", [5, None])
+def test_the_tasks_of_a_slurm_job_get_its_processors(
+    processors: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`srun` knows them from a variable alone; what the user sets up comes after."""
+    pytest.importorskip("submitit")
+    for name, answer in (("sbatch", f"cp $1 {tmp_path}/script; echo Submitted batch job 7"), ("srun", "exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    options: dict[str, Any] = {"cpus_per_task": processors, "setup": ["module load own"]}
+    launchers.SlurmLauncher(str(tmp_path / "jobs"), 1, **options)._submit([print])
+    lines = (tmp_path / "script").read_text().splitlines()
+    told = "export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}"
+    assert [line for line in lines if line in (told, "module load own") or line.startswith("srun")][:-1] == (
+        [told, "module load own"] if processors else ["module load own"]
+    )
 
 
 def test_a_job_that_is_requeued_has_no_result() -> None:
