@@ -251,7 +251,8 @@ class LogRunFacts(L.Callback):
     def __init__(self, config: Callable[[], dict[str, Any]]) -> None:
         self.config = config
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Also where training is over and only scores are left to log."""
         loggers = [logger for logger in trainer.loggers if not isinstance(logger, MetricsLog)]
         if loggers and trainer.is_global_zero:
             sizes = part_sizes(getattr(pl_module, "net", pl_module))

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
+from lightning.pytorch.loggers import Logger
 
 from coca_lit.runs.resume import is_same_run, start_run_folder
-from helpers.resuming import MAP, Die, train
-from helpers.running import compose, run, without_java
+from helpers.resuming import MAP, TINY, Die, train
+from helpers.running import compose, run, watched, without_java
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 PART = "coca_lit.callbacks.loggers"
@@ -166,6 +168,49 @@ def test_a_run_that_died_before_its_first_checkpoint_is_the_same_run(tmp_path: P
     assert is_same_run(compose(*words), None)
     assert not is_same_run(compose(*words, "seed=1"), None)
     assert not is_same_run(compose(*words, "ckpt_path=null"), None)
+
+
+class Told(Logger):
+    """What a logger of the user's own is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    @property
+    def name(self) -> str:
+        return "told"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        self.told.append(f"seed {params['seed']}")
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.told += [name for name in metrics if name == "scenes/t2i_recall@1"]
+
+
+class With(L.Callback):
+    """Gives the trainer a further logger."""
+
+    def __init__(self, logger: Logger) -> None:
+        self.logger = logger
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        trainer.loggers = [*trainer.loggers, self.logger]
+
+
+def test_loggers_are_told_what_was_trained_where_only_scores_are_left(tmp_path: Path) -> None:
+    """Before the scores: by then W&B and MLflow must know what they have of this run."""
+    words = (*TINY, "data.train_count=8", "trainer.max_steps=2", "trainer.limit_val_batches=0", "report=null")
+    for _ in range(2):
+        log = Told()
+        with watched(With(log)):
+            run(tmp_path, *words, "scoring.every_n_epochs=null")
+        assert log.told == ["seed 0", "scenes/t2i_recall@1"]
+        (tmp_path / "results.json").unlink()
 
 
 @pytest.fixture(scope="module")
