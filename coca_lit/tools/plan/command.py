@@ -56,6 +56,8 @@ def run(cfg: DictConfig) -> None:
     }
     if left_out := [key for key, given in not_counted.items() if given]:
         print(f"Not counted, so the run needs more: {' and '.join(left_out)}.")
+    if cfg.data.get("text") is not None:
+        print("Not counted: data.text, whose batches are steps of their own.")
 
 
 def estimate(cfg: DictConfig, settings: "Settings") -> "tuple[Model, Cost, Recipe]":
@@ -143,12 +145,16 @@ def read_recipe(cfg: DictConfig, settings: "Settings", weights: Mapping[str, flo
 
     trainer = cfg.trainer
     fitting = min(max(cfg.data.batch_size // (LEAST * trainer.num_nodes), 1), DEVICES)
-    devices = settings.devices or trainer.num_nodes * (trainer.devices if isinstance(trainer.devices, int) else fitting)
+    given = isinstance(trainer.devices, int) and trainer.devices > 0  # -1: all that there are
+    devices = settings.devices or trainer.num_nodes * (trainer.devices if given else fitting)
     samples, epoch = settings.samples, cfg.data.get("epoch_samples")
-    if samples is None and trainer.max_steps > 0:
-        samples = trainer.max_steps * cfg.data.batch_size * trainer.accumulate_grad_batches
-    elif samples is None and epoch is not None and trainer.max_epochs is not None:
-        samples = trainer.max_epochs * epoch
+    limits: list[float] = []  # the first one that is reached ends the run
+    if trainer.max_steps > 0:
+        limits.append(trainer.max_steps * cfg.data.batch_size * trainer.accumulate_grad_batches)
+    if epoch is not None and (trainer.max_epochs or -1) > 0:
+        limits.append(trainer.max_epochs * epoch)
+    if samples is None and limits:
+        samples = min(limits)
     strategy = trainer.strategy
     return Recipe(
         batch=cfg.data.batch_size,

@@ -225,6 +225,22 @@ def test_a_recipe_is_read_from_the_config() -> None:
     assert not any(p.requires_grad for p in build_without_weights(cfg).net.image_encoder.parameters())
 
 
+@pytest.mark.parametrize(
+    ("words", "devices", "samples"),
+    [
+        (("trainer.max_steps=3", "trainer.max_epochs=2"), 6, 300),
+        (("trainer.max_steps=9", "trainer.max_epochs=2"), 6, 800),
+        (("trainer.max_steps=9", "trainer.max_epochs=-1", "trainer.devices=-1"), 6, 900),
+        (("trainer.max_epochs=-1", "trainer.devices=3"), 3, None),
+    ],
+)
+def test_the_first_limit_ends_a_run(words: tuple[str, ...], devices: int, samples: int | None) -> None:
+    """And -1 is none: 100 pairs are enough for six devices."""
+    cfg = compose("plan", ["data=laion", "data.epoch_samples=400", "data.batch_size=100", *words])
+    recipe = read_recipe(cfg, read_settings(cfg), WEIGHTS, half=True)
+    assert (recipe.samples, recipe.devices) == (samples, devices)
+
+
 @pytest.mark.parametrize(("batch", "devices"), [(8, 1), (64, 4), (1000, 8)])
 def test_a_small_batch_is_not_spread_over_eight_devices(batch: int, devices: int) -> None:
     cfg = compose("plan", [f"data.batch_size={batch}"])
@@ -299,6 +315,15 @@ def test_a_plan_says_what_it_does_not_count(
     monkeypatch.setattr("coca_lit.tools.plan.report.print_plan", lambda *_: None)
     cli.run(compose("plan", overrides))
     assert capsys.readouterr().out == (f"Not counted, so the run needs more: {said}.\n" if said else "")
+
+
+def test_a_plan_says_that_batches_of_texts_are_not_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "estimate", lambda *_: (None, None, None))
+    monkeypatch.setattr("coca_lit.tools.plan.report.print_plan", lambda *_: None)
+    cli.run(compose("plan", ["data.text=texts.txt"]))
+    assert capsys.readouterr().out == "Not counted: data.text, whose batches are steps of their own.\n"
 
 
 @pytest.mark.parametrize("told", [True, False])
