@@ -84,7 +84,7 @@ def read_fields(
     except DataError:
         raise
     except Exception as broken:  # tarfile, zlib, gzip and fsspec raise many types
-        if verify and _may_pass(broken):
+        if verify and may_pass(broken):
             raise DataError(f"{shard} could not be read ({broken}): start again, or remove it") from broken
         error = str(broken) or type(broken).__name__
     if error:
@@ -96,7 +96,7 @@ def read_fields(
         bad.end_of_shard(read)
 
 
-def _may_pass(error: Exception) -> bool:
+def may_pass(error: Exception) -> bool:
     """Whether another attempt may succeed: the system did not read the file, and not because of what is in it, such as
     a place that no file has.
     """

@@ -8,8 +8,9 @@ import functools
 import hashlib
 import io
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -20,7 +21,7 @@ from coca_lit.data.datasets.folder import captions_beside, captions_file, folder
 from coca_lit.data.pixels import MAX_IMAGE, SUFFIXES, decode_image
 from coca_lit.data.records import ImageFile, Record
 from coca_lit.data.shards.indexed import MAX_TEXT, image_of
-from coca_lit.data.shards.reader import read_fields
+from coca_lit.data.shards.reader import may_pass, read_fields
 from coca_lit.data.shards.shard import ManifestEntry, Shard, entry_of, sha256_of
 from coca_lit.data.shards.tar import tar_writer
 from coca_lit.errors import DataError, DataNotFoundError
@@ -29,6 +30,7 @@ from coca_lit.reading import counts_of, open_regular, parse_json, printable, tex
 from coca_lit.tools.prepare import Run
 
 JOURNAL = ".prepare.journal"  # digest of the plan, then a line per shard; kept, so that a repetition finds all done
+MISSING, UNREAD = "missing image", "file could not be read"  # reasons that may pass: of a disk that is not there
 DIGITS = 5  # of a shard's number, as img2dataset writes them
 _OWN = ("caption", "captions", "height", "key", "source_key", "width")  # of the JSON: written here, whatever the source
 _KNOWN = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"))
@@ -77,7 +79,8 @@ def plan_pairs(pairs: Sequence[Pair], per_shard: int | None) -> list[Task]:
 
 
 def prepare(tasks: Sequence[Task], output: Path, run: Run) -> Iterator[Written]:
-    """Writes all shards that do not exist yet; yields them as they are ready, existing ones first.
+    """Writes all shards that do not exist yet, and those that lack files which can be read by now; yields them as they
+    are ready, existing ones first.
 
     Args:
         run: calls `write_shard` for all tasks, anywhere.
@@ -88,13 +91,22 @@ def prepare(tasks: Sequence[Task], output: Path, run: Run) -> Iterator[Written]:
     digest = hashlib.sha256()  # of everything that the shards depend on, except the content of the images
     for task in tasks:
         digest.update(repr(tuple(task)).encode())
-    done = _open_journal(output, digest.hexdigest())
+    known = _open_journal(output, digest.hexdigest())
+    done = {task.name for task in tasks if task.name in known and not _may_differ(task, known[task.name].bad)}
     remove_leftovers(output)
-    yield from done.values()
+    yield from (known[task.name] for task in tasks if task.name in done)
     todo = [task for task in tasks if task.name not in done]
     for written in run(write_shard, todo, output):
         append_lines(output / JOURNAL, [json.dumps(written)])
         yield written
+
+
+def _may_differ(task: Task, bad: Mapping[str, int]) -> bool:
+    """Whether another attempt may find more: a file could not be read, or fewer are missing now."""
+    if isinstance(task.content, Path):
+        return False
+    missing = bad.get(MISSING, 0)
+    return UNREAD in bad or (missing > 0 and sum(not os.path.exists(pair.image) for pair in task.content) < missing)
 
 
 def write_shard(task: Task, output: Path) -> Written:
@@ -123,7 +135,7 @@ def _samples(task: Task, bad: BadSamples) -> Iterator[Sample]:
         try:
             picture = decode_image(image, "it")
         except DataError as error:
-            bad.add("unreadable image" if image else "missing image", "", name, str(error) if image else "")
+            bad.add("unreadable image" if image else "no image", "", name, str(error) if image else "")
             continue
         size = {"width": picture.width, "height": picture.height}
         if not image.startswith(tuple(start for start, _ in _KNOWN)):  # GIF and BMP
@@ -141,16 +153,17 @@ def _from_pairs(pairs: Iterable[Pair], bad: BadSamples) -> Iterator[tuple[str, b
         except (OSError, ValueError) as error:  # not only of missing files: a caption in a wrong column is no path
             bad.seen += 1
             if isinstance(error, FileNotFoundError):
-                bad.add("missing image", "", str(pair.image))
+                bad.add(MISSING, "", str(pair.image))
             else:
-                bad.add("unreadable image", "", str(pair.image), getattr(error, "strerror", "") or str(error))
+                reason = UNREAD if may_pass(error) else "unreadable image"
+                bad.add(reason, "", str(pair.image), getattr(error, "strerror", "") or str(error))
             continue
         yield str(pair.image), content, pair.captions, {"source": printable(pair.image.name)}
 
 
 def _from_shard(path: Path, bad: BadSamples) -> Iterator[tuple[str, bytes, tuple[str, ...], dict[str, Any]]]:
     counted = BadSamples(1.0)
-    for fields in read_fields(Shard(str(path)), counted):
+    for fields in read_fields(Shard(str(path)), counted, verify=True):  # ends where a read fails
         try:
             meta = parse_json(fields.get("json", b"{}")[: MAX_TEXT + 1], "the JSON", dict)
         except DataError:

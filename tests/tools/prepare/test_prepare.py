@@ -1,6 +1,7 @@
 """`coca-data prepare`: every kind of source, the same bytes every time, and on from where it was interrupted."""
 
 import csv
+import errno
 import json
 import multiprocessing
 import os
@@ -261,6 +262,34 @@ def test_it_resumes_after_a_kill(photos, tmp_path, monkeypatch):
     assert shard_bytes(output) == shard_bytes(tmp_path / "whole")
     run(source, output, "--samples-per-shard", "2")
     assert written == [2, 3]
+
+
+def test_files_that_could_not_be_read_are_read_later(photos, tmp_path, monkeypatch):
+    """Of three shards one lacks a file for ever, one all files for now, and of one a read fails."""
+    rows = [(f"photos/{i}.jpg", "a dog") for i in (0, 9, 1, 2, 3, 4)]
+    source, more = table(tmp_path / "t.csv", rows), ("--samples-per-shard", "2", "--max-bad-fraction", "0.2")
+    for i in (1, 2):
+        (photos / f"{i}.jpg").rename(tmp_path / f"{i}.jpg")
+    real, write = prepare.open_regular, prepare.write_shard
+
+    def failing(path: Path) -> Any:
+        if path.name == "4.jpg":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(prepare, "open_regular", failing)
+    with pytest.raises(SystemExit, match=r"4 of 6 samples are bad"):
+        run(source, tmp_path / "out", *more)
+    monkeypatch.setattr(prepare, "open_regular", real)
+    for i in (1, 2):
+        (tmp_path / f"{i}.jpg").rename(photos / f"{i}.jpg")
+    written = []
+    monkeypatch.setattr(prepare, "write_shard", lambda task, folder: written.append(task.number) or write(task, folder))
+    for _ in range(2):
+        run(source, tmp_path / "out", *more)
+        assert written == [1, 2]
+        found = [json.loads(sample["json"])["source"] for sample in samples(tmp_path / "out").values()]
+        assert found == [f"{i}.jpg" for i in range(5)]
 
 
 def test_mistakes_are_one_sentence(photos, tmp_path):
