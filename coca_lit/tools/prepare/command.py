@@ -148,7 +148,7 @@ def _add_prepare(commands: "Commands") -> None:
     parser.add_argument("output", type=Path, help="folder for the shards")
     parser.add_argument("--image-column", help="of a table (default: image, image_path, filename, ...)")
     parser.add_argument("--caption-column", help="of a table (default: caption, text, title, ...)")
-    parser.add_argument("--split", default="train", help="of a folder whose files name splits (default: %(default)s)")
+    parser.add_argument("--split", default="train", help="where table or folder name splits (default: %(default)s)")
     parser.add_argument(
         "--samples-per-shard", type=positive, help="default: 10,000, or fewer so that there are 16 shards"
     )

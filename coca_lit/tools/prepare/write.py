@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, get_args
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.datasets.annotations import CAPTION_COLUMNS, IMAGE_COLUMNS, clean, column, open_table
 from coca_lit.data.datasets.captions import FlickrName, flickr_records, mscoco_records
-from coca_lit.data.datasets.folder import captions_beside, captions_file, folder_records
+from coca_lit.data.datasets.folder import captions_beside, captions_file, folder_records, no_split, split_of
 from coca_lit.data.pixels import MAX_IMAGE, SUFFIXES, decode_image
 from coca_lit.data.records import ImageFile, Record
 from coca_lit.data.shards.indexed import MAX_TEXT, image_of
@@ -168,9 +168,11 @@ def _from_shard(path: Path, bad: BadSamples) -> Iterator[tuple[str, bytes, tuple
             meta = parse_json(fields.get("json", b"{}")[: MAX_TEXT + 1], "the JSON", dict)
         except DataError:
             meta = {}
-        caption = fields.get("txt", b"")[:MAX_TEXT].decode("utf-8", errors="replace").strip()
+        caption = fields.get("txt", b"")[:MAX_TEXT].decode("utf-8", errors="replace")
+        more = meta.get("captions")
+        captions = tuple(dict.fromkeys(clean([caption, *(more if isinstance(more, list) else ())])))
         meta = {**meta, "source_key": fields["__key__"]}
-        yield fields["__key__"], image_of(fields), (caption,) if caption else (), meta
+        yield fields["__key__"], image_of(fields), captions, meta
     details = {found.reason: found.detail for found in reversed(counted.found)}  # the first of each reason
     for reason, count in counted.reasons.items():
         bad.seen += count
@@ -233,13 +235,13 @@ def read_pairs(
             folder of photos with captions.csv, .tsv, .jsonl or .json as `folder_records` reads it; or one in the layout
             of COCO, Flickr8k or Flickr30k; or a folder, however deep, of NAME.jpg and NAME.txt, a caption per line.
         image_column, caption_column: of a table that is the source; by default the first of the usual names it has.
-        split: of COCO and Flickr, and of a folder whose captions name splits.
+        split: of COCO and Flickr, and of a table, or a folder, whose captions name splits.
 
     Raises:
         DataError: the source is none of these, or holds no pair; or columns are named of a table within a folder.
     """
     if source.is_file():
-        pairs = _read_table(source, image_column, caption_column)
+        pairs = _read_table(source, image_column, caption_column, split)
     elif not source.is_dir():
         raise DataNotFoundError(f"there is no file or folder {source}")
     elif records := _known_records(source):
@@ -248,7 +250,7 @@ def read_pairs(
             raise DataError(
                 f"{path} is read by its usual columns: call them file and caption, or give the table as source"
             )
-        found = [(record.image, record.captions) for record in records(split)]
+        found = [(record.image, clean(record.captions)) for record in records(split)]
         pairs = [Pair(image.path, captions) for image, captions in found if isinstance(image, ImageFile)]  # all are
     else:
         pairs = [Pair(source / name, captions) for name, captions, _ in captions_beside(source, SUFFIXES)]
@@ -272,12 +274,13 @@ def _known_records(root: Path) -> Callable[[str], list[Record]] | None:
     return None
 
 
-def _read_table(path: Path, image_column: str | None, caption_column: str | None) -> list[Pair]:
+def _read_table(path: Path, image_column: str | None, caption_column: str | None, split: str) -> list[Pair]:
     """Rows with the same image are one pair with several captions, as is a row with a list of them."""
     columns, rows = open_table(path)
     image = column(path, columns, IMAGE_COLUMNS, "name it with --image-column", image_column)
     caption = column(path, columns, CAPTION_COLUMNS, "name it with --caption-column", caption_column)
     captions: dict[str, list[str]] = {}
+    splits: dict[str, str] = {}
     for row in rows:
         texts, name = row[caption], row[image]
         if not isinstance(name, str | None):  # such as the {bytes, path} of data sets on the Hub
@@ -285,5 +288,11 @@ def _read_table(path: Path, image_column: str | None, caption_column: str | None
                 f"{path} holds no paths in its column {image!r}, but values of type {type(name).__name__}: "
                 "save the images as files, and name a column of their paths with --image-column"
             )
-        captions.setdefault(name or "", []).extend(texts if isinstance(texts, list) else [texts])
-    return [Pair(path.parent / name, clean(texts)) for name, texts in captions.items() if name.strip()]
+        if not name or not name.strip():
+            continue
+        captions.setdefault(name, []).extend(texts if isinstance(texts, list) else [texts])
+        if splits.setdefault(name, its := split_of(row, path) or "train") != its:
+            raise DataError(f"{path} puts {printable(name)} into {splits[name]} and {its}: a photo has one split")
+    if captions and split not in splits.values():
+        raise no_split(path, split, [*splits.values()], of_run=False)
+    return [Pair(path.parent / name, clean(texts)) for name, texts in captions.items() if splits[name] == split]

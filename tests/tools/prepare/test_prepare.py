@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import functools
 import json
 import multiprocessing
 import os
@@ -156,6 +157,24 @@ def test_a_folder_whose_table_names_splits(photos, tmp_path):
         read_pairs(photos, split="test")
     with pytest.raises(DataError, match=r"captions\.csv is read by its usual columns"):
         read_pairs(photos, caption_column="split")
+    of_table = functools.partial(read_pairs, photos / "captions.csv")
+    assert (of_table(), of_table(split="val")) == (read_pairs(photos), read_pairs(photos, split="val"))
+    with pytest.raises(DataError, match=r"captions\.csv has no split 'test', but train, val$"):
+        of_table(split="test")
+    table(photos / "captions.csv", [*rows, ("0.jpg", "again", "test")], head=("file", "caption", "split"))
+    with pytest.raises(DataError, match=r"0\.jpg into train and test"):
+        of_table()
+
+
+def test_empty_captions_of_a_known_folder_are_missing_ones(photos, tmp_path):
+    images = [
+        {"filename": f"{i}.jpg", "imgid": i, "split": "train", "sentences": [{"raw": raw} for raw in texts]}
+        for i, texts in enumerate([["", " a  dog "], ["a dog"], [" "]])
+    ]
+    (photos / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
+    run(photos, tmp_path / "out", "--max-bad-fraction", "0.4")
+    found = samples(tmp_path / "out").values()
+    assert [(sample["txt"], json.loads(sample["json"])["captions"]) for sample in found] == [(b"a dog", ["a dog"])] * 2
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
@@ -191,6 +210,7 @@ def test_shards_of_img2dataset(tmp_path):
     (tmp_path / "raw").mkdir()
     for s in range(2):
         files = {k: v for i in range(5) for k, v in members(f"{s}{i:04d}", i).items()}
+        files[f"{s}0001.json"] = json.dumps({"captions": ["number", " a dog number", None, "a\ncat"]}).encode()
         write_tar(tmp_path / "raw" / f"{s:05d}.tar", files | {f"{s}0003.jpg": b"junk", f"{s}0009.jpg": b"x"})
     (tmp_path / "raw" / "00000_stats.json").write_text("{}")
     run(tmp_path / "raw", tmp_path / "out", "--max-bad-fraction", "0.5")
@@ -200,6 +220,7 @@ def test_shards_of_img2dataset(tmp_path):
     assert (meta["key"], meta["source_key"], meta["recaption"], meta["caption"]) == (
         *("0000100003", "10004", "a dog", "a dog number"),
     )
+    assert json.loads(found["0000000001"]["json"])["captions"] == ["a dog number", "number", "a cat"]
 
 
 def test_json_of_a_stranger_does_not_grow_beyond_what_is_read(tmp_path):
