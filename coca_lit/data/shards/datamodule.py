@@ -176,8 +176,11 @@ class LAIONDataModule(CaptionDataModule):
         from coca_lit.data.shards.windows import Windows
 
         windows = Windows(self.window, self.window_bytes, self.readers)
-        each = max((s.stamp().bytes / s.samples for s in shards if s.is_remote and s.samples), default=0.0)
-        needed = windows.cache_bytes(max(remote, default=0), len(self.shards)) + self._behind * self.batch_size * each
+        needed = windows.cache_bytes(max(remote, default=0), len(self.shards))
+        behind = self._behind * self.batch_size
+        counted = [(s.stamp().bytes / s.samples, s.samples) for s in shards if s.is_remote and s.samples]
+        for each, samples in sorted(counted, reverse=True):  # at worst they are those with the largest samples
+            needed, behind = needed + each * min(behind, samples), max(0, behind - samples)
         needed = min(sum(remote), needed)
         if needed > self.cache.max_bytes:
             sizes = f"{needed / 1e9:.3g} GB, not of {self.cache.max_bytes / 1e9:.3g} GB"
@@ -290,7 +293,7 @@ class LAIONDataModule(CaptionDataModule):
                         f"data.teachers has one file for {other} and {shard}, which have the same file name: rename "
                         "one of them, and repeat coca-data teach"
                     )
-                check_reinforced(path, index.stamp.bytes)
+                check_reinforced(path, index.stamp.bytes, first=next(iter(files)))
         preprocess = Preprocess(transform, self.tokenizer, self.caption_keys, self.seed, encoded, replay, self.frames)
         return IndexedShards(self.sources, preprocess, self.max_bad_fraction, near=self.windows is not None)
 

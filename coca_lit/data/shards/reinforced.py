@@ -98,10 +98,15 @@ def reinforced_path(shard: str, folder: Path) -> Path:
     return folder / f"{shard.rpartition('/')[2].removesuffix('.tar')}{SUFFIX}"
 
 
-def check_reinforced(path: Path, shard_bytes: int) -> None:
-    """Raises `DataError` if there are no embeddings, or they were made from another version of the shard."""
-    if opened(path).about.get("bytes") != shard_bytes:
+def check_reinforced(path: Path, shard_bytes: int, first: Path) -> None:
+    """Raises `DataError` if there are no embeddings, or they were made from another version of the shard, or by other
+    teachers than those of the `first` file.
+    """
+    about, other = opened(path).about, opened(first).about
+    if about.get("bytes") != shard_bytes:
         raise DataError(f"the shard of {path} has changed since: remove the file, and repeat coca-data teach")
+    if any(about.get(name) != other.get(name) for name in ("teachers", "precision")):
+        raise DataError(f"{first} and {path} are of other teachers: remove one of them, and repeat coca-data teach")
 
 
 class Replay(NamedTuple):

@@ -52,7 +52,7 @@ class Selection:
         """Those of the shards that hold selected samples.
 
         Raises:
-            DataError: there are none, or two shards have the same file name.
+            DataError: there are none, shards of the selection are missing, or two shards have the same file name.
         """
         names: dict[str, str] = {}
         for shard in shards:
@@ -62,6 +62,11 @@ class Selection:
         found = [replace(shard, selection=self) for shard in shards if shard.file_name in self.counts]
         if not found:
             raise DataError(f"{self.path} selects no sample of the {len(shards)} shards: it is about other ones")
+        if lost := sorted(self.counts.keys() - names.keys() - {""}):  # a row without a shard selects nothing
+            raise DataError(
+                f"{len(lost)} of the {len(self.counts)} shards of {self.path} are not given, e.g. {lost[0]}: restore "
+                "them, or choose again from those that are left"
+            )
         return found
 
 

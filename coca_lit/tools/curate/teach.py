@@ -75,6 +75,7 @@ def teach_shard(shard: Path, teaching: Teaching) -> JudgedShard:
         DataError: the file cannot be written or is made otherwise; or the shard is not what its manifest records.
     """
     path, status = reinforced_path(str(shard), teaching.output or shard.parent), shard.stat()
+    claim(path.parent / SETTINGS, _settings(teaching))  # again: a checkpoint may have changed since the command began
     stamp = {"bytes": status.st_size, "modified": status.st_mtime_ns}
     about = {**_settings(teaching), **stamp}
     if path.exists():

@@ -163,6 +163,27 @@ def test_what_teachers_do_not_fit_is_refused(shard, teachers) -> None:
         laion(shard, decode="reduced")
 
 
+def test_embeddings_of_other_teachers_are_not_mixed(shard, teachers, tiny_model, tmp_path: Path) -> None:
+    """Weights of the same name that change while the command runs, and files from two folders."""
+    others = [shard.with_name(f"0000{i}.tar") for i in (1, 2)]
+    for other in others:
+        other.write_bytes(shard.read_bytes())
+    teach_shard(shard, Teaching(teachers))
+    model = tiny_model()
+    model.logit_scale.data += 1
+    save_model(model, teachers[0])
+    teach.load_judge.cache_clear()  # as in another process
+    with pytest.raises(DataError, match=r"teachers\.settings\.json says teachers="):
+        teach_shard(others[0], Teaching(teachers))
+    for other in others:
+        teach_shard(other, Teaching(teachers, tmp_path / "other"))
+        made = tmp_path / "other" / f"{other.stem}.teachers.safetensors"
+        made.rename(shard.with_name(made.name))
+    laion(shard, shards=[str(other) for other in others]).train_dataloader()
+    with pytest.raises(DataError, match=r"00000\.teachers.* and .*00001\.teachers.* are of other teachers: remove"):
+        laion(shard, shards=str(shard.parent)).train_dataloader()
+
+
 @pytest.mark.slow
 def test_from_the_command_to_the_training(shard, teachers, tmp_path: Path, capsys) -> None:
     words = ["--num-workers", "0", "--views", "2", "--precision", "fp32"]

@@ -151,6 +151,8 @@ def test_what_does_not_fit_is_one_sentence(folder, tmp_path):
         batches(tmp_path, folder, selection=select(path, [*rows(), ("00000.tar", "new")]))
     with pytest.raises(DataError, match=r"k\.parquet.* 4 "):
         batches(tmp_path, folder, selection=select(path, [("7.tar", "1")]))
+    with pytest.raises(DataError, match=r"1 of the 3 shards of .*k\.parquet are not given, e\.g\. 00002\.tar"):
+        batches(tmp_path, str(folder / "{00000,00001,00003}.tar"), selection=select(path, rows()))
     with pytest.raises(ValueError, match=r"selection.*'a'"):
         batches(tmp_path, {"a": str(folder)}, selection=str(path))
     copied = copy(folder, tmp_path / "copied", rows())
