@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 MAX_NAMES = 300  # characters of names that a message repeats
 _OWN = re.compile(r"evals\.[\w-]+(\._target_=.*|=\{.*)", re.DOTALL)
-# What evaluations read as the training does: frames of a clip, the split 1k-A of MSR-VTT, Karpathy's file of MS-COCO.
-FOLLOWING = ("frames", "one_thousand", "karpathy")
+# What evaluations read as the training does: frames of a clip, the split 1k-A of MSR-VTT, Karpathy's file of MS-COCO,
+# names of classes, the folder of SNLI-VE's photos.
+FOLLOWING = ("frames", "one_thousand", "karpathy", "classes", "images")
 # How the names of evaluations end.
 KINDS = ("captions", "retrieval", "zeroshot", "choice", "probe", "answers", "judgments", "labels")
 
@@ -152,7 +153,8 @@ def _places(config: Mapping[str, Any], evals: Sequence[str]) -> Iterator[tuple[s
         follows = str(_node(_node(_node(config, "evals"), name), part).get(key))
         if follows.startswith("${oc.select:data."):
             value = (_node(data, "records") if follows.startswith("${oc.select:data.records.") else data).get(key)
-            if isinstance(value, int) or (isinstance(value, str) and os.path.isfile(value)):
+            there = isinstance(value, str) and (os.path.exists(value) or (key, value) == ("classes", "imagenet"))
+            if isinstance(value, int) or there:
                 yield f"evals.{name}.{part}.{key}", value
 
 

@@ -171,6 +171,9 @@ def test_the_evaluations_are_those_of_the_run(tmp_path, monkeypatch, capsys):
         ("kinetics", ("records.frames=3",), {"frames": 3}),
         ("scenes_motion", ("frames=6",), {"frames": 6}),
         ("mscoco", ("records.karpathy={}/split.json",), {"karpathy": "{}/split.json"}),
+        ("snli_ve", ("records.images={}",), {"images": "{}"}),
+        ("classes", ("records.classes=imagenet",), {"classes": "imagenet"}),
+        ("kinetics", ("records.classes={}/split.json",), {"classes": "{}/split.json"}),
     ],
 )
 def test_the_evaluations_read_as_those_of_the_run(tmp_path, data, changed, expected):
