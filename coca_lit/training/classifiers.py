@@ -14,7 +14,6 @@ from coca_lit.data.batch import Batch, padded
 from coca_lit.data.records import Record
 from coca_lit.errors import DataError, check_number
 from coca_lit.evals.inference import rows_of
-from coca_lit.evals.vqa import fitting
 from coca_lit.losses import caption_loss
 from coca_lit.metrics.vqa import normalize_answer, vqa_accuracy
 from coca_lit.models import CoCa
@@ -174,8 +173,9 @@ class StateClassifier(Classifier):
         return self.at_ends(net, batch.images, batch.tokens, batch.prefix_lengths)
 
     def features_of(self, net: CoCa, records: Sequence[Record], images: Images) -> Tensor:
-        texts = [fitting(net.tokenizer, record.question) for record in records]
-        rows = [ids[:-1] for ids in net.tokenizer.encode_batch(texts)]
+        label = self.classes[0]  # the texts are cut as in training, where the label follows
+        answered = (net.tokenizer.encode_answer(record.question, label) for record in records)
+        rows = [ids[:length] for ids, length in answered]
         tokens, lengths = padded(rows, net.tokenizer.pad_id)
         return self.at_ends(net, images, tokens.to(net.device), lengths)
 

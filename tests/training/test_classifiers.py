@@ -14,8 +14,10 @@ from torch import Tensor
 from coca_lit.cli.module import build_module
 from coca_lit.data.batch import Batch, collate
 from coca_lit.data.datamodule import RecordsDataModule, SceneQuestionsDataModule, SceneStatementsDataModule
+from coca_lit.data.examples import FirstCaptionDataset
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.statements import LABELS, TRUTHS, comparison_records, entailment_records
+from coca_lit.data.transforms import build_transform
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.evals.pooler_probe import ClassPooler
 from coca_lit.lit_module import CoCaLit
@@ -131,6 +133,21 @@ def test_logits_are_a_linear_layer_of_the_states_side_by_side(make: Any, labels:
     assert net.training
     net.eval()
     np.testing.assert_allclose(found.numpy(), states @ weight.T + bias, atol=1e-4)
+
+
+def test_long_texts_are_scored_as_they_are_trained_on() -> None:
+    torch.manual_seed(0)
+    net = create_model("coca_tiny", tokenizer="scenes_statements", context_length=24).eval()
+    classifier = randomised(StateClassifier(LABELS), net)
+    words = net.tokenizer.spec
+    records = entailment_records("val", size=32, count=2)[:2]
+    records = [record._replace(question=" ".join(words[:n])) for record, n in zip(records, (20, 30), strict=True)]
+    examples = FirstCaptionDataset(records, build_transform(size=32), net.tokenizer)
+    batch = collate([examples[0], examples[1]], net.tokenizer.pad_id)
+    assert batch.prefix_lengths.tolist() == [21, 22]
+    with torch.no_grad():
+        expected = classifier.head(classifier.features(net, batch))
+    torch.testing.assert_close(classifier.logits(net, records), expected)
 
 
 @pytest.mark.parametrize(("task", "labels", "images"), [("entailment", LABELS, 1), ("comparison", TRUTHS, 2)])
