@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 LIMITS = ("max_epochs", "max_steps")
 BEST, BEST_SCORE = "best.ckpt", "best.json"
+MAX_FIRST = 0.05  # share of the weights of the first step in an average at the end
+TENTH = 10  # the average of about the last tenth of the steps has the decay 1 - 10 / steps
 
 
 class StepSeeds(L.Callback):
@@ -349,9 +351,19 @@ class Averaging(WeightAveraging):
 
     def __init__(self, decay: float) -> None:
         check_number("decay", decay, at_least=0, at_most=1)
+        self.decay = decay
         # Buffers follow the trained model. The average is `average + (1 - decay) · (weight - average)`, which leaves
         # frozen weights as they are; as `decay · average + (1 - decay) · weight`, Lightning's own, they would drift.
         super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Says where the average will hardly be of trained weights."""
+        steps = trainer.estimated_stepping_batches
+        if math.isfinite(steps) and steps > TENTH and (share := self.decay ** (steps - 1)) > MAX_FIRST:
+            print_rank_zero(
+                f"note: {100 * share:.0f} % of the averaged weights, which are scored and saved, are those of the first "
+                f"of {steps:,} steps: set ema={1 - TENTH / steps:.6g}, or ema=null for the trained weights"
+            )
 
     @contextmanager
     def swapped(self, pl_module: L.LightningModule) -> Iterator[None]:

@@ -1,9 +1,11 @@
 """Training itself: it repeats, freezes, averages, clips, and says how it goes."""
 
+import math
 import re
 from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as L
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from coca_lit.callbacks import ScoreDuringTraining
+from coca_lit.callbacks.checkpoint import Averaging
 from coca_lit.cli.assembly import build, build_trainer
 from coca_lit.cli.module import build_module
 from coca_lit.data.batch import Batch
@@ -162,6 +165,30 @@ def test_averaged_weights_are_scored_and_saved(tmp_path: Path) -> None:
     torch.testing.assert_close(watch.final, average)
     torch.testing.assert_close(tensors(load_model(tmp_path / "checkpoints" / "last.ckpt")), average)
     assert not torch.allclose(average["image_projection.weight"], steps[-1]["image_projection.weight"])
+
+
+@pytest.mark.parametrize(("decay", "steps"), [(0.9999, 2000), (0.999, 4000), (0.9999, math.inf), (0.9999, -1), (1, 11)])
+def test_an_average_of_hardly_trained_weights_is_announced(
+    decay: float, steps: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The share of the first weights is what the average has of 1 where all later ones are 0."""
+
+    def share_of_the_first(decay: float) -> float:
+        share = 1.0
+        for _ in range(int(steps) - 1):
+            share -= (1 - decay) * share
+        return share
+
+    trainer: Any = SimpleNamespace(estimated_stepping_batches=steps)
+    Averaging(decay).on_train_start(trainer, L.LightningModule())
+    said = capsys.readouterr().out
+    if not 0 < steps < math.inf or share_of_the_first(decay) <= 0.05:
+        assert not said
+        return
+    found = re.search(r"note: (\d+) % of .* first of ([\d,]+) steps: set ema=([\d.]+), or ema=null", said)
+    assert int(found[1]) == pytest.approx(100 * share_of_the_first(decay), abs=0.5)
+    assert int(found[2].replace(",", "")) == steps
+    assert share_of_the_first(float(found[3])) < 1e-4
 
 
 def test_the_average_keeps_to_the_range_of_the_temperature(tmp_path: Path) -> None:
