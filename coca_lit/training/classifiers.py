@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_lit.data.batch import Batch, padded
+from coca_lit.data.feature_cache import swap_sides
 from coca_lit.data.records import Record
 from coca_lit.errors import DataError, check_number
 from coca_lit.evals.inference import rows_of
@@ -50,6 +51,9 @@ class Classifier(Objective):
         (self.term,) = weight
         self.classes, self.label_smoothing = list(classes), label_smoothing
         self._numbers = {name: i for i, name in enumerate(classes)}
+        # Labels of mirror images: "left" is "Right" beside "Wrong", and "Left" beside "Right".
+        swapped = {swap_sides(name): i for name, i in self._numbers.items()}
+        self._mirrored = swapped | {swap_sides(name): i for name, i in swapped.items()}
 
     def build(self, net: CoCa) -> None:
         self.head = nn.Linear(self.width_of(net), len(self.classes))
@@ -85,8 +89,8 @@ class Classifier(Objective):
         return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing if self.training else 0.0)
 
     def number(self, label: str) -> int:
-        """Of a class; raises `DataError` if there is no such class."""
-        if (number := self._numbers.get(label)) is None:
+        """Of a class, also by its label of a mirror image; raises `DataError` if there is no such class."""
+        if (number := self._numbers.get(label, self._mirrored.get(label))) is None:
             known = ", ".join(self.classes[:5]) + (", …" if len(self.classes) > 5 else "")
             raise DataError(f"the data have the label {label!r:.80}, and the classifier {known}: name all classes")
         return number
@@ -157,7 +161,10 @@ class StateClassifier(Classifier):
         states, layout = self.states(net, batch.images, batch.tokens, batch.prefix_lengths)
         ends = self.beside(batch.prefix_lengths) - 1  # (B · n,)
         logits = self.head(self.joined(layout.gather_at(states, ends))).float()
-        true = self.beside(torch.tensor([people[0] == self.true_label for people in batch.answers]))  # (B · n,)
+        true_number = self.number(self.true_label)
+        true = self.beside(
+            torch.tensor([self.number(people[0]) == true_number for people in batch.answers])
+        )  # (B · n,)
         predicts = true[:, None] & (layout.positions < ends[:, None])  # (B · n, L)
         following = self.beside(batch.tokens).roll(-1, dims=1)[:, : layout.max_length]
         labels = layout.compact(layout.pack(following), predicts)

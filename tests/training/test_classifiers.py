@@ -15,6 +15,7 @@ from coca_lit.cli.module import build_module
 from coca_lit.data.batch import Batch, collate
 from coca_lit.data.datamodule import RecordsDataModule, SceneQuestionsDataModule, SceneStatementsDataModule
 from coca_lit.data.examples import FirstCaptionDataset
+from coca_lit.data.feature_cache import mirrored
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.statements import LABELS, TRUTHS, comparison_records, entailment_records
 from coca_lit.data.transforms import build_transform
@@ -195,6 +196,27 @@ def test_true_texts_have_the_caption_loss_beside_each_of_their_images(
     assert losses
     assert terms["true_texts"].item() == pytest.approx(np.mean(losses), rel=1e-4)
     assert set(classifier(net, batch._replace(prefix_lengths=None))) == {"labels"}
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        (["right", "wrong"], ["right", "wrong"]),
+        (["Wrong", "Right"], ["Wrong", "Right"]),
+        (["left", "right"], ["right", "left"]),
+        (["Left", "Right"], ["Right", "Left"]),
+    ],
+)
+def test_a_mirrored_label_is_a_side_only_where_both_sides_are_classes(
+    classes: list[str], expected: list[str], net: CoCa
+) -> None:
+    classifier = randomised(StateClassifier(classes, true_label=classes[0]), net)
+    batch = statements(net, "entailment")
+    labels = [mirrored(Record(0, "", label)).captions for label in classes]
+    with torch.no_grad():
+        terms = classifier(net, batch._replace(answers=tuple(labels * 4)))
+        same = classifier(net, batch._replace(answers=tuple((label,) for label in expected * 4)))
+    assert {name: term.item() for name, term in terms.items()} == {name: term.item() for name, term in same.items()}
 
 
 def test_texts_about_the_same_images_share_a_batch(net: CoCa) -> None:
