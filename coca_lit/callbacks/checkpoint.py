@@ -361,8 +361,8 @@ class Averaging(WeightAveraging):
         steps = trainer.estimated_stepping_batches
         if math.isfinite(steps) and steps > TENTH and (share := self.decay ** (steps - 1)) > MAX_FIRST:
             print_rank_zero(
-                f"note: {100 * share:.0f} % of the averaged weights, which are scored and saved, are those of the first "
-                f"of {steps:,} steps: set ema={1 - TENTH / steps:.6g}, or ema=null for the trained weights"
+                f"note: {100 * share:.0f} % of the averaged weights, which are scored and saved, are of the first of "
+                f"{steps:,} steps: set ema={1 - TENTH / steps:.6g}, or ema=null for the trained weights"
             )
 
     @contextmanager
