@@ -235,7 +235,8 @@ class JsonTokenizer(Tokenizer):
         start, end, pad: its tokens for these, which no text contains: a text with "<s>" is encoded as these characters.
 
     Raises:
-        ValueError: this is no such file, it lacks a special token, or its decoder is not one of `_DECODERS`.
+        ValueError: this is no such file, it lacks a special token, its decoder is not one of `_DECODERS`, or its end
+            stands for unknown words too.
     """
 
     def __init__(self, packed: str, start: str, end: str, pad: str, context_length: int = CONTEXT_LENGTH) -> None:
@@ -259,6 +260,10 @@ class JsonTokenizer(Tokenizer):
         self.sot_id, self.eot_id, self.pad_id = ids[start], ids[end], ids[pad]
         model = described["model"]
         self.unk_id = model.get("unk_id", ids.get(model.get("unk_token")))
+        if self.unk_id == self.eot_id:  # as in CLIP's files: the end is a label, an unknown token is none
+            if not _knows_all_bytes(described, ids):
+                raise ValueError(f"the tokenizer's token for unknown words is {end!r}: name another token as end")
+            self.unk_id = None
         self.vocab_size = max(ids.values()) + 1
         if self.vocab_size > 2 * len(ids) + 1024:
             raise ValueError(f"the tokenizer has {len(ids):,} tokens with ids up to {self.vocab_size - 1:,}")
@@ -299,6 +304,15 @@ def _reader(decoder: Mapping[str, Any]) -> Callable[[str], bytes]:
     if "BPEDecoder" in kinds:
         return lambda token: token.replace("</w>", " ").encode()
     raise ValueError(f"the tokenizer's decoder is {decoder.get('type')}: expected one of {', '.join(_DECODERS)}")
+
+
+def _knows_all_bytes(described: Mapping[str, Any], ids: Mapping[str, int]) -> bool:
+    """Whether a file splits texts into bytes and has a token for each, so that no word is unknown to it."""
+    splitter, model = described.get("pre_tokenizer") or {}, described["model"]
+    kinds = {part.get("type") for part in (splitter, *splitter.get("pretokenizers", []))}
+    ends = {"", model.get("end_of_word_suffix") or ""}
+    known = all(symbol + end in ids for symbol in _byte_of_symbol() for end in ends)
+    return "merges" in model and "ByteLevel" in kinds and known and not model.get("continuing_subword_prefix")
 
 
 def frequent_words(captions: Iterable[str], min_count: int = 5) -> list[str]:

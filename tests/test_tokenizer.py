@@ -292,6 +292,24 @@ def test_a_model_with_a_tokenizer_file(tmp_path: Path) -> None:
     assert again.tokenizer.decode(again.tokenizer.encode("</s> ñ")) == "</s> ñ"
 
 
+def test_the_end_is_a_label_where_it_is_the_unknown_token_of_bytes(tmp_path: Path) -> None:
+    """As in the files of OpenAI's CLIP. Where words can be unknown, they would end a text."""
+    described = json.loads(trained_file("ByteLevel", tmp_path).read_text())
+    described["model"]["unk_token"] = SPECIAL["end"]
+    (tmp_path / "bytes.json").write_text(json.dumps(described))
+    model = create_model("coca_tiny", tokenizer={"file": str(tmp_path / "bytes.json"), **SPECIAL})
+    texts = texts_of_many_scripts(4)
+    labels = model(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), model.tokenizer(texts)).labels
+    assert int((labels == model.tokenizer.eot_id).sum()) == 4
+    for kind in ("ByteLevel", "WordPiece"):
+        described = json.loads(trained_file(kind, tmp_path).read_text())
+        described["model"]["unk_token"] = SPECIAL["end"]
+        described["model"]["vocab"].pop("ÿ", None)
+        (tmp_path / "words.json").write_text(json.dumps(described))
+        with pytest.raises(ValueError, match="token for unknown words is '</s>': name another token as end"):
+            get_tokenizer({"packed": pack(tmp_path / "words.json"), **SPECIAL})
+
+
 def test_a_tokenizer_file_that_cannot_be_used(tmp_path: Path) -> None:
     file = trained_file("ByteLevel", tmp_path)
     packed = pack(file)
