@@ -45,6 +45,8 @@ class Classifier(Objective):
 
     def __init__(self, classes: Sequence[str], label_smoothing: float = 0.0, **weight: float) -> None:
         super().__init__(**weight)
+        if wrong := [name for name in classes if not isinstance(name, str)]:
+            raise ValueError(f"expected classes as texts, got {wrong[0]!r:.80}: write it in quotes")
         if len(set(classes)) != len(classes) or len(classes) < 2:
             raise ValueError(f"expected two or more different classes to choose from, got {len(classes)}")
         check_number("label_smoothing", label_smoothing, at_least=0, at_most=1)

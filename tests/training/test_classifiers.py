@@ -257,6 +257,9 @@ def test_what_does_not_fit_is_said(net: CoCa) -> None:
         randomised(StateClassifier(["yes", "no"], images=2), net)(net, batch)
     with pytest.raises(ValueError, match="two or more"):
         StateClassifier(["yes", "yes"])
+    numbers: Any = [0, 1]
+    with pytest.raises(ValueError, match="as texts, got 0: write it in quotes"):
+        StateClassifier(numbers)
     with pytest.raises(ValueError, match="'false', got 'entailment'"):
         StateClassifier(TRUTHS, true_label="entailment")
     with pytest.raises(ValueError, match="true_weight must be a number above 0, got 0"):
