@@ -164,9 +164,8 @@ class StateClassifier(Classifier):
         ends = self.beside(batch.prefix_lengths) - 1  # (B · n,)
         logits = self.head(self.joined(layout.gather_at(states, ends))).float()
         true_number = self.number(self.true_label)
-        true = self.beside(
-            torch.tensor([self.number(people[0]) == true_number for people in batch.answers])
-        )  # (B · n,)
+        are_true = torch.tensor([self.number(people[0]) == true_number for people in batch.answers])  # (B,)
+        true = self.beside(are_true)  # (B · n,)
         predicts = true[:, None] & (layout.positions < ends[:, None])  # (B · n, L)
         following = self.beside(batch.tokens).roll(-1, dims=1)[:, : layout.max_length]
         labels = layout.compact(layout.pack(following), predicts)
