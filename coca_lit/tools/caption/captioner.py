@@ -13,6 +13,7 @@ import torch
 
 from coca_lit.distributed import gather_objects, rank, stable_seed, world_size
 from coca_lit.models import CoCa, kernels
+from coca_lit.models.generation.options import complete
 from coca_lit.models.inputs import Images
 from coca_lit.progress import ProgressBar
 from coca_lit.reading import printable
@@ -111,7 +112,7 @@ def _generate(model: CoCa, pixels: Images, options: Mapping[str, Any], seed: int
     As many for each image as were requested, even if a draw has no words; fewer only where beam search found fewer.
     """
     options = dict(options)
-    if options.get("strategy") == "sample":
+    if complete(options).strategy == "sample":  # also of a preset
         options["generator"] = torch.Generator(model.device).manual_seed(seed)
     ids = model.generate(pixels.to(model.device), **options)  # (B, L), or (B, N, L) with num_captions
     rows = ids if ids.ndim == 3 else ids[:, None]

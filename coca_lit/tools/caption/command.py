@@ -153,7 +153,9 @@ def _options(cfg: DictConfig, model: "CoCa") -> dict[str, Any]:
 
 
 def _given(cfg: DictConfig) -> dict[str, Any]:
-    return {str(key): value for key, value in cfg.generate.items() if value is not None}
+    """The options of `generate` that are not null, with the strategy of commands where no other is asked for."""
+    options = {str(key): value for key, value in cfg.generate.items() if value is not None}
+    return options if options.keys() & {"strategy", "preset"} else {"strategy": "beam"} | options
 
 
 def _settings(cfg: DictConfig, digest: str) -> dict[str, Any]:

@@ -261,6 +261,16 @@ def test_odd_samples(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"{tmp_path}/cut.tar" in capsys.readouterr().err
 
 
+def test_captions_of_another_model_do_not_stay(checkpoint: str, tmp_path: Path) -> None:
+    render(1).save(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text(json.dumps({"generated_captions": ["old", "older"], "id": 7}))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("a.png", "a.json"):
+            tar.add(tmp_path / name, name)
+    caption(checkpoint, f"images=[{tmp_path}/a.tar]", f"output={tmp_path}/new/")
+    assert json.loads(members(tmp_path / "new" / "a.tar")["a.json"]) == {"id": 7}
+
+
 def test_a_key_that_comes_twice(
     model: CoCa, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +358,15 @@ def test_sampling_depends_on_the_seed_alone(checkpoint: str, photos: Path, tmp_p
         return lines(tmp_path / f"{name}.jsonl")
 
     assert sampled("a", 0) == sampled("bb", 0) != sampled("ccc", 1)
+
+
+def test_a_preset_means_its_options(checkpoint: str, photos: Path, capsys: pytest.CaptureFixture) -> None:
+    def said(*words: str) -> str:
+        caption(checkpoint, f"images=[{photos}/00.png,{photos}/01.png]", *words)
+        return capsys.readouterr().out
+
+    spelt = [f"generate.{word}" for word in ("strategy=sample", "top_p=0.9", "min_length=5", "cut_at=.")]
+    assert said("generate.preset=mobileclip2") == said(*spelt) != said("generate.preset=mobileclip2", "seed=1")
 
 
 @pytest.mark.parametrize("output", ["X/", "X/c.jsonl", "X/c.json"])
