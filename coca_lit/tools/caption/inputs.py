@@ -277,6 +277,7 @@ def _recaptioned(members: dict[str, bytes], captions: Sequence[str]) -> dict[str
         fields = {"broken_json": content.decode("utf-8", errors="replace")}
     if "txt" in members:
         fields.setdefault(ORIGINAL, members["txt"].decode("utf-8", errors="replace").strip())
+    fields.pop(ALL, None)  # of the model before
     if len(captions) > 1:
         fields[ALL] = list(captions)
     return members | {"txt": captions[0].encode(), "json": json.dumps(fields).encode()}
