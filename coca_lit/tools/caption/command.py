@@ -73,6 +73,7 @@ def run(cfg: DictConfig) -> None:
         guard = in_use(path.with_name(f".{path.name}.in-use"), cfg.output)
     # Processes wait for each other only at the very end.
     with guard, process_group(timeout=timedelta(days=7)) as device:
+        _choose_precision(cfg)
         model, digest = _load(chosen_checkpoint(cfg.checkpoint), cfg.precision, device)
         options, workers = _options(cfg, model), decoders(cfg.num_workers)
         writer = open_writer(cfg.output, units, _settings(cfg, digest))
@@ -93,6 +94,7 @@ def _run_on(engine: Engine, cfg: DictConfig, units: "Sequence[Unit]") -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("an engine starts its own processes: run the command without torchrun, or set engine=local")
     cfg.checkpoint, start = chosen_checkpoint(cfg.checkpoint), time.monotonic()
+    _choose_precision(cfg)
     model, digest = _load(cfg.checkpoint, "fp32", "cpu")  # what is wrong is told here, before any job starts
     _options(cfg, model)
     writer = open_writer(cfg.output, units, _settings(cfg, digest))
@@ -109,16 +111,24 @@ def caption_shard(path: Path, cfg: DictConfig) -> "Totals":
     from coca_lit.models.registry import import_modules
     from coca_lit.tools.caption.captioner import caption_units
     from coca_lit.tools.caption.inputs import Shard
-    from coca_lit.tools.caption.outputs import SETTINGS, Recaptioned
+    from coca_lit.tools.caption.outputs import ADDED, SETTINGS, Recaptioned
 
     import_modules(cfg.imports)
     configure_libraries(cfg.threads)
     with process_group() as device:
         model, digest = _loaded(cfg.checkpoint, cfg.precision, device)
-        claim(Path(cfg.output) / SETTINGS, _settings(cfg, digest), taken=True)  # the checkpoint may have changed since
+        # Again: the checkpoint may have changed since.
+        claim(Path(cfg.output) / SETTINGS, _settings(cfg, digest), taken=True, added=ADDED)
         writer = Recaptioned(Path(cfg.output), [Shard(path)])
         options, workers = _options(cfg, model), decoders(cfg.num_workers)
         return caption_units(model, [Shard(path)], writer, options, cfg.batch_size, workers, cfg.seed)
+
+
+def _choose_precision(cfg: DictConfig) -> None:
+    """Decides what `auto` is, once for all jobs and for the settings of the output."""
+    import torch
+
+    cfg.precision = "bf16" if chosen_dtype(cfg.precision) is torch.bfloat16 else "fp32"
 
 
 def _load(checkpoint: str, precision: str, device: "torch.device | str") -> "tuple[CoCa, str]":
@@ -160,8 +170,11 @@ def _given(cfg: DictConfig) -> dict[str, Any]:
 
 def _settings(cfg: DictConfig, digest: str) -> dict[str, Any]:
     """What a result depends on."""
-    options = {f"generate.{key}": value for key, value in _given(cfg).items()}
-    return {"model": digest, "seed": cfg.seed, "frames": cfg.frames} | options
+    given = _given(cfg)
+    settings = {"model": digest, "precision": cfg.precision, "seed": cfg.seed, "frames": cfg.frames}
+    if complete(given).strategy == "sample":  # which is seeded by batch
+        settings["batch_size"] = cfg.batch_size
+    return settings | {f"generate.{key}": value for key, value in given.items()}
 
 
 def decoders(num_workers: int | None) -> int:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from coca_lit import save_model
+from coca_lit.cli import runtime
 from coca_lit.cli.words import quote
 from coca_lit.data import pixels
 from coca_lit.data.bad_samples import BadSamples
@@ -302,6 +304,30 @@ def test_output_is_continued_with_the_same_model_and_options_only(
     save_model(new_model(seed=1), tmp_path / "other.safetensors")
     with pytest.raises(DataError, match=r"c\.jsonl\.settings\.json.*model=\w+.*model=\w+"):
         caption(f"checkpoint={tmp_path}/other.safetensors", *same)
+
+
+def test_output_is_continued_in_the_same_precision(
+    checkpoint: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = (checkpoint, f"images=[{photos}/00.png]", f"output={tmp_path}/c.jsonl", "precision=auto")
+    monkeypatch.setattr(runtime, "best_precision", lambda device: "bf16-mixed")
+    caption(*same)
+    monkeypatch.setattr(runtime, "best_precision", lambda device: "32-true")
+    with pytest.raises(DataError, match=r"c\.jsonl\.settings\.json.*precision=bf16.*precision=fp32"):
+        caption(*same)
+    record = tmp_path / "c.jsonl.settings.json"
+    earlier = json.loads(record.read_text())
+    assert earlier.pop("precision") == "bf16"
+    record.write_text(json.dumps(earlier))  # as versions without it wrote it
+    caption(*same)
+
+
+def test_samples_are_continued_in_the_same_batches(checkpoint: str, photos: Path, tmp_path: Path) -> None:
+    for strategy, refusal in (("beam", None), ("sample", r"batch_size=32, but now batch_size=2")):
+        same = (f"images=[{photos}/00.png]", f"output={tmp_path}/{strategy}.jsonl", f"generate.strategy={strategy}")
+        caption(checkpoint, *same)
+        with pytest.raises(DataError, match=refusal) if refusal else nullcontext():
+            caption(checkpoint, *same, "batch_size=2")
 
 
 @pytest.mark.parametrize(
