@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO, StringIO
@@ -36,11 +37,17 @@ def is_leftover(path: Path) -> bool:
     return _OURS.fullmatch(path.name) is not None
 
 
-def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Removes what killed processes left unfinished in a folder that is ours; `name` is a pattern of final names."""
+def remove_leftovers(folder: Path, name: str = "*", older: float = 0.0) -> None:
+    """Removes what killed processes left unfinished in a folder that is ours.
+
+    Args:
+        name: a pattern of final names.
+        older: seconds since a file changed last; what is newer stays, where other processes may be at work.
+    """
     for path in folder.glob(f".{name}.*{TEMPORARY}"):
-        if is_leftover(path):
-            remove(path)
+        with suppress(FileNotFoundError):  # whoever was at work has given it its name
+            if is_leftover(path) and (not older or time.time() - path.lstat().st_mtime >= older):
+                remove(path)
 
 
 def temporary_folder(path: Path) -> Path:

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,14 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine")
     (tmp_path / f".z.1-{'0' * 8}{TEMPORARY}").symlink_to(tmp_path / ".cache.v1.tmp")
-    remove_leftovers(tmp_path)
+    os.utime(left, (0, time.time() - 90))
+    remove_leftovers(tmp_path, older=100)  # somebody may be at work on them
+    assert left.exists()
+    assert folder.exists()
+    remove_leftovers(tmp_path, older=80)
     assert not left.exists()
+    assert folder.exists()
+    remove_leftovers(tmp_path)
     assert not folder.exists()
     assert all((tmp_path / name).read_text() == "mine" for name in mine)
     assert (tmp_path / "new\nline.tar").exists()

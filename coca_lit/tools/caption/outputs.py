@@ -24,6 +24,7 @@ from coca_lit.tools.caption.inputs import Files, OpenShard, Shard, Source, Unit,
 
 SETTINGS = "settings.json"
 ADDED = ("precision", "batch_size")  # of the settings, those that outputs of earlier versions lack
+OLD = 3600.0  # seconds, after which no command is still writing a shard; several may share a folder
 Captions = Sequence[str]  # of one image, the best first
 _NO_BYTES = re.compile("[^\udca0-\udcff]+")  # these stand for bytes that are not UTF-8; those below for C1 controls
 
@@ -70,7 +71,7 @@ def open_writer(output: str | None, units: Sequence[Unit], settings: dict[str, A
     if path.is_file() or (path.suffix and not path.is_dir() and not output.endswith("/")):
         raise DataError(f"unknown suffix '{path.suffix}' of output={output}: expected .jsonl, .json, or a folder/")
     writer = Recaptioned(path, units)
-    _claim(path / SETTINGS, path.exists() and not all(map(is_leftover, path.iterdir())), settings, "*")
+    _claim(path / SETTINGS, path.exists() and not all(map(is_leftover, path.iterdir())), settings, "*", OLD)
     return writer
 
 
@@ -243,15 +244,15 @@ def print_rows(rows: Sequence[Sequence[str]]) -> None:
         sys.exit()
 
 
-def _claim(file: Path, taken: bool, settings: dict[str, Any], outputs: str) -> None:
+def _claim(file: Path, taken: bool, settings: dict[str, Any], outputs: str, older: float = 0.0) -> None:
     """`coca_lit.files.claim`, with the same error on every process; then what killed processes left of `outputs`, a
-    pattern of names, is removed.
+    pattern of names, is removed if it is `older` seconds old.
     """
     problem = None
     if rank() == 0:
         try:
             claim(file, settings, taken, ADDED)
-            remove_leftovers(file.parent, outputs)
+            remove_leftovers(file.parent, outputs, older)
         except DataError as error:
             problem = str(error)
     if problem := broadcast_object(problem):

@@ -94,6 +94,8 @@ def test_shards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert kills == 3
     done = {file.name: file.stat().st_mtime_ns for file in path.glob("*.tar")}
     assert 0 < len(done) < 3
+    for left in path.glob(".*"):
+        os.utime(left, (0, 0))  # long ago: nobody is at work on it
     write(folder, path)
     assert contents(path) == contents(folder / "expected" / "new")
     assert done.items() <= {file.name: file.stat().st_mtime_ns for file in path.glob("*.tar")}.items()
@@ -128,6 +130,20 @@ def test_two_commands_on_one_file(output: str, folder: Path, tmp_path: Path, mon
     write(folder, tmp_path / output)
     assert contents(tmp_path / output) == contents(folder / "expected" / output)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_two_commands_on_one_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = inputs._recaptioned
+
+    def second(*arguments: Any) -> Any:  # begins and ends while the first command writes a shard
+        monkeypatch.setattr(inputs, "_recaptioned", real)
+        write(folder, tmp_path / "new")
+        return real(*arguments)
+
+    monkeypatch.setattr(inputs, "_recaptioned", second)
+    write(folder, tmp_path / "new")
+    assert contents(tmp_path / "new") == contents(folder / "expected" / "new")
+    assert not list((tmp_path / "new").glob(".*"))
 
 
 @pytest.mark.slow
