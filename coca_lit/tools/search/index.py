@@ -116,7 +116,7 @@ class ImageIndex:
         path = Path(path)
         if path.exists():
             _format(path)
-        beside, folder = path.absolute().parent, self.folder.absolute()
+        beside, folder = Path(os.path.abspath(path)).parent, Path(os.path.abspath(self.folder))  # without ".."
         reference = folder.relative_to(beside) if folder.is_relative_to(beside) else folder
         tensors = {
             "folder": _bytes(str(reference)),

@@ -112,6 +112,21 @@ def test_file_keeps_everything_and_moves_with_its_folder(folder: Path, tmp_path:
     assert moved.update() == ([], [], [], {})
 
 
+def test_an_index_moves_with_a_folder_above_the_current_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    index = indexed(Path("../photos"))
+    for name in ("a.safetensors", "../here/../b.safetensors"):  # the second is beside the folder
+        index.save(name)
+    assert ImageIndex.load("a.safetensors", index.model).folder == folder
+    shutil.move(folder, tmp_path / "elsewhere" / "photos")
+    shutil.move(tmp_path / "b.safetensors", tmp_path / "elsewhere" / "b.safetensors")
+    moved = ImageIndex.load(tmp_path / "elsewhere" / "b.safetensors", index.model)
+    assert moved.folder == tmp_path / "elsewhere" / "photos"
+
+
 def test_mistakes_are_one_sentence(folder: Path, tmp_path: Path) -> None:
     index = indexed(folder)
     assert ImageIndex(index.model, folder).query("a red circle") == []  # before any update
