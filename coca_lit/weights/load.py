@@ -169,7 +169,13 @@ def architecture(config: Any, path: str | Path) -> dict[str, Any]:
 
 
 def save_model(model: CoCa, path: str | Path) -> None:
-    """Writes weights and architecture into one safetensors file that `load_model` reads."""
+    """Writes weights and architecture into one safetensors file that `load_model` reads.
+
+    Raises:
+        ValueError: the name does not end with ".safetensors".
+    """
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"'{path}' would be a safetensors file: give it a name that ends with .safetensors")
     state = unshared_copies(merged(model.state_dict()))
     save_tensors(state, Path(path), {MODEL_KEY: json.dumps(model.config)})
 

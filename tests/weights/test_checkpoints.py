@@ -43,6 +43,13 @@ def test_safetensors_round_trip(tiny_model: Build, tmp_path: Path, arguments: di
     assert torch.equal(loaded.generate(images), model.eval().generate(images))
 
 
+@pytest.mark.parametrize("name", ["mine.pt", "mine", "mine.safetensors.bak"])
+def test_a_name_that_cannot_be_read_back_is_refused(tiny_model: Build, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}'.* ends with \.safetensors"):
+        save_model(tiny_model(), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_first_tensor_that_does_not_fit_is_named(tiny_model: Build, tmp_path: Path) -> None:
     model, path = tiny_model(), tmp_path / "last.ckpt"
     whole, names = training_checkpoint(model), list(model.state_dict())
