@@ -77,6 +77,11 @@ class Released(NamedTuple):
     licence: str | None = None  # if it restricts the use
     note: str | None = None
 
+    @property
+    def captions(self) -> bool:
+        """Whether it is a captioner and no CLIP."""
+        return self.name.startswith(("coca_", "mammut_"))
+
 
 @cache
 def released_models() -> dict[str, Released]:
@@ -85,7 +90,8 @@ def released_models() -> dict[str, Released]:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names of models that `load_model` knows, sorted.
+    """The names of models, sorted: captioners ("coca_…", "mammut_…"), which `load_model` takes, and CLIPs ("ViT-…"),
+    for `coca-evaluate`, `coca-search`, `init_from` and `coca_lit.weights.load.load_dual_encoder`.
 
     Args:
         pattern: with `*`, `?` and `[…]`, in any case and with - or _: "coca*" names the captioners. After "hf-hub:"

@@ -20,7 +20,7 @@ from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS, import_modules
 from coca_lit.reading import parse_json, read_json
 from coca_lit.weights import MODEL_KEY
 from coca_lit.weights.computation import misfit
-from coca_lit.weights.hub import CONFIGS, MAX_CONFIG, OPEN_CLIP_CONFIG, locate, released
+from coca_lit.weights.hub import CONFIGS, MAX_CONFIG, OPEN_CLIP_CONFIG, PREFIX, locate, released
 from coca_lit.weights.intact import (
     MAX_CONTEXT,
     MAX_PATCHES,
@@ -69,13 +69,16 @@ def load_model(path: str | Path, imports: Sequence[str] = ()) -> CoCa:
     Raises:
         FileNotFoundError: there is no such file and no such name.
         CheckpointError: it cannot be downloaded.
-        ValueError: the file cannot be read safely, holds something else, or needs an encoder or tower that is not
-            registered.
+        ValueError: the file cannot be read safely, holds something else such as a CLIP, or needs an encoder or tower
+            that is not registered.
     """
-    model = load_dual_encoder(path, imports=imports)
-    if isinstance(model, CLIP):
+    known = None if Path(path).exists() else released(str(path).removeprefix(PREFIX))
+    # A CLIP is not downloaded if its name is known.
+    model = None if known and not known.captions else load_dual_encoder(path, imports=imports)
+    if model is None or isinstance(model, CLIP):
         raise ValueError(
-            f"'{path}' is a CLIP without a captioner; only evaluations (coca-evaluate) and init_from take it"
+            f"'{path}' is a CLIP without a captioner: coca-evaluate, coca-search, init_from and"
+            " coca_lit.weights.load.load_dual_encoder take it"
         )
     return model
 

@@ -272,6 +272,15 @@ def test_a_misspelt_name_suggests_the_right_one(name: str, hint: str) -> None:
         load_model(name)
 
 
+@pytest.mark.parametrize(
+    "name", ["ViT-B-32/openai", "vit_l_14/LAION2B-s32B-b82K", "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"]
+)
+def test_a_clip_is_refused_before_it_is_downloaded(hub: Hub, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^'{name}' is a CLIP.*coca-search.*load_dual_encoder take it$"):
+        load_model(name)
+    assert not hub.requests
+
+
 def test_released_names_are_those_of_open_clip() -> None:
     others = ("apple/mobileclip2_coca", "laion/openMaMMUT")  # not of OpenCLIP's list
     for name, model in released_models().items():
@@ -595,3 +604,4 @@ def test_the_table_of_public_models_has_all_captioners() -> None:
     page = Path(coca_lit.__file__).parent / "weights" / "README.md"
     rows = re.findall(r"^\| `([^`/:]+/[^`/]+)` \|", page.read_text(), re.MULTILINE)
     assert sorted(rows) == sorted(list_models("coca*") + list_models("mammut*"))
+    assert sorted(rows) == sorted(name for name, model in released_models().items() if model.captions)
