@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import FileIO, StringIO
 from pathlib import Path
@@ -98,13 +98,12 @@ def write_json(path: Path, content: Any) -> None:
     atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def claim(file: Path, settings: Mapping[str, Any], taken: bool = False, added: Sequence[str] = ()) -> None:
+def claim(file: Path, settings: Mapping[str, Any], taken: bool = False) -> None:
     """Records in `file`, beside an output, the settings that make it. Of several processes that begin at once, the
     first one records its own.
 
     Args:
         taken: whether the output exists already: then the record must, too.
-        added: settings that a record of an earlier version may lack.
 
     Raises:
         DataError: the output is made with other settings, or is not ours; or nothing can be written there.
@@ -115,7 +114,7 @@ def claim(file: Path, settings: Mapping[str, Any], taken: bool = False, added: S
         raise DataError(f"the output exists and this command did not write it ({file} is missing): choose another")
     known = read_json(file, dict)
     for key in {**settings, **known}:
-        if known.get(key) != settings.get(key) and (key in known or key not in added):
+        if known.get(key) != settings.get(key):
             was, now = (printable(f"{key}={values.get(key)}") for values in (known, settings))
             raise DataError(f"{file} says {was}, but now {now}: choose another output")
 

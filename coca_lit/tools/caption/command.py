@@ -111,14 +111,13 @@ def caption_shard(path: Path, cfg: DictConfig) -> "Totals":
     from coca_lit.models.registry import import_modules
     from coca_lit.tools.caption.captioner import caption_units
     from coca_lit.tools.caption.inputs import Shard
-    from coca_lit.tools.caption.outputs import ADDED, SETTINGS, Recaptioned
+    from coca_lit.tools.caption.outputs import SETTINGS, Recaptioned
 
     import_modules(cfg.imports)
     configure_libraries(cfg.threads)
     with process_group() as device:
         model, digest = _loaded(cfg.checkpoint, cfg.precision, device)
-        # Again: the checkpoint may have changed since.
-        claim(Path(cfg.output) / SETTINGS, _settings(cfg, digest), taken=True, added=ADDED)
+        claim(Path(cfg.output) / SETTINGS, _settings(cfg, digest), taken=True)  # the checkpoint may have changed since
         writer = Recaptioned(Path(cfg.output), [Shard(path)])
         options, workers = _options(cfg, model), decoders(cfg.num_workers)
         return caption_units(model, [Shard(path)], writer, options, cfg.batch_size, workers, cfg.seed)

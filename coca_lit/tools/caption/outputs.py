@@ -23,7 +23,6 @@ from coca_lit.reading import is_int64, parse_json, printable, read_json
 from coca_lit.tools.caption.inputs import Files, OpenShard, Shard, Source, Unit, write_shard
 
 SETTINGS = "settings.json"
-ADDED = ("precision", "batch_size")  # of the settings, those that outputs of earlier versions lack
 OLD = 3600.0  # seconds, after which no command is still writing a shard; several may share a folder
 Captions = Sequence[str]  # of one image, the best first
 _NO_BYTES = re.compile("[^\udca0-\udcff]+")  # these stand for bytes that are not UTF-8; those below for C1 controls
@@ -251,7 +250,7 @@ def _claim(file: Path, taken: bool, settings: dict[str, Any], outputs: str, olde
     problem = None
     if rank() == 0:
         try:
-            claim(file, settings, taken, ADDED)
+            claim(file, settings, taken)
             remove_leftovers(file.parent, outputs, older)
         except DataError as error:
             problem = str(error)
