@@ -224,6 +224,8 @@ def start_run_folder(cfg: DictConfig, start: Start | None = None, **facts: Any) 
         start_fresh(folder)
     else:
         rewind_run(folder, start)
+    if (folder / RESULTS).exists():  # of what the config said before: until the run ends, it is not finished
+        os.utime(folder / RESULTS, (0, 0))
     describe_run(folder, masked_yaml(cfg), facts)
 
 

@@ -506,15 +506,22 @@ def test_finished_means_that_everything_is_there(tmp_path: Path, lost: str) -> N
     assert finished_results(cfg, start_at(path)) == ({"scenes/CIDEr": 1.0} if lost == "nothing" else None)
 
 
-@pytest.mark.parametrize("length", [("max_epochs", 9), ("max_time", "00:01:00:00")])
-def test_a_longer_run_is_not_finished(tmp_path: Path, length: tuple[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change", ["trainer.max_epochs=9", "trainer.max_time='00:01:00:00'", "scoring.images=7", "evals=[]"]
+)
+def test_a_changed_run_is_not_finished(tmp_path: Path, change: str) -> None:
+    """Neither before it starts nor, if it is killed before its first new checkpoint, after that."""
     cfg = compose(f"output_dir={tmp_path}", "+trainer.max_time=00:00:01:00")
     path = save(tmp_path, 3, finished=True)
     start_run_folder(cfg, start_at(path))
     finish_run(tmp_path, Found({"scenes/CIDEr": 1.0}), report=write_report)
     assert finished_results(cfg, start_at(path)) is not None
-    cfg.trainer[length[0]] = length[1]
-    assert finished_results(cfg, start_at(path)) is None
+    changed = compose(f"output_dir={tmp_path}", "+trainer.max_time=00:00:01:00", change)
+    assert finished_results(changed, start_at(path)) is None
+    start_run_folder(changed, start_at(path))
+    assert finished_results(changed, start_at(path)) is None
+    finish_run(tmp_path, Found({"scenes/CIDEr": 2.0}), report=write_report)
+    assert finished_results(changed, start_at(path)) == {"scenes/CIDEr": 2.0}
 
 
 def write_report(folder: Path) -> None:
