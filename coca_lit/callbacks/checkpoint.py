@@ -184,6 +184,9 @@ class Checkpoints(L.Callback):
         self._save(trainer, pl_module)
         self._finish_saving(trainer)
         self.signals.nothing_to_save = True
+        (stop,) = max_over_ranks([self.signals.received])  # since the last step began
+        if stop:
+            self._stop(trainer, int(stop))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Saves, so that broken data or a lack of memory do not cost the steps since the last checkpoint. On a single

@@ -225,6 +225,15 @@ def test_signal_saves_and_stops(
         assert "stopping after step 2 on signal 10: saved" in (tmp_path / "run.log").read_text()
 
 
+def test_signal_in_the_last_step_stops_before_the_scores(tmp_path: Path) -> None:
+    last = (*MAP, "ema=0.9", "trainer.max_steps=2")
+    assert train(tmp_path / "whole", *last) == 0
+    assert train(tmp_path / "stopped", *last, watch=Signal(signal.SIGTERM)) == 143
+    assert not (tmp_path / "stopped" / "results.json").exists()
+    assert train(tmp_path / "stopped", *last) == 0
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
 @pytest.mark.parametrize(
     ("names", "asks"),
     [({"SLURM_PROCID": "0"}, True), ({"SLURM_PROCID": "1"}, False), ({"SLURM_PROCID": "0", "RANK": "3"}, False)],
