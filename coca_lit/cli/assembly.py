@@ -218,11 +218,15 @@ def build_trainer(
     Args:
         start: from which the run resumes, in its logs too.
         splits: the data split their batches over ranks, as ours do exactly; else Lightning gives each rank its samples.
+
+    Raises:
+        ConfigError: a setting is wrong, or the length is none or less than what `start` has been trained.
     """
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from coca_lit.callbacks import in_order
     from coca_lit.runs.resume import identity_of, is_same_run
+    from coca_lit.training.lightning_fixes import begun_epochs
     from coca_lit.training.trainer import DEFAULTS, trainer_parts
 
     logged = start.run.get("logged_steps", 0) if start is not None else 0
@@ -251,6 +255,14 @@ def build_trainer(
             "trainer.max_epochs or trainer.max_steps must be set: the learning rate needs a length; trainer.max_time "
             "may end it earlier"
         )
+    if start is not None and start.run:
+        done = {"max_steps": start.run["step"], "max_epochs": begun_epochs(start.content)}
+        for limit, count in done.items():
+            if (length := getattr(trainer, limit)) is not None and 0 <= length < count:
+                raise ConfigError(
+                    f"trainer.{limit}={length}: {start.path} has {count} {limit[4:]} already; raise it, take another "
+                    "name, or set ckpt_path to an earlier checkpoint"
+                )
     return trainer
 
 

@@ -130,6 +130,12 @@ def repeat_validation(trainer: L.Trainer) -> None:
     trainer.fit_loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
 
 
+def begun_epochs(checkpoint: dict[str, Any]) -> int:
+    """How many epochs a checkpoint has seen, the one that it is within included."""
+    within = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["completed"] > 0
+    return int(checkpoint["epoch"]) + within
+
+
 def set_position(trainer: L.Trainer, checkpoint: dict[str, Any], validating: bool, finished: bool) -> None:
     """Corrects the loops' counters in a checkpoint that is taken in `on_train_batch_start`, where the current batch has
     not begun yet (#18060), or when training is over (#19617).

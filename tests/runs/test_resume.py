@@ -18,7 +18,7 @@ from coca_lit.callbacks import Checkpoints, NonFiniteGuard
 from coca_lit.cli.assembly import plain
 from coca_lit.cli.schema import argument_defaults
 from coca_lit.data.scenes.render import scene_records
-from coca_lit.errors import CheckpointError
+from coca_lit.errors import CheckpointError, ConfigError
 from coca_lit.runs import checkpoint_io
 from coca_lit.runs.checkpoint_io import inspect, newest_valid, step_files
 from coca_lit.runs.results import Found, finish_run
@@ -142,6 +142,28 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     run(folder, *TRAINING_ALONE)
     return folder
+
+
+def test_a_run_does_not_end_before_its_checkpoint(tmp_path: Path) -> None:
+    """Of 6 steps in 2 epochs. It can be repeated, and end earlier from an earlier checkpoint."""
+    words = (*TRAINING_ALONE, "report=null", "callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep_last=9")
+    run(tmp_path, *words)
+    before = (tmp_path / "config.yaml").read_text()
+    step_4 = f"ckpt_path={tmp_path}/checkpoints/step_4.ckpt"
+    for shorter, has in (
+        (("trainer.max_steps=5",), "6 steps"),
+        (("trainer.max_epochs=1",), "2 epochs"),
+        (("trainer.max_epochs=1", step_4), "2 epochs"),
+        (("trainer.max_steps=3", step_4), "4 steps"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{shorter[0]}: .* has {has} already; raise it, take another name"):
+            run(tmp_path, *words, *shorter)
+    assert (tmp_path / "config.yaml").read_text() == before
+    (tmp_path / "results.json").unlink()
+    run(tmp_path, *words)
+    assert state(tmp_path)["global_step"] == 6
+    run(tmp_path, *words, "trainer.max_epochs=1", step_4.replace("step_4", "step_2"))
+    assert state(tmp_path)["global_step"] == 3
 
 
 class StopEarly(L.Callback):
