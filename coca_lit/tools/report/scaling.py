@@ -24,10 +24,17 @@ from coca_lit.files import atomic_write
 from coca_lit.metrics import is_share, lower_is_better
 from coca_lit.reading import open_parquet
 from coca_lit.runs.scores import headlines, in_print_units, score_name
-from coca_lit.tools.report.runs import Run, find_runs
+from coca_lit.tools.report.runs import Run, find_runs, obstacles
 
 Numbers = NDArray[np.float64]
-NETWORK = ("model.net.", "image_size")  # keys of a run that decide what a sample costs
+NETWORK = (
+    "model.net.",
+    "image_size",
+    "vocabulary",
+    "init_from",
+    "init_parts",
+    "data.",
+)  # keys of a run that decide what a sample costs
 DRAWS, LEAST = 400, 5  # of the bootstrap; points of different compute that four parameters need
 PUBLISHED = ("model", "downstream_dataset", "lr_scheduler", "epoch", "total_epochs", "gflops_total", "acc1")
 FAMILIES = {"mammut": "MaMMUT", "coca": "CoCa", "siglip": "SigLIP", "": "CLIP"}  # by a part of LAION's names
@@ -162,7 +169,7 @@ def points_of(runs: Sequence[Run], score: str) -> list[Point]:
     with the model in the run folder.
 
     Raises:
-        DataError: a run has no checkpoint, or none has the score.
+        DataError: a run has no checkpoint, none has the score, or they have it of other images or under other settings.
     """
     from coca_lit.models.parts import forward_flops
     from coca_lit.weights.load import load_dual_encoder
@@ -170,12 +177,17 @@ def points_of(runs: Sequence[Run], score: str) -> list[Point]:
     sign = -1 if lower_is_better(score) else 1
     points = []
     known: dict[str, float] = {}  # GFLOP by the description of the network
-    for run in runs:
-        if score in run.results and (samples := run.environment.get("samples", 0)) > 0:
-            shape = repr([(key, run.config[key]) for key in sorted(run.config) if key.startswith(NETWORK)])
-            if shape not in known:
-                known[shape] = forward_flops(load_dual_encoder(run.folder)) / 1e9
-            points.append(Point(run.name, 3 * known[shape] * samples, sign * run.results[score]))
+    trained = [run for run in runs if score in run.results and run.environment.get("samples", 0) > 0]
+    recorded = any(score in run.conditions for run in trained)
+    for run, why_not in zip(trained, obstacles(trained, score), strict=True):
+        if why_not and recorded:
+            raise DataError(f"{score} of {trained[0].name} and {run.name} cannot be compared: {why_not}")
+    for run in trained:
+        shape = repr([(key, run.config[key]) for key in sorted(run.config) if key.startswith(NETWORK)])
+        if shape not in known:
+            known[shape] = forward_flops(load_dual_encoder(run.folder)) / 1e9
+        compute = 3 * known[shape] * run.environment["samples"]
+        points.append(Point(run.name, compute, sign * run.results[score]))
     if not points:
         raise DataError(f"no training has the score {score}{suggest(score, {s for run in runs for s in run.results})}")
     return points

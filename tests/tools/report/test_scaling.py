@@ -9,9 +9,12 @@ import pytest
 from PIL import Image
 
 from coca_lit.errors import DataError
+from coca_lit.metrics.uncertainty import Conditions
+from coca_lit.runs.results import write_conditions
 from coca_lit.tools.report import scaling
 from coca_lit.tools.report.command import report
-from coca_lit.tools.report.scaling import Law, Point, fit_scaling, frontier, published_points
+from coca_lit.tools.report.runs import find_runs
+from coca_lit.tools.report.scaling import Law, Point, fit_scaling, frontier, points_of, published_points
 
 TRUE = Law(top=0.9, a=0.45, b=0.3, c=0.5, unit=1e4)
 COMPUTE = 1e3 * 2.0 ** np.arange(11)
@@ -91,6 +94,24 @@ def make_runs(folder: Path) -> Path:
         (run / "environment.json").write_text(json.dumps({"samples": point.compute / 3, "seconds": 1}))
         (run / "config.yaml").write_text("name: x\nmodel:\n  net:\n    embed_dim: 96\n")
     return folder
+
+
+def test_points_are_of_one_set_of_images_and_have_their_own_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coca_lit.weights.load.load_dual_encoder", lambda folder: folder)
+    monkeypatch.setattr("coca_lit.models.parts.forward_flops", lambda folder: {"a": 1, "b": 2}[folder.name] * 10**9)
+    conditions = Conditions("val", 64, "images", 320, "texts", {})
+    for name, vocabulary in (("a", 100), ("b", 200)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text('{"x/top1": 0.5}')
+        (tmp_path / name / "environment.json").write_text('{"samples": 10}')
+        (tmp_path / name / "config.yaml").write_text(f"vocabulary: {vocabulary}\nmodel:\n  net:\n    embed_dim: 96\n")
+        write_conditions(tmp_path / name, {"x/top1": conditions})
+    assert points_of(find_runs([tmp_path])[0], "x/top1") == [Point("a", 30, 0.5), Point("b", 60, 0.5)]
+    write_conditions(tmp_path / "b", {"x/top1": conditions._replace(images=8, image_digest="few")})
+    with pytest.raises(DataError, match=r"^x/top1 of a and b cannot be compared: 64 images of val / 8 images of val$"):
+        points_of(find_runs([tmp_path])[0], "x/top1")
 
 
 @pytest.mark.slow
