@@ -74,6 +74,9 @@ class Checkpoints(L.Callback):
             compared are those during training, on the first few images (`mscoco_256/CIDEr` in the logs), the last one
             included.
         identity: returns the `coca_lit.runs.resume.identity_of` the run, stored for comparison when it resumes.
+
+    Attributes:
+        of: what the score `best` is of, told by who computes it; scores of something else are not compared.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Checkpoints(L.Callback):
         self.folder = Path(output_dir) / CHECKPOINTS
         self.every_n_steps, self.every_minutes, self.keep_last = every_n_steps, every_minutes, keep_last
         self.best, self.identity = best, identity
+        self.of: dict[str, Any] = {}
         self.signals = Signals()
         self._phase: Literal["training", "validating", "finished"] = "training"
         self._saved: tuple[int, str] | None = None  # step and phase of the last checkpoint
@@ -232,7 +236,8 @@ class Checkpoints(L.Callback):
         if score is not None and self._is_best(score):
             try:
                 atomic_link(self.folder / BEST, self._path(step))
-                write_json(self.folder / BEST_SCORE, {"score": self.best, "value": score, "step": step})
+                content = {"score": self.best, "value": score, "step": step, "of": self.of}
+                write_json(self.folder / BEST_SCORE, content)
             except DataError as error:
                 log.warning("%s; training continues without this best checkpoint", error)
         kept = self._best_so_far().get("step")
@@ -278,7 +283,7 @@ class Checkpoints(L.Callback):
             score, value, step = str(content["score"]), float(content["value"]), int(content["step"])
         except (DataError, ValueError, KeyError, TypeError, OverflowError):  # whatever a crash has left there
             return {}
-        known = score == self.best and self._path(step).exists()
+        known = score == self.best and content.get("of") == self.of and self._path(step).exists()
         return {"score": score, "value": value, "step": step} if known else {}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

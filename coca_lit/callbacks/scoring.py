@@ -61,6 +61,8 @@ class ScoreDuringTraining(L.Callback):
         for checkpoints in callbacks_of(trainer, Checkpoints):
             if checkpoints.best is not None:
                 self.check_score("callbacks.checkpoint.best", checkpoints.best, at_end=False)
+            shared = {name: getattr(self.settings, name) for name in ("split", "images", "clip_score_model", "rerank")}
+            checkpoints.of = {"quick": self.quick, **shared, "generate": str(self.settings.generate)}
 
     def check_score(self, key: str, score: str, at_end: bool) -> None:
         """Raises `ConfigError`, which names `key`, for a score that no evaluation computes at the end or, unless

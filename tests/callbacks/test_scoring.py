@@ -202,6 +202,16 @@ def test_the_best_so_far_survives_a_resumed_run(tmp_path: Path) -> None:
     assert best(tmp_path) == (10, 6)
 
 
+def test_a_score_of_other_images_is_not_the_best(tmp_path: Path) -> None:
+    """Only the images change: 5 of them, and then 3."""
+    keep = ("callbacks.checkpoint.best=probe/value", "callbacks.checkpoint.keep_last=9")
+    train(tmp_path, *keep, "trainer.max_epochs=1", evals=[Planned(5, 0, 1)], **STEPS)
+    assert best(tmp_path) == (2, 5)
+    last = f"ckpt_path={tmp_path}/checkpoints/step_4.ckpt"
+    train(tmp_path, *keep, last, evals=[Planned(4, 0, 3)], **(STEPS | {"quick": 3}))
+    assert best(tmp_path) == (6, 4)
+
+
 @pytest.mark.slow
 def test_steps_that_are_made_again_do_not_hold_the_best(tmp_path: Path) -> None:
     keep = ("callbacks.checkpoint.best=probe/value", "callbacks.checkpoint.keep_last=9")
