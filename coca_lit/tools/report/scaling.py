@@ -27,14 +27,8 @@ from coca_lit.runs.scores import headlines, in_print_units, score_name
 from coca_lit.tools.report.runs import Run, find_runs, obstacles
 
 Numbers = NDArray[np.float64]
-NETWORK = (
-    "model.net.",
-    "image_size",
-    "vocabulary",
-    "init_from",
-    "init_parts",
-    "data.",
-)  # keys of a run that decide what a sample costs
+# Keys of a run that decide what a sample costs.
+NETWORK = ("model.net.", "image_size", "vocabulary", "init_from", "init_parts", "data.")
 DRAWS, LEAST = 400, 5  # of the bootstrap; points of different compute that four parameters need
 PUBLISHED = ("model", "downstream_dataset", "lr_scheduler", "epoch", "total_epochs", "gflops_total", "acc1")
 FAMILIES = {"mammut": "MaMMUT", "coca": "CoCa", "siglip": "SigLIP", "": "CLIP"}  # by a part of LAION's names
