@@ -56,7 +56,7 @@ class ShortAttention(nn.Module):
             attended = attended.unflatten(0, (batch, length))
         else:
             q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)  # each (B, H, S, D/H)
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask, dropped, is_causal)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropped, is_causal=is_causal)
             attended = attended.transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(attended))
 

@@ -382,8 +382,9 @@ class _Stream(SimpleNamespace):
         return lambda *_, **__: None
 
 
-def _attention(q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: bool = False) -> Any:
+def _attention(q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False) -> Any:
     """A build for CPUs cannot choose Apple's kernel."""
+    assert not dropout_p
     mask = attn_mask
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
