@@ -10,6 +10,7 @@ import gzip
 import html
 import json
 import logging
+import math
 import re
 import unicodedata
 import zlib
@@ -35,6 +36,12 @@ ASSETS = Path(__file__).parent / "assets"
 CLIP_MERGES, GPT2_MERGES = ASSETS / "clip_merges.txt.gz", ASSETS / "gpt2_merges.txt.gz"
 CONTEXT_LENGTH = 76  # tokens of a text; OpenCLIP's CoCa has 77 positions, the last of which is its CLS token's
 _DECODERS = ("ByteLevel", "Metaspace", "ByteFallback", "WordPiece", "BPEDecoder")
+MAX_GROWTH = 10_000  # times as long as a text may become in a tokenizer.json
+# Characters that a step of it makes of one, at most: NFKC writes U+FDFA with 18.
+_GROWTH = {
+    **{"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 2, "BertNormalizer": 4},
+    **{"ByteLevel": 4, "Metaspace": 2},
+}
 # Of `WordTokenizer`: letters and digits with their combining marks, and joiners within, as many scripts of India have.
 _RUN = r"[\p{L}\p{N}](?:[\u200c\u200d]?[\p{L}\p{M}\p{N}])*"
 _WORDS = pre_tokenizers.Split(Regex(f"{_RUN}(?:['’-]{_RUN})*"), behavior="removed", invert=True)
@@ -235,8 +242,8 @@ class JsonTokenizer(Tokenizer):
         start, end, pad: its tokens for these, which no text contains: a text with "<s>" is encoded as these characters.
 
     Raises:
-        ValueError: this is no such file, it lacks a special token, its decoder is not one of `_DECODERS`, or its end
-            stands for unknown words too.
+        ValueError: this is no such file, it lacks a special token, its decoder is not one of `_DECODERS`, its end
+            stands for unknown words too, or it may make texts more than `MAX_GROWTH` times as long.
     """
 
     def __init__(self, packed: str, start: str, end: str, pad: str, context_length: int = CONTEXT_LENGTH) -> None:
@@ -249,6 +256,9 @@ class JsonTokenizer(Tokenizer):
             described = json.loads(content)
         except Exception as error:  # the library raises plain exceptions
             raise ValueError(f"this is not a tokenizer.json: {error}") from error
+        steps = [step.__getstate__() for step in (self.bpe.normalizer, self.bpe.pre_tokenizer) if step is not None]
+        if math.prod(_growth(json.loads(step)) for step in steps) > MAX_GROWTH:
+            raise ValueError(f"the tokenizer's normalizer may make texts more than {MAX_GROWTH:,} times as long")
         self.bpe.no_padding()
         self.bpe.no_truncation()
         self.bpe.encode_special_tokens = True
@@ -286,6 +296,25 @@ def pack(file: Path) -> str:
     """A `tokenizer.json` as a checkpoint stores it: compressed, in base64; raises `DataError` if it cannot be read."""
     content = read_bounded(file, MAX_JSON, "is not a readable tokenizer.json")
     return base64.b64encode(zlib.compress(content, 9)).decode()
+
+
+def _growth(step: Mapping[str, Any]) -> float:
+    """How many times as long a normalizer or pre-tokenizer of a file makes a text, at most."""
+    kind = step["type"]
+    if kind == "Sequence":
+        return math.prod(map(_growth, step.get("normalizers") or step.get("pretokenizers") or []), start=1.0)
+    if kind == "Replace":
+        replaced = step["pattern"].get("String")
+        if replaced:
+            return max(1, len(step["content"]) / len(replaced))
+        return 1 + len(step["content"])  # an expression may match before every character
+    if kind == "Prepend":
+        return max(1, len(step["prepend"]))
+    if kind == "Precompiled":  # SentencePiece's: the size of a table, the table, and the texts to which it points
+        content = base64.b64decode(step["precompiled_charsmap"])
+        texts = content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")
+        return max(1, *(len(text.decode(errors="replace")) for text in texts))
+    return _GROWTH.get(kind, 1)
 
 
 def _reader(decoder: Mapping[str, Any]) -> Callable[[str], bytes]:

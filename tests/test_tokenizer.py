@@ -8,13 +8,14 @@ import random
 import re
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
 import regex
 import torch
+from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders
 
 from coca_lit.errors import DataError
 from coca_lit.losses import caption_loss
@@ -24,6 +25,7 @@ from coca_lit.tokenizer import (
     R50kTokenizer,
     Tokenizer,
     WordTokenizer,
+    _growth,
     clean_whitespace,
     frequent_words,
     get_tokenizer,
@@ -308,6 +310,54 @@ def test_the_end_is_a_label_where_it_is_the_unknown_token_of_bytes(tmp_path: Pat
         (tmp_path / "words.json").write_text(json.dumps(described))
         with pytest.raises(ValueError, match="token for unknown words is '</s>': name another token as end"):
             get_tokenizer({"packed": pack(tmp_path / "words.json"), **SPECIAL})
+
+
+@pytest.mark.parametrize(
+    ("steps", "text"),
+    [
+        ([normalizers.Replace("a", "aa")], "a"),
+        ([normalizers.Replace(Regex("(?=a)"), "a")], "a"),
+        ([normalizers.Replace("صلى", "ﷺ"), normalizers.NFKD()], "ﷺ"),
+        ([normalizers.Replace(" ", "中"), normalizers.BertNormalizer()], "中"),
+        ([normalizers.ByteLevel()], "é"),
+        ([pre_tokenizers.ByteLevel(use_regex=False)], "é"),
+        ([pre_tokenizers.Metaspace("a"), pre_tokenizers.Metaspace("b")], "x"),
+        ([normalizers.Precompiled(bytes([4, *[0] * 7]) + b"x" * 20_000 + b"\0")], ""),
+    ],
+    ids=lambda steps: steps if isinstance(steps, str) else type(steps[0]).__name__,
+)
+def test_a_file_may_not_make_texts_many_times_as_long(steps: list[Any], text: str, tmp_path: Path) -> None:
+    path = trained_file("ByteLevel", tmp_path)
+    source = HFTokenizer.from_file(str(path))
+    before = isinstance(steps[0], normalizers.Normalizer)
+    kind = normalizers.Sequence if before else pre_tokenizers.Sequence
+    for times in (1, 4, 20):
+        sequence = kind(steps * times)
+        setattr(source, "normalizer" if before else "pre_tokenizer", sequence)
+        source.save(str(path))
+        if times == 20 or not text:
+            with pytest.raises(ValueError, match=r"texts more than 10,000 times as long"):
+                get_tokenizer({"packed": pack(path), **SPECIAL})
+            continue
+        long = sequence.normalize_str(text) if before else "".join(part for part, _ in sequence.pre_tokenize_str(text))
+        assert len(text) * times < len(long) <= len(text) * _growth(json.loads(sequence.__getstate__()))
+
+
+def test_the_steps_of_public_files_are_taken(tmp_path: Path) -> None:
+    path = trained_file("Metaspace", tmp_path)
+    source = HFTokenizer.from_file(str(path))
+    for steps in (
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")],  # Llama
+        [  # XLNet, whose table of SentencePiece is NFKC
+            *(normalizers.Replace("``", '"'), normalizers.Replace("''", '"'), normalizers.NFKD()),
+            *(normalizers.StripAccents(), normalizers.Lowercase()),
+            normalizers.Precompiled(bytes([4, *[0] * 7]) + "صلى الله عليه وسلم\0".encode()),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ],
+    ):
+        source.normalizer = normalizers.Sequence(steps)
+        source.save(str(path))
+        get_tokenizer({"packed": pack(path), **SPECIAL})
 
 
 def test_a_tokenizer_file_that_cannot_be_used(tmp_path: Path) -> None:
