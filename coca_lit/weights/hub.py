@@ -209,6 +209,9 @@ def _reachable() -> bool:
         get_session().head(constants.ENDPOINT, timeout=PATIENCE)
     except (HTTPError, OSError):  # HF_HUB_OFFLINE is an OSError, too
         return False
+    except (ImportError, ValueError) as error:  # the client lacks a package for this proxy, or knows none of its kind
+        _say(constants.ENDPOINT, f"cannot be asked: {error}")
+        return False
     return True
 
 
@@ -419,6 +422,8 @@ def _hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
         raise CheckpointError(f"'{repo}' is not in {constants.HF_HUB_CACHE}, and {why}: {WITHOUT_HUB}") from None
     except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of hf_xet
         raise CheckpointError(_sentence(repo, error)) from error
+    except (ImportError, ValueError) as error:  # as in `_reachable`
+        raise CheckpointError(f"{constants.ENDPOINT} cannot be asked for '{repo}': {error}") from error
 
 
 def _sentence(repo: str, error: Exception) -> str:

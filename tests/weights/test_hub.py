@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -571,6 +572,29 @@ def test_without_a_network_a_cached_model_is_taken(
     offline()
     assert chosen_checkpoint(None) == DEFAULT
     assert locate(DEFAULT).name == SAFE
+
+
+@pytest.mark.parametrize("kind", ["socks5", "gopher"])  # without the package `socksio`; of no client
+def test_behind_a_proxy_of_another_kind(
+    hub: Hub,
+    model: CoCa,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", f"{kind}://me:hunter2@127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    request.addfinalizer(huggingface_hub.close_session)
+    huggingface_hub.close_session()  # another one is made with this proxy
+    _say.cache_clear()
+    assert [chosen_checkpoint(None) for _ in range(2)] == ["photos"] * 2
+    assert [record.getMessage().partition(": ")[0] for record in caplog.records] == [f"{hub.url}"]
+    for ask in (lambda: push_to_hub(model, "me/my-coca"), lambda: list_models("hf-hub:me/x/*"), lambda: download(L14)):
+        with pytest.raises(CheckpointError, match=rf"{hub.url} cannot be"):
+            ask()
+    assert "hunter2" not in caplog.text
 
 
 def test_the_package_has_the_name_and_a_folder_needs_a_separator(
