@@ -25,7 +25,7 @@ from coca_lit.reading import printable, read_run_file, read_run_json, read_run_y
 from coca_lit.runs.results import read_conditions
 from coca_lit.runs.run_folder import commit
 from coca_lit.runs.scores import cell, score_name
-from coca_lit.tools.report.tables import Table, markdown, plain
+from coca_lit.tools.report.tables import Table, code, markdown, plain
 from coca_lit.weights.load import save_model
 
 CARD = "README.md"
@@ -282,7 +282,7 @@ def _scores(run: Path, config: Mapping[str, Any], checkpoint: str, mixture: Mixt
     if mixture is not None:
         note.append(f"They are scores of `{checkpoint}` before interpolation; this model was not scored.")
     if split := _section(config, "scoring").get("split"):
-        note.append(f"On the split `{printable(str(split))}` of data with several splits.")
+        note.append(f"On the split {code(str(split))} of data with several splits.")
     return _table("Scores", ("", *map(plain, data)), rows, " ".join(note))
 
 
@@ -290,16 +290,22 @@ def _training(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
     if not config:
         return "## Training\n\nUnknown: there was no `config.yaml` of a run next to the checkpoint."
     data = _section(config, "data")
-    source = printable(str(data.get("_target_", "unknown"))).rpartition(".")[2]
-    where = next((printable(str(data[key])) for key in ("shards", "root", "name") if key in data), None)
+    source = str(data.get("_target_", "unknown")).rpartition(".")[2]
+    where = next((str(data[key]) for key in ("shards", "root", "name") if key in data), None)
     settings = yaml.safe_dump({key: config[key] for key in TRAINING if key in config}, sort_keys=False)
     facts = {key: environment[key] for key in ("commit", "machine", "seconds", "torch") if environment.get(key)}
-    lines = [f"Data: `{source}`" + (f", `{where}`." if where else ".")]
+    lines = [f"Data: {code(source)}" + (f", {code(where)}." if where else ".")]
     if environment.get("command"):
-        lines += ["", f"```bash\n{printable(str(environment['command']))}\n```"]
-    lines += ["", ", ".join(f"{key}: {printable(str(value))}" for key, value in facts.items())] if facts else []
-    lines += ["", f"<details><summary>Configuration</summary>\n\n```yaml\n{settings}```\n\n</details>"]
+        lines += ["", _fenced("bash", f"{printable(str(environment['command']))}\n")]
+    lines += ["", ", ".join(f"{key}: {plain(str(value))}" for key, value in facts.items())] if facts else []
+    lines += ["", f"<details><summary>Configuration</summary>\n\n{_fenced('yaml', settings)}\n\n</details>"]
     return "## Training\n\n" + "\n".join(lines)
+
+
+def _fenced(language: str, lines: str) -> str:
+    """A block of code, which no backticks in it can end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", lines)), default=0))
+    return f"{fence}{language}\n{lines}{fence}"
 
 
 def _limits(exported: Exported, name: str, repo: str | None) -> str:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -287,6 +288,24 @@ def test_a_strangers_run_folder_is_data(
         return
     export(*words)
     assert "\n| `thesis.tex` |" not in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_no_text_of_a_run_folder_is_markdown(checkpoint: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(checkpoint.parent.parent, tmp_path / "run")
+    texts = [f"{i}```` ` <b>[x](y)" for i in range(7)]
+    data = {"_target_": texts[0], "root": texts[1]}
+    lines = f"a\n```\n````\n<b>{texts[2]}"
+    config = {"init_from": lines, "data": data, "scoring": {"split": texts[3]}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    facts = {"machine": texts[4], "commit": texts[5], "command": f"```{texts[6]}"}
+    (run / "environment.json").write_text(json.dumps(facts))
+    export(f"checkpoint={run}/checkpoints/best.safetensors", f"output={tmp_path}/model", "format=safetensors")
+    tokens = MarkdownIt().parse((tmp_path / "model" / "README.md").read_text())
+    parts = [part for token in tokens for part in token.children or ()]
+    assert not [part for part in parts if part.attrGet("href") == "y" or part.content == "<b>"]
+    assert not [token for token in tokens if token.type == "html_block" and "<b>" in token.content]
+    (block,) = (token.content for token in tokens if token.info == "yaml")
+    assert yaml.safe_load(block) == {"init_from": lines, "data": data}
 
 
 @pytest.mark.slow
