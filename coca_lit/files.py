@@ -4,6 +4,7 @@ Everything that the project writes in order to resume from it later is written b
 """
 
 import csv
+import errno
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from coca_lit.reading import MAX_JSON, open_regular, printable, read_json
 T = TypeVar("T")
 TEMPORARY = ".coca_lit-tmp"  # ends names of unfinished files and folders; in these it is a file, too
 _OURS = re.compile(rf"\..+\.\d+-[0-9a-f]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of file systems that cannot sync a folder
 log = logging.getLogger(__name__)
 _all_waiting: "WeakSet[Waiting[Any]]" = WeakSet()
 
@@ -165,9 +167,15 @@ def durable_rename(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
     if os.name == "nt":  # where folders cannot be opened
         return
-    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+    except PermissionError:  # it may be written to and not read
+        return
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(folder)
 

@@ -1,8 +1,10 @@
 """Files on disks that are full, and on systems that lack symbolic links."""
 
+import errno
 import io
 import logging
 import os
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from coca_lit.files import (
     append_lines,
     atomic_link,
     claim,
+    durable_rename,
     remove_leftovers,
     replacing,
     temporary_folder,
@@ -101,6 +104,30 @@ def test_a_claim_holds_where_the_system_has_no_hard_links(tmp_path: Path, monkey
         claim(tmp_path / "settings.json", {"beams": 3})
     with pytest.raises(DataError, match="beams=3"):
         claim(tmp_path / "settings.json", {"beams": 4})
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EIO, errno.EACCES])
+def test_a_folder_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fail(opened: Any, *_: Any) -> None:
+        raise OSError(number, os.strerror(number), opened)
+
+    durable_rename(write(tmp_path / "a"), tmp_path / "b")
+    if number == errno.EACCES:
+        monkeypatch.setattr(os, "open", fail)
+    else:
+        sync = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda file: (fail if stat.S_ISDIR(os.fstat(file).st_mode) else sync)(file))
+    if number == errno.EIO:  # the disk is broken
+        with pytest.raises(OSError, match="Input/output"):
+            durable_rename(write(tmp_path / "a"), tmp_path / "b")
+    else:
+        durable_rename(write(tmp_path / "a", "new"), tmp_path / "b")
+        assert (tmp_path / "b").read_text() == "new"
+
+
+def write(path: Path, text: str = "old") -> Path:
+    path.write_text(text)
+    return path
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
