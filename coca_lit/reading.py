@@ -36,7 +36,7 @@ ALWAYS = 64 * 2**20  # bytes that it may grow to in any case
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open}
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 # YAML reads 1:30 as 90, in time that grows with the square.
-_BASE_60 = re.compile(r"[-+\s\d_.]*(?::[-+\s\d_.]*){64}[-+\s\d_.:]*")
+_BASE_60 = re.compile(r"[-+\s\d_.]*+(?::[-+\s\d_.]*+){64}+[-+\s\d_.:]*+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
 
@@ -317,6 +317,11 @@ def printable(name: str) -> str:
     characters and those that change the direction of writing become escapes such as `\\xe9`.
     """
     return _UNPRINTABLE.sub(_escaped, name)
+
+
+def printable_lines(text: str) -> str:
+    """As `printable`, of a text whose line breaks and tabs stay."""
+    return re.sub(r"[^\n\t]+", lambda part: printable(part[0]), text)
 
 
 def _escaped(found: re.Match[str]) -> str:

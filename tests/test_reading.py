@@ -125,3 +125,8 @@ def test_numbers_in_base_60(tmp_path):
         with pytest.raises(DataError, match=r"x\.yaml has a number in base 60 of more than 64 digits"):
             read_run_yaml(tmp_path, "x.yaml")
         assert time.process_time() - begun < 5
+    text = "1" + ":1" * 64 + "1" * 100_000 + "x"
+    (tmp_path / "x.yaml").write_text(f"text: {text}\n")
+    begun = time.process_time()
+    assert read_run_yaml(tmp_path, "x.yaml") == {"text": text}
+    assert time.process_time() - begun < 5

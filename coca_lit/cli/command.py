@@ -34,6 +34,7 @@ from coca_lit.errors import ConfigError, UserError, error_context, suggest
 from coca_lit.machine import is_first_process, set_up_environment
 from coca_lit.models.generation.options import check_shared
 from coca_lit.models.presets import preset
+from coca_lit.reading import printable_lines
 from coca_lit.runs.launch import (
     announce,
     import_from_current_folder,
@@ -134,7 +135,7 @@ def _as_command(config: str) -> Iterator[None]:
     except (UserError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         missing = isinstance(error, MissingValueError)
         example = f"; for example: {first_example(_template(config), config)}" if missing else ""
-        sys.exit(f"error: {redact(explain(error))}{example}")
+        sys.exit(f"error: {printable_lines(redact(explain(error)))}{example}")
 
 
 def _answered(config: str, options: argparse.Namespace, words: Sequence[str]) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from coca_lit.reading import printable_lines
+
 HIDDEN = "<hidden>"
 _SECRET = (
     r"(?i:(?:api|access|private|secret|signing|encryption)[_-]?key|token|secret|password|passwd|passphrase|pwd"
@@ -24,15 +26,17 @@ _NAME = rf"(?:[\w.@/-]*{_BEFORE})?(?:{_SECRET})"
 _KEY = re.compile(_NAME)
 # Looked for at the start of a path alone, and a part of a flag or URL is bounded: else a long path takes forever.
 _START = r"(?<![\w.@/-])"
-_WORD = r"""[^\s,;}\]&"']+"""
+_LETTER = r"""[^\s,;}\]&"']"""
+_WORD = f"{_LETTER}+"
 _ASSIGNMENT = re.compile(
     rf"""(?P<name>{_START}{_NAME}["']?\s*[=:]\s*)(?!["']?\$\{{|(?i:null|none)\b|["']?{HIDDEN})"""
     rf"""(?P<value>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|(?:(?i:bearer|basic)\s+)?{_WORD})"""
 )
-# A password may have several words: up to the next `name=`, option or end of the line.
+# A password may have several words: up to the next `name=`, option or end of the line. The first one is bounded: else
+# many of them in a row take forever.
 _PHRASE = re.compile(
     rf"""(?P<name>{_START}[\w.@/-]*(?i:passw(?:or)?d|passphrase|pwd)\s*[=:]\s*)(?!\$\{{|{HIDDEN})"""
-    rf"""(?P<value>{_WORD}(?:[ \t]+(?![+~-]|[\w.@/-]*[=:]){_WORD})+)"""
+    rf"""(?P<value>{_LETTER}{{1,1000}}+(?:[ \t]+(?![+~-]|[\w.@/-]*[=:]){_WORD})+)"""
 )
 _FLAG = re.compile(
     rf"""(?P<name>(?<![\w-])--?(?:[\w.@/-]{{0,100}}{_BEFORE})?(?:{_SECRET})(?:["'],)?\s+["']?)"""
@@ -84,10 +88,10 @@ def masked_yaml(config: Any, resolve: bool = False) -> str:
 
 
 class SecretFilter(logging.Filter):
-    """Masks secrets in log records; see `conf/hydra/job_logging/masked.yaml`."""
+    """Masks secrets and control characters in log records; see `conf/hydra/job_logging/masked.yaml`."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redact(record.getMessage()), ()
+        record.msg, record.args = printable_lines(redact(record.getMessage())), ()
         return True
 
 

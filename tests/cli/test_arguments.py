@@ -7,12 +7,12 @@ from pathlib import Path
 import hydra
 import pytest
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.cli import command
 from coca_lit.cli.command import CONF, compose
 from coca_lit.cli.words import parse, to_override
-from coca_lit.errors import ConfigError
+from coca_lit.errors import ConfigError, DataError
 from coca_lit.tools.caption import command as caption_command  # noqa: F401  registers the options of generation
 from coca_lit.tools.curate.command import Words
 from coca_lit.weights.hub import released
@@ -126,6 +126,15 @@ def test_what_is_not_in_the_grammar(monkeypatch: pytest.MonkeyPatch, word: str, 
         command.command("search", lambda cfg: None)
     assert said in str(exit.value.code)
     assert "^" not in str(exit.value.code)
+
+
+def test_errors_hold_no_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(cfg: DictConfig) -> None:
+        raise DataError("a\x1b[2Jb")
+
+    monkeypatch.setattr("sys.argv", ["coca-search", "query=a", "index=x", "checkpoint=photos"])
+    with pytest.raises(SystemExit, match=r"^error: a\\x1b\[2Jb$"):
+        command.command("search", fail)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """No secret stands in what a run prints and writes."""
 
 import json
+import logging
 import random
 import re
 import time
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from coca_lit.runs import redaction
-from coca_lit.runs.redaction import mask, redact
+from coca_lit.runs.redaction import SecretFilter, mask, redact
 from coca_lit.runs.resume import start_run_folder
 from helpers.running import compose, train_py
 
@@ -119,6 +120,12 @@ def test_values_of_typed_flags_are_hidden_wherever_they_occur(monkeypatch):
     assert redact("hunter22 hunter33 1234567") == "<hidden> <hidden> 1234567"
 
 
+def test_log_records_hold_no_control_characters():
+    record = logging.LogRecord("x", logging.INFO, "", 0, "%s\n\ttoken=%s", ("a\x1b[2Jb\r", "x1"), None)
+    assert SecretFilter().filter(record)
+    assert record.getMessage() == "a\\x1b[2Jb\\x0d\n\ttoken=<hidden>"
+
+
 def test_everything_under_a_secret_name_is_one():
     config = {"auth": {"user": "me", "pin": 12, "key": "${oc.env:KEY}"}, "urls": ["s3://me:pw@host"], "token": None}
     masked = {"user": "<hidden>", "pin": "<hidden>", "key": "${oc.env:KEY}"}
@@ -148,7 +155,7 @@ def test_a_long_path_takes_no_longer_and_the_same_is_hidden(monkeypatch):
     texts = ["".join(pick.choices(PIECES, k=pick.randrange(3, 16))) for _ in range(4000)]
     found = [redact(text) for text in texts]
     began = time.process_time()
-    for part in ("a/", "a.", "/-", "a+", "a@b/"):
+    for part in ("a/", "a.", "/-", "a+", "a@b/", "pwd="):
         redact(part * 8000)
     assert time.process_time() - began < 3
     for name, pattern in PLAIN.items():
