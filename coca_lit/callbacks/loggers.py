@@ -114,7 +114,7 @@ class KeptName:
 
     def __init__(self, path: Path, same_run: bool) -> None:
         self.path = path
-        self.before = path.read_text().strip() if same_run and path.exists() else None
+        self.before = path.read_text(encoding="utf-8").strip() if same_run and path.exists() else None
 
     def keep(self, name: str) -> None:
         """Not before training starts: what an earlier run left is archived by then."""

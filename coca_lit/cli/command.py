@@ -292,7 +292,8 @@ def filled_help(template: str, config: str, words: Sequence[str]) -> str:
     tasks: dict[str, list[str]] = {}
     for name in options_of(config, "experiment", words):
         found = [file for folder in folders if (file := folder / "experiment" / f"{name}.yaml").is_file()]
-        lines = re.findall(r"^#\s?(?!\s*@package)(.*)", found[0].read_text() if found else "", re.M)
+        comments = found[0].read_text(encoding="utf-8", errors="replace") if found else ""
+        lines = re.findall(r"^#\s?(?!\s*@package)(.*)", comments, re.M)
         text = " ".join(itertools.takewhile(lambda line: not re.match(r"[A-Z]\w+:\s", line), lines))
         task = next((line.removeprefix("Task:").strip() for line in lines if line.startswith("Task:")), "others")
         tasks.setdefault(task, []).append(f"    {name:26}{re.split(r'[.:;](?: |$)', text, maxsplit=1)[0]}")

@@ -100,8 +100,10 @@ class SweepCallback(Callback):
 def mask_multirun(folder: Path) -> None:
     """Hydra's basic sweeper saves the whole config just before the first job, typed secrets included."""
     path = folder / "multirun.yaml"
-    if is_first_process() and path.is_file() and (masked := masked_yaml(OmegaConf.load(path))) != path.read_text():
-        path.write_text(masked)
+    if not is_first_process() or not path.is_file():
+        return
+    if (masked := masked_yaml(OmegaConf.load(path))) != path.read_text(encoding="utf-8"):
+        path.write_text(masked, encoding="utf-8")
 
 
 @contextmanager
@@ -121,7 +123,8 @@ def job_record() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        (folder / ERROR).write_text(redact("".join(traceback.format_exception(error))))
+        said = redact("".join(traceback.format_exception(error)))
+        (folder / ERROR).write_text(said, encoding="utf-8", errors="backslashreplace")
         message = [line for line in redact(str(error)).splitlines() if line.strip()]
         write_json(
             folder / RECORD, {**record, "status": "failed", "error": message[-1] if message else type(error).__name__}

@@ -175,7 +175,7 @@ def is_same_run(cfg: DictConfig, start: Start | None) -> bool:
     because it died before its first one.
     """
     config = Path(cfg.output_dir) / CONFIG
-    unchanged = config.exists() and config.read_text() == masked_yaml(cfg)
+    unchanged = config.exists() and config.read_text(encoding="utf-8") == masked_yaml(cfg)
     return cfg.ckpt_path == AUTO and (start is not None or unchanged)
 
 

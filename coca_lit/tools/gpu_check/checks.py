@@ -81,7 +81,8 @@ def check_gpu(output: Path, quick: bool = False) -> int:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     measured = [[str(row.get(key, "")) for key in columns] for row in rows]
     tables = Table("checks", ["check", "outcome", "detail"], lines), Table("measurements", columns, measured)
-    (output / "gpu_check.md").write_text("\n\n".join([f"{title}. {device}", *map(markdown, tables)]) + "\n")
+    page = "\n\n".join([f"{title}. {device}", *map(markdown, tables)]) + "\n"
+    (output / "gpu_check.md").write_text(page, encoding="utf-8")
     failed = sum(line.outcome == "FAIL" for line in lines)
     print(f"{len(lines)} checks, {failed} failed; JSON and Markdown are in {output}")
     return failed

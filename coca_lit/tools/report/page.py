@@ -1,6 +1,7 @@
 """The report as `report.html`, one page that opens from disk without scripts or other files, and as `report.md`."""
 
 import base64
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -172,7 +173,7 @@ def _write(
     lines += [line for path in pictures for line in ("", f"![{plain(path)}]({quote(path)})")]
     body = "\n".join([f"<h1>{_text(title)}</h1>", *filter(None, sections)])
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_text(title)}</title>'
-    head = f"<head>{head}<style>\n{STYLE.read_text()}</style></head>"
+    head = f"<head>{head}<style>\n{STYLE.read_text(encoding='utf-8')}</style></head>"
     page = f'<!doctype html>\n<html lang="en">{head}\n<body>\n{body}\n</body></html>\n'
     atomic_write(folder / "report.md", ("\n".join(lines) + "\n").encode())
     atomic_write(folder / "report.html", page.encode())
@@ -279,7 +280,8 @@ def _reasons(title: str, reasons: Mapping[str, str]) -> str:
 def _captions(name: str, samples: Sequence[Mapping[str, Any]], worst: Sequence[Mapping[str, Any]]) -> str:
     what = "answer" if any("question" in sample for sample in samples) else "caption"
     note = f'<p class="note">Bold: the generated {what}. {MARKS_NOTE} Below it: references.</p>'
-    if all(sample in samples for sample in worst):  # of few photos, all are shown above
+    shown = {json.dumps(sample, sort_keys=True) for sample in samples}
+    if all(json.dumps(sample, sort_keys=True) in shown for sample in worst):  # of few photos, all are shown above
         worst = []
     far = f"<h3>furthest from their references</h3>{_cards(worst)}" if worst else ""
     return f"<h2>{_text(data_name(name))}: {what}s</h2>{note}{_cards(samples)}{far}"

@@ -107,7 +107,7 @@ def report_sweep(folder: Path, rows: Sequence[Mapping[str, Any]], objective: str
         objective: the score that ranks them; None for the first headline score.
     """
     columns = dict.fromkeys(key for row in rows for key in row)
-    with (folder / "results.csv").open("w", newline="") as file:
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, sorted(columns, key=lambda name: name == "error"))  # which comes last
         writer.writeheader()
         writer.writerows(rows)
