@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -300,7 +299,7 @@ def test_no_text_of_a_run_folder_is_markdown(checkpoint: Path, tmp_path: Path) -
     facts = {"machine": texts[4], "commit": texts[5], "command": f"```{texts[6]}"}
     (run / "environment.json").write_text(json.dumps(facts))
     export(f"checkpoint={run}/checkpoints/best.safetensors", f"output={tmp_path}/model", "format=safetensors")
-    tokens = MarkdownIt().parse((tmp_path / "model" / "README.md").read_text())
+    tokens = pytest.importorskip("markdown_it").MarkdownIt().parse((tmp_path / "model" / "README.md").read_text())
     parts = [part for token in tokens for part in token.children or ()]
     assert not [part for part in parts if part.attrGet("href") == "y" or part.content == "<b>"]
     assert not [token for token in tokens if token.type == "html_block" and "<b>" in token.content]
