@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, QuotedString
@@ -153,9 +153,9 @@ def _places(config: Mapping[str, Any], evals: Sequence[str]) -> Iterator[tuple[s
         follows = str(_node(_node(_node(config, "evals"), name), part).get(key))
         if follows.startswith("${oc.select:data."):
             value = (_node(data, "records") if follows.startswith("${oc.select:data.records.") else data).get(key)
-            there = isinstance(value, str) and (os.path.exists(value) or (key, value) == ("classes", "imagenet"))
-            if isinstance(value, int) or there:
-                yield f"evals.{name}.{part}.{key}", value
+            is_place = isinstance(value, str) and (os.path.exists(value) or (key, value) == ("classes", "imagenet"))
+            if is_place or isinstance(value, int):
+                yield f"evals.{name}.{part}.{key}", cast(str | int, value)
 
 
 def _node(config: Mapping[str, Any], key: str) -> dict[str, Any]:
