@@ -17,7 +17,7 @@ from coca_lit.models import CoCa
 from coca_lit.tools.gpu_check import checks
 from coca_lit.tools.gpu_check.command import gpu_check
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def test_every_check_passes_or_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
