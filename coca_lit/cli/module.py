@@ -44,15 +44,15 @@ def build_module(cfg: DictConfig, start: "Start | None" = None, source: "DualEnc
 
         with error_context("ckpt_path"):
             theirs = architecture(start.content.get(MODEL_KEY, {}), start.path)
+        cfg = with_vocabulary(cfg, theirs.get("tokenizer"))
+        with error_context("ckpt_path"):
             cfg = with_facts(cfg, theirs, start.path)
-        if cfg.vocabulary is not None and (words := theirs.get("tokenizer")) is not None:
-            cfg = cfg.copy()
-            with open_dict(cfg):
-                cfg.model.net.tokenizer = words  # the captions may have changed since
         source = None
-    elif (source := source or load_source(cfg)) is not None:
-        with error_context("init_from"):
-            cfg = with_facts(cfg, source, cfg.init_from)
+    else:
+        cfg = with_vocabulary(cfg)
+        if (source := source or load_source(cfg)) is not None:
+            with error_context("init_from"):
+                cfg = with_facts(cfg, source, cfg.init_from)
     optimizer = build(cfg.model.optimizer, "model.optimizer")
     module = make_module(cfg, cfg.model, optimizer=optimizer)
     if start is None:
@@ -162,20 +162,30 @@ def add_adapters(cfg: DictConfig, module: "CoCaLit") -> None:
 # What a config leaves open, filled in from the data and the machine
 
 
-def with_vocabulary(cfg: DictConfig) -> DictConfig:
+def with_vocabulary(cfg: DictConfig, words: Any = None) -> DictConfig:
     """The config with the words of the training captions as the network's tokenizer, if `vocabulary` is set.
-    Checkpoints hold the list.
+
+    Args:
+        words: of the checkpoint to resume from; the captions may have changed since.
 
     Raises:
         ConfigError: the network has a tokenizer of its own.
     """
-    from coca_lit.distributed import print_rank_zero
-    from coca_lit.tokenizer import frequent_words
-
     if cfg.vocabulary is None:
         return cfg
     if cfg.model.net.get("tokenizer") is not None:
         raise ConfigError("vocabulary takes the place of model.net.tokenizer: for the latter set vocabulary=null")
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.model.net.tokenizer = words or _counted_words(cfg)
+    return cfg
+
+
+def _counted_words(cfg: DictConfig) -> list[str]:
+    """The words that occur at least `vocabulary` times in the training captions."""
+    from coca_lit.distributed import print_rank_zero
+    from coca_lit.tokenizer import frequent_words
+
     with data_place(cfg):
         data = build(cfg.data, "data", offered={"tokenizer": None})
         if not hasattr(data, "training_captions"):
@@ -186,10 +196,7 @@ def with_vocabulary(cfg: DictConfig) -> DictConfig:
     print_rank_zero(
         f"vocabulary: {len(words)} words that occur at least {cfg.vocabulary} times in the training captions"
     )
-    cfg = cfg.copy()
-    with open_dict(cfg):
-        cfg.model.net.tokenizer = words
-    return cfg
+    return words
 
 
 def with_start(cfg: DictConfig) -> DictConfig:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.cli.assembly import build_data, build_evals, build_report, build_scoring, build_trainer, plain
 from coca_lit.cli.command import CONF
-from coca_lit.cli.module import build_module, load_source, with_recipe, with_start, with_vocabulary
+from coca_lit.cli.module import build_module, load_source, with_recipe, with_start
 from coca_lit.cli.runtime import configure_libraries
 from coca_lit.cli.schema import argument_defaults
 from coca_lit.cli.sweep import SWEEP_VARIABLE, check_processes
@@ -73,7 +73,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
                 images = {score: of.images for score, of in read_conditions(folder).items()}
                 print_scores(results, read_draws(folder), images)
             return results
-        module = build_module(with_vocabulary(cfg), start, source)
+        module = build_module(cfg, start, source)
         data = build_data(cfg, module.net.tokenizer)  # before the evaluations: reported first if missing
         if start is not None and isinstance(data, CaptionDataModule):
             resume_data(data, start, strict)

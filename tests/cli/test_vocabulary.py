@@ -46,12 +46,10 @@ def test_a_vocabulary_does_not_replace_a_tokenizer_that_is_given(tmp_path: Path)
 
 def test_a_resumed_run_keeps_the_words_of_its_checkpoint() -> None:
     """Those of captions that have changed since have the same number, and other ids."""
-    cfg = compose(*TINY, "vocabulary=1", "+model.net.tokenizer=[a,cat]")
     start = Start(Path("last.ckpt"), {MODEL_KEY: create_model("coca_tiny", tokenizer=["a", "dog"]).config})
+    cfg = compose(*TINY, "vocabulary=1", "data.train_count=8")
     assert build_module(cfg, start).net.tokenizer.spec == ["a", "dog"]
-    assert cfg.model.net.tokenizer == ["a", "cat"]
-    cfg.vocabulary = None
-    assert build_module(cfg, start).net.tokenizer.spec == ["a", "cat"]
+    assert len(build_module(cfg).net.tokenizer.spec) > 2
 
 
 def test_data_that_list_no_captions_have_no_vocabulary() -> None:
