@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # usage: run.sh FOLDER [RUN…]: the judgements of Flickr8k with its photos, and models; by default the one in the package, `photos`.
-# For three seeds: run.sh FOLDER outputs/flickr8k_two_hours/long_seed{0,1,2}. COCA_SPICE_JARS names the folder of SPICE's jars.
+# For three seeds: run.sh FOLDER outputs/flickr8k_two_hours/captions_seed{0,1,2}. COCA_SPICE_JARS names the folder of SPICE's jars.
 set -euo pipefail
 folder=$(realpath "${1:?usage: run.sh FOLDER [RUN…]}")
 shift
