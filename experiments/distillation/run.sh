@@ -37,7 +37,7 @@ for seed in ${SEEDS:-0 1 2}; do
 done
 
 if [ -n "$root" ]; then # Flickr8k's training split alone; a vocabulary of its words, as flickr8k_two_hours has
-  shards=$runs/photos/shards conf=$PWD/$runs/photos/conf
+  shards=$runs/photos/shards conf=$runs/photos/conf
   coca-data prepare "$root" $shards
   coca-data teach $shards --teachers ${TEACHERS:-photos} --caption-keys captions --views 2 --precision fp32 --num-workers 0
   mkdir -p "$conf/experiment"
@@ -46,7 +46,7 @@ if [ -n "$root" ]; then # Flickr8k's training split alone; a vocabulary of its w
   for seed in ${SEEDS:-0 1 2}; do
     for samples in ${PHOTOS:-6000 12000}; do
       words=(--config-dir "$conf" experiment=flickr8k_words image_size=128 data=laion data.shards=$shards data.caption_keys=captions
-        data.epoch_samples="$samples" data.batch_size=64 data.num_workers=0 trainer.max_epochs=1 evals=flickr8k roots.flickr8k="$root")
+        data.epoch_samples="$samples" data.batch_size=64 data.num_workers=0 trainer.max_epochs=1 model.warmup_steps=30 evals=flickr8k roots.flickr8k="$root")
       train "photos_plain_$samples" "$seed" "${words[@]}"
       train "photos_distilled_$samples" "$seed" "${words[@]}" "${distilled[@]}" data.teachers=$shards
     done
