@@ -70,7 +70,7 @@ def with_evals(words: list[str]) -> list[str]:
     if not checkpoints:
         return words
     for checkpoint in checkpoints:
-        path = Path(checkpoint)
+        path = Path(os.path.expanduser(checkpoint))  # in quotes Hydra leaves a ~ as it is
         if not os.path.exists(path) and not checkpoint.startswith(PREFIX) and released(checkpoint) is None:
             return words  # a mistake, which is reported with the others
         folder = next((place for place in (path, *path.parents[:2]) if os.path.isfile(place / CONFIG)), None)

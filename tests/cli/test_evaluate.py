@@ -206,6 +206,13 @@ def test_a_path_with_a_comma_is_one_checkpoint(tmp_path):
     assert with_evals([word]) == [word, "evals=[scenes_retrieval,scenes_choice]"]
 
 
+def test_a_quoted_path_in_the_home_belongs_to_its_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run_folder(tmp_path / "a,b", {"evals": {"scenes_captions": {"_target_": ""}}})
+    word = to_override("checkpoint='~/a,b'")
+    assert with_evals([word]) == [word, "evals=[scenes_captions]"]
+
+
 @pytest.mark.parametrize("path", ["x" * 300, "~nobody_here/x", "a\0b"])
 def test_a_path_that_no_system_takes_is_one_that_is_not_there(path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["coca-evaluate", f"checkpoint={path}"])

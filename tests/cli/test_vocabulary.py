@@ -44,12 +44,16 @@ def test_a_vocabulary_does_not_replace_a_tokenizer_that_is_given(tmp_path: Path)
         run(tmp_path, *TINY, "vocabulary=3", "+model.net.tokenizer=scenes")
 
 
-def test_a_resumed_run_keeps_the_words_of_its_checkpoint() -> None:
-    """Those of captions that have changed since have the same number, and other ids."""
+def test_a_resumed_run_keeps_the_words_of_its_checkpoint(capsys: pytest.CaptureFixture) -> None:
+    """Those of captions that have changed since have the same number, and other ids. So no captions are read."""
     start = Start(Path("last.ckpt"), {MODEL_KEY: create_model("coca_tiny", tokenizer=["a", "dog"]).config})
     cfg = compose(*TINY, "vocabulary=1", "data.train_count=8")
     assert build_module(cfg, start).net.tokenizer.spec == ["a", "dog"]
+    assert "vocabulary:" not in capsys.readouterr().out
+    assert cfg.model.net.get("tokenizer") is None
     assert len(build_module(cfg).net.tokenizer.spec) > 2
+    given = compose(*TINY, "+model.net.tokenizer=[a,cat]")
+    assert build_module(given, start).net.tokenizer.spec == ["a", "cat"]
 
 
 def test_data_that_list_no_captions_have_no_vocabulary() -> None:
