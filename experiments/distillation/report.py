@@ -17,7 +17,7 @@ SAMPLES = (3840, 7680, 15360)
 NAMES = {f"{way}_{samples}": f"{name}, {samples:,}" for way, name in WAYS.items() for samples in SAMPLES}
 PHOTO_NAMES = {
     f"photos_{way}_{samples}": f"{name}, {samples:,}"
-    for way, name in {"plain": "pairs alone", "distilled": "three teachers"}.items()
+    for way, name in {"plain": "pairs alone", "distilled": "teachers"}.items()
     for samples in (6000, 12000)
 }
 SCORES = {
