@@ -79,6 +79,9 @@ def load(
                 warn(f"SPICE continues without its scene-graph cache in {cache}: {_reason(error)}")
 
     def graph_scores(parser: Any, images: Sequence[Any]) -> list[dict[str, float | None]]:
+        if len(parsers) == 2:  # the cache, which is filled after each call: texts that images share are parsed once
+            distinct = dict.fromkeys(text for references, caption in images for text in (*references, caption))
+            parser.parseCaptions(java.util.ArrayList(list(distinct)))
         texts, counts, captions = java.util.ArrayList(), java.util.ArrayList(), java.util.ArrayList()
         for references, caption in images:
             for text in references:
