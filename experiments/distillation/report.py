@@ -18,7 +18,7 @@ NAMES = {f"{way}_{samples}": f"{name}, {samples:,}" for way, name in WAYS.items(
 PHOTO_NAMES = {
     f"photos_{way}_{samples}": f"{name}, {samples:,}"
     for way, name in {"plain": "pairs alone", "distilled": "teachers"}.items()
-    for samples in (6000, 12000)
+    for samples in (6000, 30000)
 }
 SCORES = {
     "scenes/CIDEr": "CIDEr",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # usage: run.sh [FLICKR8K_FOLDER], which holds dataset_flickr8k.json and images/; SEEDS="0 1 2", SAMPLES="3840 7680 15360", of photos
-# PHOTOS="6000 12000", and TEACHERS="photos" or runs of flickr8k_two_hours. Finished steps are skipped; one core.
+# PHOTOS="6000 30000", and TEACHERS="photos" or runs of flickr8k_two_hours. Finished steps are skipped; one core.
 set -euo pipefail
 root=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/../.."
@@ -44,7 +44,7 @@ if [ -n "$root" ]; then # Flickr8k's training split alone; a vocabulary of its w
   printf '# @package _global_\ndefaults: [flickr8k]\n' > "$conf/experiment/flickr8k_words.yaml"
   python experiments/distillation/words.py "$root" >> "$conf/experiment/flickr8k_words.yaml"
   for seed in ${SEEDS:-0 1 2}; do
-    for samples in ${PHOTOS:-6000 12000}; do
+    for samples in ${PHOTOS:-6000 30000}; do
       words=(--config-dir "$conf" experiment=flickr8k_words image_size=128 data=laion data.shards=$shards data.caption_keys=captions
         data.epoch_samples="$samples" data.batch_size=64 data.num_workers=0 trainer.max_epochs=1 model.warmup_steps=30 evals=flickr8k roots.flickr8k="$root")
       train "photos_plain_$samples" "$seed" "${words[@]}"

@@ -17,6 +17,7 @@ NAMES = {
     "captions": "20 epochs",
     "rewards": "20 epochs, SCST",
     "captions_8beams_reranked": f"20 epochs, {BEAMS}",
+    "taught": "20 epochs, taught by the average of three",
     "long": "40 epochs",
     "long_rewards": "40 epochs, SCST",
     "long_8beams_reranked": f"40 epochs, {BEAMS}",
@@ -47,6 +48,7 @@ LEVERS = {  # name: runs without and with it, and the scores that it can change
         ("frozen_captions", "captions", SHOWN)
     ),
     "twice the steps, ten views instead of six": ("captions", "long", SHOWN),
+    "the average of three such models as teacher, over 20 epochs": ("captions", "taught", SHOWN),
     "SCST at 2e-4, two epochs, after 20 epochs": ("captions", "rewards", SHOWN),
     "SCST at 2e-5, four epochs, after 40 epochs": ("long", "long_rewards", SHOWN),
     "the same with the mixed reward": ("long", "long_mixed_rewards", SHOWN),

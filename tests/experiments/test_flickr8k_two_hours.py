@@ -1,15 +1,25 @@
-"""The study's mixed reward: its parts against the official scorers and a hand-worked case. Its table of levers."""
+"""The study's mixed reward: its parts against the official scorers and a hand-worked case. Its average of teachers,
+against plain loops. Its table of levers.
+"""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from pycocoevalcap.bleu.bleu import Bleu
 
 from coca_lit.cli.module import build_module
+from coca_lit.data.batch import Batch
 from coca_lit.errors import ConfigError
 from coca_lit.metrics.cider import END, CiderD
+from coca_lit.models import CoCa
+from coca_lit.models.coca import IGNORED_LABEL
+from coca_lit.weights.load import save_model
 from experiments import study
 from experiments.flickr8k_two_hours import report
+from experiments.flickr8k_two_hours.average_of_teachers import AverageOfTeachers
 from experiments.flickr8k_two_hours.mixed_reward import MixedReward
 from helpers.running import compose
 
@@ -40,6 +50,46 @@ def test_the_configuration_names_it_and_a_misspelt_weight_is_refused() -> None:
     assert objective._reward("dogs", [["a", "dog", END]]) == MixedReward(words, bleu=0)("dogs", [["a", "dog", END]])
     with pytest.raises(ConfigError, match=r"'model.self_critical.reward.bleu'"):
         build_module(compose(*small, f"{MIXED}, blue: 0}}"))
+
+
+def test_each_teacher_in_turn_teaches_both_losses(tmp_path: Path, tiny_model: Callable[..., CoCa]) -> None:
+    student, *teachers = nets = [tiny_model() for _ in range(3)]
+    for net in nets:
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
+    for number, teacher in enumerate(teachers):
+        save_model(teacher, tmp_path / f"{number}.safetensors")
+    objective = AverageOfTeachers([str(tmp_path / f"{n}.safetensors") for n in (0, 1)], share=0.75, label_smoothing=0.0)
+    objective.build(student)
+    images = torch.randint(0, 256, (3, 3, student.image_size, student.image_size), dtype=torch.uint8)
+    texts = ["a red circle", "a blue cube left of a square", "a circle"]
+    tokens, lengths = student.tokenizer(texts), torch.tensor(student.tokenizer.lengths(texts))
+    batch = Batch(images, tokens, lengths, ["0", "1", "2"])
+    for teacher in (*teachers, teachers[0]):
+        terms = objective(student, batch)
+        with torch.no_grad():
+            own, theirs = student(images, tokens, lengths), teacher(images, tokens, lengths)
+        similarities = [
+            out.logit_scale.double() * out.image_features.double() @ out.text_features.double().T
+            for out in (theirs, own)
+        ]
+        both = torch.cat([torch.stack(similarities), torch.stack(similarities).mT], dim=1)  # (2, 6, 3)
+        contrastive = sum(map(apart, *both)) / 6
+        predicted = own.labels != IGNORED_LABEL  # all but the words that the vocabulary lacks
+        caption = sum(map(apart, theirs.logits[predicted].double(), own.logits[predicted].double())) / predicted.sum()
+        assert terms["teachers_contrastive"].item() == pytest.approx(contrastive, rel=1e-4)
+        assert terms["teachers_caption"].item() == pytest.approx(float(caption), rel=1e-4)
+        plain = torch.nn.functional.cross_entropy(own.logits, own.labels)
+        assert terms["own_caption"].item() == pytest.approx(plain.item(), rel=1e-4)
+    assert objective.weights["teachers_caption"] == 0.75 * 2
+    assert objective.eval()(student, batch).keys() == {"own_contrastive", "own_caption"}
+
+
+def apart(logits: torch.Tensor, others: torch.Tensor) -> float:
+    """KL divergence of the second softmax from the first."""
+    p, q = torch.softmax(logits, 0).tolist(), torch.softmax(others, 0).tolist()
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 
 
 def test_levers_compare_runs_of_one_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
