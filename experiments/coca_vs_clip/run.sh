@@ -14,7 +14,7 @@ train() { # NAME SEED OVERRIDES…
 }
 
 for seed in ${SEEDS:-0 1 2}; do
-  scenes=(data.train_count=8000 trainer.max_epochs=2 'evals=[scenes_retrieval,scenes_zeroshot,compositional_retrieval]')
+  scenes=(experiment=scenes data.train_count=8000 trainer.max_epochs=2 'evals=[scenes_retrieval,scenes_zeroshot,compositional_retrieval]')
   train coca "$seed" "${scenes[@]}"
   train clip "$seed" "${scenes[@]}" "${clip[@]}"
 done

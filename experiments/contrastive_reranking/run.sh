@@ -13,7 +13,7 @@ weights() { # DATA RUN_FOLDER OPTIONS…
 }
 for seed in ${SEEDS:-0 1 2}; do
   short=demo_short_seed$seed
-  [ -s "outputs/$short/results.json" ] || python train.py name="$short" seed="$seed" trainer.max_epochs=2 threads=1
+  [ -s "outputs/$short/results.json" ] || python train.py experiment=scenes name="$short" seed="$seed" trainer.max_epochs=2 threads=1
   for data in scenes compositional; do
     for model in "demo_seed$seed" "$short"; do
       weights "$data" "outputs/$model"

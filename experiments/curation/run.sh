@@ -9,7 +9,7 @@ mkdir -p $runs && cp experiments/curation/choices.csv $choices
 train() { # NAME SEED OVERRIDES…
   local name=$1_seed$2 seed=$2
   shift 2
-  [ -s "$runs/$name/results.json" ] || python train.py name="curation/$name" seed="$seed" trainer=cpu threads=1 data=laion \
+  [ -s "$runs/$name/results.json" ] || python train.py experiment=scenes name="curation/$name" seed="$seed" trainer=cpu threads=1 data=laion \
     data.epoch_samples=12800 data.batch_size=64 data.num_workers=0 trainer.max_epochs=1 \
     scoring.every_n_epochs=2 'evals=[scenes_captions,scenes_retrieval]' "$@"
 }

@@ -15,7 +15,7 @@ train() { # NAME SEED WORDS…
 
 [ -d $data ] || python -m coca_lit.tools.prepare.scenes shards $data --count 12000 --size 32
 for teacher in 10 11; do # each sees five times the samples of the longest training of a student
-  train teacher $teacher data.train_count=12000 trainer.max_epochs=6 'evals=[scenes_captions,scenes_retrieval]'
+  train teacher $teacher experiment=scenes data.train_count=12000 trainer.max_epochs=6 'evals=[scenes_captions,scenes_retrieval]'
 done
 teachers=("$runs/teacher_seed10" "$runs/teacher_seed11")
 # Three captions an image by the first teacher, beside the old one; then what both teachers say of all of them.
@@ -27,7 +27,7 @@ distilled=(model.contrastive_weight=0.3
 old='data.caption_keys={original_caption: 1}' both='data.caption_keys={original_caption: 0.5, generated_captions: 0.5}'
 for seed in ${SEEDS:-0 1 2}; do
   for samples in ${SAMPLES:-3840 7680 15360}; do
-    words=(data=laion data.shards=$new data.epoch_samples="$samples" data.batch_size=64 data.num_workers=0 trainer.max_epochs=1 model.warmup_steps=30
+    words=(experiment=scenes data=laion data.shards=$new data.epoch_samples="$samples" data.batch_size=64 data.num_workers=0 trainer.max_epochs=1 model.warmup_steps=30
       'evals=[scenes_captions,scenes_retrieval]')
     train "plain_$samples" "$seed" "${words[@]}" "$old"
     train "captions_$samples" "$seed" "${words[@]}" "$both"

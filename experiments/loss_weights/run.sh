@@ -9,7 +9,7 @@ for seed in ${SEEDS:-0 1 2}; do
     name=${ratio/:/to}_seed$seed
     weights=$(awk -F: '{printf "model.contrastive_weight=%.4g model.caption_weight=%.4g", 3 * $1 / ($1 + $2), 3 * $2 / ($1 + $2)}' <<<"$ratio")
     # shellcheck disable=SC2086  # two words
-    [ -s "$runs/$name/results.json" ] || python train.py name="loss_weights/$name" seed="$seed" trainer=cpu threads=1 \
+    [ -s "$runs/$name/results.json" ] || python train.py experiment=scenes name="loss_weights/$name" seed="$seed" trainer=cpu threads=1 \
       data.train_count=8000 trainer.max_epochs=2 'evals=[scenes_captions,scenes_retrieval]' $weights
   done
 done

@@ -16,16 +16,16 @@ train() { # NAME SEED WORDS…
 for seed in ${SEEDS:-0 1 2}; do
   scenes=(data.train_count=8000 trainer.max_epochs=2 'evals=[scenes_captions,scenes_retrieval]')
   for pooler in parallel cascade; do
-    train pooler_$pooler "$seed" "${scenes[@]}" model.net.pooler=$pooler model.net.pooler_queries=32
+    train pooler_$pooler "$seed" experiment=scenes "${scenes[@]}" model.net.pooler=$pooler model.net.pooler_queries=32
   done
   for weight in 1 10; do
     train image_decoder_weight$weight "$seed" --config-dir experiments/image_decoder experiment=image_decoder "${scenes[@]}" \
       model.objectives.image_decoder.weight=$weight
   done
 
-  few=(data.train_count=1000 'evals=[scenes_captions,scenes_retrieval]')
+  few=(experiment=scenes data.train_count=1000 'evals=[scenes_captions,scenes_retrieval]')
   pairs=("${few[@]}" trainer.max_epochs=16 evals.scenes_captions.every=0 evals.scenes_retrieval.every=0)
-  train text_texts "$seed" data.train_count=1000 data.text="$texts" data.text_every=1 trainer.max_epochs=1 trainer.max_steps=400 \
+  train text_texts "$seed" experiment=scenes data.train_count=1000 data.text="$texts" data.text_every=1 trainer.max_epochs=1 trainer.max_steps=400 \
     model.contrastive_weight=0 'model.freeze=[image_encoder,pooling,decoder.cross_blocks]' 'evals=[]'
   start=init_from=$runs/text_texts_seed$seed/checkpoints/last.ckpt
   train text_pairs "$seed" "${pairs[@]}"

@@ -8,7 +8,7 @@ own=(+model.objectives.own._target_=experiments.self_distillation.objective.Self
 train() { # NAME SEED WORDS…
   local name=$1_seed$2 seed=$2
   shift 2
-  [ -s "$runs/$name/results.json" ] || python train.py name="self_distillation/$name" seed="$seed" trainer=cpu threads=1 \
+  [ -s "$runs/$name/results.json" ] || python train.py experiment=scenes name="self_distillation/$name" seed="$seed" trainer=cpu threads=1 \
     scoring.every_n_epochs=null data.train_count=8000 trainer.max_epochs=3 'evals=[scenes_probe,scenes_segmentation,scenes_captions,scenes_retrieval]' \
     evals.scenes_probe.pooler=null "$@"
 }

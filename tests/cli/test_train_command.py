@@ -123,7 +123,7 @@ def test_demo_metrics_have_raw_losses_and_final_scores(demo: Path) -> None:
     assert len(columns["train/caption_loss"]) == len(columns["train/contrastive_loss"]) == 2
     assert len(columns["val/caption_loss"]) == len(columns["val/contrastive_loss"]) == 1
     assert columns["scenes/CIDEr"] == [pytest.approx(results(demo)["scenes/CIDEr"])]
-    assert {"samples/s", "train/logit_scale", "train/grad_norm", "lr-AdamW/pg1"} <= set(columns)
+    assert {"samples/s", "train/logit_scale", "train/grad_norm", "lr-Muon/pg1"} <= set(columns)
     assert all(samples > 0 for samples in columns["samples/s"])
 
 

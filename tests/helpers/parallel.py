@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 UNSCORED = (
+    "experiment=scenes",
     *("trainer=cpu", "trainer.max_epochs=1", "trainer.limit_val_batches=0", "data.batch_size=8"),
     *("model.warmup_steps=2", "trainer.gradient_clip_val=0.5", "model.optimizer.lr=1e-4", "trainer.precision=32-true"),
     "+model.net.image_encoder=vit_base_patch32_clip_224",

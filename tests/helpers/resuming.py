@@ -18,9 +18,9 @@ from helpers.running import results, run, watched
 
 # Two epochs of six batches of the smallest network that has everything, validation and scores between.
 TINY = (
-    *("trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=1"),
-    *("trainer.val_check_interval=4", "data.batch_size=4", "model.warmup_steps=2", "name=test"),
-    *("evals=[scenes_retrieval]", "scoring.images=4", "evals.scenes_retrieval.every=1"),
+    *("experiment=scenes", "trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1"),
+    *("trainer.limit_val_batches=1", "trainer.val_check_interval=4", "data.batch_size=4", "model.warmup_steps=2"),
+    *("name=test", "evals=[scenes_retrieval]", "scoring.images=4", "evals.scenes_retrieval.every=1"),
     *("+model.net.text_layers=1", "+model.net.decoder_layers=1", "model.net.dropout=0.2"),
 )
 MAP = ("data.train_count=24",)

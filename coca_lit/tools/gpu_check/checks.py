@@ -32,7 +32,7 @@ CAPTIONS = [5, 9, 17, 6, 7, 12, 24, 4]  # tokens of the captions of a small batc
 TOLERANCE = {"fp32": 1e-4, "TF32": 2e-2, "bf16": 6e-2}  # of gradients, by the largest of them
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 TINY = (
-    *("trainer=smoke", "trainer.accelerator=gpu", "trainer.devices=1", "model.net.name=coca_tiny", "image_size=32"),
+    *("experiment=scenes", "trainer=smoke", "trainer.accelerator=gpu", "trainer.devices=1"),
     *("data.batch_size=8", "data.train_count=32", "trainer.max_steps=3", "trainer.limit_train_batches=null"),
     *("trainer.limit_val_batches=0", "evals=[]", "logger=csv"),
 )

@@ -8,7 +8,7 @@ import torch
 from coca_lit.models import CoCa, create_model
 
 TINY = (
-    *("trainer=smoke", "model.net.name=coca_tiny", "image_size=32", "data.batch_size=8", "data.train_count=56"),
+    *("experiment=scenes", "trainer=smoke", "data.batch_size=8", "data.train_count=56"),
     *("trainer.max_steps=7", "trainer.limit_train_batches=null", "trainer.log_every_n_steps=100", "evals=[]"),
     *("trainer.limit_val_batches=0", "model.warmup_steps=2", "model.optimizer.lr=1e-3"),
     "+model.net.image_encoder=vit_tiny_patch16_224",
