@@ -197,7 +197,7 @@ VIT = (
     "+model.net.image_encoder_args={patch_size:8,embed_dim:64,depth:1,num_heads:2}",
 )
 SHORT = (
-    *("trainer=cpu", "trainer.max_epochs=1", "trainer.limit_val_batches=0", "evals=[]", "ema=0.5"),
+    *("experiment=scenes", "trainer=cpu", "trainer.max_epochs=1", "trainer.limit_val_batches=0", "evals=[]", "ema=0.5"),
     *("data.train_count=32", "data.batch_size=8", "model.warmup_steps=2", "trainer.gradient_clip_val=0.5"),
 )
 

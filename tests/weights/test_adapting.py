@@ -21,8 +21,9 @@ from coca_lit.weights.lora import LowRank
 from helpers.running import compose, run
 
 SHORT = (
-    *("trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=0"),
-    *("data.train_count=24", "data.batch_size=8", "model.warmup_steps=2", "evals=[]", "model.net.dropout=0.2"),
+    *("experiment=scenes", "trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "evals=[]"),
+    *("trainer.limit_val_batches=0", "data.train_count=24", "data.batch_size=8", "model.warmup_steps=2"),
+    "model.net.dropout=0.2",
 )
 
 
