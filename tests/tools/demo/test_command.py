@@ -89,7 +89,7 @@ def test_the_training_command_is_that_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(models.subprocess, "run", show)
     checkpoint = models.train_demo_model(OUTPUTS)
     assert checkpoint == OUTPUTS / "demo_model" / "checkpoints" / "last.ckpt"
-    assert {"name: demo_model", "max_epochs: 6"} <= {line.strip() for line in shown[0].stdout.splitlines()}
+    assert {"name: demo_model", "max_epochs: 3"} <= {line.strip() for line in shown[0].stdout.splitlines()}
 
 
 def test_scenes_are_searched_unless_a_folder_is_given(shown, tmp_path, photos, tiny_model, capsys):
