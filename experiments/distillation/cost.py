@@ -56,14 +56,7 @@ def training(shards: Path, steps: int, *words: str) -> float:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as folder:
         command = (
-            *(
-                sys.executable,
-                str(ROOT / "train.py"),
-                "experiment=scenes",
-                f"output_dir={folder}/run",
-                "trainer=cpu",
-                "threads=1",
-            ),
+            *(sys.executable, str(ROOT / "train.py"), f"output_dir={folder}/run", "trainer=cpu", "threads=1"),
             *("experiment=scenes", "data=laion", f"data.shards={shards}", "data.epoch_samples=15360"),
             *("data.batch_size=64", "callbacks.checkpoint=null"),
             *("data.num_workers=0", "data.caption_keys={original_caption: 1}", "model.warmup_steps=30", "evals=[]"),

@@ -22,7 +22,7 @@ class AverageOfTeachers(Objective):
     """(1 - λ) of each loss of CoCa plus λ of its distillation: KL divergence from the teachers' softmaxes over the
     batch (`distillation_loss`), and from their distributions of the next word (Hinton et al. 2015, arXiv 1503.02531, at
     temperature 1). Each step reads one teacher, in turn: the gradients are linear in the targets, so on average they
-    are those of the mean of all teachers. Validation has CoCa's losses alone.
+    equal the gradient with the mean of all teachers. Validation has CoCa's losses alone.
 
     Args:
         checkpoints: models with the vocabulary, the context and the frozen stages of the one in training.

@@ -317,4 +317,4 @@ def test_help(tmp_path: Path) -> None:
     assert "_records" not in done.stdout
     assert sum(line.startswith("  python train.py") for line in done.stdout.splitlines()) == 8
     assert "_target_" not in done.stdout
-    assert len(done.stdout.splitlines()) < 75
+    assert len(done.stdout.splitlines()) < 70
