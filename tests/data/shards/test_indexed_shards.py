@@ -228,7 +228,7 @@ def test_several_processes_make_the_indexes_of_one(folder, tmp_path, monkeypatch
     write_shards(tmp_path, 3, 7)
     started = []
     monkeypatch.setattr(indexing, "PER_PROCESS", 1)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(indexing, "processors", lambda: 2)
     monkeypatch.setattr(indexing, "get_context", lambda method: started.append(method) or FORKSERVER)
     made = tar_indexes(find_shards(str(tmp_path)), tmp_path / "cache")
     assert started == ["spawn"]
