@@ -80,8 +80,11 @@ def replacing(path: Path) -> Iterator[Path]:
     with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
+        mode = temporary.stat().st_mode & 0o666
         try:
             yield temporary
+            if temporary.stat().st_mode & 0o777 != mode:  # safetensors makes files that their owner alone can read
+                temporary.chmod(mode)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             durable_rename(temporary, path)

@@ -24,6 +24,7 @@ from coca_lit.weights import CLASSIFIERS_KEY, MODEL_KEY
 if TYPE_CHECKING:
     from coca_lit.training.self_critical import SelfCritical
 
+SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer that a user sets
 SETUP_CHECK = 2  # steps of a run that but checks a set-up, as with trainer=smoke
 
 
@@ -74,6 +75,7 @@ class CoCaLit(L.LightningModule):
         if cooldown_steps is not None:
             check_number("cooldown_steps", cooldown_steps, whole=True, at_least=0)
         self.net = net
+        self.configured: list[dict[str, Any]] = []  # the settings of each group of the optimizer
         self.make_optimizer = optimizer
         self.warmup_steps, self.cooldown_steps = warmup_steps, cooldown_steps
         caption_weight = 0.0 if net.decoder is None else caption_weight
@@ -130,7 +132,8 @@ class CoCaLit(L.LightningModule):
             losses.append(loss)
             if self.is_logged():
                 self.log_terms("train", terms, batch)
-                self.log_values("train", objective.measures, batch)
+                for made in (objective, *(self.pairs.joined if objective is self.pairs else ())):
+                    self.log_values("train", made.measures, batch)
         if self.is_logged():
             self.log("train/logit_scale", self.net.logit_scale.exp().squeeze())
         total = torch.stack(losses).sum()
@@ -210,6 +213,7 @@ class CoCaLit(L.LightningModule):
             scheduler = warmup_cosine(optimizer, *steps)
         else:
             scheduler = warmup_stable_decay(optimizer, *steps, self.cooldown_steps)
+        self.configured = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ The files of a run folder, which may be a stranger's, are read by `read_run_file
 """
 
 import bz2
+import codecs
 import errno
 import gzip
 import json
@@ -102,6 +103,11 @@ def read_bounded(path: Path, limit: int, problem: str) -> bytes:
     if len(content) > limit:
         raise DataError(f"{path} {problem}: it holds more than {limit:,} bytes")
     return content
+
+
+def encoding_of(start: bytes) -> str:
+    """Of a text file that begins with these bytes: UTF-16 as Windows marks it, else UTF-8, with or without a mark."""
+    return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 @contextmanager

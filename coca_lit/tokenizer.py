@@ -222,13 +222,17 @@ class WordTokenizer(Tokenizer):
         return self._words
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        words = split_words(texts if isinstance(texts, str) else " ".join(texts))
+        self.warn_of_unknown([texts] if isinstance(texts, str) else texts)
+        return super().__call__(texts)
+
+    def warn_of_unknown(self, texts: Sequence[str]) -> None:
+        """Names the words that the vocabulary lacks, each once."""
+        words = split_words(" ".join(texts))
         if new := [word for word in dict.fromkeys(words) if word not in self._ids and word not in self._named]:
             self._named.update(new)
             more = f" and {len(new) - 10:,} more" if len(new) > 10 else ""
             named = ", ".join(map(repr, new[:10]))
             log.warning("the model does not know %s%s: to it, all unknown words are the same", named, more)
-        return super().__call__(texts)
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [[self._ids.get(word, self.unk_id) for word in split_words(text)] for text in texts]

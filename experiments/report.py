@@ -46,7 +46,11 @@ NEGATIVE = {
     "text_both": "few pairs: both",
 }
 
-DEMO = {"demo": "Muon, 3 epochs", "scenes": "AdamW, 6 epochs"}
+DEMO = {
+    "demo": "Muon, 3 epochs, batches of 128",
+    "demo_batches64": "Muon, 3 epochs, batches of 64",
+    "scenes": "AdamW, 6 epochs, batches of 64",
+}
 DEMO_SCORES = {
     "seconds": "seconds",
     "scenes/METEOR": "METEOR",

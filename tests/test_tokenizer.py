@@ -195,6 +195,9 @@ def test_unknown_words_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
     assert [re.findall("'(.+?)'", record.getMessage()) for record in caplog.records] == [["cat"], ["and"]]
     tokenizer([f"word{i}" for i in range(2000)])
     assert "1,990 more" in caplog.messages[-1]
+    model = create_model("coca_tiny", tokenizer=["a", "dog"]).eval()
+    model.generate(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), prompt="a zebra", max_length=5)
+    assert "'zebra'" in caplog.messages[-1]
 
 
 def test_r50k_is_the_vocabulary_of_tiktoken(r50k: R50kTokenizer) -> None:

@@ -9,14 +9,15 @@ wait for its end: the resumed run begins with that validation.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from coca_lit.callbacks.progress import samples_seen
@@ -100,6 +101,7 @@ class Checkpoints(L.Callback):
         self.signals = Signals()
         self._phase: Literal["training", "validating", "finished"] = "training"
         self._saved: tuple[int, str] | None = None  # step and phase of the last checkpoint
+        self._between_steps = False  # while a checkpoint of ours is written
         self.due_at = math.inf  # by the clock
         self._loaded: dict[str, Any] = {}  # what the checkpoint held that the run resumes from
         self._offered: float | None = None  # the score of the weights at hand, on every rank
@@ -118,6 +120,7 @@ class Checkpoints(L.Callback):
                 (self.folder / name).unlink(missing_ok=True)
         if self._loaded:
             announce(trainer, self._loaded)
+            keep_settings(trainer, getattr(pl_module, "configured", ()))
         if self._loaded.get("validating"):
             lightning_fixes.repeat_validation(trainer)
             self._saved = None  # the next checkpoint of this step will know that the validation is over
@@ -215,7 +218,11 @@ class Checkpoints(L.Callback):
         try_waiting()  # a run that resumes from here does not make the rows of earlier steps again
         # Within a validation the module holds the averaged weights; they change places with the trained ones.
         with scored_weights(trainer, pl_module) if self._phase == "validating" else nullcontext():
-            trainer.save_checkpoint(self._path(step))
+            self._between_steps = True
+            try:
+                trainer.save_checkpoint(self._path(step))
+            finally:
+                self._between_steps = False
         self._saved = (step, self._phase)
         self._set_clock()
         self._link()  # the one before, which is written now
@@ -300,7 +307,8 @@ class Checkpoints(L.Callback):
             "validating": validating,
             **samples_seen(trainer),
         }
-        lightning_fixes.set_position(trainer, checkpoint, validating, finished)
+        if self._between_steps:  # Lightning knows the position of those that its own callbacks take
+            lightning_fixes.set_position(trainer, checkpoint, validating, finished)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(RUN_KEY, {})
@@ -332,6 +340,22 @@ def announce(trainer: L.Trainer, before: dict[str, Any]) -> None:
     changed = [f"{before[key]} {key} became {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
     if changed:
         print_rank_zero(f"note: {' and '.join(changed)}: every batch holds the same samples as before")
+
+
+def keep_settings(trainer: L.Trainer, configured: Sequence[dict[str, Any]]) -> None:
+    """Gives the groups of a restored optimizer the settings of this run in place of the checkpoint's, and the learning
+    rate that its schedule has at this step; where nothing was changed that changes nothing.
+
+    Args:
+        configured: the settings of each group; empty for a module that is not `CoCaLit`, which stays as it is.
+    """
+    if not configured:
+        return
+    (optimizer,) = trainer.optimizers
+    scheduler = cast(LambdaLR, trainer.lr_scheduler_configs[0].scheduler)
+    scheduler.base_lrs = [settings["initial_lr"] for settings in configured]
+    for group, settings, factor in zip(optimizer.param_groups, configured, scheduler.lr_lambdas, strict=True):
+        group |= settings | {"lr": settings["initial_lr"] * factor(scheduler.last_epoch)}
 
 
 def _limits(trainer: L.Trainer) -> dict[str, Any]:

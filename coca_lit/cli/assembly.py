@@ -46,7 +46,7 @@ def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None,
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
-    values = OmegaConf.to_container(node, resolve=True)
+    values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
     if not isinstance(values, dict) or "_target_" not in values:
         raise ConfigError(f"{path} names nothing to build: set {path}._target_ to a class or a function")
     target, signature = resolve_target(values["_target_"], path), read_signature(values["_target_"])

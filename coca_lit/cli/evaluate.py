@@ -55,7 +55,7 @@ def with_evals(words: list[str]) -> list[str]:
     given = {key.lstrip("+~"): value for key, _, value in (word.partition("=") for word in words)}
     if "evals" in given or "checkpoint" not in given:
         return words
-    from coca_lit.weights.hub import PREFIX, released
+    from coca_lit.weights.hub import PHOTOS, PREFIX, released
 
     known = options_of("evaluate", "evals", words)
     # Evaluations that the user builds: +evals.mine._target_=my_parts.my_score, or +evals.mine={_target_: …}.
@@ -71,7 +71,8 @@ def with_evals(words: list[str]) -> list[str]:
         return words
     for checkpoint in checkpoints:
         path = Path(os.path.expanduser(checkpoint))  # in quotes Hydra leaves a ~ as it is
-        if not os.path.exists(path) and not checkpoint.startswith(PREFIX) and released(checkpoint) is None:
+        is_name = checkpoint == PHOTOS or checkpoint.startswith(PREFIX) or released(checkpoint) is not None
+        if not is_name and not os.path.exists(path):
             return words  # a mistake, which is reported with the others
         folder = next((place for place in (path, *path.parents[:2]) if os.path.isfile(place / CONFIG)), None)
         config = read_run_yaml(folder, CONFIG) if folder is not None else {}

@@ -26,6 +26,7 @@ ELSEWHERE = {  # keys that a run sets from others
     "trainer.logger": "set logger.NAME instead",
     "trainer.enable_checkpointing": "set callbacks.checkpoint, or callbacks.checkpoint=null for none",
     "trainer.plugins": "choose trainer.precision and trainer.strategy",
+    "trainer.overfit_batches": "set data.train_count, or another small training set, and as many trainer.max_epochs",
     "model.micro_batch_size": "set trainer.micro_batch_size instead",
 }
 

@@ -88,6 +88,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
             complete(scoring.settings.generate or {}).lengths(module.net.tokenizer.context_length)
         if cfg.scoring.objective is not None:
             scoring.check_score("scoring.objective", cfg.scoring.objective, at_end=True)
+        report = build_report(cfg)
         trainer = build_trainer(cfg, scoring, start, isinstance(data, CaptionDataModule))
         check_processes(trainer.world_size)
         prepare(trainer, module, data)
@@ -106,7 +107,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         facts = {**samples_seen(trainer), "parameters": part_sizes(module.net)}
         if trainer.is_global_zero:
             scoring.found.not_run = not_run | scoring.found.not_run
-            finish_run(folder, scoring.found, facts, build_report(cfg))
+            finish_run(folder, scoring.found, facts, report)
             if (folder / "checkpoints" / "last.ckpt").exists():
                 print(f"next: {next_commands(cfg, module.net, data)}", flush=True)
         return scoring.found.scores

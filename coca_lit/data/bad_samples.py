@@ -114,7 +114,8 @@ class BadSamples:
         if any(self.shards):  # of other data the fraction is fixed
             too_many, more = f"more than max_bad_fraction={self.max_fraction} allows", ", or allow more"
         if self.reasons.total() > self.max_fraction * self.seen and (self.seen >= min_seen or not self.max_fraction):
-            raise DataError(f"too many bad samples, {too_many}: {self.summary()}; fix or remove them{more}")
+            example = f", e.g. {self.examples()[-1]}" if self.found else ""
+            raise DataError(f"too many bad samples, {too_many}: {self.summary()}{example}; fix or remove them{more}")
         shards = self._whole_shards + self._torn_shards
         if self._torn_shards > self.max_fraction * shards and shards >= min_shards:
             torn = f"{self._torn_shards} of {shards} shards, and {self.summary()}"

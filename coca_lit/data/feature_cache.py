@@ -6,7 +6,9 @@ image itself, its mirror image, then random crops. Each view of all images is on
 or absent, so a run that is killed while encoding loses one view at most.
 """
 
+import errno
 import functools
+import logging
 import pickle
 import random
 import re
@@ -15,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -36,6 +38,8 @@ from coca_lit.progress import ProgressBar
 from coca_lit.reading import printable
 from coca_lit.tokenizer import Tokenizer
 from coca_lit.weights.intact import digest
+
+log = logging.getLogger(__name__)
 
 BATCH = 32  # images that are encoded at a time
 BYTES = 2  # of a number in fp16
@@ -125,15 +129,24 @@ class FeatureCache:
     def _features(
         self, view: int, records: Sequence[Record], num_workers: int, device: torch.device
     ) -> Iterator[tuple[int, Tensor]]:
-        """(images done so far, features (b, S, C) of the last batch in fp16); NaN for an image that is broken."""
+        """(images done so far, features (b, S, C) of the last batch in fp16); NaN for an image that is broken.
+
+        Raises `DataError` for one that another attempt may read: what is written stays for all later runs.
+        """
         encoder, done = self.encoder.to(device).eval(), 0
         pixels = _Pixels(records, functools.partial(self._view, view))
         blank, first = cast(Tensor, self.plain(Image.new("RGB", (32, 32)))), records[0].image
         if isinstance(first, Clip):
             blank = blank.expand(first.count, -1, -1, -1)
         for batch in DataLoader(pixels, BATCH, collate_fn=list, **worker_options(num_workers)):
-            broken = [i for i, image in enumerate(batch) if image is None]
-            images = torch.stack([blank if image is None else image for image in batch])  # (b, 3, H, W)
+            broken = [i for i, image in enumerate(batch) if not isinstance(image, Tensor)]
+            for i in broken:
+                name = printable(str(records[done + i].id))
+                if batch[i].may_pass:
+                    raise DataError(f"{name}: {batch[i].reason}")
+                if view == 0:
+                    log.warning("%s is left out: %s", name, batch[i].reason)
+            images = torch.stack([image if isinstance(image, Tensor) else blank for image in batch])  # (b, 3, H, W)
             layout = torch.channels_last if images.ndim == 4 else torch.preserve_format
             with self.precision():
                 features = joined(encoder(images.to(device, memory_format=layout))).half().cpu()  # (b, S, C)
@@ -211,8 +224,13 @@ def _describe(transform: Transform | TrainTransform) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(transform))
 
 
-class _Pixels(Dataset[Tensor | None]):
-    """Pixels of each record, None for those that cannot be decoded."""
+class _Unread(NamedTuple):
+    reason: str
+    may_pass: bool  # another attempt may read it: it is the disk, the rights or a package that is missing
+
+
+class _Pixels(Dataset[Tensor | _Unread]):
+    """Pixels of each record, or why there are none."""
 
     def __init__(self, records: Sequence[Record], transform: Callable[[Record], Tensor]) -> None:
         self.records, self.transform = records, transform
@@ -220,11 +238,13 @@ class _Pixels(Dataset[Tensor | None]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, i: int) -> Tensor | None:
+    def __getitem__(self, i: int) -> Tensor | _Unread:
         try:
             return self.transform(self.records[i])
-        except DataError:
-            return None
+        except DataError as error:
+            cause = error.__cause__
+            system = isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL, errno.ENOENT)
+            return _Unread(str(error), system or isinstance(cause, ImportError))
 
 
 class CachedCaptionDataset(CaptionDataset):

@@ -7,6 +7,7 @@ import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from io import TextIOWrapper
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from coca_lit.data.examples import Index
 from coca_lit.data.loader import Schedule, epoch_batches
 from coca_lit.data.records import clean_captions, not_found
 from coca_lit.errors import DataError
-from coca_lit.reading import open_regular, parse_json, printable
+from coca_lit.reading import encoding_of, open_regular, parse_json, printable
 from coca_lit.tokenizer import Tokenizer
 
 TextFiles = str | Sequence[str]
@@ -51,8 +52,8 @@ def read_texts(files: TextFiles) -> list[str]:
                 raise DataError(f"{path} is neither a .txt, a .jsonl nor a caption file (.json, .json.gz)")
             try:
                 with open_regular(path) as file:
-                    texts_of_file = (line.decode(errors="replace").lstrip("\ufeff").strip() for line in file)
-                    lines = [line for line in texts_of_file if line]
+                    text = TextIOWrapper(file, encoding_of(file.peek(2)), errors="replace", newline="\n")
+                    lines = [line for line in map(str.strip, text) if line]
             except OSError as error:
                 raise DataError(f"cannot read {path}: {error.strerror or error}") from error
             rows = lines if path.suffix == ".txt" else (_text(path, *row) for row in enumerate(lines, start=1))

@@ -16,7 +16,7 @@ from coca_lit.evals.samples import caption_samples, sample_sheet, worst_captions
 from coca_lit.metrics.captions import CLIP_PROMPT, CaptionMetric, are_novel, clip_scores
 from coca_lit.metrics.java.meteor import warm_up
 from coca_lit.metrics.java.runtime import JavaError
-from coca_lit.metrics.uncertainty import JUDGE, bootstrap, ratios
+from coca_lit.metrics.uncertainty import JUDGE, Ratios, bootstrap
 from coca_lit.models import DualEncoder
 from coca_lit.progress import ProgressBar
 
@@ -85,8 +85,8 @@ class CaptionScores(Evaluation):
         means: Parts = {name: (values.double().numpy(), None) for name, values in judged.items()}
         with ProgressBar("SPICE") as bar:
             scores = self._compare(metric := CaptionMetric(table=True, progress=bar.reach), captions, records)
-        own = bootstrap(list(captions), ratios(self._measured(records, captions)))
-        self.draws = metric.draws | bootstrap(list(captions), ratios(means)) | own
+        own = bootstrap(list(captions), Ratios(self._measured(records, captions)))
+        self.draws = metric.draws | bootstrap(list(captions), Ratios(means)) | own
         scores |= {name: values.mean().item() for name, values in judged.items()}
         return scores | {name: draws.score for name, draws in own.items()}
 

@@ -142,7 +142,7 @@ def chair(
         shown: objects in each image.
 
     Returns:
-        For each score a number per image and what their sum is divided by, as `coca_lit.metrics.uncertainty.ratios`
+        For each score a number per image and what their sum is divided by, as `coca_lit.metrics.uncertainty.Ratios`
         takes them.
     """
     absent = [sum(word not in there for word in words) for words, there in zip(named, shown, strict=True)]

@@ -12,7 +12,7 @@ from coca_lit.data.records import Record
 from coca_lit.errors import DataError, check_number
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import blind_log_likelihoods, embed_pairs, log_likelihoods
-from coca_lit.metrics.uncertainty import Resampled, bootstrap, exact
+from coca_lit.metrics.uncertainty import Ratios, Resampled, bootstrap, exact
 from coca_lit.models import DualEncoder
 
 
@@ -42,7 +42,7 @@ class ChoiceScores(Evaluation):
         super().__init__(name, records, every)
         check_number("right", right, whole=True, at_least=1, at_most=1 if paired else 2)
         self.paired, self.right = paired, right
-        names = exact(len(records), choice_accuracy(np.zeros(len(records)), [r.domain for r in records]))
+        names = exact(len(records), ChoiceAccuracy(np.zeros(len(records)), [r.domain for r in records]))
         self.score_names = ("text_score", "image_score", "group_score") if paired else tuple(names)
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
@@ -70,7 +70,7 @@ class ChoiceScores(Evaluation):
         if self.right == 2:
             among_texts = [own @ own.T for own in texts.split(counts)]  # (K, K) of each image
             alike = is_right([torch.cat([row[0, 1:2], row[:2, 2:].flatten()]) for row in among_texts])
-            measured["text_only/"] = choice_accuracy(alike, [record.domain for record in records])
+            measured["text_only/"] = ChoiceAccuracy(alike, [record.domain for record in records])
         for way, resampled in measured.items():
             draws = bootstrap(units, resampled)
             self.draws |= {f"{way}{score}": of for score, of in draws.items()}
@@ -79,7 +79,7 @@ class ChoiceScores(Evaluation):
     def _resampled(self, records: Sequence[Record], found: Sequence[Tensor]) -> Resampled:
         if self.paired:
             return pair_accuracy(found)
-        return choice_accuracy(is_right(found, self.right), [record.domain for record in records])
+        return ChoiceAccuracy(is_right(found, self.right), [record.domain for record in records])
 
 
 def is_right(scores: Sequence[Tensor], right: int = 1) -> np.ndarray:
@@ -98,21 +98,22 @@ def is_right(scores: Sequence[Tensor], right: int = 1) -> np.ndarray:
     return np.array([bool((row[:right].min() > row[right:]).all()) for row in scores])
 
 
-def choice_accuracy(right: np.ndarray, kinds: Sequence[str | None]) -> Resampled:
+class ChoiceAccuracy(Ratios):
     """ "accuracy" over all images (N,); of images with kinds also "KIND_accuracy" of each and their mean,
     "macro_accuracy".
     """
-    members = {kind: np.array([own == kind for own in kinds], dtype=float) for kind in sorted(filter(None, set(kinds)))}
 
-    def resampled(counts: np.ndarray) -> dict[str, np.ndarray]:
-        with np.errstate(invalid="ignore"):  # a kind may be absent from a resample
-            found = {kind: counts @ (of * right) / (counts @ of) for kind, of in members.items()}
-        scores = {"accuracy": counts @ right / counts.sum(axis=1)}
-        if found:
-            scores["macro_accuracy"] = np.nanmean(list(found.values()), axis=0)
-        return scores | {f"{kind}_accuracy": of for kind, of in found.items()}
+    def __init__(self, right: np.ndarray, kinds: Sequence[str | None]) -> None:
+        members = {kind: np.array([own == kind for own in kinds], dtype=float) for kind in kinds if kind}
+        super().__init__(
+            {"accuracy": (right.astype(float), None)}
+            | {f"{kind}_accuracy": (of * right, of) for kind, of in sorted(members.items())}
+        )
 
-    return resampled
+    def __call__(self, counts: np.ndarray) -> dict[str, np.ndarray]:
+        everything, *kinds = super().__call__(counts).items()  # a kind may be absent from a resample
+        mean = {"macro_accuracy": np.nanmean([of for _, of in kinds], axis=0)} if kinds else {}
+        return dict([everything]) | mean | dict(kinds)
 
 
 def pair_accuracy(scores: Sequence[Tensor]) -> Resampled:

@@ -24,7 +24,7 @@ from coca_lit.metrics.classification import (
     linear_classifier,
     neighbour_votes,
 )
-from coca_lit.metrics.uncertainty import Draws, Resampled, bootstrap, difference, digest, exact, ratios
+from coca_lit.metrics.uncertainty import Draws, Ratios, Resampled, bootstrap, difference, digest, exact
 from coca_lit.metrics.vqa import blind_answers, questions_by_score
 from coca_lit.models import CLIP, CoCa, DualEncoder
 
@@ -283,4 +283,4 @@ class LabelScores(Evaluation):
         if self.together is not None:
             rights, asked = part(right[""], everything)
             parts["consistency"] = (rights == asked).astype(np.float64), None
-        return ratios(parts), list(ids.values())
+        return Ratios(parts), list(ids.values())

@@ -27,7 +27,7 @@ from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import embed_pairs
 from coca_lit.evals.samples import retrieval_samples, retrieval_sheet
 from coca_lit.metrics.retrieval import KS, feature_ranks, folded_ranks, positive_scores, similarity_ranks
-from coca_lit.metrics.uncertainty import Draws, Resampled, bootstrap, exact, ratios
+from coca_lit.metrics.uncertainty import Draws, Ratios, Resampled, bootstrap, exact
 from coca_lit.models import CoCa, DualEncoder
 
 UNREAD = ("cut_captions", "read_tokens")
@@ -124,7 +124,7 @@ class RetrievalScores(Evaluation):
             f"the model reads: their ends are cut, {read.sum() / tokens.sum():.0%} of all tokens are read"
         )
         parts = dict(zip(UNREAD, ((cut, texts), (read, tokens)), strict=True))
-        return bootstrap([record.id for record in records], ratios(parts))
+        return bootstrap([record.id for record in records], Ratios(parts))
 
 
 def decoder_rerank(
@@ -253,4 +253,4 @@ class PositiveRetrieval(Evaluation):
             scores = positive_scores(queries[rows], candidates, [numbers[row] for row in rows])
             for name, values in scores.items():
                 parts[f"{way}_{name}"] = np.bincount(unit[rows], weights=values, minlength=len(records)), total
-        return ratios(parts)
+        return Ratios(parts)

@@ -16,7 +16,7 @@ from coca_lit.errors import DataError
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import write_texts
 from coca_lit.evals.samples import caption_samples, sample_sheet
-from coca_lit.metrics.uncertainty import Draws, bootstrap, ratios
+from coca_lit.metrics.uncertainty import Draws, Ratios, bootstrap
 from coca_lit.metrics.vqa import blind_answers, questions_by_score, vqa_accuracy, vqa_scores
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.inputs import Images
@@ -111,7 +111,7 @@ def _draws(records: Sequence[Record], answers: Mapping[str, Answers]) -> dict[st
             rights = np.bincount(images, weights=[accuracy[id] for id in ids], minlength=len(first))
             asked = np.bincount(images, minlength=len(first)).astype(np.float64)
             parts[f"{way}/{score}" if way else score] = rights, asked
-    return bootstrap(list(first.values()), ratios(parts))
+    return bootstrap(list(first.values()), Ratios(parts))
 
 
 def generate_answers(
@@ -184,7 +184,7 @@ class PlaceScores(Evaluation):
         given = [kind for kind in (0, 1) if asked[kind].any()]
         if settings.full:
             parts = {self.score_names[kind]: (right[kind], asked[kind]) for kind in given}
-            self.draws = bootstrap([*first.values()], ratios(parts))
+            self.draws = bootstrap([*first.values()], Ratios(parts))
         return {self.score_names[kind]: float(right[kind].sum() / asked[kind].sum()) for kind in given}
 
 

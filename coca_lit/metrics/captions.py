@@ -28,7 +28,7 @@ from coca_lit.metrics.java.meteor import meteor_of_sums, shared_meteor, summable
 from coca_lit.metrics.java.runtime import JavaError, ptb_tokenize
 from coca_lit.metrics.java.spice import Progress, corpus_scores, shared_spice, spice_jars
 from coca_lit.metrics.rows import RowMetric, in_order, plain_ids
-from coca_lit.metrics.uncertainty import Draws, Resampled, bootstrap, ratios
+from coca_lit.metrics.uncertainty import Draws, Ratios, Resampled, bootstrap
 
 CLIP_WEIGHT = 2.5  # stretches the cosines of CLIP, which seldom exceed 0.4, over [0, 1]
 CLIP_PROMPT = "A photo depicts "  # goes before every caption and reference
@@ -87,7 +87,7 @@ def _meteor(references: References, hypotheses: Hypotheses) -> Scored:
 
 def _rouge_l(references: References, hypotheses: Hypotheses) -> Scored:
     mean, of_images = Rouge().compute_score(references, hypotheses)
-    return Scored({"ROUGE_L": mean}, ratios({"ROUGE_L": (of_images, None)}))
+    return Scored({"ROUGE_L": mean}, Ratios({"ROUGE_L": (of_images, None)}))
 
 
 def _cider(references: References, hypotheses: Hypotheses) -> Scored:
@@ -109,7 +109,7 @@ def _spice_of(of_images: Mapping[str, np.ndarray]) -> Scored:
     parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {"SPICE": (of_images["SPICE"], None)}
     for name in scores.keys() - parts.keys():
         parts[name] = np.nan_to_num(of_images[name]), (~np.isnan(of_images[name])).astype(np.float64)
-    return Scored(scores, ratios(parts))
+    return Scored(scores, Ratios(parts))
 
 
 SCORERS: dict[str, Callable[[References, Hypotheses], Scored]] = {
@@ -206,7 +206,7 @@ def caption_table(
             exact = [is_reference(predictions[key], texts) for key, texts in references.items()]
             lengths = [len(WORD.findall(predictions[key])) for key in references]
             means = {"exact_match": exact, "mean_length": lengths}
-            resampled.append(ratios({name: (np.array(v, dtype=np.float64), None) for name, v in means.items()}))
+            resampled.append(Ratios({name: (np.array(v, dtype=np.float64), None) for name, v in means.items()}))
             part["exact_match"] = sum(exact) / len(exact)
             part |= caption_statistics(list(predictions.values()))
         scores |= {f"{prefix}{name}": score for name, score in part.items()}

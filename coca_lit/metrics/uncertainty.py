@@ -39,7 +39,7 @@ class Draws(NamedTuple):
         values: (D,)
         score: of the units themselves.
         units: a digest of the units in their order. Draws with the same digest are of the same resamples.
-        trials: number of units if the score is a share of something (see `is_share`) in [0, 1], else 0.
+        trials: number of units that it is of if the score is a share (see `is_share`) in [0, 1], else 0.
     """
 
     values: np.ndarray
@@ -107,8 +107,9 @@ def bootstrap(units: Sequence[Hashable], *scores: Resampled, draws: int = DRAWS)
         for score in scores:
             for name, values in score(counts).items():
                 parts.setdefault(name, []).append(values)
+    judged = {name: count for score in scores if isinstance(score, Ratios) for name, count in score.units.items()}
     # A measure of a user may be called a share and be in percent.
-    count = {name: len(units) if is_share(name) and 0 <= once[name] <= 1 else 0 for name in parts}
+    count = {n: judged.get(n, len(units)) if is_share(n) and 0 <= once[n] <= 1 else 0 for n in parts}
     return {name: Draws(np.concatenate(values), once[name], of, count[name]) for name, values in parts.items()}
 
 
@@ -127,17 +128,25 @@ def resamples(units: int, draws: int = DRAWS, seed: int = SEED) -> Iterator[np.n
         yield np.bincount(drawn.ravel(), minlength=count * units).reshape(count, units).astype(np.float64)
 
 
-def ratios(parts: Mapping[str, tuple[np.ndarray, np.ndarray | None]]) -> Resampled:
-    """Scores that are the sum over units of one statistic (U,) over the sum of another; None for a mean over units."""
+class Ratios:
+    """Scores that are the sum over units of one statistic (U,) over the sum of another; None for a mean over units.
 
-    def resampled(counts: np.ndarray) -> dict[str, np.ndarray]:
+    Attributes:
+        units: how many units each score is of: those with a part in the sum below.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[np.ndarray, np.ndarray | None]]) -> None:
+        self.parts = parts
+        self.units = {
+            n: len(over) if under is None else int(np.count_nonzero(under)) for n, (over, under) in parts.items()
+        }
+
+    def __call__(self, counts: np.ndarray) -> dict[str, np.ndarray]:
         with np.errstate(invalid="ignore"):
             return {
                 name: counts @ over / (counts.sum(axis=1) if under is None else counts @ under)
-                for name, (over, under) in parts.items()
+                for name, (over, under) in self.parts.items()
             }
-
-    return resampled
 
 
 def difference(first: Draws, second: Draws) -> Difference:
@@ -146,7 +155,8 @@ def difference(first: Draws, second: Draws) -> Difference:
     The p-value compares the difference with the scatter of its draws about their mean, as sacreBLEU does (Riezler and
     Maxwell 2005). The interval is that of the draws. Where these do not scatter, since no image is an exception (both
     models are right on the same ones), that of shares reaches as far as Wilson's of 0 exceptions, within [-1, 1], and
-    that of other scores is NaN. Resamples in which a score is NaN are left out; if there are no others, all is NaN.
+    that of other scores is NaN, and p is at least that of as many fair coins that all fall on one side, or NaN.
+    Resamples in which a score is NaN are left out; if there are no others, all is NaN.
 
     Raises:
         ValueError: the draws are of different images.
@@ -160,7 +170,10 @@ def difference(first: Draws, second: Draws) -> Difference:
     scatter = np.abs(values - values.mean())
     p = (1 + int((scatter >= abs(value)).sum())) / (1 + len(values))
     low, high = Draws(values, value, first.units).interval()
-    if (trials := min(first.trials, second.trials)) and scatter.max() < EQUAL:
+    trials = min(first.trials, second.trials)
+    if scatter.max() < EQUAL and abs(value) >= EQUAL:
+        p = max(p, 2.0 ** (1 - trials)) if trials else float("nan")
+    if trials and scatter.max() < EQUAL:
         _, rest = Draws(np.zeros(1), 0.0, first.units, trials).interval()
         low, high = max(value - rest, -1.0), min(value + rest, 1.0)
     return Difference(value, low, high, p)

@@ -13,7 +13,7 @@ in bf16 and DistributedDataParallel see one backward pass. The memory of activat
 price of a second forward pass through the two towers.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -46,7 +46,9 @@ class MicroBatchedPairs(Pairs):
     def loss(self, net: CoCa, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         pairs, smoothing = (batch.images, batch.tokens, batch.lengths), self.label_smoothing
         joined = partial(self.joined_terms, batch) if self.joined else None
-        return cached_loss(net, *pairs, self.micro_batch_size, self.weights, batch.prefix_lengths, smoothing, joined)
+        own = [p for made in self.joined for p in made.parameters()]
+        size, weights = self.micro_batch_size, self.weights
+        return cached_loss(net, *pairs, size, weights, batch.prefix_lengths, smoothing, joined, own)
 
     def check_norms(self, net: CoCa) -> None:
         """They would see micro-batches instead of batches."""
@@ -77,6 +79,7 @@ def cached_loss(
     prefix_lengths: Tensor | None = None,
     smoothing: float = 0.0,
     joined: FeatureTerms | None = None,
+    further: Iterable[nn.Parameter] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the losses of a batch, to be differentiated, and the raw terms with a weight above 0.
 
@@ -87,6 +90,7 @@ def cached_loss(
         weights: of "contrastive" and "caption"; a loss with a weight of 0 is not computed.
         smoothing: of the caption loss.
         joined: further terms of the features, whose weights are 1 where `weights` has none.
+        further: parameters of these terms, besides those of the network.
 
     Raises:
         ValueError: B is no multiple of `size`.
@@ -95,7 +99,7 @@ def cached_loss(
         raise ValueError(f"a batch of {len(images)} cannot be split into micro-batches of {size}")
     prefix_lengths = torch.ones_like(lengths) if prefix_lengths is None else prefix_lengths
     parts = micro_batches(images, tokens, lengths, prefix_lengths, size)
-    parameters = [p for p in net.parameters() if p.requires_grad]
+    parameters = [p for p in (*net.parameters(), *further) if p.requires_grad]
     terms: dict[str, Tensor] = {}
     grad_features = None
     with _collected_gradients(parameters) as gradients:

@@ -75,9 +75,11 @@ class Objective(nn.Module):
         """The weighted sum of the terms, to be differentiated, and the terms themselves.
 
         Raises:
-            ConfigError: they have no names, or one that another objective has.
+            ConfigError: there are none, or they have no names, or one that another objective has.
         """
         terms = self.named(self(net, batch))
+        if not terms:
+            raise ConfigError(f"{self.config_key} returned no term to train: return {{name: term}}")
         return torch.stack([self.weights.get(name, 1.0) * term for name, term in terms.items()]).sum(), terms
 
     def named(self, terms: Any) -> dict[str, Tensor]:
@@ -142,13 +144,13 @@ class Pairs(Objective):
     works_with_micro_batches = True
     works_sharded = True
     micro_batch_size: int | None = None
+    joined: tuple["OfFeatures", ...] = ()
 
     def __init__(self, contrastive_weight: float, caption_weight: float, label_smoothing: float = 0.0) -> None:
         super().__init__(contrastive=contrastive_weight, caption=caption_weight)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing!r}")
         self.label_smoothing, self.averages_tokens = label_smoothing, caption_weight != 0
-        self.joined: tuple[OfFeatures, ...] = ()
 
     def join(self, objectives: Iterable[OfFeatures]) -> None:
         """Computes them with the features that the pairs get anyway."""

@@ -255,7 +255,7 @@ def features(
     }
     named = {feature: key for feature, (key, present) in found.items() if present}
     for key, objective in objectives.items():
-        if not objective.works_sharded:
+        if not objective.works_sharded or any(p.requires_grad for p in objective.parameters()):  # the network alone is
             named.setdefault(NEEDS_WHOLE_WEIGHTS, key)
         if not objective.works_with_micro_batches:
             named.setdefault(NEEDS_WHOLE_BATCH, key)

@@ -30,7 +30,7 @@ from coca_lit.data.scenes.facts import scene_choice_records
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import RandomCrop, load_pixels
 from coca_lit.evals import inference
-from coca_lit.evals.choice import choice_accuracy, is_right
+from coca_lit.evals.choice import ChoiceAccuracy, is_right
 from coca_lit.evals.inference import blind_log_likelihoods, embed_images, embed_pairs
 from coca_lit.evals.retrieval import candidate_pairs, log_likelihoods, reranked
 from coca_lit.metrics.retrieval import recall_at_k
@@ -107,7 +107,7 @@ def choice_rows(model: CoCa, records: Sequence[Record]) -> Iterator[Row]:
     for way, read in ways.items():
         for weight in WEIGHTS:
             right = is_right(((1 - weight) * similarity + weight * read).split(sizes))
-            found = exact(len(records), choice_accuracy(right, [record.domain for record in records]))
+            found = exact(len(records), ChoiceAccuracy(right, [record.domain for record in records]))
             yield {"way": way, "weight": str(weight)} | scores(found)
 
 

@@ -49,6 +49,9 @@ train taught 0 flickr8k_two_hours model.contrastive_weight=0 model.caption_weigh
 train rewards 0 scst_flickr8k init_from=$runs/captions_seed0/checkpoints/last.ckpt "${faster[@]}"
 rerank captions captions_8beams_reranked 0 0.2 "${searches[@]}"
 
+# Half of these steps with another optimizer
+train muon 0 flickr8k_two_hours trainer.max_epochs=10 'model.optimizer={_target_: coca_lit.training.optim.Timm, name: muon, lr: 2e-3}'
+
 # The first attempt, with all of a smaller encoder frozen
 train frozen_captions 0 flickr8k_frozen
 train frozen_rewards 0 scst_flickr8k init_from=$runs/frozen_captions_seed0/checkpoints/last.ckpt "${faster[@]}" data.cached_augmentations=4 \

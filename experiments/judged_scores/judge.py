@@ -20,7 +20,7 @@ import torch
 
 from coca_lit.evals import Settings
 from coca_lit.files import write_json
-from coca_lit.metrics.uncertainty import Draws, bootstrap, difference, ratios
+from coca_lit.metrics.uncertainty import Draws, Ratios, bootstrap, difference
 from coca_lit.reading import read_json
 from coca_lit.runs.run_folder import environment
 from coca_lit.tools.score.agreement import Agreement, Scores, agreement, mixtures, reference_scores
@@ -116,7 +116,7 @@ def gained(judged: Judged, scores: Scores) -> Iterator[Row]:
                         gap[unit] += higher
             if not pairs.any():
                 continue
-            found = bootstrap(images, ratios({"right": (right, pairs), "higher by": (gap, pairs)}))
+            found = bootstrap(images, Ratios({"right": (right, pairs), "higher by": (gap, pairs)}))
             for measure, draws in found.items():
                 yield row("experts", "", ALL, f"{measure}, {low} to {high}", score, draws) | {
                     "count": f"{pairs.sum():.0f}"

@@ -193,6 +193,7 @@ def test_wrong_option_is_one_sentence(refused: Callable[..., str], override: str
         ("trainer.enable_checkpointing", "callbacks.checkpoint=null"),
         ("trainer.plugins", "trainer.precision"),
         ("model.micro_batch_size", "set trainer.micro_batch_size"),
+        ("trainer.overfit_batches", "set data.train_count"),
     ],
 )
 def test_a_key_that_would_be_ignored_names_the_right_one(refused: Callable[..., str], key: str, right: str) -> None:

@@ -195,6 +195,11 @@ def test_a_strangers_frames_are_a_number_and_its_files_are_there(tmp_path):
     assert with_evals([word]) == [word, "evals=[mscoco_captions]"]
 
 
+def test_the_model_of_the_package_belongs_to_no_scored_run():
+    with pytest.raises(ConfigError, match="photos belongs to no scored run: name what to score"):
+        with_evals(["checkpoint=photos"])
+
+
 def test_a_path_with_a_comma_is_one_checkpoint(tmp_path):
     """As each job of a sweep over two keys has; a sweep names several."""
     for name, evaluation in (("lr=1,seed=0", "scenes_captions"), ("a,b", "scenes_retrieval"), ("c", "scenes_choice")):

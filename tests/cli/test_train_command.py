@@ -16,7 +16,7 @@ from coca_lit.cli.command import CONF
 from coca_lit.cli.train import next_commands
 from coca_lit.data.scenes import render
 from coca_lit.data.scenes.render import scene_records
-from coca_lit.errors import DataError
+from coca_lit.errors import ConfigError, DataError
 from coca_lit.evals.inference import caption_images
 from coca_lit.models import create_model
 from coca_lit.runs.resume import start_run_folder
@@ -318,3 +318,10 @@ def test_help(tmp_path: Path) -> None:
     assert sum(line.startswith("  python train.py") for line in done.stdout.splitlines()) == 8
     assert "_target_" not in done.stdout
     assert len(done.stdout.splitlines()) < 70
+
+
+@pytest.mark.parametrize("report", ["{_target_: coca_lit.tools.report.page.write_reprot, _partial_: true}", "false"])
+def test_a_report_that_cannot_be_written_is_told_before_the_training(tmp_path: Path, report: str) -> None:
+    with pytest.raises(ConfigError, match=r"^report"):
+        run(tmp_path / "run", *TINY, "evals=[]", f"report={report}")
+    assert not (tmp_path / "run" / "config.yaml").exists()

@@ -1,5 +1,6 @@
 """Cached image tokens against the encoder itself, file by file and in whole runs."""
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -133,6 +134,20 @@ def test_an_image_that_cannot_be_decoded_is_replaced(tmp_path: Path) -> None:
     assert [bad.reason for bad in example.bad] == ["unreadable image"]
     with pytest.raises(DataError, match=r"^torn\.jpg: image 200"):
         CachedFirstCaptionDataset(images, paths[0], TOKENIZER)[200]
+
+
+def locked() -> Image.Image:
+    raise DataError("locked.jpg is not a readable image") from PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_an_image_that_another_attempt_may_read_is_not_kept_as_broken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(DataError, match=r"^locked\.jpg: locked\.jpg is not a readable image$"):
+        views(tmp_path, Encoder()).encode([*records(), Record("locked.jpg", locked, ("a",))], 1, 0, CPU)
+    assert not [*tmp_path.rglob("*.npy")]
+    views(tmp_path, Encoder()).encode([*records(), Record("torn.jpg", broken, ("a",))], 2, 0, CPU)
+    assert caplog.text.count("torn.jpg is left out: it is torn") == 1
 
 
 def test_an_empty_split_is_refused(tmp_path: Path) -> None:

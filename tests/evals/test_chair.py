@@ -12,7 +12,7 @@ from coca_lit.errors import DataError
 from coca_lit.evals import Settings
 from coca_lit.evals.captions import CaptionScores
 from coca_lit.evals.chair import Chair, ObjectWords, chair
-from coca_lit.metrics.uncertainty import exact, ratios
+from coca_lit.metrics.uncertainty import Ratios, exact
 from helpers.evaluating import make_model, noise
 from helpers.running import without_java
 
@@ -66,7 +66,7 @@ def test_shares_by_hand() -> None:
     """Three of seven objects are not shown, in two of four captions: each counts as often as it is named."""
     named = [["dog", "dog", "cat", "cat"], ["dog"], [], ["cat", "cup"]]
     shown = [{"dog"}, {"dog", "cat"}, set(), {"cup", "dog"}]
-    assert exact(4, ratios(chair(named, shown))) == {"CHAIRi": pytest.approx(3 / 7), "CHAIRs": 0.5}
+    assert exact(4, Ratios(chair(named, shown))) == {"CHAIRi": pytest.approx(3 / 7), "CHAIRs": 0.5}
 
 
 def test_of_two_groups_the_later_one_counts() -> None:
@@ -87,7 +87,7 @@ def test_files_and_references(files: tuple[Path, Path]) -> None:
     records = [Record(0, partial(noise, 0), ["a dog"]), Record(1, partial(noise, 1), ["a girl", "a girl on a bike"])]
     captions = {0: "a puppy and a man", 1: "a child rides a bike with a knife"}
     # Of image 1 the bicycle is in the second reference alone. The man and the knife are not there.
-    assert exact(2, ratios(Chair(*files)(records, captions))) == {"CHAIRi": 2 / 5, "CHAIRs": 1.0}
+    assert exact(2, Ratios(Chair(*files)(records, captions))) == {"CHAIRi": 2 / 5, "CHAIRs": 1.0}
     with pytest.raises(DataError, match="annotated"):
         Chair(*files)([records[0]._replace(id=7)], {7: "a dog"})
 

@@ -21,8 +21,8 @@ from coca_lit.data.records import Record
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.evals import Settings
-from coca_lit.evals.choice import ChoiceScores, choice_accuracy, is_right, pair_accuracy
-from coca_lit.metrics.uncertainty import exact, resamples
+from coca_lit.evals.choice import ChoiceAccuracy, ChoiceScores, is_right, pair_accuracy
+from coca_lit.metrics.uncertainty import bootstrap, exact, resamples
 from helpers.evaluating import WORDS, make_model, noise
 
 
@@ -57,9 +57,12 @@ def test_by_hand() -> None:
     scores = [torch.tensor(row) for row in ([0.9, 0.1], [0.2, 0.2], [0.5, 0.4, 0.6], [0.3])]
     right = is_right(scores)  # right, a tie is wrong, the second rival wins, no rival
     assert right.tolist() == [True, False, False, True]
-    found = exact(4, choice_accuracy(right, ["a", "a", "b", None]))
+    found = exact(4, ChoiceAccuracy(right, ["a", "a", "b", None]))
     assert found == {"accuracy": 0.5, "macro_accuracy": 0.25, "a_accuracy": 0.5, "b_accuracy": 0.0}
-    assert exact(4, choice_accuracy(right, [None] * 4)) == {"accuracy": 0.5}
+    assert exact(4, ChoiceAccuracy(right, [None] * 4)) == {"accuracy": 0.5}
+    rare = bootstrap(range(100), ChoiceAccuracy(np.ones(100, dtype=bool), ["a", *["b"] * 99]))
+    assert rare["a_accuracy"].interval()[0] < 0.25  # one image
+    assert rare["b_accuracy"].interval()[0] > 0.95
     with pytest.raises(ValueError, match="nan"):
         is_right([torch.tensor([0.5, torch.nan])])
 
@@ -79,10 +82,10 @@ def test_draws_are_scores_of_the_drawn_images() -> None:
     rng = np.random.default_rng(0)
     right, kinds = rng.random(12) < 0.5, [str(kind) for kind in rng.integers(3, size=12)]
     counts = next(resamples(12, draws=20))
-    found = choice_accuracy(right, kinds)(counts)
+    found = ChoiceAccuracy(right, kinds)(counts)
     for draw, row in enumerate(counts):
         taken = np.repeat(np.arange(12), row.astype(int))
-        again = exact(12, choice_accuracy(right[taken], [kinds[i] for i in taken]))
+        again = exact(12, ChoiceAccuracy(right[taken], [kinds[i] for i in taken]))
         assert {name: found[name][draw] for name in again} == pytest.approx(again)
 
 

@@ -21,12 +21,12 @@ from coca_lit.metrics.retrieval import similarity_ranks
 from coca_lit.metrics.uncertainty import (
     Conditions,
     Draws,
+    Ratios,
     bootstrap,
     difference,
     digest,
     obstacle,
     other_data,
-    ratios,
     resamples,
 )
 from coca_lit.metrics.vqa import vqa_scores
@@ -145,7 +145,7 @@ def test_every_image_is_drawn_as_often_as_the_others() -> None:
 @pytest.mark.parametrize(("found", "count"), [(0, 64), (64, 64), (20, 64), (0, 1)])
 def test_the_interval_of_a_share_is_wilsons(found: int, count: int) -> None:
     right = np.arange(count) < found
-    low, high = bootstrap(range(count), ratios({"top1": (right.astype(float), None)}), draws=20_000)["top1"].interval()
+    low, high = bootstrap(range(count), Ratios({"top1": (right.astype(float), None)}), draws=20_000)["top1"].interval()
     expected = pytest.importorskip("scipy.stats").binomtest(found, count).proportion_ci(method="wilson")
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.002)
     assert 0 <= low < high <= 1
@@ -155,7 +155,7 @@ def test_the_interval_of_a_share_is_wilsons(found: int, count: int) -> None:
 def test_equal_shares_of_all_images_are_no_certainty(right: list[float], asked: list[float]) -> None:
     """Draws of equal shares scatter by rounding alone."""
     parts = {"top1": (np.array(right, dtype=float), np.array(asked, dtype=float))}
-    low, high = bootstrap(range(len(right)), ratios(parts))["top1"].interval()
+    low, high = bootstrap(range(len(right)), Ratios(parts))["top1"].interval()
     assert (low, high) == pytest.approx(wilson(sum(right) / sum(asked), len(right)))
 
 
@@ -168,7 +168,7 @@ def wilson(share: float, count: int) -> list[float]:
 def test_images_with_several_texts_give_a_wider_interval_than_as_many_images() -> None:
     """All four texts of an image are found, or none: 50 images say no more than 50 texts of different images."""
     found = np.arange(50) % 2 * 4.0
-    of_texts = bootstrap(range(50), ratios({"t2i_recall@1": (found, np.full(50, 4.0))}), draws=20_000)
+    of_texts = bootstrap(range(50), Ratios({"t2i_recall@1": (found, np.full(50, 4.0))}), draws=20_000)
     expected = pytest.importorskip("scipy.stats").binomtest(25, 50).proportion_ci(method="wilson")
     assert of_texts["t2i_recall@1"].interval() == pytest.approx((expected.low, expected.high), abs=0.002)
 
@@ -195,8 +195,8 @@ def test_no_interval_leaves_what_is_possible(data: st.DataObject) -> None:
         owner = torch.arange(images).repeat_interleave(torch.from_numpy(texts.astype(int)))
         near = torch.from_numpy(random.normal(size=(images, len(owner))))
         near[owner, torch.arange(len(owner))] += 4 * rate
-        shares = ratios({"own_recall@1": (found, texts), "exact_match": ((found > 0).astype(float), None)})
-        means = ratios({"CIDEr": (found, None), "object_recall": (found, found + 1)})
+        shares = Ratios({"own_recall@1": (found, texts), "exact_match": ((found > 0).astype(float), None)})
+        means = Ratios({"CIDEr": (found, None), "object_recall": (found, found + 1)})
         models.append(bootstrap(range(images), shares, means, similarity_ranks(near, owner).resampled(), draws=60))
     for score, draws in models[0].items():
         low, high = draws.interval()
@@ -215,10 +215,28 @@ def test_no_interval_leaves_what_is_possible(data: st.DataObject) -> None:
 def test_the_difference_of_equal_answers_is_not_certain() -> None:
     """0 of 64 images on which two models differ: Wilson's interval of that share ends at 5.7 %."""
     right = np.arange(64) < 20
-    draws = bootstrap(range(64), ratios({"top1": (right.astype(float), None)}))["top1"]
+    draws = bootstrap(range(64), Ratios({"top1": (right.astype(float), None)}))["top1"]
     expected = pytest.importorskip("scipy.stats").binomtest(0, 64).proportion_ci(method="wilson").high
     found = difference(draws, draws)
     assert (found.low, found.high, found.p) == pytest.approx((-expected, expected, 1))
+
+
+def test_a_share_of_some_images_is_as_uncertain_as_these_alone() -> None:
+    """2 of 1,000 images are of a kind, and both are right."""
+    of = (np.arange(1000) < 2).astype(float)
+    found, alone = (bootstrap(range(n), Ratios({"accuracy": (of[:n], of[:n])}))["accuracy"] for n in (1000, 2))
+    assert found.interval() == pytest.approx(alone.interval())
+    assert found.interval()[0] == pytest.approx(0.342, abs=0.001)  # Wilson's of 2 of 2
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 8])
+def test_few_images_that_all_agree_prove_no_more_than_as_many_coins(count: int) -> None:
+    """Two-sided sign test."""
+    truth = pytest.importorskip("scipy.stats").binomtest(count, count).pvalue
+    draws = [bootstrap(range(count), Ratios({"accuracy": (np.full(count, x), None)}))["accuracy"] for x in (0.0, 1.0)]
+    assert difference(*draws).p == pytest.approx(truth)
+    draws = [bootstrap(range(count), Ratios({"CIDEr": (np.full(count, x), None)}))["CIDEr"] for x in (0.0, 1.0)]
+    assert difference(*draws).noise
 
 
 def test_intervals_cover_the_truth() -> None:
@@ -227,7 +245,7 @@ def test_intervals_cover_the_truth() -> None:
     covered = 0
     for _ in range(400):
         values = random.exponential(size=120)
-        low, high = bootstrap(range(120), ratios({"mean": (values, None)}), draws=500)["mean"].interval()
+        low, high = bootstrap(range(120), Ratios({"mean": (values, None)}), draws=500)["mean"].interval()
         covered += low < 1 < high
     assert 0.92 < covered / 400 < 0.97
 
@@ -239,7 +257,7 @@ def test_equally_good_models_seldom_differ_and_better_ones_do() -> None:
         shared, *noise = random.normal(size=(3, 100))
         for gain in (0.0, 0.4):
             scores = shared + noise[0], shared + noise[1] + gain
-            draws = [bootstrap(range(100), ratios({"s": (own, None)}), draws=500)["s"] for own in scores]
+            draws = [bootstrap(range(100), Ratios({"s": (own, None)}), draws=500)["s"] for own in scores]
             found = difference(*draws)
             assert found.low < found.value < found.high
             false += not found.noise and not gain
@@ -250,14 +268,14 @@ def test_equally_good_models_seldom_differ_and_better_ones_do() -> None:
 
 
 def test_a_test_needs_the_same_images() -> None:
-    one, other = (bootstrap(ids, ratios({"s": (np.arange(3.0), None)}))["s"] for ids in ([1, 2, 3], [1, 2, 4]))
+    one, other = (bootstrap(ids, Ratios({"s": (np.arange(3.0), None)}))["s"] for ids in ([1, 2, 3], [1, 2, 4]))
     assert difference(one, one).noise
     with pytest.raises(ValueError, match="images"):
         difference(one, other)
 
 
 def test_scores_without_a_value() -> None:
-    rare = ratios({"s": (np.array([0.5, 0, 0]), np.array([1.0, 0, 0]))})  # one image has that category
+    rare = Ratios({"s": (np.array([0.5, 0, 0]), np.array([1.0, 0, 0]))})  # one image has that category
     assert np.isnan(bootstrap(range(3), rare)["s"].interval()).all()
     first, second = (np.random.default_rng(seed).normal(mean, 1, size=1000) for seed, mean in ((0, 0.0), (1, 9.0)))
     whole = difference(Draws(first, 0.0, "x"), Draws(second, 9.0, "x"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from coca_lit.errors import DataError
-from coca_lit.metrics.uncertainty import Conditions, bootstrap, ratios
+from coca_lit.metrics.uncertainty import Conditions, Ratios, bootstrap
 from coca_lit.runs.results import CONDITIONS, read_conditions, read_draws, write_conditions, write_draws
 
 ROW = {"split": "test", "images": 64, "image_digest": "a", "texts": 320, "text_digest": "b", "settings": {"rerank": 4}}
@@ -17,7 +17,7 @@ ROW = {"split": "test", "images": 64, "image_digest": "a", "texts": 320, "text_d
 def test_draws_of_a_measure_in_percent_come_back(tmp_path: Path) -> None:
     """Its name ends as that of a share, but it is none: its interval is that of a mean."""
     values = np.random.default_rng(0).normal(72, 10, size=400)
-    draws = bootstrap(range(400), ratios({"colour_accuracy": (values, None), "accuracy": (values > 72, None)}))
+    draws = bootstrap(range(400), Ratios({"colour_accuracy": (values, None), "accuracy": (values > 72, None)}))
     low, high = draws["colour_accuracy"].interval()
     half = 1.96 * values.std() / 400**0.5
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.15)

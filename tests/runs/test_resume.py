@@ -1,6 +1,7 @@
 """Real processes, really killed: a run resumed from a checkpoint ends with the same bits as an undisturbed one."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import Timer
 from coca_lit.callbacks import Checkpoints, NonFiniteGuard
 from coca_lit.cli.assembly import plain
 from coca_lit.cli.schema import argument_defaults
+from coca_lit.data.batch import Batch
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import CheckpointError, ConfigError
 from coca_lit.runs import checkpoint_io
@@ -570,6 +572,49 @@ def test_a_run_that_its_clock_ended_trains_on_with_more_time(
     Checkpoints(tmp_path).on_load_checkpoint(trainer, nothing, {RUN_KEY: run})
     assert trainer.should_stop == ends
     assert ("only scores and report are made again" in capsys.readouterr().out) == ends
+
+
+class Watch(L.Callback):
+    """What each step is made with: its learning rates, weight decays and samples."""
+
+    def __init__(self) -> None:
+        self.rates: dict[int, set[float]] = {}
+        self.decays: set[float] = set()
+        self.keys: dict[int, Any] = {}
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Batch, batch_idx: int) -> None:
+        groups = trainer.optimizers[0].param_groups
+        self.rates[trainer.global_step] = {group["lr"] for group in groups}
+        self.decays |= {group["weight_decay"] for group in groups}
+        self.keys[trainer.global_step] = batch.keys
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_a_resumed_run_has_its_own_settings_from_the_first_step(tmp_path: Path, changed: bool) -> None:
+    """Half a run, then the rest of one that is twice as long, with other numbers if they are `changed`."""
+    words = (*TINY, *MAP, "report=null", "callbacks.checkpoint.every_n_steps=1")
+    run(tmp_path, *words, "trainer.max_epochs=1", "callbacks.checkpoint.keep_last=9")
+    numbers = ("model.optimizer.lr=1e-4", "model.optimizer.weight_decay=0.5") if changed else ()
+    watch, lr = Watch(), 1e-4 if changed else 2e-3
+    with watched(watch):
+        run(tmp_path, *words, f"ckpt_path={tmp_path}/checkpoints/step_4.ckpt", *numbers)
+    cosine = {step: 0.5 * (1 + math.cos(math.pi * (step - 2) / 10)) for step in range(4, 12)}
+    assert {step: pytest.approx([lr * factor]) for step, factor in cosine.items()} == {
+        step: [*rates] for step, rates in watch.rates.items()
+    }
+    assert watch.decays == {0.0, 0.5 if changed else 0.1}
+
+
+def test_a_checkpoint_of_lightning_goes_on_with_the_next_batch(tmp_path: Path) -> None:
+    words = (*TINY, *MAP, "report=null", "trainer.max_epochs=1")
+    lightning = "{_target_: lightning.pytorch.callbacks.ModelCheckpoint, every_n_train_steps: 2, save_top_k: -1}"
+    whole, rest = Watch(), Watch()
+    with watched(whole):
+        run(tmp_path / "whole", *words, f"callbacks.lightning={lightning}")
+    (path,) = (tmp_path / "whole").rglob("epoch=0-step=2.ckpt")
+    with watched(rest):
+        run(tmp_path / "rest", *words, f"ckpt_path='{path}'")
+    assert rest.keys == {step: keys for step, keys in whole.keys.items() if step >= 2}
 
 
 def test_new_start_moves_the_old_run_aside(tmp_path: Path) -> None:

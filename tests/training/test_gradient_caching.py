@@ -192,6 +192,31 @@ def test_a_term_of_one_side_is_the_only_loss(side: int, size: int | None) -> Non
         torch.testing.assert_close(found.get(name, zero), expected.get(name, zero), atol=1e-10, rtol=0)
 
 
+class Mapped(OfFeatures):
+    """Has a parameter of its own."""
+
+    def build(self, net: CoCa) -> None:
+        super().build(net)
+        self.map = torch.nn.Linear(net.config["embed_dim"], 4).double()
+
+    def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
+        return {"mapped": (self.map(images) - self.map(texts)).square().mean()}
+
+
+def test_parameters_of_a_term_of_features_get_the_gradient_of_the_whole_batch() -> None:
+    found = []
+    for size in (None, 2):
+        net = build().double()
+        torch.manual_seed(1)
+        module = CoCaLit(net, AdamW(lr=0.1), 0, micro_batch_size=size, objectives={"mapped": Mapped()})
+        loss = module.training_step(own_batch(net, 0), 0)
+        module.zero_grad()  # as Lightning does before the backward pass
+        loss.backward()
+        found.append({name: p.grad for name, p in module.objectives.named_parameters()})
+    assert found[0]["mapped.map.weight"].abs().sum() > 0
+    torch.testing.assert_close(found[1], found[0], atol=1e-10, rtol=0)
+
+
 VIT = (
     "+model.net.image_encoder=vit_base_patch32_clip_224",
     "+model.net.image_encoder_args={patch_size:8,embed_dim:64,depth:1,num_heads:2}",

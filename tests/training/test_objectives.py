@@ -131,6 +131,28 @@ def test_an_objective_that_returns_no_terms_is_named(questions: Batch) -> None:
         module.training_step(questions, 0)
 
 
+def test_an_objective_without_a_term_for_a_batch_is_named(questions: Batch) -> None:
+    module = CoCaLit(create_model("coca_tiny"), OPTIMIZER, 0, 0.0, 0.0, objectives={"mine": lambda net, batch: {}})
+    with pytest.raises(ConfigError, match=r"^model\.objectives\.mine .*no term"):
+        module.training_step(questions, 0)
+
+
+class OfGap(OfFeatures):
+    def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
+        self.measures = {"gap": 7.0}
+        return {"gap": (images - texts).square().sum()}
+
+
+def test_measures_of_terms_of_features_are_logged(questions: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = create_model("coca_tiny", tokenizer="scenes_vqa").eval()
+    module, logged = CoCaLit(net, OPTIMIZER, objectives={"gap": OfGap()}), {}
+    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
+    monkeypatch.setattr(module, "log", lambda *_: None)
+    monkeypatch.setattr(module, "is_logged", lambda: True)
+    module.training_step(questions, 0)
+    assert logged["train/gap"] == 7.0
+
+
 class OfMine(OfFeatures):
     def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
         return {"contrastive": images.sum()}

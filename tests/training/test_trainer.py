@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import pytest
+import torch
 
 from coca_lit.callbacks import ScoreDuringTraining
 from coca_lit.cli.assembly import build_trainer
@@ -13,6 +14,7 @@ from coca_lit.cli.module import build_module
 from coca_lit.errors import ConfigError
 from coca_lit.evals import Settings
 from coca_lit.models import create_model
+from coca_lit.training.objectives import OfFeatures
 from coca_lit.training.trainer import (
     ACCUMULATION,
     AVERAGES,
@@ -83,6 +85,15 @@ def test_features_are_found_by_what_was_built(tmp_path: Path) -> None:
     whole = dict.fromkeys((NEEDS_WHOLE_WEIGHTS, NEEDS_WHOLE_BATCH, TOKEN_MEANS), "model.objectives.a")
     assert found == {AVERAGES: "ema", LORA: "lora"} | whole
     check_together(found)
+
+
+def test_parameters_of_an_objective_are_not_sharded() -> None:
+    trainer: Any = SimpleNamespace(strategy=None, precision="32-true", callbacks=[], accumulate_grad_batches=1)
+    objective, net = OfFeatures(), create_model("coca_tiny")
+    for own in (False, True):
+        objective.own = torch.nn.Linear(2, 2).requires_grad_(own)
+        found = features(trainer, net, {"model.objectives.mine": objective}, None, texts=False)
+        assert found.get(NEEDS_WHOLE_WEIGHTS) == ("model.objectives.mine" if own else None)
 
 
 def test_fp16_and_micro_batches() -> None:

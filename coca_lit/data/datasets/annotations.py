@@ -10,7 +10,7 @@ from typing import Any
 
 from coca_lit.data.records import Listing, not_found
 from coca_lit.errors import DataError
-from coca_lit.reading import is_int64, open_parquet, parse_json, printable, read_bounded, read_json
+from coca_lit.reading import encoding_of, is_int64, open_parquet, parse_json, printable, read_bounded, read_json
 
 MAX_BYTES = 512 * 2**20  # of JSON; the largest known file, the training answers of VQA v2, has 366 MB
 
@@ -171,11 +171,11 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
     if path.suffix in (".csv", ".tsv"):
         content = read_bounded(path, MAX_BYTES, "is not a readable table")
         try:
-            text = content.decode("utf-8-sig")
+            text = content.decode(encoding_of(content))
             head = text.partition("\n")[0]
             # That of a .csv is a semicolon where the comma separates decimals.
             delimiter = "\t" if path.suffix == ".tsv" else max(",;\t", key=head.count)
-            reader = csv.DictReader(StringIO(text, newline=""), delimiter=delimiter)
+            reader = csv.DictReader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
             rows = []
             for row in reader:
                 if any(row.get(None, ())):  # the key of fields without a column

@@ -32,7 +32,7 @@ from coca_lit.data.near_duplicates import hash_files, held_out
 from coca_lit.data.pixels import SUFFIXES
 from coca_lit.data.records import MAX_MISSING, ImageFile, Record, not_found
 from coca_lit.errors import DataError
-from coca_lit.reading import printable, read_bounded, read_json
+from coca_lit.reading import encoding_of, printable, read_bounded, read_json
 
 log = logging.getLogger(__name__)
 
@@ -140,13 +140,13 @@ def _photos(root: Path, suffixes: tuple[str, ...]) -> list[_Photo]:
         if texts:
             photos.append(_Photo(name, tuple(texts), next(iter(splits), None)))
     if len(photos) < len(listed):
-        _tell_left_out(root, len(listed) - len(photos), len(listed))
+        _warn(f"left out {len(listed) - len(photos)} of {len(listed)} photos without a caption in {root}")
     return photos
 
 
 @cache  # each split reads the folder
-def _tell_left_out(root: Path, count: int, photos: int) -> None:
-    log.warning("left out %d of %d photos without a caption in %s", count, photos, root)
+def _warn(message: str) -> None:
+    log.warning("%s", message)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Iterable[str], str | None]]:
@@ -184,9 +184,14 @@ def split_of(row: Mapping[str, Any], path: Path) -> str | None:
 
 def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...], None]]:
     """(file, captions, no split) of every photo that is not hidden, with the lines of the .txt of the same name."""
-    inside = root.resolve()
+    inside, unread = root.resolve(), list[str]()
     for folder, folders, files in os.walk(root):  # follows no links to folders
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(folder, name) for name in folders):
+            _check_inside(path, inside, path)
+        shown = {Path(name).stem for name in files if Path(name).suffix.lower() in suffixes}
+        described = {Path(name).stem for name in files if name.endswith(".txt")} - shown
+        unread += [name for name in sorted(files) if not name.endswith(".txt") and Path(name).stem in described]
         for path in (Path(folder, name) for name in sorted(files) if not name.startswith(".")):
             if path.suffix.lower() in suffixes:
                 text, content = path.with_suffix(".txt"), b""
@@ -194,8 +199,14 @@ def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str
                     for file in (path, text):
                         _check_inside(file, inside, file)
                     content = read_bounded(text, MAX_TEXT, "is not readable")
-                lines = content.decode("utf-8-sig", "replace").splitlines()
+                try:
+                    lines = content.decode(encoding_of(content)).splitlines()
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{printable(str(text))} is not in UTF-8 ({error}): save it as UTF-8") from error
                 yield path.relative_to(root).as_posix(), clean(lines), None
+    if unread:
+        known = ", ".join(suffixes)
+        _warn(f"left out {len(unread)} files with a .txt in {root}, e.g. {printable(unread[0])}: only {known} are read")
 
 
 def files_inside(names: Iterable[str], root: Path) -> dict[str, Path]:

@@ -191,6 +191,8 @@ def complete(options: Mapping[str, Any]) -> Options:
         if choices and value not in choices:
             raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
         kind = value_type(name)
+        if name == "cut_at" and not isinstance(value, str):
+            raise ValueError(f"cut_at must be a text, got {value!r}: quote a number twice, '\"1\"'")
         if kind is not str:
             bounds = {"at_least": option.at_least, "above": option.above, "at_most": option.at_most}
             check_number(name, value, whole=kind is int, **bounds)
@@ -212,6 +214,8 @@ def check_shared(options: Mapping[str, Any]) -> None:
             hint = f"{suggest(name, known)} Its options: {', '.join(known)}"
             raise ValueError(f"generate has no option '{name}' for an evaluation{hint}")
     try:
+        if not isinstance(prompt := options.get("prompt", ""), str | None):
+            raise ValueError(f"prompt must be one text for all images, got {prompt!r}")
         complete(options)
     except ValueError as error:
         raise ValueError(f"generate: {error}") from error

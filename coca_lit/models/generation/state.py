@@ -13,6 +13,7 @@ from torch import Tensor
 
 from coca_lit.models.packing import KVCache, to_device
 from coca_lit.models.text import expect_decoder
+from coca_lit.tokenizer import WordTokenizer
 
 if TYPE_CHECKING:
     from coca_lit.models.coca import CoCa
@@ -89,6 +90,8 @@ def encode_prompts(model: "CoCa", prompt: str | Sequence[str] | None, count: int
             raise ValueError(f"prompt must be a text, or a list with one for each image, got {prompt!r}")
         if len(prompts) != count:
             raise ValueError(f"got {len(prompts)} prompts for {count} images: give one for all, or one for each image")
+        if isinstance(model.tokenizer, WordTokenizer):
+            model.tokenizer.warn_of_unknown(prompts)
         rows = [ids[:-1] for ids in model.tokenizer.encode_batch(prompts)]
         if empty := [i for i, ids in enumerate(rows) if len(ids) == 1]:
             raise ValueError(f"prompt {empty[0]} has no words: give words, or no prompt at all (None)")

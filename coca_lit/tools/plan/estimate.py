@@ -117,7 +117,9 @@ def measure(net: CoCa, classifiers: Sequence[nn.Module] = ()) -> Model:
     }
     if net.decoder is not None:
         vocabulary = net.decoder.vocabulary.weight
-        named |= {"decoder": [p for p in net.decoder.parameters() if p is not vocabulary], "vocabulary": [vocabulary]}
+        named["decoder"] = [p for p in net.decoder.parameters() if p is not vocabulary]
+        if not net.config["tied_embeddings"]:  # else it is that of the text tower
+            named["vocabulary"] = [vocabulary]
     beside = [p for module in classifiers for p in module.parameters()]
     named |= {"classifiers": beside} if beside else {}
     counts = {}

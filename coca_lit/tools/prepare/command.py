@@ -162,11 +162,14 @@ def _prepare(options: argparse.Namespace) -> None:
     from coca_lit.tools.prepare import write as prepare
     from coca_lit.tools.prepare.write import read_pairs
 
+    every_caption = ""  # else a run trains on the first of each photo
     if options.source.is_dir() and [*options.source.glob("*.tar")]:
         tasks = [prepare.Task(*numbered) for numbered in enumerate(local_shards(str(options.source)))]
     else:
         pairs = read_pairs(options.source, options.image_column, options.caption_column, options.split)
         tasks = prepare.plan_pairs(pairs, options.samples_per_shard)
+        if any(len(pair.captions) > 1 for pair in pairs):
+            every_caption = " data.caption_keys=captions"
     work = _work(options, "writing")
     shards = [*prepare.prepare(tasks, options.output, work)]
     for shard in sorted(shards):
@@ -179,7 +182,7 @@ def _prepare(options: argparse.Namespace) -> None:
     _write_indexes({options.output / name: entry for name, entry in entries.items()}, options)
     _print_total(list(entries.values()), bad)
     folder = shlex.quote(str(options.output))
-    print(f"coca-train experiment=pretrain_b32 data.shards={folder} data.epoch_samples=null 'evals=[]'")
+    print(f"coca-train experiment=pretrain_b32 data.shards={folder}{every_caption} data.epoch_samples=null 'evals=[]'")
 
 
 def _fetch_spice(options: argparse.Namespace) -> None:

@@ -92,7 +92,7 @@ def prepare(tasks: Sequence[Task], output: Path, run: Run) -> Iterator[Written]:
     for task in tasks:
         digest.update(repr(tuple(task)).encode())
     known = _open_journal(output, digest.hexdigest())
-    done = {task.name for task in tasks if task.name in known and not _may_differ(task, known[task.name].bad)}
+    done = {task.name for task in tasks if task.name in known and not _may_differ(task, known[task.name].bad, output)}
     remove_leftovers(output)
     yield from (known[task.name] for task in tasks if task.name in done)
     todo = [task for task in tasks if task.name not in done]
@@ -101,12 +101,15 @@ def prepare(tasks: Sequence[Task], output: Path, run: Run) -> Iterator[Written]:
         yield written
 
 
-def _may_differ(task: Task, bad: Mapping[str, int]) -> bool:
-    """Whether another attempt may find more: a file could not be read, or fewer are missing now."""
-    if isinstance(task.content, Path):
+def _may_differ(task: Task, bad: Mapping[str, int], output: Path) -> bool:
+    """Whether another attempt may find more: a file could not be read, fewer are missing now, or one has changed since
+    the journal was written to last.
+    """
+    if isinstance(task.content, Path) or not bad:
         return False
-    missing = bad.get(MISSING, 0)
-    return UNREAD in bad or (missing > 0 and sum(not os.path.exists(pair.image) for pair in task.content) < missing)
+    changed = [os.path.getmtime(pair.image) for pair in task.content if os.path.exists(pair.image)]
+    repaired = max(changed, default=0) > (output / JOURNAL).stat().st_mtime
+    return UNREAD in bad or repaired or len(task.content) - len(changed) < bad.get(MISSING, 0)
 
 
 def write_shard(task: Task, output: Path) -> Written:
@@ -199,7 +202,6 @@ def _open_journal(output: Path, digest: str) -> dict[str, Written]:
     if not journal.exists():
         if output.is_dir() and not all(map(is_leftover, output.iterdir())):
             raise DataError(f"{output} is not empty: give a new folder, or remove what is there first")
-        output.mkdir(parents=True, exist_ok=True)
         atomic_write(journal, f"{digest}\n".encode())
         return {}
     first, *lines = [*whole_lines(journal)] or [""]

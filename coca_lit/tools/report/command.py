@@ -38,7 +38,7 @@ def report(arguments: Sequence[str] | None = None) -> None:
     from coca_lit.runs.launch import announce
 
     announce("coca-report")
-    from coca_lit.errors import UserError
+    from coca_lit.errors import DataError, UserError, suggest
     from coca_lit.reading import printable
     from coca_lit.tools.report.page import write_comparison, write_report
     from coca_lit.tools.report.runs import find_runs
@@ -46,6 +46,10 @@ def report(arguments: Sequence[str] | None = None) -> None:
 
     try:
         first = options.folders[0]
+        runs, failed = find_runs(options.folders)
+        scores = [*dict.fromkeys(name for run in runs for name in run.results)]
+        if (objective := options.objective) is not None and objective not in scores:
+            raise DataError(f"no run has the score '{objective}'{suggest(objective, scores)}")
         if options.scaling:
             from coca_lit.tools.report.scaling import write_scaling
 
@@ -61,7 +65,6 @@ def report(arguments: Sequence[str] | None = None) -> None:
             page = write_report(first)
         else:
             page = write_comparison([first], options.output or first, options.objective)
-        runs, failed = find_runs(options.folders)
         print(f"{summary(runs, failed, options.objective)}\n\n{printable(str(page))}".lstrip())
     except UserError as error:
         sys.exit(f"error: {printable(str(error))}")

@@ -171,7 +171,10 @@ def points_of(runs: Sequence[Run], score: str) -> list[Point]:
     sign = -1 if lower_is_better(score) else 1
     points = []
     known: dict[str, float] = {}  # GFLOP by the description of the network
-    trained = [run for run in runs if score in run.results and run.environment.get("samples", 0) > 0]
+    scored = [run for run in runs if score in run.results]
+    trained = [run for run in scored if run.environment.get("samples", 0) > 0]
+    if scored and not trained:
+        raise DataError(f"the runs with {score} are evaluations: a scaling law needs trainings")
     recorded = any(score in run.conditions for run in trained)
     for run, why_not in zip(trained, obstacles(trained, score), strict=True):
         if why_not and recorded:

@@ -148,7 +148,7 @@ def score_captions(
 ) -> "CaptionTable":
     """Scores, the reasons for missing ones, and their draws; with the files of CHAIR also its scores."""
     from coca_lit.metrics.captions import caption_table
-    from coca_lit.metrics.uncertainty import bootstrap, ratios
+    from coca_lit.metrics.uncertainty import Ratios, bootstrap
     from coca_lit.progress import ProgressBar
 
     domains = {key: item.domain for key, item in listings.items()}
@@ -161,7 +161,7 @@ def score_captions(
     with ProgressBar("SPICE") as bar:
         table = caption_table(texts, captions, domains, progress=bar.reach)
     if judge is not None:
-        table.draws.update(bootstrap(list(texts), ratios(judge(list(listings.values()), dict(captions)))))
+        table.draws.update(bootstrap(list(texts), Ratios(judge(list(listings.values()), dict(captions)))))
         table.scores.update({name: table.draws[name].score for name in ("CHAIRi", "CHAIRs")})
     return table
 
@@ -202,7 +202,8 @@ def examples(references: References, captions: Captions, count: int) -> Iterator
     order = np.argsort(of_images, kind="stable")
     images = list(tokens.references)
     for heading, chosen in (("best", order[::-1][:count]), ("worst", order[:count])):
-        yield f"\n{heading} captions by CIDEr, tokenised"
+        yield ""
+        yield f"{heading} captions by CIDEr, tokenised"
         for place in chosen.tolist():
             image = images[place]
             yield f"  {100 * of_images[place]:6.1f}  {tokens.hypotheses[image][0] or '(empty)'}  (image {image})"

@@ -96,7 +96,7 @@ def test_photos_that_look_alike_are_on_one_side(tmp_path: Path) -> None:
         ("captions.csv", "file,caption\nnone.jpg,x\n", "1 of 1"),
         ("captions.csv", f"file,caption\n{'x' * 300}.jpg,x\n", "1 of 1"),
         ("captions.csv", "file,caption,split\n1.jpg,x,later\n", "'later'"),
-        ("captions.csv", 'file,caption\n"1.jpg', "1.jpg|captioned"),
+        ("captions.csv", 'file,caption\n"1.jpg', "quotes closed"),
         ("captions.json", "[1]", "schema"),
         ("captions.json", '[{"file": 7, "caption": "x"}]', "7"),
         ("captions.json", '{"images": []}', "annotations"),
@@ -114,6 +114,50 @@ def test_photos_without_a_caption_are_counted_once(tmp_path: Path, caplog: pytes
     (fill(tmp_path) / "captions.csv").write_text("file,caption\n" + "\n".join(f'{f},"{text}"' for f, text in rows))
     assert sum(len(folder_records(tmp_path, split)) for split in ("train", "val")) == 9
     assert caplog.text.count("left out 1 of 10 photos") == 1
+
+
+def test_texts_of_windows_are_read_and_others_refused(tmp_path: Path) -> None:
+    fill(tmp_path)
+    for name in CAPTIONS:
+        (tmp_path / name).with_suffix(".txt").write_bytes("Straße\r\nein Haus".encode("utf-16"))
+    assert {record.captions for record in folder_records(tmp_path, "train")} == {("Straße", "ein Haus")}
+    (tmp_path / "captions.csv").write_bytes("file,caption\n0.jpg,Straße\n1.jpg,Haus".encode("utf-16"))
+    assert sorted(sum((record.captions for record in folder_records(tmp_path, "train")), ())) in (["Haus"], ["Straße"])
+    (tmp_path / "captions.csv").unlink()
+    (tmp_path / "3.txt").write_bytes("café".encode("cp1252"))
+    with pytest.raises(DataError, match=r"3\.txt is not in UTF-8"):
+        folder_records(tmp_path, "train")
+
+
+def test_a_quote_that_is_not_closed_is_refused(tmp_path: Path) -> None:
+    rows = [name + "\t" + '"' * (name == "3.jpg") + "a dog" for name in CAPTIONS]
+    (fill(tmp_path) / "captions.tsv").write_text("\n".join(["file\tcaption", *rows]))
+    with pytest.raises(DataError, match=r"captions\.tsv.*quotes closed"):
+        folder_records(tmp_path, "train")
+
+
+def test_described_files_of_other_formats_are_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fill(tmp_path)
+    for name in (*CAPTIONS, "a.heic", "b.heic"):
+        (tmp_path / name).touch()
+        (tmp_path / name).with_suffix(".txt").write_text("a photo")
+    for name in ("README.txt", "0.json"):
+        (tmp_path / name).write_text("{}")
+    assert sum(len(folder_records(tmp_path, split)) for split in ("train", "val")) == 10
+    assert caplog.text.count("left out 2 files with a .txt") == 1
+    assert "a.heic" in caplog.text
+
+
+def test_a_linked_folder_is_followed_neither_out_nor_twice(tmp_path: Path) -> None:
+    for place in ("mine/inside", "other"):
+        (fill(tmp_path / place, ["photo.jpg", "photo2.jpg"]) / "photo.txt").write_text("a photo")
+    (tmp_path / "mine" / "again").symlink_to(tmp_path / "mine" / "inside")
+    assert [name for name, captions, _ in captions_beside(tmp_path / "mine", (".jpg",)) if captions] == [
+        "inside/photo.jpg"
+    ]
+    (tmp_path / "mine" / "linked").symlink_to(tmp_path / "other")
+    with pytest.raises(DataError, match="linked is a link out"):
+        [*captions_beside(tmp_path / "mine", (".jpg",))]
 
 
 def test_links_out_are_not_followed(tmp_path: Path) -> None:

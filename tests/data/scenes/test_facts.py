@@ -5,14 +5,14 @@ import pytest
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.facts import Mention, scene_choice_records, scene_facts, statement
 from coca_lit.data.scenes.render import WORDINGS, captions, decode, scene_records
-from coca_lit.metrics.uncertainty import exact, ratios
+from coca_lit.metrics.uncertainty import Ratios, exact
 
 TRUE = "a small red circle to the left of a large blue star"
 
 
 def scores(caption: str, true: str = TRUE) -> dict[str, float]:
     """Precision and recall by kind."""
-    found = exact(1, ratios(scene_facts([Record(0, "x.png", [true])], {0: caption})))
+    found = exact(1, Ratios(scene_facts([Record(0, "x.png", [true])], {0: caption})))
     return {kind: (found[f"{kind}_precision"], found[f"{kind}_recall"]) for kind in ("object", "attribute", "relation")}
 
 
@@ -24,7 +24,7 @@ def test_every_caption_states_its_scene(objects: int) -> None:
         for caption in captions(scene, WORDINGS):
             assert statement(caption) == (things, scene.axis)
     records = scene_records("val", count=20, objects=objects)
-    found = exact(20, ratios(scene_facts(records, {record.id: record.captions[-1] for record in records})))
+    found = exact(20, Ratios(scene_facts(records, {record.id: record.captions[-1] for record in records})))
     assert found == dict.fromkeys(found, 1.0)
     assert len(found) == 6
 

@@ -287,5 +287,12 @@ def test_a_preset_of_options_and_where_captions_are_cut(model: CoCa) -> None:
     assert captions(preset="mobileclip2") == whole  # no word has a full stop
     word = whole[0].split()[2]
     assert captions(preset="mobileclip2", cut_at=word) == [text.split(word)[0].strip() for text in whole]
+    start = "a dog on"  # which is kept, although it has the text
+    rest = [text.removeprefix(start) for text in captions(preset="mobileclip2", prompt=start)]
+    cut = captions(preset="mobileclip2", prompt=start, cut_at="dog")
+    assert any("dog" in text for text in rest)
+    assert cut == [(start + text.split("dog")[0]).strip() for text in rest]
+    with pytest.raises(ValueError, match="cut_at must be a text, got 1"):
+        model.generate(images, cut_at=1)
     with pytest.raises(ValueError, match=r"preset.*'mobileclip2'"):
         model.generate(images, preset="apple")

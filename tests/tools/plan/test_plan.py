@@ -110,6 +110,12 @@ def test_a_classifier_beside_the_network_is_counted(weights: dict[str, float]) -
     assert measure(real, [beside]).weights == measure(real).weights + 4 * head
 
 
+def test_tied_embeddings_are_counted_once() -> None:
+    nets = [without_weights(tied_embeddings=tied) for tied in (False, True)]
+    apart, tied = (sum(total for total, _ in measure(net).parameters.values()) for net in nets)
+    assert apart - tied == nets[0].decoder.vocabulary.weight.numel()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "recomputed"), [(None, False), (torch.bfloat16, False), (None, True)])
 def test_memory_is_what_a_real_step_takes(precision: torch.dtype | None, recomputed: bool) -> None:

@@ -83,7 +83,7 @@ def test_csv(photos, tmp_path, capsys):
     assert "1 x missing image" in said
     assert "none.jpg missing image" in said
     assert "3 shards, 7 samples" in said
-    assert f"\ncoca-train experiment=pretrain_b32 data.shards={tmp_path}/out data.epoch_samples=null " in said
+    assert f"\ncoca-train experiment=pretrain_b32 data.shards={tmp_path}/out data.caption_keys=captions " in said
     assert all(
         check_shard(path).entry == read_manifest(path.parent)[path.name] for path in (tmp_path / "out").glob("*.tar")
     )
@@ -313,12 +313,43 @@ def test_files_that_could_not_be_read_are_read_later(photos, tmp_path, monkeypat
         assert found == [f"{i}.jpg" for i in range(5)]
 
 
+def test_a_photo_that_was_repaired_is_taken_in(photos, tmp_path):
+    rows, good = [(f"photos/{i}.jpg", "a dog") for i in range(6)], (photos / "4.jpg").read_bytes()
+    source, more = table(tmp_path / "t.csv", rows), ("--samples-per-shard", "2", "--max-bad-fraction", "0.2")
+    (photos / "4.jpg").write_bytes(good[:300])
+    for _ in range(2):
+        run(source, tmp_path / "out", *more)
+        assert len(samples(tmp_path / "out")) == 5
+    (photos / "4.jpg").write_bytes(good)
+    os.utime(photos / "4.jpg", (time.time() + 9,) * 2)
+    run(source, tmp_path / "out", *more)
+    assert len(samples(tmp_path / "out")) == 6
+
+
+def test_the_next_command_trains_on_all_captions(photos, tmp_path, capsys):
+    for name, rows in (("one", [("photos/1.jpg", "a")]), ("all", [("photos/1.jpg", "a"), ("photos/1.jpg", "b")])):
+        run(table(tmp_path / f"{name}.csv", rows), tmp_path / name)
+        assert ("data.caption_keys=captions" in capsys.readouterr().out) == (name == "all")
+
+
+def test_files_are_for_all_who_may_read_the_folder(photos, tmp_path):
+    before = os.umask(0o022)
+    try:
+        run(table(tmp_path / "t.csv", [("photos/1.jpg", "a")]), tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
+
+
 def test_mistakes_are_one_sentence(photos, tmp_path):
     source = table(tmp_path / "t.csv", [(f"photos/{i}.jpg", f"a dog {i}") for i in range(7)])
     with pytest.raises(SystemExit, match="no file or folder"):
         run(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(SystemExit, match=r"photos is not empty"):
         run(source, photos)
+    for place in (source, source / "out"):
+        with pytest.raises(SystemExit, match=r"cannot write .*t\.csv"):
+            run(source, place)
     run(source, tmp_path / "out")
     with pytest.raises(SystemExit, match=r"another source"):
         run(source, tmp_path / "out", "--samples-per-shard", "2")

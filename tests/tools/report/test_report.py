@@ -13,7 +13,7 @@ from coca_lit.cli.command import compose
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import DataError
 from coca_lit.evals.samples import caption_samples, confusion_samples, retrieval_samples, thumbnail, worst_captions
-from coca_lit.metrics.uncertainty import Conditions, Draws, bootstrap, ratios
+from coca_lit.metrics.uncertainty import Conditions, Draws, Ratios, bootstrap
 from coca_lit.runs.results import write_conditions, write_draws
 from coca_lit.runs.scores import cell, score_name
 from coca_lit.tools.report.command import report
@@ -186,7 +186,7 @@ def test_two_runs_are_compared_by_the_paired_test(tmp_path):
     for name, mean in means.items():
         values = mean + shared + 0.3 * random.normal(size=300) * (name != "a")
         ids = range(300) if name != "c" else range(1, 301)
-        draws = bootstrap(ids, ratios({"x/SPICE": (values, None)}))
+        draws = bootstrap(ids, Ratios({"x/SPICE": (values, None)}))
         conditions = USUAL if name != "c" else USUAL._replace(image_digest="others")
         folder = make_run(tmp_path / name, {"x/SPICE": values.mean(), "x/vocabulary": 7.0}, conditions=conditions)
         write_draws(folder, draws)
@@ -215,7 +215,7 @@ def test_two_runs_are_compared_by_the_paired_test(tmp_path):
 def test_draws_that_no_test_compares_have_no_verdict(tmp_path):
     """Folds of other sizes, and a score that no resample has."""
     for name, size in (("a", 30), ("b", 20)):
-        draws = bootstrap(range(size), ratios({"x/folds/t2i_recall@1": (np.arange(size) < 15.0, None)}))
+        draws = bootstrap(range(size), Ratios({"x/folds/t2i_recall@1": (np.arange(size) < 15.0, None)}))
         draws["x/rare"] = Draws(np.full(1000, np.nan), 0.5, "x")
         write_draws(make_run(tmp_path / name, dict.fromkeys(draws, 0.5)), draws)
     table = difference_table(*(read_run(tmp_path / name) for name in "ab"))
@@ -544,7 +544,7 @@ def test_scores_of_other_conditions_are_never_won(tmp_path, what):
     other, testable = OTHERS_OF[what]
     for name, right, conditions in (("a", 0.0, USUAL), ("b", 1.0, other), ("c", 1.0, other)):
         folder = make_run(tmp_path / name, {"x/exact_match": right}, conditions=conditions or USUAL)
-        write_draws(folder, bootstrap(range(100), ratios({"x/exact_match": (np.full(100, right), None)})))
+        write_draws(folder, bootstrap(range(100), Ratios({"x/exact_match": (np.full(100, right), None)})))
         if conditions is None:
             (folder / "conditions.json").unlink()
     runs = [read_run(tmp_path / name) for name in "abc"]

@@ -131,6 +131,8 @@ def test_the_command_predicts_and_draws(tmp_path: Path, monkeypatch: pytest.Monk
     assert "held out" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="scenes/top1"):
         report([str(folder), "--scaling", "--objective", "scenes/top1"])
+    with pytest.raises(SystemExit, match=r"no run has .*t2i_recal@1.*did you mean 'scenes/t2i_recall@1'"):
+        report([str(folder), "--objective", "scenes/t2i_recal@1"])
     (folder / "0_seed0" / "environment.json").write_text('{"samples": "many"}')
     with pytest.raises(SystemExit, match=r"environment\.json does not hold what a run writes there"):
         report([str(folder), "--scaling", "--objective", "scenes/t2i_recall@1"])

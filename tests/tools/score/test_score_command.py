@@ -195,6 +195,7 @@ def test_scores_that_mislead_are_named(tmp_path, monkeypatch, capsys):
     assert "warning: 3 of 3 images have one reference" in shown
     assert "warning: CIDEr weighs words by these 3 images" in shown
     assert "warning: 1 of 3 captions are different, and 3 are 'A red dog'" in shown
+    assert "\\x" not in shown
     assert re.search(r"best captions by CIDEr, tokenised\n +[\d.]+  a red dog  \(image 1\)\n +a red dog runs\n", shown)
     assert re.search(
         r"worst captions by CIDEr, tokenised\n +0\.0  a red dog  \(image 2\)\n +two green birds sit\n", shown
