@@ -71,7 +71,8 @@ def test_it_learns_to_draw_what_a_caption_says() -> None:
 def test_a_run_from_the_command_line_draws(tmp_path: Path) -> None:
     done = train_py(
         *("--config-dir", str(ROOT / "experiments" / "image_decoder"), "experiment=image_decoder", "trainer=smoke"),
-        *(f"output_dir={tmp_path}", "scoring.images=8", "data.train_count=16", "data.batch_size=8", "evals=[scenes_retrieval]"),
+        *(f"output_dir={tmp_path}", "scoring.images=8", "evals=[scenes_retrieval]"),
+        *("data.train_count=16", "data.batch_size=8"),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
