@@ -90,7 +90,7 @@ def cached_loss(
         weights: of "contrastive" and "caption"; a loss with a weight of 0 is not computed.
         smoothing: of the caption loss.
         joined: further terms of the features, whose weights are 1 where `weights` has none.
-        further: parameters of these terms, besides those of the network.
+        further: parameters of these terms, beyond the network's.
 
     Raises:
         ValueError: B is no multiple of `size`.

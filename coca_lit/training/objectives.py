@@ -144,13 +144,13 @@ class Pairs(Objective):
     works_with_micro_batches = True
     works_sharded = True
     micro_batch_size: int | None = None
-    joined: tuple["OfFeatures", ...] = ()
 
     def __init__(self, contrastive_weight: float, caption_weight: float, label_smoothing: float = 0.0) -> None:
         super().__init__(contrastive=contrastive_weight, caption=caption_weight)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing!r}")
         self.label_smoothing, self.averages_tokens = label_smoothing, caption_weight != 0
+        self.joined: tuple[OfFeatures, ...] = ()
 
     def join(self, objectives: Iterable[OfFeatures]) -> None:
         """Computes them with the features that the pairs get anyway."""
