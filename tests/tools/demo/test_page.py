@@ -30,7 +30,7 @@ CAPTIONS = """(column) => {
     const rows = [...document.querySelectorAll("#captions tr")].map((row) => [...row.querySelectorAll("td")]);
     const cells = rows.filter((row) => row.length).map((row) => row.map((cell) => cell.innerText));
     const shares = column === null ? [] : cells.map((row) => parseInt(row[column].match(/\\d+%/)));
-    const best = document.querySelector("#captions .best"), text = document.querySelector("#captions").innerText;
+    const best = document.querySelector("#captions .best"), text = document.querySelector("#captions")?.innerText;
     const maps = [...document.querySelectorAll("#captions .maps figcaption")].map((word) => word.innerText);
     const falls = shares.every((share, i) => i == 0 || share <= shares[i - 1]);
     if (!(cells.length && best && maps.length && falls)) return null;
