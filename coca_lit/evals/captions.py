@@ -17,7 +17,7 @@ from coca_lit.metrics.captions import CLIP_PROMPT, CaptionMetric, are_novel, cli
 from coca_lit.metrics.java.meteor import warm_up
 from coca_lit.metrics.java.runtime import JavaError
 from coca_lit.metrics.uncertainty import JUDGE, Ratios, bootstrap
-from coca_lit.models import DualEncoder
+from coca_lit.models import CoCa, DualEncoder
 from coca_lit.progress import ProgressBar
 
 # A score of one's own, of the records and their captions by image id: score -> a number for each image, in the order of
@@ -66,7 +66,7 @@ class CaptionScores(Evaluation):
         if rank() == 0:
             with suppress(OSError):  # without Java; `_compare` says so
                 warm_up()  # METEOR takes seconds to load; let it do so while the model generates
-        captions = caption_images(model, records, settings.batch_size, settings.workers, settings.generate or {})
+        captions = self.write(model, records, settings)
         if rank() == 0:
             predictions = [{"image_id": id, "caption": caption} for id, caption in captions.items()]
             settings.write_json("predictions", f"{self.name}.json", predictions)
@@ -89,6 +89,10 @@ class CaptionScores(Evaluation):
         self.draws = metric.draws | bootstrap(list(captions), Ratios(means)) | own
         scores |= {name: values.mean().item() for name, values in judged.items()}
         return scores | {name: draws.score for name, draws in own.items()}
+
+    def write(self, model: CoCa, records: Sequence[Record], settings: Settings) -> dict[int | str, str]:
+        """A caption of each record by its id, on every rank; a subclass may choose captions in another way."""
+        return caption_images(model, records, settings.batch_size, settings.workers, settings.generate or {})
 
     def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
         judged = score.endswith("CLIPScore")

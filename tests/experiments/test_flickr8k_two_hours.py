@@ -12,7 +12,10 @@ from pycocoevalcap.bleu.bleu import Bleu
 
 from coca_lit.cli.module import build_module
 from coca_lit.data.batch import Batch
+from coca_lit.data.scenes.render import scene_records
+from coca_lit.data.transforms import build_transform
 from coca_lit.errors import ConfigError
+from coca_lit.evals import Settings
 from coca_lit.metrics.cider import END, CiderD
 from coca_lit.models import CoCa
 from coca_lit.models.coca import IGNORED_LABEL
@@ -20,6 +23,7 @@ from coca_lit.weights.load import save_model
 from experiments import study
 from experiments.flickr8k_two_hours import report
 from experiments.flickr8k_two_hours.average_of_teachers import AverageOfTeachers
+from experiments.flickr8k_two_hours.consensus import ConsensusCaptions
 from experiments.flickr8k_two_hours.mixed_reward import MixedReward
 from helpers.running import compose
 
@@ -50,6 +54,31 @@ def test_the_configuration_names_it_and_a_misspelt_weight_is_refused() -> None:
     assert objective._reward("dogs", [["a", "dog", END]]) == MixedReward(words, bleu=0)("dogs", [["a", "dog", END]])
     with pytest.raises(ConfigError, match=r"'model.self_critical.reward.bleu'"):
         build_module(compose(*small, f"{MIXED}, blue: 0}}"))
+
+
+def test_the_beam_that_is_most_like_the_nearest_captions_is_scored(
+    tiny_model: Callable[..., CoCa], tmp_path: Path
+) -> None:
+    """Against plain loops, a photo at a time."""
+    model, records = tiny_model(), scene_records("val", count=24)
+    asked, captions = records[:8], [caption for record in records[8:] for caption in record.captions]
+    evaluation = ConsensusCaptions("few", asked, lambda: captions, neighbours=5)
+    settings = Settings(tmp_path, generate={"strategy": "beam", "num_beams": 4, "max_length": 12}, batch_size=3)
+    found = evaluation.write(model, asked, settings)
+    cider, transform = CiderD({i: [caption.split()] for i, caption in enumerate(captions)}), build_transform(32)
+    later = 0
+    with torch.no_grad():
+        texts = [model.encode_text(model.tokenizer([caption]))[0] for caption in captions]
+        for record in asked:
+            pixels = transform(record.image())[None]
+            similarity = [float(model.encode_image(pixels)[0] @ text) for text in texts]
+            nearest = sorted(range(len(captions)), key=lambda i: -similarity[i])[:5]
+            beams = model.generate(pixels, strategy="beam", num_beams=4, num_captions=4, max_length=12)[0]
+            written = [model.tokenizer.decode(ids) for ids in beams]
+            sums = [sum(cider(i, [text.split()])[0] for i in nearest) for text in written]
+            assert found[record.id] == written[sums.index(max(sums))]
+            later += sums.index(max(sums)) > 0
+    assert 0 < later < len(asked)
 
 
 def test_each_teacher_in_turn_teaches_both_losses(tmp_path: Path, tiny_model: Callable[..., CoCa]) -> None:
