@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import print_rank_zero
-from coca_lit.errors import ConfigError, check_number
+from coca_lit.errors import CheckpointError, ConfigError, check_number
 from coca_lit.models import CoCa
 from coca_lit.models.parts import GradCheckpointing
 from coca_lit.training.lightning_fixes import clip_gradients, forget_last_step, is_logged_step, is_sharded
@@ -215,6 +215,19 @@ class CoCaLit(L.LightningModule):
             scheduler = warmup_stable_decay(optimizer, *steps, self.cooldown_steps)
         self.configured = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "state_dict" not in checkpoint:  # it is sharded
+            return
+        saved, own = ({k: v.shape for k, v in of.items()} for of in (checkpoint["state_dict"], self.state_dict()))
+        groups = [group for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
+        trained = sum(parameter.requires_grad for parameter in self.parameters())
+        if saved != own or sum(len(group["params"]) for group in groups) != trained:
+            raise CheckpointError(
+                "the checkpoint has other weights than this run, or trains others, so it cannot be resumed: undo the "
+                "change of model.net, model.freeze, lora or of a loss weight that is 0, or take the weights alone with "
+                "ckpt_path=null init_from=FILE"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if found := {name: made.config for name, made in self.objectives.items() if made.config}:

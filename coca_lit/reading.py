@@ -46,6 +46,13 @@ class UnsafeError(Exception):
     """A file holds what an honest one does not; reading stops there."""
 
 
+def may_pass(error: BaseException | None) -> bool:
+    """Whether another attempt may succeed: the system did not read the file, and not because of what is in it, such as
+    a place that no file has.
+    """
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+
+
 def open_regular(path: str | Path, follow: bool = True) -> BufferedReader:
     """Opens a file for reading; raises `OSError` unless it is a regular one. A FIFO would block, a device never end.
 

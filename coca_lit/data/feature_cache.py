@@ -6,7 +6,6 @@ image itself, its mirror image, then random crops. Each view of all images is on
 or absent, so a run that is killed while encoding loses one view at most.
 """
 
-import errno
 import functools
 import logging
 import pickle
@@ -35,7 +34,7 @@ from coca_lit.errors import DataError
 from coca_lit.files import replacing
 from coca_lit.models.inputs import joined
 from coca_lit.progress import ProgressBar
-from coca_lit.reading import printable
+from coca_lit.reading import may_pass, printable
 from coca_lit.tokenizer import Tokenizer
 from coca_lit.weights.intact import digest
 
@@ -243,7 +242,7 @@ class _Pixels(Dataset[Tensor | _Unread]):
             return self.transform(self.records[i])
         except DataError as error:
             cause = error.__cause__
-            system = isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL, errno.ENOENT)
+            system = may_pass(cause) and not isinstance(cause, FileNotFoundError)
             return _Unread(str(error), system or isinstance(cause, ImportError))
 
 

@@ -141,6 +141,7 @@ def caption_scores(
     Raises ValueError for an unknown metric and for ids or captions that are missing or left over, and SpiceError when
     SPICE is asked for and cannot run.
     """
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     check_metrics(metrics)
     if "SPICE" in metrics:
         spice_jars()  # report missing jars before anything is computed

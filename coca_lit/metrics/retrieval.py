@@ -15,6 +15,7 @@ from torch import Tensor
 from coca_lit.metrics.uncertainty import Resampled
 
 KS = (1, 5, 10)
+Matrix = Tensor | np.ndarray
 
 
 class Ranks(NamedTuple):
@@ -66,7 +67,7 @@ class Ranks(NamedTuple):
         return resampled
 
 
-def recall_at_k(similarity: Tensor, image_of_text: Tensor | Sequence[int], ks: Sequence[int] = KS) -> dict[str, float]:
+def recall_at_k(similarity: Matrix, image_of_text: Tensor | Sequence[int], ks: Sequence[int] = KS) -> dict[str, float]:
     """Shares in [0, 1] of queries with a right answer among their k most similar candidates.
 
     ``similarity`` is (I, T), and text t describes image ``image_of_text[t]``. ``t2i_recall@k`` is the share of texts
@@ -87,8 +88,9 @@ def recall_at_k(similarity: Tensor, image_of_text: Tensor | Sequence[int], ks: S
     return similarity_ranks(similarity, image_of_text).recalls(ks)
 
 
-def similarity_ranks(similarity: Tensor, image_of_text: Tensor | Sequence[int]) -> Ranks:
+def similarity_ranks(similarity: Matrix, image_of_text: Tensor | Sequence[int]) -> Ranks:
     """Ranks by similarities (I, T); arguments and errors as for `recall_at_k`."""
+    similarity = torch.as_tensor(similarity)
     labels = torch.as_tensor(image_of_text, device=similarity.device)
     images, image_of_text = _labels(len(similarity), labels)  # (I,), (T,)
     if similarity.ndim != 2 or similarity.shape[1] != len(image_of_text):
@@ -100,8 +102,8 @@ def similarity_ranks(similarity: Tensor, image_of_text: Tensor | Sequence[int]) 
 
 
 def retrieval_scores(
-    image_features: Tensor,
-    text_features: Tensor,
+    image_features: Matrix,
+    text_features: Matrix,
     image_of_text: Tensor | Sequence[int],
     ks: Sequence[int] = KS,
     chunk: int = 1000,
@@ -115,12 +117,13 @@ def retrieval_scores(
 
 
 def feature_ranks(
-    image_features: Tensor, text_features: Tensor, image_of_text: Tensor | Sequence[int], chunk: int = 1000
+    image_features: Matrix, text_features: Matrix, image_of_text: Tensor | Sequence[int], chunk: int = 1000
 ) -> Ranks:
     """Ranks by the dot products of (I, D) and (T, D) features. Only ``chunk`` queries are compared with the candidates
     at a time, in float32: lower precision would create ties.
     """
-    image_features, text_features = image_features.detach().float(), text_features.detach().float()
+    image_features = torch.as_tensor(image_features).detach().float()
+    text_features = torch.as_tensor(text_features).detach().float()
     owners = torch.as_tensor(image_of_text, device=image_features.device)
     images, image_of_text = _labels(len(image_features), owners)  # (I,), (T,)
     if image_features.ndim != 2 or text_features.shape != (len(image_of_text), image_features.shape[-1]):

@@ -57,6 +57,8 @@ def test_chunks_do_not_matter(features, chunk):
     images, texts, image_of_text = features
     scores = retrieval_scores(images, texts, image_of_text, chunk=chunk)
     recalls = recall_at_k(images @ texts.T, image_of_text)
+    assert scores == retrieval_scores(images.numpy(), texts.numpy(), image_of_text.numpy(), chunk=chunk)
+    assert recalls == recall_at_k((images @ texts.T).numpy(), image_of_text.numpy())
     assert {name: scores[name] for name in recalls} == recalls
     assert scores.keys() - recalls.keys() == {"t2i_median_rank", "i2t_median_rank"}
 

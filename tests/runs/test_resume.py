@@ -605,6 +605,20 @@ def test_a_resumed_run_has_its_own_settings_from_the_first_step(tmp_path: Path, 
     assert watch.decays == {0.0, 0.5 if changed else 0.1}
 
 
+def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
+    """Also to a user who insists: of other names, of other shapes, and where others are trained."""
+    words = (*TINY, *MAP, "report=null", "trainer.max_epochs=1")
+    run(tmp_path / "one", *words)
+    for word in (
+        "lora.rank=4",
+        "+model.net.embed_dim=24",
+        "model.freeze=[image_encoder]",
+        "model.contrastive_weight=0",
+    ):
+        with pytest.raises(CheckpointError, match="other weights"):
+            run(tmp_path / "other", *words, f"ckpt_path={tmp_path}/one/checkpoints/last.ckpt", word)
+
+
 def test_a_checkpoint_of_lightning_goes_on_with_the_next_batch(tmp_path: Path) -> None:
     words = (*TINY, *MAP, "report=null", "trainer.max_epochs=1")
     lightning = "{_target_: lightning.pytorch.callbacks.ModelCheckpoint, every_n_train_steps: 2, save_top_k: -1}"

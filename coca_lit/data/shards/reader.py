@@ -4,7 +4,6 @@ Shards may come from strangers: nothing is unpickled or unpacked, members other 
 not read, and those that could hold code count as bad samples.
 """
 
-import errno
 import itertools
 import logging
 import re
@@ -21,6 +20,7 @@ from coca_lit.data.shards.indexed import CLIP_SUFFIXES, IMAGE_SUFFIXES, kind_of,
 from coca_lit.data.shards.shard import ChangedError, Shard
 from coca_lit.data.shards.tar import TWICE, Member, group_members, tar_members
 from coca_lit.errors import DataError
+from coca_lit.reading import may_pass
 
 log = logging.getLogger(__name__)
 log.addFilter(is_told)
@@ -84,7 +84,7 @@ def read_fields(
     except DataError:
         raise
     except Exception as broken:  # tarfile, zlib, gzip and fsspec raise many types
-        if verify and may_pass(broken):
+        if verify and (may_pass(broken) or isinstance(broken, ChangedError)):
             raise DataError(f"{shard} could not be read ({broken}): start again, or remove it") from broken
         error = str(broken) or type(broken).__name__
     if error:
@@ -94,14 +94,6 @@ def read_fields(
         bad.lose("empty shard", shard.name, shard.samples, read)
     else:
         bad.end_of_shard(read)
-
-
-def may_pass(error: Exception) -> bool:
-    """Whether another attempt may succeed: the system did not read the file, and not because of what is in it, such as
-    a place that no file has.
-    """
-    failed = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
-    return failed or isinstance(error, ChangedError)
 
 
 def holds_code(member: str) -> bool:

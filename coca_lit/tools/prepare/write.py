@@ -21,12 +21,12 @@ from coca_lit.data.datasets.folder import captions_beside, captions_file, folder
 from coca_lit.data.pixels import MAX_IMAGE, SUFFIXES, decode_image
 from coca_lit.data.records import ImageFile, Record
 from coca_lit.data.shards.indexed import MAX_TEXT, image_of
-from coca_lit.data.shards.reader import may_pass, read_fields
+from coca_lit.data.shards.reader import read_fields
 from coca_lit.data.shards.shard import ManifestEntry, Shard, entry_of, sha256_of
 from coca_lit.data.shards.tar import tar_writer
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.files import append_lines, atomic_write, is_leftover, remove_leftovers, whole_lines
-from coca_lit.reading import counts_of, open_regular, parse_json, printable, texts_of
+from coca_lit.reading import counts_of, may_pass, open_regular, parse_json, printable, texts_of
 from coca_lit.tools.prepare import Run
 
 JOURNAL = ".prepare.journal"  # digest of the plan, then a line per shard; kept, so that a repetition finds all done
