@@ -16,6 +16,8 @@ from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import ConfigError
 from coca_lit.evals import Settings
+from coca_lit.evals.inference import embed_pairs
+from coca_lit.evals.retrieval import RetrievalScores
 from coca_lit.metrics.cider import END, CiderD
 from coca_lit.models import CoCa
 from coca_lit.models.coca import IGNORED_LABEL
@@ -24,6 +26,7 @@ from experiments import study
 from experiments.flickr8k_two_hours import report
 from experiments.flickr8k_two_hours.average_of_teachers import AverageOfTeachers
 from experiments.flickr8k_two_hours.consensus import ConsensusCaptions
+from experiments.flickr8k_two_hours.hubs import BankedRetrieval
 from experiments.flickr8k_two_hours.mixed_reward import MixedReward
 from helpers.running import compose
 
@@ -79,6 +82,37 @@ def test_the_beam_that_is_most_like_the_nearest_captions_is_scored(
             assert found[record.id] == written[sums.index(max(sums))]
             later += sums.index(max(sums)) > 0
     assert 0 < later < len(asked)
+
+
+def test_similarities_are_lessened_by_those_of_the_bank(tiny_model: Callable[..., CoCa], tmp_path: Path) -> None:
+    """Against plain loops."""
+    model, records = tiny_model(), scene_records("val", count=14)
+    asked, bank = records[:8], records[8:]
+    found = BankedRetrieval("few", asked, bank, sharpness=20).evaluate(model, Settings(tmp_path, batch_size=3))
+    images, texts, owner = embed_pairs(model, asked)
+    photos, captions, _ = embed_pairs(model, bank)
+    of_image = [math.log(sum(math.exp(20 * float(image @ text)) for text in captions)) / 20 for image in images]
+    of_text = [math.log(sum(math.exp(20 * float(photo @ text)) for photo in photos)) / 20 for text in texts]
+    first = [max(range(8), key=lambda i: float(images[i] @ text) - of_image[i]) for text in texts]
+    assert found["few/t2i_recall@1"] == sum(i == int(o) for i, o in zip(first, owner, strict=True)) / len(texts)
+    first = [max(range(len(texts)), key=lambda t: float(image @ texts[t]) - of_text[t]) for image in images]
+    assert found["few/i2t_recall@1"] == sum(int(owner[t]) == i for i, t in enumerate(first)) / 8
+    assert found != RetrievalScores("few", asked).evaluate(model, Settings(tmp_path))
+
+
+@pytest.mark.parametrize(("weight", "candidates"), [(0.0, 2), (1.0, 8)])
+def test_the_decoder_reranks_what_is_nearest_then(
+    tiny_model: Callable[..., CoCa], tmp_path: Path, weight: float, candidates: int
+) -> None:
+    """Without weight it changes nothing; alone, and with all pairs read, it is as without the bank."""
+    model, records = tiny_model(), scene_records("val", count=14)
+    settings = Settings(tmp_path, rerank=candidates)
+    found = BankedRetrieval("few", records[:8], records[8:], 20, weight).evaluate(model, settings)
+    plain = RetrievalScores("few", records[:8], weight).evaluate(model, settings)
+    for way in ("t2i", "i2t"):
+        expected = plain[f"few/reranked_{way}_recall@1"] if weight else found[f"few/{way}_recall@1"]
+        assert found[f"few/reranked_{way}_recall@1"] == expected
+    assert found.keys() <= plain.keys()
 
 
 def test_each_teacher_in_turn_teaches_both_losses(tmp_path: Path, tiny_model: Callable[..., CoCa]) -> None:
