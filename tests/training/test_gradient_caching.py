@@ -127,18 +127,23 @@ def cached(net: CoCa, batch: Batch, weights: Mapping[str, float]) -> tuple[Tenso
 
 
 def train(micro_batch_size: int | None) -> dict[str, Tensor]:
-    """Weights after three steps in which two batches are accumulated."""
+    """Weights after three steps in which two batches are accumulated, those of an objective included."""
     net = build()
-    step = Step(CoCaLit(net, AdamW(lr=0.0), micro_batch_size=micro_batch_size))
+    torch.manual_seed(1)
+    objectives = {"mapped": Mapped()}
+    module = CoCaLit(net, AdamW(lr=0.0), micro_batch_size=micro_batch_size, objectives=objectives)
+    before = objectives["mapped"].map.weight.clone()
+    step = Step(module)
     if world_size() > 1:
         step = DistributedDataParallel(step)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     for i in range(3):
         optimizer.zero_grad()
         for k in range(2):
             (step(own_batch(net, 2 * i + k)) / 2).backward()
         optimizer.step()
-    return {name: p.detach() for name, p in net.named_parameters()}
+    assert not objectives["mapped"].map.weight.equal(before)
+    return {name: p.detach() for name, p in module.named_parameters()}
 
 
 @pytest.mark.slow
@@ -197,7 +202,7 @@ class Mapped(OfFeatures):
 
     def build(self, net: CoCa) -> None:
         super().build(net)
-        self.map = torch.nn.Linear(net.config["embed_dim"], 4).double()
+        self.map = torch.nn.Linear(net.config["embed_dim"], 4, dtype=net.logit_scale.dtype)
 
     def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
         return {"mapped": (self.map(images) - self.map(texts)).square().mean()}
