@@ -199,6 +199,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         with error_context("scoring.generate"):
             complete(settings.generate or {}).lengths(model.tokenizer.context_length)
         evals, not_run = build_evals(cfg)
+        report = build_report(cfg)
         if isinstance(model, CoCa) and any(evaluation.classified for evaluation in evals):
             with error_context("checkpoint"):
                 settings = replace(settings, classifier=load_classifier(cfg.checkpoint, model))
@@ -208,7 +209,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
             found.add(evaluation, evaluation.evaluate(model, settings))
         if rank() == 0:
             facts = {"parameters": part_sizes(model), "gflops": forward_flops(model) / 1e9}
-            finish_run(folder, found, facts, build_report(cfg))
+            finish_run(folder, found, facts, report)
     return found.scores
 
 

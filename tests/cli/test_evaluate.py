@@ -117,6 +117,8 @@ def test_a_scoring_that_cannot_start_moves_nothing(checkpoint, tmp_path):
     before.write_text("{}")
     with pytest.raises(DataError, match="Karpathy"):
         run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[mscoco_captions]"))
+    with pytest.raises(ConfigError, match=r"^report"):
+        run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[scenes_retrieval]", "report=false"))
     assert [*tmp_path.rglob("*")] == [before]
     (saved := tmp_path / "checkpoints" / "step_1.ckpt").parent.mkdir()
     saved.touch()
