@@ -41,12 +41,20 @@ def perceptual_hash(image: Image.Image) -> int:
 def hash_files(paths: Sequence[Path]) -> list[int | None]:
     """The hash of each image file, and of the frame in the middle of each clip; None for one that cannot be decoded.
     Files are decoded once per process.
+
+    Raises:
+        DataError: none of them can be decoded.
     """
     with ProgressBar("comparing photos") as progress, ThreadPoolExecutor(min(8, processors())) as pool:
         hashes = []
         for found in pool.map(_hash_file, paths):
             hashes.append(found)
             progress.reach(len(hashes), len(paths))
+    if {*hashes} == {None}:
+        try:
+            image_file(paths[0], frames=1)()
+        except DataError as error:
+            raise DataError(f"none of {len(paths)} photos can be decoded, e.g. {error}") from error
     return hashes
 
 

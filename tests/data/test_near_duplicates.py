@@ -87,6 +87,13 @@ def test_a_burst_is_not_held_out_and_few_photos_lose_one() -> None:
         held_out([5, 5, 4], 0.1)
 
 
+def test_photos_that_are_all_broken_are_told_with_the_reason(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_text("text")
+    with pytest.raises(DataError, match=r"^none of 2 photos can be decoded, e\.g\. .*a\.jpg is not a readable image: "):
+        hash_files([tmp_path / "a.jpg", tmp_path / "b.jpg"])
+
+
 def test_a_broken_photo_is_not_held_out() -> None:
     assert held_out([*[None] * 8, 1, 2**32 - 1], 0.5) == {8, 9}
     with pytest.raises(DataError, match=r"all 3 photos look alike or cannot be decoded \(2\)"):
