@@ -197,10 +197,7 @@ class CoCaLit(L.LightningModule):
             shard(self.net, mesh, half=bf16 and mesh.device_type == "cuda")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        trained = [m for m in (self.net, self.objectives) if any(p.requires_grad for p in m.parameters())]
-        optimizer, *further = map(self.make_optimizer, trained or [self.net])  # which refuses one without any
-        for group in (group for other in further for group in other.param_groups):
-            optimizer.add_param_group(group)
+        optimizer = self._optimizer()
         # Before any callback sees the weights, such as `Averaging`.
         optimizer.register_step_post_hook(lambda *_: self.net.clamp_logit_scale())
         steps = warmup, total = self.warmup_steps, int(self.trainer.estimated_stepping_batches)
@@ -216,17 +213,24 @@ class CoCaLit(L.LightningModule):
         self.configured = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def _optimizer(self) -> torch.optim.Optimizer:
+        trained = [m for m in (self.net, self.objectives) if any(p.requires_grad for p in m.parameters())]
+        optimizer, *further = map(self.make_optimizer, trained or [self.net])  # which refuses one without any
+        for group in (group for other in further for group in other.param_groups):
+            optimizer.add_param_group(group)
+        return optimizer
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "state_dict" not in checkpoint:  # it is sharded
+        if "state_dict" not in checkpoint or not checkpoint.get("optimizer_states"):  # it is sharded, or weights alone
             return
-        saved, own = ({k: v.shape for k, v in of.items()} for of in (checkpoint["state_dict"], self.state_dict()))
-        groups = [group for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
-        trained = sum(parameter.requires_grad for parameter in self.parameters())
-        if saved != own or sum(len(group["params"]) for group in groups) != trained:
+        shapes = [{k: v.shape for k, v in of.items()} for of in (checkpoint["state_dict"], self.state_dict())]
+        optimizers = (checkpoint["optimizer_states"][0], self._optimizer().state_dict())
+        groups = [[len(group["params"]) for group in of["param_groups"]] for of in optimizers]
+        if shapes[0] != shapes[1] or groups[0] != groups[1]:
             raise CheckpointError(
                 "the checkpoint has other weights than this run, or trains others, so it cannot be resumed: undo the "
-                "change of model.net, model.freeze, lora or of a loss weight that is 0, or take the weights alone with "
-                "ckpt_path=null init_from=FILE"
+                "change of model.net, model.optimizer, model.freeze, lora or of a loss weight that is 0, or take the "
+                "weights alone with ckpt_path=null init_from=FILE"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from experiments.study import Row, by_variant, draw_variants, numbers, read_rows
 
 RESULTS = Path(__file__).with_name("results.csv")
 BEAMS = "best of 8 beams"  # chosen with the similarity of image and caption
+CONSENSUS = "consensus of 8 beams"  # the one most like the training captions nearest to the photo
 NAMES = {
     "frozen_captions": "frozen encoder",
     "frozen_rewards": "frozen encoder, SCST",
@@ -18,7 +19,12 @@ NAMES = {
     "rewards": "20 epochs, SCST",
     "captions_8beams_reranked": f"20 epochs, {BEAMS}",
     "taught": "20 epochs, taught by the average of three",
-    "muon": "10 epochs with Muon",
+    "muon": "Muon, 10 epochs",
+    "muon_8beams_reranked": f"Muon, {BEAMS}",
+    "muon_8beams_neighbours": f"Muon, {CONSENSUS}",
+    "muon_mixed_rewards": "Muon, mixed SCST",
+    "muon_mixed_rewards_8beams_reranked": f"Muon, mixed SCST, {BEAMS}",
+    "muon_mixed_rewards_8beams_neighbours": f"Muon, mixed SCST, {CONSENSUS}",
     "long": "40 epochs",
     "long_rewards": "40 epochs, SCST",
     "long_8beams_reranked": f"40 epochs, {BEAMS}",
@@ -30,6 +36,10 @@ NAMES = {
 }
 SEARCHES = {name: title for name, title in NAMES.items() if "8beams" not in name} | {
     "captions_reranked": "20 epochs, re-ranked",
+    "muon_reranked": "Muon, re-ranked",
+    "muon_neighbours": "Muon, normalised, re-ranked",
+    "muon_mixed_rewards_reranked": "Muon, mixed SCST, re-ranked",
+    "muon_mixed_rewards_neighbours": "Muon, mixed SCST, normalised, re-ranked",
     "long_reranked": "40 epochs, re-ranked",
     "long_rewards_reranked": "40 epochs, SCST, re-ranked",
     "long_mixed_rewards_weight0.1": "40 epochs, mixed SCST, re-ranked",
@@ -51,6 +61,15 @@ LEVERS = {  # name: runs without and with it, and the scores that it can change
     "twice the steps, ten views instead of six": ("captions", "long", SHOWN),
     "the average of three such models as teacher, over 20 epochs": ("captions", "taught", SHOWN),
     "Muon at 2e-3, half the steps": ("captions", "muon", SHOWN),
+    "mixed SCST at 2e-5, four epochs, after Muon": ("muon", "muon_mixed_rewards", SHOWN),
+    "best of 8 beams at weight 0.1, after Muon": ("muon", "muon_8beams_reranked", WRITING),
+    "consensus of 8 beams, after Muon": ("muon", "muon_8beams_neighbours", WRITING),
+    "consensus of 8 beams, after Muon and mixed SCST": (
+        ("muon_mixed_rewards", "muon_mixed_rewards_8beams_neighbours", WRITING)
+    ),
+    "normalised by the training photos and captions, after Muon": ("muon", "muon_8beams_neighbours", FINDING),
+    "decoder re-ranking at weight 0.7, after Muon": ("muon", "muon_reranked", FINDING),
+    "normalised before decoder re-ranking, after Muon": ("muon_reranked", "muon_neighbours", FINDING),
     "SCST at 2e-4, two epochs, after 20 epochs": ("captions", "rewards", SHOWN),
     "SCST at 2e-5, four epochs, after 40 epochs": ("long", "long_rewards", SHOWN),
     "the same with the mixed reward": ("long", "long_mixed_rewards", SHOWN),

@@ -614,6 +614,7 @@ def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
         "+model.net.embed_dim=24",
         "model.freeze=[image_encoder]",
         "model.contrastive_weight=0",
+        "+model.optimizer.layer_decay=0.9",
     ):
         with pytest.raises(CheckpointError, match="other weights"):
             run(tmp_path / "other", *words, f"ckpt_path={tmp_path}/one/checkpoints/last.ckpt", word)
