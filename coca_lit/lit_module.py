@@ -12,13 +12,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import print_rank_zero
-from coca_lit.errors import CheckpointError, ConfigError, check_number
+from coca_lit.errors import ConfigError, check_number
 from coca_lit.models import CoCa
 from coca_lit.models.parts import GradCheckpointing
 from coca_lit.training.lightning_fixes import clip_gradients, forget_last_step, is_logged_step, is_sharded
 from coca_lit.training.objectives import Objective, OfFeatures, Pairs, Texts, named_objectives
+from coca_lit.training.optim import check_resumable, optimizer_of, warmup_cosine, warmup_stable_decay
 from coca_lit.training.optim import freeze as freeze_parts
-from coca_lit.training.optim import warmup_cosine, warmup_stable_decay
 from coca_lit.weights import CLASSIFIERS_KEY, MODEL_KEY
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class CoCaLit(L.LightningModule):
             shard(self.net, mesh, half=bf16 and mesh.device_type == "cuda")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self._optimizer()
+        optimizer = optimizer_of(self.make_optimizer, self.net, self.objectives)
         # Before any callback sees the weights, such as `Averaging`.
         optimizer.register_step_post_hook(lambda *_: self.net.clamp_logit_scale())
         steps = warmup, total = self.warmup_steps, int(self.trainer.estimated_stepping_batches)
@@ -213,25 +213,10 @@ class CoCaLit(L.LightningModule):
         self.configured = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        trained = [m for m in (self.net, self.objectives) if any(p.requires_grad for p in m.parameters())]
-        optimizer, *further = map(self.make_optimizer, trained or [self.net])  # which refuses one without any
-        for group in (group for other in further for group in other.param_groups):
-            optimizer.add_param_group(group)
-        return optimizer
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "state_dict" not in checkpoint or not checkpoint.get("optimizer_states"):  # it is sharded, or weights alone
-            return
-        shapes = [{k: v.shape for k, v in of.items()} for of in (checkpoint["state_dict"], self.state_dict())]
-        optimizers = (checkpoint["optimizer_states"][0], self._optimizer().state_dict())
-        groups = [[len(group["params"]) for group in of["param_groups"]] for of in optimizers]
-        if shapes[0] != shapes[1] or groups[0] != groups[1]:
-            raise CheckpointError(
-                "the checkpoint has other weights than this run, or trains others, so it cannot be resumed: undo the "
-                "change of model.net, model.optimizer, model.freeze, lora or of a loss weight that is 0, or take the "
-                "weights alone with ckpt_path=null init_from=FILE"
-            )
+        if "state_dict" in checkpoint and checkpoint.get("optimizer_states"):  # neither sharded nor weights alone
+            optimizer = optimizer_of(self.make_optimizer, self.net, self.objectives)
+            check_resumable(checkpoint, self.state_dict(), optimizer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if found := {name: made.config for name, made in self.objectives.items() if made.config}:

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from timm.optim import Muon, create_optimizer_v2, get_optimizer_class, list_optimizers
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from coca_lit.distributed import print_rank_zero
-from coca_lit.errors import ConfigError, check_number, suggest
+from coca_lit.errors import CheckpointError, ConfigError, check_number, suggest
 from coca_lit.models import CoCa
 
 # Learned positions, tokens and queries are no transformations: pulling them to zero has no meaning.
@@ -173,6 +173,30 @@ class Timm(Grouped):
 
     def _make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return create_optimizer_v2(groups, self.name, self.lr, self.weight_decay, **self.arguments)
+
+
+def optimizer_of(make: Callable[[nn.Module], torch.optim.Optimizer], *modules: nn.Module) -> torch.optim.Optimizer:
+    """One optimizer of all modules that have something to train."""
+    trained = [module for module in modules if any(p.requires_grad for p in module.parameters())]
+    optimizer, *further = map(make, trained or modules[:1])  # which refuses one without any
+    for group in (group for other in further for group in other.param_groups):
+        optimizer.add_param_group(group)
+    return optimizer
+
+
+def check_resumable(
+    checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    """Raises `CheckpointError` if a checkpoint of Lightning's has other weights than a run, or trains others."""
+    shapes = [{name: tensor.shape for name, tensor in of.items()} for of in (checkpoint["state_dict"], weights)]
+    states = (checkpoint["optimizer_states"][0], optimizer.state_dict())
+    groups = [[len(group["params"]) for group in state["param_groups"]] for state in states]
+    if shapes[0] != shapes[1] or groups[0] != groups[1]:
+        raise CheckpointError(
+            "the checkpoint has other weights than this run, or trains others, so it cannot be resumed: undo the "
+            "change of model.net, model.optimizer, model.freeze, lora or of a loss weight that is 0, or take the "
+            "weights alone with ckpt_path=null init_from=FILE"
+        )
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
