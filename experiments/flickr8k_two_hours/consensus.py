@@ -39,13 +39,14 @@ class ConsensusCaptions(CaptionScores):
     ) -> None:
         super().__init__(name, records, training_captions, every=every)
         check_number("neighbours", neighbours, at_least=1)
-        self.read_captions, self.neighbours = training_captions, neighbours
+        self.neighbours = neighbours
 
     def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
         return super().depends_on(score, settings) | {"neighbours": self.neighbours}
 
     def write(self, model: CoCa, records: Sequence[Record], settings: Settings) -> dict[int | str, str]:
-        known = self.read_captions()
+        assert self.training_captions is not None
+        known = self.training_captions()
         cider = CiderD({i: [fast_words(caption)] for i, caption in enumerate(known)})
         features = embed_texts(model, known, settings.batch_size)  # (T, E)
         options = {"strategy": "beam", "num_beams": 8, **(settings.generate or {})}

@@ -13,7 +13,7 @@ from torch import nn
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa
-from coca_lit.training.optim import AdamW, Timm, warmup_cosine, warmup_stable_decay
+from coca_lit.training.optim import AdamW, Timm, optimizer_of, warmup_cosine, warmup_stable_decay
 from helpers.running import run
 from helpers.steps import ENCODER as VIT
 
@@ -68,6 +68,18 @@ def test_frozen_parameters_are_left_out(tiny_model: Build) -> None:
     frozen = set(model.freeze("image_encoder", "text"))
     split = groups(model, AdamW(lr=1e-3)(model))
     assert not (split[0.2] | split[0.0]) & frozen
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1,)])
+def test_one_optimizer_trains_the_network_and_what_objectives_add(tiny_model: Build, frozen: tuple[int, ...]) -> None:
+    modules: list[nn.Module] = [tiny_model(), nn.ModuleDict({"mine": nn.Linear(3, 2)})]
+    for number in frozen:
+        modules[number].requires_grad_(False)
+    optimizer = optimizer_of(AdamW(lr=0.1), *modules)
+    found = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    wanted = {id(p) for number, module in enumerate(modules) if number not in frozen for p in module.parameters()}
+    assert len(found) == len(wanted)
+    assert set(found) == wanted
 
 
 def test_the_image_encoder_learns_more_slowly(tiny_model: Build) -> None:
