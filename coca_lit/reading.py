@@ -149,7 +149,7 @@ def open_parquet(path: Path, texts: Sequence[str] = ()) -> "Iterator[ParquetFile
 
 
 def parse_json(content: bytes | str, name: str, kind: type = object, keep_surrogates: bool = False) -> Any:
-    """Parses JSON in UTF-8.
+    """Parses JSON in UTF-8, or in UTF-16 with a mark.
 
     Args:
         name: of the file, for errors.
@@ -161,7 +161,7 @@ def parse_json(content: bytes | str, name: str, kind: type = object, keep_surrog
         DataError: it is not JSON, nested too deeply, has a number of thousands of digits, or is of another kind.
     """
     try:
-        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        text = content.decode(encoding_of(content)) if isinstance(content, bytes) else content
         found = json.loads(text)
         if not keep_surrogates and ("\\ud" in text or "\\uD" in text):
             found = _without_surrogates(found)

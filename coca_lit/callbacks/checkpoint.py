@@ -247,9 +247,9 @@ class Checkpoints(L.Callback):
                 write_json(self.folder / BEST_SCORE, content)
             except DataError as error:
                 log.warning("%s; training continues without this best checkpoint", error)
-        kept = self._best_so_far().get("step")
+        best = (self.folder / BEST).resolve()  # also where the score that chose it is another one by now
         for path in step_files(self.folder)[self.keep_last :]:
-            if kept is None or path != self._path(kept):
+            if path.resolve() != best:
                 remove(path)
 
     def _finish_saving(self, trainer: L.Trainer) -> None:

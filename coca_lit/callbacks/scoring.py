@@ -73,7 +73,8 @@ class ScoreDuringTraining(L.Callback):
         scored = named if at_end else [e for e in named if e.every and (self.every_n_epochs or self.every_n_steps)]
         further = [e.final_score_names if at_end else () for e in scored]
         known = [n for e, more in zip(scored, further, strict=True) for n in (*e.score_names, *(more or ()))]
-        open_ended = "/" in measure or None in further or not all(e.score_names for e in scored)  # own metrics; kinds
+        kinds = "/" in measure and any(at_end or e.kinds_in_training for e in scored)
+        open_ended = kinds or None in further or not all(e.score_names for e in scored)  # own metrics
         if not named:
             names = dict.fromkeys(e.name for e in self.evals)
             raise ConfigError(f"{key}: there is no evaluation '{name}'{suggest(name, names)} {_listed(names)}")

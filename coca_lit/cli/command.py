@@ -10,6 +10,7 @@ import functools
 import itertools
 import os
 import re
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -136,6 +137,9 @@ def _as_command(config: str) -> Iterator[None]:
         missing = isinstance(error, MissingValueError)
         example = f"; for example: {first_example(_template(config), config)}" if missing else ""
         sys.exit(f"error: {printable_lines(redact(explain(error)))}{example}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _answered(config: str, options: argparse.Namespace, words: Sequence[str]) -> bool:

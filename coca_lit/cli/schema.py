@@ -206,7 +206,7 @@ def check(node: Mapping[str, Any], shipped: Mapping[str, Any], groups: Iterable[
     """
     for key, value, argument in _walk(node, shipped):
         if key in ELSEWHERE:
-            raise ConfigError(f"{key} has no effect: {ELSEWHERE[key]}")
+            raise ConfigError(f"{key} cannot be set: {ELSEWHERE[key]}")
         if argument is None:
             while isinstance(value, dict) and len(value) == 1:  # to the innermost key
                 ((name, value),) = value.items()

@@ -75,6 +75,8 @@ class SweepCallback(Callback):
         left_out = set(config.hydra.job.config.override_dirname.exclude_keys) - {
             o.key_or_group for o in overrides if o.is_sweep_override()
         }
+        if config.hydra.runtime.choices.get("trainer") == "smoke":  # which decides what is trained, too
+            left_out.discard("trainer")
         sweep = uuid4().hex
         prepare_jobs(config, sweep, fixed, left_out)
         folder = Path(config.hydra.sweep.dir)

@@ -27,6 +27,7 @@ from coca_lit.data.transforms import (
     whole,
     whole_box,
 )
+from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError, whole_number
 from coca_lit.tokenizer import Tokenizer
 
@@ -261,6 +262,17 @@ class RecordsDataModule(CaptionDataModule):
         if images < batch:
             raise DataError(f"the split {self.train_split!r} has {images} images: lower batch_size, which is {batch}")
         return len(self.schedule(images))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"records": len(self.train_records), "ids": stable_seed(*(record.id for record in self.train_records))}
+
+    def changed_since(self, state: Mapping[str, Any]) -> str:
+        now = self.state_dict()
+        if all(state.get(name, value) == value for name, value in now.items()):
+            return ""
+        before = state["records"]
+        others = "others" if before == now["records"] else now["records"]
+        return f"the run began with {before} records to train on, and now there are {others}"
 
     def setup(self, stage: str) -> None:
         """Encodes what is to be cached and is not yet: now the network exists, still whole on every process."""

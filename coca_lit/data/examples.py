@@ -15,6 +15,8 @@ from coca_lit.errors import DataError
 from coca_lit.models.inputs import Images
 from coca_lit.tokenizer import Tokenizer
 
+FEW_BAD = 2.5  # records that may be bad in any case; chance has them drawn a little more often than others
+
 
 class Index(NamedTuple):
     """Which example, and what it depends on besides the seed."""
@@ -64,11 +66,11 @@ class TrainingExamples(Dataset[Example]):
 class CaptionDataset(TrainingExamples):
     """Training examples of records: a random caption and a random crop, both seeded by (seed, epoch, record id).
 
-    Missing images count as bad.
+    Missing images count as bad. Of few records, one or two may be.
     """
 
     def __init__(self, records: Sequence[Record], transform: TrainTransform, tokenizer: Tokenizer, seed: int = 0):
-        super().__init__(seed, MAX_MISSING)
+        super().__init__(seed, min(max(MAX_MISSING, FEW_BAD / max(len(records), 1)), 1.0))
         self.records, self.transform, self.tokenizer = records, transform, tokenizer
 
     def __len__(self) -> int:

@@ -121,7 +121,10 @@ def held_out(hashes: Sequence[int | None], share: float) -> set[int]:
     groups = [group for group in look_alikes(hashes) if hashes[group[0]] is not None]
     if len(groups) < 2:
         broken = f" or cannot be decoded ({hashes.count(None)})" if None in hashes else ""
-        raise DataError(f"all {len(hashes)} photos look alike{broken}, so none can be held out for scores")
+        raise DataError(
+            f"all {len(hashes)} photos look alike{broken}, so none can be held out for scores: to train on all, "
+            "give the captions a column split with the value train, and set data.val_split=null 'evals=[]'"
+        )
     wanted = max(1, round(share * len(hashes)))
 
     def order(group: list[int]) -> int:

@@ -4,7 +4,8 @@ An evaluation with your own metric is a class with one method, or a function wit
 
     class CaptionLength(Evaluation):
         def scores(self, model, records, settings):
-            captions = caption_images(model, records, settings.batch_size, settings.workers, settings.generate)
+            options = settings.generate or {}
+            captions = caption_images(model, records, settings.batch_size, settings.workers, options)
             return {"words": fmean(len(caption.split()) for caption in captions.values())}
 """
 
@@ -119,6 +120,7 @@ class Evaluation:
         generates: whether scores may depend on captions that the model writes; true unless a class says otherwise.
         score_names: names of the scores, if they are known beforehand: a misspelt name is then found before training.
         final_score_names: names of the further scores with `settings.full`; None if they are not known beforehand.
+        kinds_in_training: whether it scores kinds of records apart, as KIND/SCORE, not only with `settings.full`.
         not_run: score -> why the last `evaluate` could not compute it; `scores` notes it.
         draws: score -> its values for resampled images, from which intervals come, of the last `evaluate`; `scores`
             notes what `coca_lit.metrics.uncertainty.bootstrap` returns.
@@ -130,6 +132,7 @@ class Evaluation:
     generates = True
     score_names: Sequence[str] = ()
     final_score_names: Sequence[str] | None = ()
+    kinds_in_training = True
 
     def __init__(self, name: str, records: Sequence[Record], every: int = 1) -> None:
         check_number("every", every, whole=True, at_least=0)

@@ -5,10 +5,11 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from torch import Tensor
 
 from coca_lit.data.records import Record
-from coca_lit.distributed import rank, world_size
+from coca_lit.distributed import host_group, rank, world_size
 from coca_lit.errors import DataError
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import caption_images, embed_pairs, embed_texts
@@ -40,6 +41,7 @@ class CaptionScores(Evaluation):
 
     captioned = True
     score_names = (*(f"Bleu_{n}" for n in range(1, 5)), "METEOR", "ROUGE_L", "CIDEr", "exact_match")
+    kinds_in_training = False
     final_score_names: Sequence[str] | None = (
         *("SPICE", *(f"SPICE_{part}" for part in ("object", "attribute", "relation", "color", "count", "size"))),
         *("mean_length", "vocabulary", "distinct_1", "distinct_2", "novel", "CLIPScore", "RefCLIPScore"),
@@ -125,6 +127,8 @@ class CaptionScores(Evaluation):
         self, metric: CaptionMetric, captions: Mapping[int | str, str], records: Sequence[Record]
     ) -> dict[str, float]:
         """The scores that can be computed, on every rank; `not_run` says which cannot, and why."""
+        if dist.is_available() and dist.is_initialized():  # NCCL gathers nothing on the host, and waits minutes at most
+            metric.process_group = host_group("objects")
         own = records[rank() :: world_size()]
         ids = [record.id for record in own]
         references, domains = [record.captions for record in own], [record.domain for record in own]

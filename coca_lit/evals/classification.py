@@ -75,7 +75,7 @@ class ZeroShotScores(Evaluation):
         scores: dict[str, float] = {}
         ids = [record.id for record in records]
         for way, similarity in ways.items():
-            accuracy = ZeroShotAccuracy(resample=settings.full)
+            accuracy = ZeroShotAccuracy(resample=settings.full, sync_on_compute=False)  # all is known on every rank
             accuracy.update(similarity, torch.tensor([self.labels[id] for id in ids]), ids)
             scores |= {f"{way}{score}": value for score, value in accuracy.compute().items()}
             self.draws |= {f"{way}{score}": draws for score, draws in accuracy.draws.items()}
@@ -168,14 +168,16 @@ class ProbeScores(Evaluation):
                 ways |= {"pooler": probed.logits, "mean": probed.means.double() @ weights.T + biases}  # of tokens
         scores: dict[str, float] = {}
         for way, found in ways.items():
-            accuracy = ZeroShotAccuracy(resample=settings.full)
+            accuracy = ZeroShotAccuracy(resample=settings.full, sync_on_compute=False)  # all is known on every rank
             accuracy.update(found.cpu(), labels, [record.id for record in records])
             scores |= {f"{way}/{score}": value for score, value in accuracy.compute().items()}
             self.draws |= {f"{way}/{score}": draws for score, draws in accuracy.draws.items()}
         if {"pooler/top1", "mean/top1"} <= self.draws.keys():
             gain = difference(self.draws["mean/top1"], self.draws["pooler/top1"])
-            values = self.draws["pooler/top1"].values - self.draws["mean/top1"].values
-            self.draws["pooler_gain/top1"] = Draws(values, gain.value, self.draws["pooler/top1"].units)
+            of = self.draws["pooler/top1"]
+            self.draws["pooler_gain/top1"] = Draws(
+                of.values - self.draws["mean/top1"].values, gain.value, of.units, of.trials
+            )
             scores |= {"pooler_gain/top1": gain.value, "pooler_gain/p": gain.p}
         return scores
 
@@ -217,7 +219,8 @@ class LabelScores(Evaluation):
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         if settings.classifier is None or isinstance(model, CLIP):
             self.not_run[f"{self.name} labels"] = (
-                "the model has no classifier: name the run or checkpoint that trained one"
+                "the model has no classifier: name the run or checkpoint that trained one; one of a class of your own "
+                "is scored during training only"
             )
             return {}
         classes = list(settings.classifier.classes)

@@ -39,13 +39,15 @@ class Draws(NamedTuple):
         values: (D,)
         score: of the units themselves.
         units: a digest of the units in their order. Draws with the same digest are of the same resamples.
-        trials: number of units that it is of if the score is a share (see `is_share`) in [0, 1], else 0.
+        trials: number of units that it is of; 0 if unknown.
+        share: whether it is one, see `is_share`, and in [0, 1].
     """
 
     values: np.ndarray
     score: float
     units: str
     trials: int = 0
+    share: bool = False
 
     def interval(self) -> tuple[float, float]:
         """Limits of the score; NaN if there are no draws, or if these do not scatter and so say nothing, as where no
@@ -61,7 +63,7 @@ class Draws(NamedTuple):
         known = self.values[~np.isnan(self.values)]  # a rare category may be absent from a resample
         if not len(known):
             return float("nan"), float("nan")
-        if self.trials:
+        if self.share:
             share, z = self.score, NormalDist().inv_cdf((1 + LEVEL) / 2)
             units = share * (1 - share) / known.var() if np.ptp(known) >= EQUAL else self.trials
             middle = (share + z**2 / (2 * units)) / (1 + z**2 / units)
@@ -109,8 +111,16 @@ def bootstrap(units: Sequence[Hashable], *scores: Resampled, draws: int = DRAWS)
                 parts.setdefault(name, []).append(values)
     judged = {name: count for score in scores if isinstance(score, Ratios) for name, count in score.units.items()}
     # A measure of a user may be called a share and be in percent.
-    count = {n: judged.get(n, len(units)) if is_share(n) and 0 <= once[n] <= 1 else 0 for n in parts}
-    return {name: Draws(np.concatenate(values), once[name], of, count[name]) for name, values in parts.items()}
+    return {
+        name: Draws(
+            np.concatenate(values),
+            once[name],
+            of,
+            trials=judged.get(name, len(units)),
+            share=is_share(name) and 0 <= once[name] <= 1,
+        )
+        for name, values in parts.items()
+    }
 
 
 def exact(units: int, *scores: Resampled) -> dict[str, float]:
@@ -153,10 +163,11 @@ def difference(first: Draws, second: Draws) -> Difference:
     """The paired bootstrap test of two scores.
 
     The p-value compares the difference with the scatter of its draws about their mean, as sacreBLEU does (Riezler and
-    Maxwell 2005). The interval is that of the draws. Where these do not scatter, since no image is an exception (both
-    models are right on the same ones), that of shares reaches as far as Wilson's of 0 exceptions, within [-1, 1], and
-    that of other scores is NaN, and p is at least that of as many fair coins that all fall on one side, or NaN.
-    Resamples in which a score is NaN are left out; if there are no others, all is NaN.
+    Maxwell 2005), and is at least that of as many fair coins as there are images that all fall on one side: three
+    images that agree show little. The interval is that of the draws. Where these do not scatter, since no image is an
+    exception (both models are right on the same ones), that of shares reaches as far as Wilson's of 0 exceptions,
+    within [-1, 1], and that of other scores is NaN. Resamples in which a score is NaN are left out; if there are no
+    others, all is NaN.
 
     Raises:
         ValueError: the draws are of different images.
@@ -171,10 +182,12 @@ def difference(first: Draws, second: Draws) -> Difference:
     p = (1 + int((scatter >= abs(value)).sum())) / (1 + len(values))
     low, high = Draws(values, value, first.units).interval()
     trials = min(first.trials, second.trials)
-    if scatter.max() < EQUAL and abs(value) >= EQUAL:
-        p = max(p, 2.0 ** (1 - trials)) if trials else float("nan")
-    if trials and scatter.max() < EQUAL:
-        _, rest = Draws(np.zeros(1), 0.0, first.units, trials).interval()
+    if trials:
+        p = max(p, 2.0 ** (1 - trials))
+    elif scatter.max() < EQUAL <= abs(value):
+        p = float("nan")
+    if first.share and second.share and scatter.max() < EQUAL:
+        _, rest = Draws(np.zeros(1), 0.0, first.units, trials, share=True).interval()
         low, high = max(value - rest, -1.0), min(value + rest, 1.0)
     return Difference(value, low, high, p)
 

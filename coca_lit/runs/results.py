@@ -112,6 +112,7 @@ def write_draws(folder: Path, draws: Mapping[str, Draws]) -> None:
         units=np.array([of.units for of in draws.values()]),
         points=np.array([of.score for of in draws.values()], dtype=np.float64),
         trials=np.array([of.trials for of in draws.values()], dtype=np.int64),
+        shares=np.array([of.share for of in draws.values()], dtype=bool),
         values=np.stack([of.values for of in draws.values()]),
     )
     atomic_write(folder / DRAWS, content.getvalue())
@@ -127,18 +128,18 @@ def read_draws(folder: Path) -> dict[str, Draws]:
     if not file:
         return {}
     try:
-        parts = [file[name] for name in ("scores", "units", "points", "trials", "values")]
-        scores, units, points, trials, values = parts
+        parts = [file[name] for name in ("scores", "points", "units", "trials", "shares", "values")]
+        scores, points, _, trials, shares, values = parts
         if {part.shape for part in parts[:-1]} != {values.shape[:1]} or values.ndim != 2:
             raise ValueError("arrays of other shapes")
-        if (points.dtype, trials.dtype, values.dtype) != (np.float64, np.int64, np.float64):
+        if [part.dtype for part in (points, trials, shares, values)] != [np.float64, np.int64, bool, np.float64]:
             raise ValueError("arrays of other types")
-        if not ((trials == 0) | ((trials > 0) & (points >= 0) & (points <= 1))).all():
+        if (trials < shares).any() or (shares & ~((points >= 0) & (points <= 1))).any():
             raise ValueError("shares outside of 0 to 1")
     except (ValueError, KeyError) as error:
         raise DataError(f"{folder / DRAWS} does not hold the resampled scores of a run ({error}): remove it") from error
-    rows = zip(scores.tolist(), values, points.tolist(), units.tolist(), trials.tolist(), strict=True)
-    return {str(name): Draws(row, point, str(of), many) for name, row, point, of, many in rows}
+    rows = zip(values, *(part.tolist() for part in parts[1:-1]), strict=True)
+    return {str(name): Draws(*row) for name, row in zip(scores.tolist(), rows, strict=True)}
 
 
 def write_conditions(folder: Path, conditions: Mapping[str, Conditions]) -> None:

@@ -43,6 +43,15 @@ def accumulates(trainer: L.Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
+def weight_in_step(trainer: L.Trainer, batch_idx: int) -> float:
+    """By what the loss of a batch is to be multiplied so that a step has the mean over its batches: Lightning divides
+    by `accumulate_grad_batches`, also where an epoch ends with fewer. No issue is known.
+    """
+    count, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+    last = batches % count if count > 1 else 0
+    return count / last if last and batch_idx >= batches - last else 1.0
+
+
 def is_logged_step(trainer: L.Trainer) -> bool:
     """Whether Lightning logs the step that is being made, or it is the last one."""
     last = trainer.global_step + 1 >= trainer.estimated_stepping_batches

@@ -173,7 +173,7 @@ def scenes(outputs: Path) -> Iterator[Row]:
     """
     data, found = "scenes, unseen combinations", {}
     for seed in SEEDS:
-        model = load_model(outputs / f"demo_seed{seed}" / "checkpoints" / "last.ckpt")
+        model = load_model(outputs / f"scenes_seed{seed}" / "checkpoints" / "last.ckpt")
         records = scene_records("compositional", size=model.image_size)
         references = {record.id: record.captions for record in records}
         for beams, options in BEAMS.items():

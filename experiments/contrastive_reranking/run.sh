@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Needs the runs of experiments/demo and, with the folder of photos, the longer ones of
+# usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Needs the runs scenes_seed* of experiments/demo and, with the folder of photos, the longer ones of
 # experiments/flickr8k_two_hours; seeds without such a run are left out.
 set -euo pipefail
 root=${1:+$(realpath "$1")}
@@ -15,7 +15,7 @@ for seed in ${SEEDS:-0 1 2}; do
   short=demo_short_seed$seed
   [ -s "outputs/$short/results.json" ] || python train.py experiment=scenes name="$short" seed="$seed" trainer.max_epochs=2 threads=1
   for data in scenes compositional; do
-    for model in "demo_seed$seed" "$short"; do
+    for model in "scenes_seed$seed" "$short"; do
       weights "$data" "outputs/$model"
     done
   done

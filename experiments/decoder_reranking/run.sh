@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Needs the runs of experiments/demo and, with the folder of photos, the longer ones of experiments/flickr8k_two_hours.
+# usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Needs the runs scenes_seed* of experiments/demo and, with the folder of photos, the longer ones of experiments/flickr8k_two_hours.
 set -euo pipefail
 root=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/../.."
@@ -13,7 +13,7 @@ read_pairs() { # DATA RUN_FOLDER OPTIONS…
 }
 for seed in ${SEEDS:-0 1 2}; do
   for data in scenes compositional; do
-    read_pairs $data "outputs/demo_seed$seed"
+    read_pairs $data "outputs/scenes_seed$seed"
   done
   [ -z "$root" ] || read_pairs flickr8k "outputs/flickr8k_two_hours/long_seed$seed" --root "$root" --counts 2 4 8 16
 done

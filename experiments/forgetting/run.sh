@@ -47,7 +47,7 @@ compare() { # MODEL PREFIX OVERRIDES…: the model before, trained unless it is 
 evals='evals=[narrated_captions,narrated_retrieval,scenes_retrieval]'
 towers='lora.parts=[image_encoder,pooling,image_projection,text]'
 for seed in ${SEEDS:-0 1 2}; do
-  compare demo '' experiment=scenes
+  compare scenes '' experiment=scenes
   tune c0.3 model.contrastive_weight=0.3
   tune lora_c0.3 model.contrastive_weight=0.3 lora.rank=8 "$towers"
   between c0 "$seed" "$before" 0.3,0.5,0.7 "$evals"

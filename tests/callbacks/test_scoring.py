@@ -213,6 +213,16 @@ def test_a_score_of_other_images_is_not_the_best(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_best_stays_where_no_best_is_asked_for_any_more(tmp_path: Path) -> None:
+    keep = ("callbacks.checkpoint.best=probe/value", "callbacks.checkpoint.keep_last=1")
+    train(tmp_path, *keep, "trainer.max_epochs=1", evals=[Planned(5, 0, 1)], **STEPS)
+    last = f"ckpt_path={tmp_path}/checkpoints/step_4.ckpt"
+    train(tmp_path, keep[1], last, evals=[Planned(4, 0, 3)], **STEPS)
+    assert (tmp_path / "checkpoints" / "best.ckpt").resolve().name == "step_2.ckpt"
+    assert (tmp_path / "checkpoints" / "best.ckpt").exists()
+
+
+@pytest.mark.slow
 def test_steps_that_are_made_again_do_not_hold_the_best(tmp_path: Path) -> None:
     keep = ("callbacks.checkpoint.best=probe/value", "callbacks.checkpoint.keep_last=9")
     train(tmp_path, *keep, evals=[Planned(1, 2, 7, 0, 3)], **STEPS)
@@ -244,6 +254,8 @@ def test_a_wrong_score_of_an_own_metric_is_refused_when_it_is_known(tmp_path: Pa
         ("scenes/Cider", False, "Cider.*CIDEr"),
         ("late/t2i_recal@1", True, "t2i_recal@1.*t2i_recall@1"),
         ("late/t2i_recall@1", False, "late.*at the end only"),
+        ("scenes/near/CIDEr", False, "near/CIDEr"),  # kinds of captions are told apart at the end only
+        ("scenes/near/CIDEr", True, None),
         ("late_8/t2i_recall@1", True, "late_8"),  # at the end all images are scored
         ("scenes/own_words", True, None),  # a measure of one's own
         ("late/reranked_t2i_recall@1", True, None),

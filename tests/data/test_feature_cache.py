@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -28,6 +29,7 @@ from coca_lit.data.feature_cache import (
     FeatureCache,
     mirrored,
     read_features,
+    swap_sides,
 )
 from coca_lit.data.records import Clip, Record
 from coca_lit.data.scenes.render import VOCABULARY
@@ -164,6 +166,32 @@ def test_workers_outlive_the_signals_of_a_scheduler(tmp_path: Path) -> None:
     (path,) = views(tmp_path, Encoder()).encode([Record(0, ignores_signals, "a")], 1, 1, CPU)
     white = build_transform(size=SIZE)(Image.new("RGB", (SIZE, SIZE), "white"))
     torch.testing.assert_close(read_features(path, 0).float(), Encoder()(white[None])[0], atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "mirror"),
+    [
+        ("a dog on the left side", "a dog on the right side"),
+        ("his left hand, Left of it", "his right hand, right of it"),
+        ("from left to right", "from right to left"),
+        ("left", "right"),
+        ("a man who left his bike", "a man who left his bike"),
+        ("he left the room right behind her", "he left the room right behind her"),
+    ],
+)
+def test_sides_are_swapped_in_phrases_of_places(text: str, mirror: str) -> None:
+    assert swap_sides(text) == mirror
+
+
+def test_captions_in_other_languages_get_no_mirror_images(tmp_path: Path) -> None:
+    """Nobody knows their words for left and right."""
+    german = [record._replace(captions=("Ein Hund links neben dem Auto",)) for record in records()]
+    plain = views(tmp_path, Encoder()).encode(records(), 1, 0, CPU)
+    paths = views(tmp_path, Encoder()).encode(german, 3, 0, CPU)
+    assert [path.stem[-2:] for path in paths] == ["_0", "_2", "_4"]
+    assert paths[0] == plain[0]
+    dataset = CachedCaptionDataset(german, paths, TOKENIZER)
+    assert all(dataset.image(Index(0, 1), german[1], random.Random(i))[1] is german[1] for i in range(9))
 
 
 def test_mirror_images_have_mirrored_captions(tmp_path: Path) -> None:

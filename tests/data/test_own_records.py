@@ -12,10 +12,12 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from coca_lit.cli.command import CONF
+from coca_lit.cli.train import resume_data
 from coca_lit.data import ImageFile, Record
 from coca_lit.data.datamodule import CaptionDataModule, RecordsDataModule
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.errors import DataError
+from coca_lit.runs.resume import Start
 from coca_lit.tokenizer import WordTokenizer
 
 TOKENIZER = WordTokenizer(["a", "red", "green", "image"])
@@ -62,6 +64,20 @@ def test_a_function_and_lists_give_the_same_batches(root: Path) -> None:
     assert batch.tokens.tolist() == [TOKENIZER.encode("a green image")] * 2
     with pytest.raises(DataError, match=r"train, val.*'test'"):
         by_lists.records("test")
+
+
+@pytest.mark.parametrize(("count", "others"), [(5, "others"), (6, "6")])
+def test_a_run_goes_on_with_the_records_that_it_began_with(root: Path, count: int, others: str) -> None:
+    """Otherwise one that was trained on may be held out for scores."""
+    shared = {"tokenizer": TOKENIZER, "batch_size": 2, "image_size": 8, "val_split": None}
+    records = my_records("train", str(root))
+    state = RecordsDataModule({"train": records}, **shared).state_dict()
+    start = Start(root / "step_1.ckpt", {"RecordsDataModule": state})
+    resume_data(RecordsDataModule({"train": records}, **shared), start, strict=True)
+    resume_data(RecordsDataModule({"train": records}, **shared), Start(start.path, {}), strict=True)
+    changed = [records[i % 5]._replace(id=f"new {i}") for i in range(count)]
+    with pytest.raises(DataError, match=f"^the run began with 5 records .*, and now there are {others}: restore"):
+        resume_data(RecordsDataModule({"train": changed}, **shared), start, strict=True)
 
 
 def test_records_in_yaml(root: Path) -> None:

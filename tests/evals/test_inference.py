@@ -1,14 +1,18 @@
 """Evaluation inputs are the same on any number of ranks, with images that do not divide evenly."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from coca_lit.data.datasets.classification import Classification
 from coca_lit.errors import DataError
-from coca_lit.evals import Evaluation
+from coca_lit.evals import Evaluation, Settings
 from coca_lit.evals.captions import CaptionScores
 from coca_lit.evals.choice import ChoiceScores
+from coca_lit.evals.classification import ZeroShotScores
 from coca_lit.evals.inference import caption_images, embed_pairs
 from coca_lit.evals.retrieval import RetrievalScores
 from coca_lit.evals.vqa import VQAScores
@@ -40,6 +44,21 @@ def test_any_number_of_ranks_gives_the_same(on_ranks, alone: dict[str, Any]) -> 
             assert result[name] == alone[name], name
         for name in ("images", "texts", "image_of_text"):
             torch.testing.assert_close(result[name], alone[name], atol=1e-6, rtol=0)
+
+
+def test_scores_do_not_need_collectives_of_the_host(tmp_path: Path) -> None:
+    """As where NCCL is the only backend."""
+    labels = {record.id: i % 2 for i, record in enumerate(records())}
+    evaluations: list[Evaluation] = [
+        CaptionScores("captions", records()),
+        ZeroShotScores("kinds", Classification(records(), labels, ("red", "blue"), ("a {}",))),
+    ]
+    alone = [evaluation.evaluate(make_model(), Settings(tmp_path)) for evaluation in evaluations]
+    dist.init_process_group("cuda:gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert [evaluation.evaluate(make_model(), Settings(tmp_path)) for evaluation in evaluations] == alone
+    finally:
+        dist.destroy_process_group()
 
 
 def test_one_by_one_gives_the_same(alone: dict[str, Any]) -> None:

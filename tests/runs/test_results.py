@@ -23,7 +23,8 @@ def test_draws_of_a_measure_in_percent_come_back(tmp_path: Path) -> None:
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.15)
     write_draws(tmp_path, {f"x/{name}": of for name, of in draws.items()})
     found = read_draws(tmp_path)
-    assert {name: of.trials for name, of in found.items()} == {"x/colour_accuracy": 0, "x/accuracy": 400}
+    assert {name: of.share for name, of in found.items()} == {"x/colour_accuracy": False, "x/accuracy": True}
+    assert {of.trials for of in found.values()} == {400}
     assert found["x/colour_accuracy"].interval() == (low, high)
 
 

@@ -56,6 +56,25 @@ def fit(folder: Path, *overrides: str, watch: L.Callback | None = None) -> CoCaL
     return module
 
 
+class Gradients(L.Callback):
+    """The gradient of each step, of one of the weights."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        self.found.append(pl_module.net.text.token_embedding.weight.grad.clone())
+
+
+def test_a_step_is_the_mean_of_its_batches_however_many_there_are(tmp_path: Path) -> None:
+    """Four batches an epoch, three of them in the first step and one in the second; nothing learns."""
+    words = ("model.optimizer.lr=0", "model.caption_weight=0", "trainer.max_epochs=1", "trainer.gradient_clip_val=null")
+    fit(tmp_path / "one", *words, watch=(one := Gradients()))
+    fit(tmp_path / "three", *words, "trainer.accumulate_grad_batches=3", watch=(three := Gradients()))
+    expected = [torch.stack(one.found[:3]).mean(dim=0), one.found[3]]
+    torch.testing.assert_close(three.found, expected)
+
+
 def test_values_are_not_clipped_one_by_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.gradient_clip_algorithm"):
         fit(tmp_path, "+trainer.gradient_clip_algorithm=value")

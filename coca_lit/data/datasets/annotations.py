@@ -113,8 +113,10 @@ def read_results(path: Path) -> dict[int | str, str]:
 
 def read_json_lines(path: Path) -> Iterator[Any]:
     """The values of a file with one JSON value a line. Raises `DataError`."""
-    lines = read_bounded(path, MAX_BYTES, "cannot be read").splitlines()
-    for number, line in enumerate(lines, start=1):
+    content = read_bounded(path, MAX_BYTES, "cannot be read")
+    if encoding_of(content) == "utf-16":
+        content = content.decode("utf-16", errors="replace").encode()
+    for number, line in enumerate(content.splitlines(), start=1):
         if line.strip():
             yield parse_json(line, f"line {number} of {path}")
 

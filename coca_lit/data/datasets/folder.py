@@ -174,7 +174,9 @@ def _rows(path: Path) -> Iterator[tuple[str, Iterable[str], str | None]]:
 
 def split_of(row: Mapping[str, Any], path: Path) -> str | None:
     """The split that a row names, by our names; None if it names none. Raises `DataError` for another name."""
-    split = row.get("split")
+    split = next(
+        (value for name, value in row.items() if isinstance(name, str) and name.strip().lower() == "split"), None
+    )
     if split is None:
         return None
     if not isinstance(split, str) or split.strip().lower() not in SPLITS:

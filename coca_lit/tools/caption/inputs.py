@@ -17,7 +17,7 @@ from braceexpand import braceexpand
 from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.data.pixels import CLIPS, MAX_IMAGE, SUFFIXES, decode_image
-from coca_lit.data.prefetch import worker_errors
+from coca_lit.data.prefetch import worker_errors, worker_options
 from coca_lit.data.shards.indexed import image_of
 from coca_lit.data.shards.listing import local_shards
 from coca_lit.data.shards.reader import holds_code
@@ -43,6 +43,15 @@ class Source(NamedTuple):
     offset: int = 0
     size: int = -1  # bytes from `offset` on; -1 for all
     frames: int = 0  # of a clip that the model sees; 0 for an image
+
+    @property
+    def state(self) -> list[int]:
+        """Size and time of change of the file; nothing if it cannot be read."""
+        try:
+            about = self.path.stat()
+        except OSError:
+            return []
+        return [about.st_size, about.st_mtime_ns]
 
 
 class Sample(NamedTuple):
@@ -189,9 +198,8 @@ def load_images(
         yield from DataLoader(
             _Decoded(preprocessing),
             batch_sampler=batches,  # type: ignore[arg-type]  # its "indices" are sources
-            num_workers=num_workers,
             collate_fn=_collate,
-            pin_memory=torch.cuda.is_available(),
+            **worker_options(num_workers),
         )
 
 
@@ -249,7 +257,7 @@ def scan_shard(path: Path) -> tuple[list[Sample], str]:
 
 
 def write_shard(source: Path, target: Path, samples: Sequence[Sample], captions: Mapping[str, Sequence[str]]) -> None:
-    """Writes `target`, a copy of `source` with new captions; samples without one are left out.
+    """Writes `target`, a copy of `source` with new captions and the same time; samples without one are left out.
 
     Args:
         captions: key of a sample -> its captions, the best first.
@@ -266,6 +274,8 @@ def write_shard(source: Path, target: Path, samples: Sequence[Sample], captions:
                 file.seek(offset)
                 members[extension] = file.read(size)
             tar.write({"__key__": sample.key, **_recaptioned(members, captions[sample.key])})
+        changed = os.fstat(file.fileno()).st_mtime_ns
+    os.utime(target, ns=(changed, changed))
 
 
 def _recaptioned(members: dict[str, bytes], captions: Sequence[str]) -> dict[str, bytes]:

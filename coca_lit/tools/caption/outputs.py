@@ -23,6 +23,7 @@ from coca_lit.reading import is_int64, parse_json, printable, read_json
 from coca_lit.tools.caption.inputs import Files, OpenShard, Shard, Source, Unit, write_shard
 
 SETTINGS = "settings.json"
+COARSEST = 2 * 10**9  # nanoseconds: the resolution of times on FAT
 OLD = 3600.0  # seconds, after which no command is still writing a shard; several may share a folder
 Captions = Sequence[str]  # of one image, the best first
 _NO_BYTES = re.compile("[^\udca0-\udcff]+")  # these stand for bytes that are not UTF-8; those below for C1 controls
@@ -97,7 +98,8 @@ class Printer(Writer):
 
 
 class JsonLines(Writer):
-    """A line {"path": …, "caption": …} for each image; with several captions also "captions", all of them.
+    """A line {"path": …, "caption": …, "file": [size, time of change]} for each image; with several captions also
+    "captions", all of them. An image that was replaced under its name is captioned again.
 
     Rank 0 appends to the file, every other rank to a part of its own beside it; in the end rank 0 merges all lines in
     the order of the inputs.
@@ -109,15 +111,18 @@ class JsonLines(Writer):
         _claim(path.with_name(f"{path.name}.{SETTINGS}"), path.exists(), settings, glob.escape(path.name))
         self.path, self.units = path, units
         self.journal = self._journal()
-        self.done = set(self._rows())
+        self.done = {key: row.get("file") for key, row in self._rows().items()}
 
     def has(self, source: Source) -> bool:
-        return self._id(source) in self.done
+        return self.done.get(self._id(source), ()) in (None, source.state)  # None: a row that somebody has written
 
     def write(self, captions: Mapping[Source, Captions]) -> None:
-        rows = [{self.key: self._id(source), **self._texts(found)} for source, found in captions.items()]
+        rows = [
+            {self.key: self._id(source), **self._texts(found), "file": source.state}
+            for source, found in captions.items()
+        ]
         append_lines(self.journal, map(json.dumps, rows))
-        self.done.update(row[self.key] for row in rows)
+        self.done |= {row[self.key]: row["file"] for row in rows}
 
     def finish(self) -> None:
         gather_objects(None)  # waits until every process has written
@@ -197,8 +202,8 @@ class Recaptioned(Writer):
     """A folder of shards for training, each a copy of an input with the new captions, see
     `write_shard`.
 
-    A shard is written whole or not at all; an existing one is done. `open_writer` claims the folder, once for all
-    processes of an engine.
+    A shard is written whole or not at all, and has the time of its input, by which it is known to be done.
+    `open_writer` claims the folder, once for all processes of an engine.
     """
 
     def __init__(self, folder: Path, units: Sequence[Unit]) -> None:
@@ -215,7 +220,9 @@ class Recaptioned(Writer):
         self.captions: dict[str, Captions] = {}  # of the current shard, by the name of the image
 
     def has_unit(self, unit: Unit) -> bool:
-        return isinstance(unit, Shard) and (self.folder / unit.path.name).exists()
+        if not isinstance(unit, Shard) or not (target := self.folder / unit.path.name).exists():
+            return False
+        return abs(target.stat().st_mtime_ns - unit.path.stat().st_mtime_ns) <= COARSEST
 
     def write(self, captions: Mapping[Source, Captions]) -> None:
         self.captions |= {source.name: found for source, found in captions.items()}

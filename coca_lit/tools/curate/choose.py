@@ -16,7 +16,7 @@ import numpy as np
 from coca_lit.data.shards.selection import COLUMNS, GROUP, read_selection, write_selection
 from coca_lit.errors import DataError
 from coca_lit.reading import open_parquet, printable
-from coca_lit.tools.curate.scores import ABOUT, made_by
+from coca_lit.tools.curate.scores import ABOUT, check_current, made_by
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -187,6 +187,8 @@ def _opened(output: Path, memory_gb: float | None, files: Sequence[Path]) -> "It
 def _view(db: "DuckDBPyConnection", name: str, paths: Sequence[Path], selection: Path | None = None) -> int:
     """Makes the rows of files a view, of which only a selection is seen; returns the number of all rows."""
     _check_alike(paths, "model", "precision", "caption_key")
+    for path in paths:
+        check_current(path)
     rows = db.read_parquet([str(path.absolute()) for path in paths], union_by_name=True)
     rows.create_view(f"all_{name}")
     for column in COLUMNS:

@@ -116,6 +116,15 @@ def find_scores(words: Sequence[str | Path]) -> list[Path]:
     return list(found.values())
 
 
+def check_current(path: Path) -> None:
+    """Raises `DataError` if the shard beside the scores has changed since: its keys may be those of other samples."""
+    shard = path.with_name(path.name.removesuffix(SUFFIX) + ".tar")
+    if made_by(path) and shard.exists():
+        size, changed_at = read_about(path).about["shard"]
+        if (shard.stat().st_size, shard.stat().st_mtime_ns) != (size, changed_at):
+            raise DataError(f"{shard} has changed since it was scored: repeat coca-data score")
+
+
 def made_by(path: Path, *settings: str) -> str | None:
     """These settings of the scores of a file; None if another program wrote it."""
     with open_parquet(path) as file:

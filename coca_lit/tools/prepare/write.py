@@ -79,8 +79,8 @@ def plan_pairs(pairs: Sequence[Pair], per_shard: int | None) -> list[Task]:
 
 
 def prepare(tasks: Sequence[Task], output: Path, run: Run) -> Iterator[Written]:
-    """Writes all shards that do not exist yet, and those that lack files which can be read by now; yields them as they
-    are ready, existing ones first.
+    """Writes all shards that do not exist yet, and those whose sources have changed or can be read by now; yields them
+    as they are ready, existing ones first.
 
     Args:
         run: calls `write_shard` for all tasks, anywhere.
@@ -102,14 +102,15 @@ def prepare(tasks: Sequence[Task], output: Path, run: Run) -> Iterator[Written]:
 
 
 def _may_differ(task: Task, bad: Mapping[str, int], output: Path) -> bool:
-    """Whether another attempt may find more: a file could not be read, fewer are missing now, or one has changed since
-    the journal was written to last.
+    """Whether another attempt may find something else: a file could not be read, fewer are missing now, or one has
+    changed since the shard was written, or was put there: a copy may have an older time of its content.
     """
-    if isinstance(task.content, Path) or not bad:
-        return False
-    changed = [os.path.getmtime(pair.image) for pair in task.content if os.path.exists(pair.image)]
-    repaired = max(changed, default=0) > (output / JOURNAL).stat().st_mtime
-    return UNREAD in bad or repaired or len(task.content) - len(changed) < bad.get(MISSING, 0)
+    files = [task.content] if isinstance(task.content, Path) else [pair.image for pair in task.content]
+    found = [os.stat(path) for path in files if os.path.exists(path)]
+    shard = output / task.name
+    written = (shard if shard.exists() else output / JOURNAL).stat().st_mtime_ns
+    changed = any(max(about.st_mtime_ns, about.st_ctime_ns) > written for about in found)
+    return UNREAD in bad or changed or len(files) - len(found) < bad.get(MISSING, 0)
 
 
 def write_shard(task: Task, output: Path) -> Written:

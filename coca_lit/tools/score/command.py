@@ -3,6 +3,7 @@ they agree with people: `coca-score --judgments FILES`.
 """
 
 import argparse
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,7 +90,7 @@ def score(arguments: Sequence[str] | None = None) -> None:
                 options.output.parent.mkdir(parents=True, exist_ok=True)
                 if options.output.exists():
                     known = read_json(options.output, dict)
-                    if not all(isinstance(value, int | float) for value in known.values()):
+                    if not all(isinstance(value, int | float | None) for value in known.values()):
                         raise ValueError(f"{options.output} holds something else than scores: choose another")
         if options.judgments:
             from coca_lit.tools.score.judging import judge_files
@@ -108,9 +109,11 @@ def score(arguments: Sequence[str] | None = None) -> None:
             for line in (*warnings(texts, captions), *examples(texts, captions, options.examples)):
                 print(printable(line))
         if options.output:
-            write_json(options.output, scores)
+            write_json(options.output, {name: None if math.isnan(score) else score for name, score in scores.items()})
     except (UserError, ValueError, RuntimeError, FileNotFoundError) as error:
         sys.exit(f"error: {printable(str(error))}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 Captions = Mapping[int | str, str]

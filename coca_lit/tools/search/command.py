@@ -10,14 +10,14 @@ from omegaconf import DictConfig
 
 from coca_lit.cli.command import command
 from coca_lit.cli.runtime import configure_libraries
-from coca_lit.errors import ConfigError, error_context
+from coca_lit.errors import ConfigError, DataError, error_context
 from coca_lit.machine import best_device
 from coca_lit.reading import printable
 from coca_lit.tools.caption.command import decoders
 from coca_lit.tools.checkpoint import chosen_checkpoint
 
 if TYPE_CHECKING:
-    from coca_lit.tools.search.index import Hit
+    from coca_lit.tools.search.index import Hit, ImageIndex
 
 
 def search() -> None:
@@ -45,14 +45,17 @@ def run(cfg: DictConfig) -> "list[Hit]":
     if folder is not None:
         index.folder = folder
     if folder is not None or cfg.query is None:
-        with ProgressBar("embedding") as progress:
-            changes = index.update(cfg.batch_size, decoders(cfg.num_workers), progress.reach)
+        try:
+            with ProgressBar("embedding") as progress:
+                changes = index.update(cfg.batch_size, decoders(cfg.num_workers), progress.reach)
+        except KeyboardInterrupt:
+            _save(index, file)
+            raise
         for reason in changes.unreadable.values():
             print(printable(f"skipped: {reason}"), file=sys.stderr)
         if not file.exists() or changes.added or changes.changed or changes.removed:
-            index.save(file)
             counts = f"{len(changes.added)} added, {len(changes.changed)} changed, {len(changes.removed)} removed"
-            print(f"{file}: {len(index)} images ({counts})", file=sys.stderr)
+            _save(index, file, f" ({counts})")
     if cfg.query is None:
         return []
     query, path = str(cfg.query), Path(str(cfg.query))
@@ -64,6 +67,16 @@ def run(cfg: DictConfig) -> "list[Hit]":
         hits = index.query(asked, cfg.k, without=path if is_file else None)
     print_rows([(f"{hit.score:.4f}", str(hit.path)) for hit in hits])
     return hits
+
+
+def _save(index: "ImageIndex", file: Path, counts: str = "") -> None:
+    """Hits are found without the file too, and a folder of photos may be one that nobody writes to."""
+    try:
+        index.save(file)
+        print(f"{file}: {len(index)} images{counts}", file=sys.stderr)
+    except DataError as error:
+        place = f"index=FILE.safetensors images={shlex.quote(str(index.folder))}"
+        print(printable(f"the index is not saved ({error}): keep it elsewhere with {place}"), file=sys.stderr)
 
 
 def _places(cfg: DictConfig) -> tuple[Path, Path | None]:

@@ -5,7 +5,7 @@ only new and changed images; and the fingerprint of the model, because embedding
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,25 +141,31 @@ class ImageIndex:
         suffixes = FILES if self.frames else SUFFIXES
         paths = {str(path.relative_to(self.folder)): path for path in find_images(self.folder, suffixes)}
         stamps = {name: _stamp(path, self.frames) for name, path in paths.items()}
-        rows = dict(zip(self._stamps, self.features, strict=True))
-        added = [name for name in paths if name not in rows]
-        changed = [name for name, stamp in self._stamps.items() if name in stamps and stamps[name] != stamp]
-
-        todo = [*added, *changed]
-        new, unreadable = self._embed([paths[name] for name in todo], batch_size, num_workers, progress)
-        rows |= {name: new[paths[name]] for name in todo if paths[name] in new}
-        failed = {name: unreadable[paths[name]] for name in todo if paths[name] in unreadable}
-        removed = [self.folder / name for name in self._stamps if name not in paths or name in failed]
-        names = [name for name in paths if name not in failed]
-        if not names:
+        before = self._stamps
+        changed = [name for name, stamp in before.items() if name in stamps and stamps[name] != stamp]
+        rows = {
+            name: row for name, row in zip(before, self.features, strict=True) if name in paths and name not in changed
+        }
+        added = [name for name in paths if name not in before]
+        names = {paths[name]: name for name in (*added, *changed)}
+        failed: dict[str, str] = {}
+        try:
+            for done, unreadable in self._embed([*names], batch_size, num_workers):
+                rows |= {names[path]: row for path, row in done.items()}
+                failed |= {names[path]: reason for path, reason in unreadable.items()}
+                if progress:
+                    progress(len(rows) + len(failed) + len(names) - len(paths), len(names))
+        finally:  # what is embedded can be saved if it is interrupted
+            if rows:
+                self._stamps = {name: stamps[name] for name in paths if name in rows}
+                self.features = torch.stack([rows[name] for name in self._stamps])
+        if not rows:
             found = f"no readable image in '{self.folder}', e.g. {next(iter(failed.values()))}" if failed else ""
             raise DataError(found or f"no image in '{self.folder}' (looked for {', '.join(suffixes)})")
-        self.features = torch.stack([rows[name] for name in names])
-        self._stamps = {name: stamps[name] for name in names}
         return Changes(
-            [paths[name] for name in added if name not in failed],
-            [paths[name] for name in changed if name not in failed],
-            removed,
+            [paths[name] for name in added if name in rows],
+            [paths[name] for name in changed if name in rows],
+            [self.folder / name for name in before if name not in rows],
             {paths[name]: reason for name, reason in failed.items()},
         )
 
@@ -200,21 +206,17 @@ class ImageIndex:
         return len(self._stamps)
 
     def _embed(
-        self, paths: list[Path], batch_size: int, num_workers: int, progress: Progress | None
-    ) -> tuple[dict[Path, Tensor], dict[Path, str]]:
-        """Embeddings (E,) by path, and the reasons why images have none."""
-        features: dict[Path, Tensor] = {}
-        unreadable: dict[Path, str] = {}
+        self, paths: list[Path], batch_size: int, num_workers: int
+    ) -> Iterator[tuple[dict[Path, Tensor], dict[Path, str]]]:
+        """Of each batch the embeddings (E,) by path, and the reasons why images have none."""
         batches = in_batches(paths, batch_size, self.frames)
         images = load_images(batches, self.model.preprocessing, num_workers)
         for sources, (positions, pixels, broken) in zip(batches, images, strict=True):
+            features: dict[Path, Tensor] = {}
             if positions:
                 rows = evaluating(self.model, self.model.encode_image, pixels.to(self.model.device)).float().cpu()
-                features |= {sources[i].path: row for i, row in zip(positions, rows, strict=True)}
-            unreadable |= {sources[i].path: reason for i, reason in broken.items()}
-            if progress:
-                progress(len(features) + len(unreadable), len(paths))
-        return features, unreadable
+                features = {sources[i].path: row for i, row in zip(positions, rows, strict=True)}
+            yield features, {sources[i].path: reason for i, reason in broken.items()}
 
 
 def check_query(tokenizer: Tokenizer, text: str) -> None:

@@ -26,6 +26,8 @@ LAYOUTS = {
     "captions.csv with ;": table(";", "\ufefffilename{}text"),
     "captions.tsv": table("\t", quote=""),
     "captions.jsonl": "\n".join(map(json.dumps, OBJECTS)),
+    "captions.jsonl in UTF-16": "\n".join(map(json.dumps, OBJECTS)),
+    "captions.json in UTF-16": json.dumps(OBJECTS),
     "captions.json": json.dumps([{"image": name, "captions": captions} for name, captions in CAPTIONS.items()]),
     "captions.json of COCO": json.dumps(
         {
@@ -48,7 +50,7 @@ def fill(root: Path, names: object = tuple(CAPTIONS)) -> Path:
 def test_layouts(tmp_path: Path, layout: str) -> None:
     fill(tmp_path / "images")
     if layout:
-        (tmp_path / layout.split()[0]).write_text(LAYOUTS[layout], encoding="utf-8")
+        (tmp_path / layout.split()[0]).write_text(LAYOUTS[layout], encoding=(layout.split(" in ")[1:] or ["utf-8"])[0])
     else:
         for name, captions in CAPTIONS.items():
             (tmp_path / "images" / name).with_suffix(".txt").write_text("\n\n".join(captions))
@@ -65,12 +67,14 @@ def test_layouts(tmp_path: Path, layout: str) -> None:
 
 def test_a_split_that_is_given(tmp_path: Path) -> None:
     fill(tmp_path)
-    rows = [{**row, "split": {"0": "Validation", "1": "test", "2": ""}.get(row["file"][0], "train")} for row in OBJECTS]
+    rows = [
+        {**row, " Split": {"0": "Validation", "1": "test", "2": ""}.get(row["file"][0], "train")} for row in OBJECTS
+    ]
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert [r.id for r in folder_records(tmp_path, "val")] == ["0.jpg"]
     assert [r.id for r in folder_records(tmp_path, "test")] == ["1.jpg"]
     assert [r.id for r in folder_records(tmp_path, "train")] == [f"{i}.jpg" for i in range(2, 10)]
-    rows[0]["split"] = "test"  # and the second row of the photo says val
+    rows[0][" Split"] = "test"  # and the second row of the photo says val
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(DataError, match="test and val"):
         folder_records(tmp_path, "val")

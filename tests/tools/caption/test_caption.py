@@ -85,7 +85,14 @@ def members(path: Path) -> dict[str, bytes]:
 
 def test_json_lines(model: CoCa, checkpoint: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     caption(checkpoint, f"images=[{photos}]", f"output={tmp_path}/new/c.jsonl", "batch_size=4")
-    expected = [{"path": str(path), "caption": naive_captions(model, path)[0]} for path in readable(photos)]
+    expected = [
+        {
+            "path": str(path),
+            "caption": naive_captions(model, path)[0],
+            "file": [path.stat().st_size, path.stat().st_mtime_ns],
+        }
+        for path in readable(photos)
+    ]
     assert lines(tmp_path / "new" / "c.jsonl") == expected
     said = capsys.readouterr()
     assert said.out == ""

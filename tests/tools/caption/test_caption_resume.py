@@ -1,6 +1,7 @@
 """`coca-caption` killed at every point where it writes, and gone on with: nothing is lost, repeated or different."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from coca_lit.errors import ConfigError
 from coca_lit.files import append_lines
@@ -116,6 +118,31 @@ def test_what_was_added_is_captioned(folder: Path, tmp_path: Path) -> None:
         str(photos / "7.png"),
     ]
     assert (tmp_path / "c.jsonl").read_text().splitlines()[1] == first
+
+
+@pytest.mark.parametrize("output", ["c.jsonl", "c.json"])
+def test_another_photo_of_the_same_name_is_captioned(output: str, folder: Path, tmp_path: Path) -> None:
+    photo, path = tmp_path / "0.png", tmp_path / output
+    rows = []
+    for of in (7, 3):
+        photo.unlink(missing_ok=True)
+        Image.new("RGB", (32, 32), (of, 9 * of, 30 * of)).save(photo)
+        caption(f"checkpoint={folder}/tiny.safetensors", f"images=[{photo}]", f"output={path}")
+        rows.append(path.read_text())
+        state = photo.stat()
+        assert str(state.st_mtime_ns) in rows[-1]
+        assert rows[-1].count("caption") == 1
+    assert rows[0] != rows[1]
+
+
+def test_another_shard_of_the_same_name_is_captioned(folder: Path, tmp_path: Path) -> None:
+    first, *_, last = sorted((folder / "shards").glob("*.tar"))
+    shard, path = tmp_path / first.name, tmp_path / "new" / first.name
+    for source, day in ((first, 1), (last, 2)):
+        shutil.copy(source, shard)
+        os.utime(shard, (86400 * day, 86400 * day))
+        caption(f"checkpoint={folder}/tiny.safetensors", f"images=[{shard}]", f"output={tmp_path}/new/", "batch_size=3")
+        assert path.read_bytes() == (folder / "expected" / "new" / source.name).read_bytes()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """`coca-data filter` and `coca-data dedup` select what a loop over all samples, and all pairs of them, would select."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +360,16 @@ def test_scores_that_do_not_belong_together(rows, tmp_path):
     write_scores(tmp_path / "a" / "9.scores.parquet", "9.tar", columns, ABOUT)
     with pytest.raises(DataError, match="--embeddings"):
         dedup_scores(find_scores([tmp_path / "a"]), tmp_path / "k.parquet", cosine=0.9)
+
+
+def test_scores_of_a_shard_that_has_changed_since(rows, tmp_path):
+    shard = tmp_path / "a" / "00001.tar"
+    shard.write_bytes(b"1")
+    os.utime(shard, ns=(1, 1))  # as ABOUT says
+    filter_scores(find_scores([tmp_path / "a"]), tmp_path / "k.parquet")
+    os.utime(shard, ns=(2 * 10**9, 2 * 10**9))
+    with pytest.raises(DataError, match=r"00001\.tar has changed since it was scored"):
+        dedup_scores(find_scores([tmp_path / "a"]), tmp_path / "k.parquet")
 
 
 def test_embeddings_of_different_models_are_not_compared(rows, tmp_path):

@@ -321,9 +321,20 @@ def test_a_photo_that_was_repaired_is_taken_in(photos, tmp_path):
         run(source, tmp_path / "out", *more)
         assert len(samples(tmp_path / "out")) == 5
     (photos / "4.jpg").write_bytes(good)
-    os.utime(photos / "4.jpg", (time.time() + 9,) * 2)
+    os.utime(photos / "4.jpg", (86400, 86400))  # of the photo that a copy brings back
     run(source, tmp_path / "out", *more)
     assert len(samples(tmp_path / "out")) == 6
+
+
+def test_a_photo_that_was_replaced_is_taken_in(photos, tmp_path):
+    source = table(tmp_path / "t.csv", [(f"photos/{i}.jpg", "a dog") for i in range(4)])
+    run(source, tmp_path / "out", "--samples-per-shard", "2")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.tar")}
+    (photos / "0.jpg").write_bytes((photos / "3.jpg").read_bytes())
+    run(source, tmp_path / "out", "--samples-per-shard", "2")
+    assert [name for name, content in before.items() if (tmp_path / "out" / name).read_bytes() != content] == [
+        "00000.tar"
+    ]
 
 
 def test_the_next_command_trains_on_all_captions(photos, tmp_path, capsys):

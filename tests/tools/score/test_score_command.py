@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 
+import numpy as np
 import pytest
 
 from coca_lit.metrics.captions import caption_table, tokenize_captions
@@ -151,6 +152,17 @@ def test_a_file_of_another_kind_is_not_replaced(tmp_path):
         with pytest.raises(SystemExit, match=output.name):
             score([str(captions), str(references), "--output", str(output)])
         assert output.read_bytes() == before
+
+
+def test_judgments_without_a_tau(tmp_path, monkeypatch):
+    """Equal grades have no rank correlation: JSON has null for it, and the file may be written again."""
+    scores = {"CIDEr": np.arange(3.0)}  # those of the captions themselves need Java
+    monkeypatch.setattr("coca_lit.tools.score.judging.reference_scores", lambda *_, **__: (scores, {}))
+    table, output = tmp_path / "mine.csv", tmp_path / "scores.json"
+    table.write_text("image,caption,grade\n" + "".join(f"{name},a hat,2\n" for name in REFERENCES))
+    for _ in range(2):
+        score(["--judgments", str(table), "--captions", str(coco(tmp_path / "coco.json")), "--output", str(output)])
+        assert json.loads(output.read_text())["mine.csv/tau_b_CIDEr"] is None
 
 
 @pytest.mark.skipif(not (SHARED / "judgments").is_dir(), reason="shared judgements not present")

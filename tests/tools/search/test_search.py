@@ -93,6 +93,20 @@ def test_update_computes_only_what_changed(folder: Path, monkeypatch: pytest.Mon
     assert index.update().removed == []
 
 
+def test_what_is_embedded_when_it_is_interrupted_stays(folder: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    index = ImageIndex(indexed(folder).model, folder)
+    with pytest.raises(KeyboardInterrupt):
+        index.update(batch_size=2, progress=interrupt)
+    assert len(index) == 4
+    added, changed, removed, _ = index.update()
+    assert (len(added), changed, removed) == (len(NAMES) - 4, [], [])
+    torch.testing.assert_close(index.features, indexed(folder).features)
+
+
 def test_an_index_is_beside_the_folder_however_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "photos" / "deep").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "photos" / "deep")

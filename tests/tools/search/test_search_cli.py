@@ -1,5 +1,6 @@
 """`coca-search` from its configuration to what it prints, and what it computes again and what not."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -45,6 +46,17 @@ def test_folder_is_embedded_once(folder: Path, capsys: pytest.CaptureFixture) ->
     assert Path("photos/new.png") in {hit.path for hit in search("index=photos", "query=a red circle", "k=99")}
 
 
+def test_a_place_that_nobody_writes_to(
+    folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(index: ImageIndex, path: Path) -> None:
+        raise DataError(f"cannot write {path}")
+
+    monkeypatch.setattr(ImageIndex, "save", save)
+    assert len(search("index=photos", "query=a red circle", "k=3")) == 3
+    assert re.search(r"not saved \(cannot write .*\): .*index=FILE.safetensors images=photos", capsys.readouterr().err)
+
+
 @pytest.mark.slow
 def test_index_in_a_file(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert search("index=i.safetensors", "images=photos") == []
@@ -65,6 +77,18 @@ def test_words_of_the_command(folder: Path, capsys: pytest.CaptureFixture, monke
     hits = search("index=photos", "query=a red circle", "k=2")
     assert printed.splitlines() == [f"{score:.4f}\t{path}" for score, path in hits]
     assert {path.name for path in folder.iterdir()} == {"photos", "photos.index.safetensors", "tiny.safetensors"}
+
+
+def test_ctrl_c_is_one_word(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ImageIndex, "query", interrupted)
+    monkeypatch.setattr(sys, "argv", ["coca-search", "photos", "red", "checkpoint=tiny.safetensors", "num_workers=0"])
+    with pytest.raises(SystemExit) as stopped:
+        search_cli.search()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
 
 
 @pytest.mark.parametrize(
