@@ -27,6 +27,7 @@ T = TypeVar("T")
 # How long ranks wait for objects of another one, which may be scoring or encoding alone. A rank that has died is
 # noticed at once.
 PATIENCE = timedelta(hours=12)
+_patience = PATIENCE  # at least; a command whose processes have uneven work asks for more
 _patient: dict[str, Any] = {}  # by purpose, and under "" the default group that they belong to
 
 
@@ -47,6 +48,8 @@ def process_group(timeout: timedelta | None = None) -> Iterator[torch.device]:
         timeout: how long a process waits for the others; default 10 (GPU) or 30 minutes.
     """
     cuda = torch.cuda.is_available()
+    global _patience
+    _patience = max(PATIENCE, timeout or PATIENCE)
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     device = torch.device(best_device() if alone else "cpu")
     if cuda:
@@ -190,7 +193,7 @@ def host_group(purpose: str) -> Any:
         _patient.clear()
         _patient[""] = default
     if purpose not in _patient:
-        _patient[purpose] = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _patient[purpose] = dist.new_group(backend="gloo", timeout=_patience)
     return _patient[purpose]
 
 

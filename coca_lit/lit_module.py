@@ -15,13 +15,7 @@ from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import ConfigError, check_number
 from coca_lit.models import CoCa
 from coca_lit.models.parts import GradCheckpointing
-from coca_lit.training.lightning_fixes import (
-    clip_gradients,
-    forget_last_step,
-    is_logged_step,
-    is_sharded,
-    weight_in_step,
-)
+from coca_lit.training.lightning_fixes import clip_gradients, forget_last_step, is_logged_step, is_sharded, step_share
 from coca_lit.training.objectives import Objective, OfFeatures, Pairs, Texts, named_objectives
 from coca_lit.training.optim import check_resumable, optimizer_of, warmup_cosine, warmup_stable_decay
 from coca_lit.training.optim import freeze as freeze_parts
@@ -145,7 +139,7 @@ class CoCaLit(L.LightningModule):
         total = torch.stack(losses).sum()
         if not len(batch.images) and not total.requires_grad:
             raise ConfigError("data.text: all that texts reach is frozen; see model.freeze and lora.parts")
-        return total * (weight_in_step(self.trainer, batch_idx) if self._trainer is not None else 1.0)
+        return total * (step_share(self.trainer, batch_idx) if self._trainer is not None else 1.0)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         for objective in self.objectives_of(batch):

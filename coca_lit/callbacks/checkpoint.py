@@ -144,6 +144,8 @@ class Checkpoints(L.Callback):
         # One decision for all ranks. That of a score is about the weights at hand: it cannot come a step later.
         at_once = world_size() == 1 or self._offered is not None
         stop, late, better = max_over_ranks(self._flags()) if at_once else step_exchange.heard() or (0, 0, 0)
+        if at_once:
+            step_exchange.start()  # what is under way is known by now, and would delay all that comes after it
         step = trainer.global_step
         by_steps = self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0
         if stop or late or by_steps or better or batch_idx == 0:

@@ -220,6 +220,8 @@ def _load(cfg: DictConfig) -> "DualEncoder":
 
     with error_context("checkpoint"):
         model = load_dual_encoder(cfg.checkpoint, cfg.quick_gelu)
+    if cfg.interpolate_with is None and cfg.weight != 0.5:
+        raise ConfigError("weight belongs to interpolate_with=OTHER: leave it out, or name the other weights")
     if cfg.interpolate_with is not None:
         with error_context("interpolate_with"):
             interpolate(model, load_dual_encoder(cfg.interpolate_with, cfg.quick_gelu), cfg.weight)

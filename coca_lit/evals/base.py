@@ -159,7 +159,8 @@ class Evaluation:
         """
         records = self.records[: settings.images][:limit]
         if settings.full:
-            print_rank_zero(f"scoring {len(records)} images of {self.name} ({type(self).__name__})")
+            images = len({record.image for record in records})
+            print_rank_zero(f"scoring {images} images of {self.name} ({type(self).__name__})")
         self.not_run, self.draws = {}, {}
         scores, name = self.scores(model, records, settings), self.name_of(settings, limit)
         self.draws = {f"{name}/{score}": draws for score, draws in self.draws.items()}
@@ -193,7 +194,8 @@ class Evaluation:
         for domain, own in groups.items():
             texts = self.compared_texts(own)
             ids = digest(record.id for record in own)
-            known[domain] = Conditions(settings.split, len(own), ids, len(texts), digest(texts), {})
+            images = len({record.image for record in own})  # of several questions about an image one
+            known[domain] = Conditions(settings.split, images, ids, len(texts), digest(texts), {})
         of_all = known[""]
         return {
             score: known.get(score.rpartition("/")[0], of_all)._replace(

@@ -2,7 +2,7 @@
 tie is a wrong answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class ChoiceScores(Evaluation):
         super().__init__(name, records, every)
         check_number("right", right, whole=True, at_least=1, at_most=1 if paired else 2)
         self.paired, self.right = paired, right
-        names = exact(len(records), ChoiceAccuracy(np.zeros(len(records)), [r.domain for r in records]))
+        names = exact(len({r.image for r in records}), self._accuracy(np.zeros(len(records)), records))
         self.score_names = ("text_score", "image_score", "group_score") if paired else tuple(names)
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
@@ -50,7 +50,9 @@ class ChoiceScores(Evaluation):
             raise DataError(f"{self.name} compares pairs of images: set scoring.images and scoring.quick to 2 or more")
         if self.paired:  # a last image whose other one has been cut off is left out
             records = records[: len(records) // 2 * 2]
-        units = [record.id for record in records[:: 2 if self.paired else 1]]  # what an interval draws
+        units = [record.id for record in records[::2]]  # what an interval draws: pairs, or images with all their cases
+        if not self.paired:
+            units = [*{record.image: record.id for record in reversed(records)}.values()][::-1]
         size, workers = settings.batch_size, settings.workers
         images, texts, image_of_text = embed_pairs(model, records, size, workers)
         counts = [len(record.captions) for record in records]
@@ -70,7 +72,7 @@ class ChoiceScores(Evaluation):
         if self.right == 2:
             among_texts = [own @ own.T for own in texts.split(counts)]  # (K, K) of each image
             alike = is_right([torch.cat([row[0, 1:2], row[:2, 2:].flatten()]) for row in among_texts])
-            measured["text_only/"] = ChoiceAccuracy(alike, [record.domain for record in records])
+            measured["text_only/"] = self._accuracy(alike, records)
         for way, resampled in measured.items():
             draws = bootstrap(units, resampled)
             self.draws |= {f"{way}{score}": of for score, of in draws.items()}
@@ -79,7 +81,10 @@ class ChoiceScores(Evaluation):
     def _resampled(self, records: Sequence[Record], found: Sequence[Tensor]) -> Resampled:
         if self.paired:
             return pair_accuracy(found)
-        return ChoiceAccuracy(is_right(found, self.right), [record.domain for record in records])
+        return self._accuracy(is_right(found, self.right), records)
+
+    def _accuracy(self, right: np.ndarray, records: Sequence[Record]) -> "ChoiceAccuracy":
+        return ChoiceAccuracy(right, [record.domain for record in records], [record.image for record in records])
 
 
 def is_right(scores: Sequence[Tensor], right: int = 1) -> np.ndarray:
@@ -99,16 +104,24 @@ def is_right(scores: Sequence[Tensor], right: int = 1) -> np.ndarray:
 
 
 class ChoiceAccuracy(Ratios):
-    """ "accuracy" over all images (N,); of images with kinds also "KIND_accuracy" of each and their mean,
+    """ "accuracy" over all cases (N,); of cases with kinds also "KIND_accuracy" of each and their mean,
     "macro_accuracy".
+
+    Args:
+        images: of the cases; the units are the images, each with all its cases, in the order of their first ones.
+            None: each case has its own.
     """
 
-    def __init__(self, right: np.ndarray, kinds: Sequence[str | None]) -> None:
-        members = {kind: np.array([own == kind for own in kinds], dtype=float) for kind in kinds if kind}
-        super().__init__(
-            {"accuracy": (right.astype(float), None)}
-            | {f"{kind}_accuracy": (of * right, of) for kind, of in sorted(members.items())}
-        )
+    def __init__(
+        self, right: np.ndarray, kinds: Sequence[str | None], images: Sequence[Hashable] | None = None
+    ) -> None:
+        first: dict[Hashable, int] = {}
+        unit = np.array([first.setdefault(image, len(first)) for image in images or range(len(right))])
+        cases = {"accuracy": np.ones(len(right))} | {
+            f"{kind}_accuracy": np.array([own == kind for own in kinds], dtype=float)
+            for kind in sorted({kind for kind in kinds if kind})
+        }
+        super().__init__({n: (np.bincount(unit, of * right), np.bincount(unit, of)) for n, of in cases.items()})
 
     def __call__(self, counts: np.ndarray) -> dict[str, np.ndarray]:
         everything, *kinds = super().__call__(counts).items()  # a kind may be absent from a resample

@@ -123,8 +123,8 @@ def generate_answers(
 ) -> dict[int | str, str]:
     """One answer per question, by question id: what the model writes when its caption begins with the question.
 
-    `options` are passed to `CoCa.generate`, but for a prompt, which is of captions; `max_length` is of the answer
-    alone, `MAX_ANSWER` tokens by default.
+    `options` are passed to `CoCa.generate`, but for a prompt and `min_length`, which are of captions; `max_length` is
+    of the answer alone, `MAX_ANSWER` tokens by default.
     """
     tokenizer = model.tokenizer
     questions = {record.id: fitting(tokenizer, record.question) for record in records}
@@ -134,7 +134,7 @@ def generate_answers(
     def write(part: Sequence[Record], images: Images) -> Iterator[str]:
         for start, group in groupby(range(len(part)), key=lambda row: begun[part[row].id]):  # one limit holds for all
             rows = list(group)
-            room = {"max_length": min(start + most, tokenizer.context_length)}
+            room = {"max_length": min(start + most, tokenizer.context_length), "min_length": None}
             prompts = {"prompt": [questions[part[row].id] for row in rows]}
             for ids in model.generate(images[rows], **dict(options) | room | prompts):
                 yield tokenizer.decode(ids[start:])

@@ -122,8 +122,10 @@ def text_lengths(tokens: Tensor, pad_id: int) -> Tensor:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device, without waiting for it: the copy runs from pinned memory."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """The tensor on the device. One of the host is not waited for: the copy runs from pinned memory. It must not be
+    expanded, as a pinned copy has its strides.
+    """
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.is_cpu else x.to(device)
 
 
 class _Rows(torch.autograd.Function):

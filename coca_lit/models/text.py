@@ -175,7 +175,7 @@ class TextTower(Tower):
             is_cls = to_device(layout.pack_on_host(is_cls), device)
         added = layout.max_length - tokens.shape[1]  # a negative padding cuts
         tokens = F.pad(tokens, (0, added), value=self.pad_id)  # (B, L)
-        positions = to_device(layout.pack_on_host(positions), device)
+        positions = to_device(layout.pack_on_host(positions).contiguous(), device)
         x = self._embed(layout.pack(tokens), positions, is_cls)
         for block in self.blocks:
             x = run(block, x, mask, None, layout, recompute=self.training and self.grad_checkpointing == "blocks")

@@ -43,7 +43,7 @@ def accumulates(trainer: L.Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
-def weight_in_step(trainer: L.Trainer, batch_idx: int) -> float:
+def step_share(trainer: L.Trainer, batch_idx: int) -> float:
     """By what the loss of a batch is to be multiplied so that a step has the mean over its batches: Lightning divides
     by `accumulate_grad_batches`, also where an epoch ends with fewer. No issue is known.
     """

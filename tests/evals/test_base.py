@@ -17,7 +17,7 @@ from coca_lit.evals.retrieval import RetrievalScores
 from coca_lit.metrics.uncertainty import digest, obstacle
 from coca_lit.models import create_model
 
-RECORDS = [Record(i, "none.jpg", [f"a{i}", f"b{i}"], domain="near" if i < 3 else "far") for i in range(10)]
+RECORDS = [Record(i, f"none{i}.jpg", [f"a{i}", f"b{i}"], domain="near" if i < 3 else "far") for i in range(10)]
 
 
 def test_scores_are_recorded_with_what_they_depend_on(tmp_path: Path) -> None:
@@ -35,6 +35,13 @@ def test_scores_are_recorded_with_what_they_depend_on(tmp_path: Path) -> None:
     assert evaluation.conditions["x/mine"].settings == {}  # a default that is written down is the default
     evaluation.evaluate(model, Settings(tmp_path, full=False), limit=4)
     assert evaluation.conditions == {}
+
+
+def test_several_questions_about_an_image_are_of_one_image(tmp_path: Path) -> None:
+    records = [record._replace(image=RECORDS[i // 5].image) for i, record in enumerate(RECORDS)]
+    evaluation = FunctionEvaluation("x", records, lambda *_: {"mine": 1.0})
+    evaluation.evaluate(create_model("coca_tiny"), Settings(tmp_path))
+    assert evaluation.conditions["x/mine"].images == 2
 
 
 @pytest.mark.parametrize("value", [torch.tensor(1.0), np.float32(1), True, 1])

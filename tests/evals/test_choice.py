@@ -89,6 +89,16 @@ def test_draws_are_scores_of_the_drawn_images() -> None:
         assert {name: found[name][draw] for name in again} == pytest.approx(again)
 
 
+def test_images_are_drawn_with_all_their_cases() -> None:
+    """Five cases of an image that agree say as much as one."""
+    right, kinds = np.random.default_rng(0).random(80) < 0.5, ["a"] * 80
+    once = bootstrap(range(80), ChoiceAccuracy(right, kinds))
+    images = [f"{i}.jpg" for i in range(80)]
+    cases = bootstrap(range(80), ChoiceAccuracy(np.repeat(right, 5), kinds * 5, np.repeat(images, 5).tolist()))
+    for name, draws in once.items():
+        assert cases[name].interval() == pytest.approx(draws.interval())
+
+
 def naive(records: Sequence[Record]) -> dict[str, list[torch.Tensor]]:
     """Cosines and log-likelihoods of each image and each of its texts, one by one."""
     model = make_model().eval()

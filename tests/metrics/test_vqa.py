@@ -92,7 +92,8 @@ def model():
 def test_an_answer_is_what_the_model_writes_after_the_question(model, most: int | None) -> None:
     """However long the question is, whose tokens do not count."""
     records = scene_question_records("val", count=4)
-    answers = generate_answers(model, records, batch_size=1, options={"max_length": most})
+    options = {"max_length": most, "min_length": 20}  # which is of captions
+    answers = generate_answers(model, records, batch_size=1, options=options)
     assert list(answers) == [record.id for record in records]
     for record in records[:3]:
         ids = _greedy(model, record, tokens=(most or 10) - 1)

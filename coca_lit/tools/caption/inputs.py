@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.data.pixels import CLIPS, MAX_IMAGE, SUFFIXES, decode_image
 from coca_lit.data.prefetch import worker_errors, worker_options
-from coca_lit.data.shards.indexed import image_of
+from coca_lit.data.shards.indexed import CLIP_SUFFIXES, image_of, kind_of
 from coca_lit.data.shards.listing import local_shards
 from coca_lit.data.shards.reader import holds_code
 from coca_lit.data.shards.tar import TWICE, group_members, tar_members, tar_writer
@@ -247,10 +247,14 @@ def scan_shard(path: Path) -> tuple[list[Sample], str]:
                 continue
             places = {name: place for name, place in fields.items() if name and not name.startswith("_")}
             sample = Sample(fields["__key__"], places)
+            if not sample.image and kind_of(places, CLIP_SUFFIXES):
+                raise DataError(f"{path} holds clips: only clips in files of their own are captioned")
             if sample.image and sample.key in samples:  # captions are kept by key
                 problem = f"two samples have the key {sample.key!r}"
             elif sample.image:
                 samples[sample.key] = sample
+    except DataError:
+        raise
     except Exception as error:  # Python's reader raises many types on damaged files
         problem = str(error) or type(error).__name__  # the sample in which it occurs is not among the samples
     return [*samples.values()], problem

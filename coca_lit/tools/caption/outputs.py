@@ -13,6 +13,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from coca_lit.data.datasets.annotations import MAX_BYTES, check_id
@@ -127,8 +128,8 @@ class JsonLines(Writer):
     def finish(self) -> None:
         gather_objects(None)  # waits until every process has written
         if rank() == 0:
-            rows = self._rows()
-            names = dict.fromkeys(self._id(source) for source in _all_sources(self.units))
+            names = {self._id(source): source.state for source in _all_sources(self.units)}
+            rows = self._rows(names)
             others = [name for name in rows if name not in names]  # of earlier inputs
             self._save([rows[name] for name in [*others, *names] if name in rows])
             for part in self._parts():
@@ -143,10 +144,14 @@ class JsonLines(Writer):
         found = (other for other in self.path.parent.iterdir() if other.name.startswith(prefix))
         return sorted(other for other in found if other.name.removeprefix(prefix).isdigit())
 
-    def _rows(self) -> dict[Any, dict[str, Any]]:
-        """All rows that any process has written, by their key."""
-        rows = [*self._saved(), *(row for part in self._parts() for row in _read_rows(part, self.key))]
-        return {row[self.key]: row for row in rows}
+    def _rows(self, states: Mapping[Any, list[int]] = MappingProxyType({})) -> dict[Any, dict[str, Any]]:
+        """All rows that any process has written, by their key: of several that of the file with this state."""
+        rows: dict[Any, dict[str, Any]] = {}
+        for row in [*self._saved(), *(row for part in self._parts() for row in _read_rows(part, self.key))]:
+            key = row[self.key]
+            if key not in rows or rows[key].get("file") != states.get(key, []):
+                rows[key] = row
+        return rows
 
     def _saved(self) -> list[dict[str, Any]]:
         return list(_read_rows(self.path, self.key))

@@ -38,6 +38,8 @@ def run(cfg: DictConfig) -> None:
     from coca_lit.weights.load import load_model
 
     configure_libraries(cfg.threads)
+    if cfg.interpolate_with is None and cfg.weight != 0.5:
+        raise ConfigError("weight belongs to interpolate_with=OTHER: leave it out, or name the other weights")
     if cfg.push_to is not None:
         hub.check_push(cfg.push_to)
     with error_context("output"):

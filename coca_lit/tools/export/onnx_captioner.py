@@ -82,7 +82,10 @@ class Captioner:
         from PIL import Image, ImageOps
 
         size, mode = self.config["image_size"], self.config["resize_mode"]
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith("I"):  # 16 bits of grey, of which Pillow would cut off all above 255
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        image = image.convert("RGB")
         if mode == "squash":
             width, height = size, size
         elif mode == "longest":  # and black beside it

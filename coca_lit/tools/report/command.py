@@ -32,6 +32,8 @@ def report(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.hold_out < 1:
         parser.error(f"--hold-out must be at least 1, not {options.hold_out}")
+    if not options.scaling and (options.published or options.hold_out != parser.get_default("hold_out")):
+        parser.error("--published and --hold-out belong to --scaling")
     if not options.folders:
         sys.exit(f"error: name the folder of a run; {EXAMPLE}   (more: coca-report --help)")
 

@@ -190,6 +190,8 @@ def published_scores(runs: Sequence[Run], score: str) -> tuple[list[float], list
     values, sources = [], []
     for run in runs:
         model, of = released(str(run.config.get("checkpoint")).removeprefix(PREFIX)), run.conditions.get(score)
+        if run.config.get("interpolate_with") is not None:  # these are other weights
+            model = None
         key = (model.name, of.images, of.split, of.texts) if model is not None and of is not None else ("", 0, "", 0)
         own = [
             row

@@ -69,6 +69,10 @@ def score(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.judgments and options.predictions:
         parser.error("--judgments takes no predictions: name their references by --captions")
+    if options.judgments and (options.examples or options.synonyms or options.instances):
+        parser.error("--examples, --synonyms and --instances belong to predictions, not to --judgments")
+    if options.captions and not options.judgments:
+        parser.error("--captions belongs to --judgments: references come after the predictions")
     if options.references is None and not options.judgments:
         sys.exit(f"error: name the files of the captions and of their references; {EXAMPLE} (more: coca-score --help)")
     if (options.synonyms is None) != (options.instances is None):

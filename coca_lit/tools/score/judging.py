@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from coca_lit.errors import DataError
 from coca_lit.metrics.uncertainty import Draws, difference
 from coca_lit.progress import ProgressBar
 from coca_lit.reading import printable
@@ -22,6 +23,8 @@ def judge_files(files: Sequence[Path], captions: Path | None = None) -> dict[str
         DataError: see `read_judgments`.
     """
     everything = [read_judgments(path, captions) for path in files]  # mistakes first: scoring takes minutes
+    if len({judged.name for judged in everything}) < len(everything):
+        raise DataError("two files of judgements have the same name, by which their scores are told apart: rename one")
     scores: dict[str, float] = {}
     for judged in everything:
         images = len({candidate.image for candidate in judged.candidates})

@@ -350,6 +350,10 @@ def is_pinned(x: torch.Tensor, *_: Any) -> bool:
 def _pin(x: torch.Tensor, *_: Any) -> torch.Tensor:
     if is_pinned(x):
         return x
+    if isinstance(x, DeviceTensor):
+        raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
+    if torch._debug_has_internal_overlap(x) == 1:  # the copy has the strides of the original
+        raise RuntimeError("unsupported operation: more than one element of the written-to tensor refers to a place")
     copy = x.clone()
     _kept.append(copy)  # an address must not be reused by memory that is not pinned
     _pinned.add(copy.untyped_storage().data_ptr())

@@ -1,8 +1,10 @@
 """`coca-caption` killed at every point where it writes, and gone on with: nothing is lost, repeated or different."""
 
+import json
 import os
 import shutil
 import signal
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from coca_lit.errors import ConfigError
+from coca_lit.errors import ConfigError, DataError
 from coca_lit.files import append_lines
 from coca_lit.tools.caption import inputs, outputs
 from helpers.applying import caption, fill
@@ -133,6 +135,27 @@ def test_another_photo_of_the_same_name_is_captioned(output: str, folder: Path, 
         assert str(state.st_mtime_ns) in rows[-1]
         assert rows[-1].count("caption") == 1
     assert rows[0] != rows[1]
+
+
+@pytest.mark.parametrize("output", ["c.jsonl", "c.json"])
+def test_what_a_killed_process_left_does_not_replace_a_new_caption(output: str, folder: Path, tmp_path: Path) -> None:
+    photo, path = tmp_path / "0.png", tmp_path / output
+    Image.new("RGB", (32, 32), "red").save(photo)
+    caption(f"checkpoint={folder}/tiny.safetensors", f"images=[{photo}]", f"output={path}")
+    key = {"path": str(photo)} if output == "c.jsonl" else {"image_id": 0}
+    append_lines(tmp_path / f"{output}.rank1", [json.dumps(key | {"caption": "of an older photo", "file": [1, 1]})])
+    caption(f"checkpoint={folder}/tiny.safetensors", f"images=[{photo}]", f"output={path}")
+    assert "older" not in path.read_text()
+    assert not (tmp_path / f"{output}.rank1").exists()
+
+
+def test_shards_of_clips_are_refused(folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("0.mp4", "0.txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(DataError, match=r"0\.tar holds clips"):
+        caption(f"checkpoint={folder}/tiny.safetensors", f"images=[{tmp_path}/0.tar]", f"output={tmp_path}/new/")
+    assert not list((tmp_path / "new").glob("*.tar"))
 
 
 def test_another_shard_of_the_same_name_is_captioned(folder: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from onnx import load
 from coca_lit.cli.command import compose
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import build_transform
+from coca_lit.data.video import image_file
 from coca_lit.models import CoCa, create_model
 from coca_lit.tools.export import command as cli
 from coca_lit.tools.export import onnx
@@ -174,8 +175,11 @@ def test_photos_are_read_as_in_evaluation(exported: tuple[CoCa, Path], tmp_path:
     _, folder = exported
     pixels = torch.randint(0, 256, (*size, 3), dtype=torch.uint8).numpy()
     Image.fromarray(pixels).save(tmp_path / "photo.png")
-    expected = build_transform(size=32)(Image.open(tmp_path / "photo.png"))
-    assert np.array_equal(Captioner(folder).read_image(tmp_path / "photo.png"), expected.numpy())
+    deep = np.linspace(0, 65535, num=size[0] * size[1]).astype(np.uint16).reshape(size)
+    Image.fromarray(deep).save(tmp_path / "deep.png")  # 16 bits of grey
+    for name in ("photo.png", "deep.png"):
+        expected = build_transform(size=32)(image_file(tmp_path / name)())
+        assert np.array_equal(Captioner(folder).read_image(tmp_path / name), expected.numpy())
 
 
 def test_the_captioner_is_a_program(exported: tuple[CoCa, Path], tmp_path: Path) -> None:

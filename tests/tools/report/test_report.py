@@ -354,10 +354,10 @@ def test_published_scores_stand_beside_those_of_a_list_of_models(tmp_path, secon
     assert [line[2:] for line in said if "ok" in line] == [["0.00", "36.18"], ["12.50", "45.65"], ["25.00"]]
 
 
-@pytest.mark.parametrize("other", [{"images": 64}, {"split": "val"}, {"texts": 25_014}])
-def test_published_scores_of_other_images_do_not(tmp_path, other):
-    conditions = USUAL._replace(**other)
-    folder = make_run(tmp_path / "0", {"mscoco/t2i_recall@1": 0.5}, f"checkpoint: {B32}\n", conditions)
+@pytest.mark.parametrize("other", [{"images": 64}, {"split": "val"}, {"texts": 25_014}, {}])
+def test_published_scores_of_other_images_or_weights_do_not(tmp_path, other):
+    conditions, config = USUAL._replace(**other), "" if other else "interpolate_with: a.ckpt\nweight: 0.3\n"
+    folder = make_run(tmp_path / "0", {"mscoco/t2i_recall@1": 0.5}, f"checkpoint: {B32}\n{config}", conditions)
     assert runs_table([read_run(folder)], {}, None).note == ""
 
 

@@ -154,6 +154,30 @@ def test_a_file_of_another_kind_is_not_replaced(tmp_path):
         assert output.read_bytes() == before
 
 
+def test_files_of_judgements_are_told_apart_by_name(tmp_path):
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        files.append(tmp_path / name / "mine.csv")
+        files[-1].write_text("image,caption,grade\n1,a hat,2\n2,a hat,3\n")
+    with pytest.raises(SystemExit, match="same name"):
+        score(["--judgments", *map(str, files), "--captions", str(coco(tmp_path / "coco.json"))])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--judgments", "a.csv", "--examples", "3"),
+        ("--judgments", "a.csv", "--synonyms", "s.txt", "--instances", "i.json"),
+        ("p.json", "r.json", "--captions", "c.json"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        score(words)
+    assert re.search(r"belongs? to", capsys.readouterr().err)
+
+
 def test_judgments_without_a_tau(tmp_path, monkeypatch):
     """Equal grades have no rank correlation: JSON has null for it, and the file may be written again."""
     scores = {"CIDEr": np.arange(3.0)}  # those of the captions themselves need Java
