@@ -45,8 +45,8 @@ _GROWTH = {
 # Of `WordTokenizer`: letters and digits with their combining marks, and joiners within, as many scripts of India have.
 _RUN = r"[\p{L}\p{N}](?:[\u200c\u200d]?[\p{L}\p{M}\p{N}])*"
 _WORDS = pre_tokenizers.Split(Regex(f"{_RUN}(?:['’-]{_RUN})*"), behavior="removed", invert=True)
-# CLIP splits text into English contractions, runs of letters, single digits and runs of anything else.
-CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# CLIP splits text into English contractions (also with a long s), runs of letters, single digits and runs of others.
+CLIP_SPLIT = "'[s\u017f]|" r"'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 Spec = str | list[str] | dict[str, str]

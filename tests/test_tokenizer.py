@@ -88,15 +88,15 @@ def test_ids_equal_open_clip(context_length: int) -> None:
 
 
 def test_ids_of_random_strings_equal_open_clip(clip: Tokenizer, theirs: open_clip.tokenizer.SimpleTokenizer) -> None:
-    """Left out: characters that are not in every Unicode version, and two that ignoring case confuses with others."""
+    """Left out: characters that are not in every Unicode version, and one that ignoring case confuses with another."""
     generator = random.Random(0)
     ranges = [range(1, 128), range(128, 0x400), range(0x2000, 0x2100), range(1, 0x3000), range(0x1F300, 0x1F700)]
 
     def character() -> str:
         c = chr(generator.choice(generator.choice(ranges)))
-        return " " if unicodedata.category(c) == "Cn" or c in "\u017f\u0345" else c
+        return " " if unicodedata.category(c) == "Cn" or c == "\u0345" else c
 
-    texts = ["".join(character() for _ in range(generator.randrange(30))) for _ in range(1500)]
+    texts = ["".join(character() for _ in range(generator.randrange(30))) for _ in range(1500)] + ["a'\u017f"]
     assert_same_ids(clip, theirs, texts)
 
 

@@ -189,7 +189,7 @@ def _file_state(image: Callable[[], Image.Image]) -> tuple[int, ...]:
 
 def view_numbers(records: Sequence[Record], count: int) -> range:
     """Of `count` views; without the mirror images where sentences are not in English."""
-    captions = [caption for record in records for caption in record.captions]
+    captions = [text for record in records for text in (*record.captions, record.question) if text]
     words = [word for caption in captions for word in split_words(caption)]
     english = sum(word in ENGLISH for word in words) >= LEAST_ENGLISH * len(words)
     sentences = len(words) >= 3 * len(captions)

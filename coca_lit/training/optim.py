@@ -129,7 +129,7 @@ class Timm(Grouped):
     Args:
         name: one of `timm.optim.list_optimizers()`. Recommended, and tested on sharded weights (`trainer=fsdp`): muon,
             lion, adopt, nadamw.
-        arguments: of that optimizer.
+        arguments: of that optimizer. Without a `momentum` timm's factory gives 0.9, also to Muon, whose own is 0.95.
 
     Raises:
         ValueError: there is no such optimizer, or it has no such argument, or refuses a value.

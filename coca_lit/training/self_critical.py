@@ -19,6 +19,7 @@ from coca_lit.losses import loss_terms
 from coca_lit.losses.caption import caption_loss
 from coca_lit.metrics.cider import END, CiderD, fast_words
 from coca_lit.models import CoCa
+from coca_lit.models.coca import IGNORED_LABEL
 from coca_lit.models.generation.options import DEFAULT_MAX_LENGTH
 from coca_lit.models.generation.sampling import caption_lengths
 from coca_lit.training.objectives import Objective, Pairs
@@ -101,9 +102,10 @@ class SelfCritical(Objective):
         assert out.hidden is not None
         assert out.vocabulary is not None
         assert out.labels is not None
-        loss = policy_loss(
-            out.hidden, out.vocabulary, out.labels, (lengths - 1).to(images.device), advantages.flatten()
-        )
+        labels = out.labels
+        if net.tokenizer.unk_id is not None:  # of captions that the model has written they are words like any other
+            labels = labels.masked_fill(labels == IGNORED_LABEL, net.tokenizer.unk_id)
+        loss = policy_loss(out.hidden, out.vocabulary, labels, (lengths - 1).to(images.device), advantages.flatten())
         measures = {"reward": float(rewards.mean()), "advantage": float(advantages.abs().mean())}
         if self._previous is not None:
             before, scored = self._previous
@@ -113,9 +115,11 @@ class SelfCritical(Objective):
 
     def _draw(self, net: CoCa, images: Tensor) -> Tensor:
         with torch.compiler.set_stance("force_eager"):  # a growing cache has a new shape at every token
-            return net.generate(
+            ids = net.generate(
                 images.detach(), strategy="sample", num_captions=self.samples, max_length=self._most(net)
             )
+        torch.clear_autocast_cache()  # up to PyTorch 2.10 it has casts without a graph, which training would take
+        return ids
 
     def _most(self, net: CoCa) -> int:
         return min(self.max_length, net.tokenizer.context_length)

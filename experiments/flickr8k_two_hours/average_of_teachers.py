@@ -12,6 +12,7 @@ from torch import Tensor
 
 from coca_lit import load_model
 from coca_lit.data.batch import Batch
+from coca_lit.distributed import sum_over_ranks, world_size
 from coca_lit.losses import Teacher, distillation_loss, loss_terms
 from coca_lit.models import CoCa
 from coca_lit.models.coca import IGNORED_LABEL
@@ -77,7 +78,8 @@ class AverageOfTeachers(Objective):
             next_words = F.softmax(theirs.logits, dim=-1)  # (N, V)
         predicted = out.labels != IGNORED_LABEL  # (N,)
         divergence = F.kl_div(F.log_softmax(out.logits, dim=-1), next_words, reduction="none").sum(-1)  # (N,)
-        terms["teachers_caption"] = divergence[predicted].mean()
+        count = sum_over_ranks(predicted.sum()).clamp(min=1)  # of the global batch, as ranks differ
+        terms["teachers_caption"] = divergence[predicted].sum() * world_size() / count
         sides = [Teacher(theirs.image_features, theirs.text_features, float(theirs.logit_scale))]
         terms["teachers_contrastive"] = distillation_loss(out.image_features, out.text_features, out.logit_scale, sides)
         return terms

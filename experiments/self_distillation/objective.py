@@ -13,10 +13,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import sum_over_ranks, world_size
-from coca_lit.errors import check_number
+from coca_lit.errors import ConfigError, check_number
 from coca_lit.models import CoCa
 from coca_lit.training.objectives import Objective
 
@@ -50,7 +51,7 @@ class SelfDistillation(Objective):
         masked_weight: factor of the loss of masked cells; 0 for none.
         masked: share of the cells that are masked.
         prototypes: that a softmax is over.
-        momentum: of the teacher; a short training needs less.
+        momentum: of the teacher, for each batch, also of accumulated ones; a short training needs less.
         temperature, sharp: of the softmax of the encoder and of the teacher.
     """
 
@@ -87,6 +88,8 @@ class SelfDistillation(Objective):
         self.register_buffer("begun", torch.zeros((), dtype=torch.bool))
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+        if any(map(is_parametrized, net.image_encoder.modules())):
+            raise ConfigError("self-distillation does not work with lora: its teacher is a copy of the whole encoder")
         if self.training:
             self.follow(net)
         images = batch.images

@@ -191,6 +191,8 @@ def test_captions_in_other_languages_get_no_mirror_images(tmp_path: Path) -> Non
     assert [path.stem[-2:] for path in paths] == ["_0", "_2", "_4"]
     assert paths[0] == plain[0]
     dataset = CachedCaptionDataset(german, paths, TOKENIZER)
+    asked = [record._replace(captions=("ja",), question="ist der Hund links neben dem Ball") for record in german]
+    assert [path.stem[-2:] for path in views(tmp_path, Encoder()).encode(asked, 2, 0, CPU)] == ["_0", "_2"]
     assert all(dataset.image(Index(0, 1), german[1], random.Random(i))[1] is german[1] for i in range(9))
 
 

@@ -178,7 +178,7 @@ def test_photos_are_read_as_in_evaluation(exported: tuple[CoCa, Path], tmp_path:
     deep = np.linspace(0, 65535, num=size[0] * size[1]).astype(np.uint16).reshape(size)
     Image.fromarray(deep).save(tmp_path / "deep.png")  # 16 bits of grey
     for name in ("photo.png", "deep.png"):
-        expected = build_transform(size=32)(image_file(tmp_path / name)())
+        expected = build_transform(size=32)(image_file(tmp_path / name, 0)())
         assert np.array_equal(Captioner(folder).read_image(tmp_path / name), expected.numpy())
 
 
