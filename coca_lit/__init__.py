@@ -9,7 +9,8 @@ from importlib import import_module
 from os.path import dirname
 from typing import TYPE_CHECKING, Any
 
-if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.path[0] != dirname(dirname(__file__)):
+_ours = any(word.removeprefix("-m").partition(".")[0] == __name__ for word in sys.orig_argv[1:])
+if _ours and sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.path[0] != dirname(dirname(__file__)):
     del sys.path[0]  # `python -m coca_lit.…` puts the current folder first, where a torch.py may lie among photos
 
 if TYPE_CHECKING:

@@ -115,7 +115,8 @@ class Checkpoints(L.Callback):
         step_exchange.start()
         self._saved = (trainer.global_step, self._phase)  # there is nothing to save before the first step
         self._set_clock()
-        if rank() == 0 and self._best_so_far().get("step", 0) > trainer.global_step:  # of steps that are made again
+        lost = not (self.folder / BEST).exists()  # moved away with the steps that are made again, or one of these
+        if rank() == 0 and (lost or self._best_so_far().get("step", 0) > trainer.global_step):
             for name in (BEST, BEST_SCORE):
                 (self.folder / name).unlink(missing_ok=True)
         if self._loaded:
@@ -249,9 +250,10 @@ class Checkpoints(L.Callback):
                 write_json(self.folder / BEST_SCORE, content)
             except DataError as error:
                 log.warning("%s; training continues without this best checkpoint", error)
-        best = (self.folder / BEST).resolve()  # also where the score that chose it is another one by now
+        # The best stays, also where the score that chose it is another one by now, or where it is a copy and no link.
+        kept = {(self.folder / BEST).resolve(), self._path(self._best_so_far().get("step", -1)).resolve()}
         for path in step_files(self.folder)[self.keep_last :]:
-            if path.resolve() != best:
+            if path.resolve() not in kept:
                 remove(path)
 
     def _finish_saving(self, trainer: L.Trainer) -> None:

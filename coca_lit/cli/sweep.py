@@ -23,7 +23,7 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from coca_lit.errors import ConfigError, suggest
-from coca_lit.files import write_json
+from coca_lit.files import atomic_write, write_json
 from coca_lit.machine import is_first_process
 from coca_lit.metrics import lower_is_better
 from coca_lit.reading import read_json
@@ -100,12 +100,12 @@ class SweepCallback(Callback):
 
 
 def mask_multirun(folder: Path) -> None:
-    """Hydra's basic sweeper saves the whole config just before the first job, typed secrets included."""
+    """Hydra's basic sweeper saves the whole config just before the first job, in each process, typed secrets
+    included.
+    """
     path = folder / "multirun.yaml"
-    if not is_first_process() or not path.is_file():
-        return
-    if (masked := masked_yaml(OmegaConf.load(path))) != path.read_text(encoding="utf-8"):
-        path.write_text(masked, encoding="utf-8")
+    if path.is_file() and (masked := masked_yaml(OmegaConf.load(path))) != path.read_text(encoding="utf-8"):
+        atomic_write(path, masked.encode())
 
 
 @contextmanager

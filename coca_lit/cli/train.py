@@ -5,6 +5,7 @@ Heavy packages are imported inside functions, so that `--help` and most typing e
 
 import os
 import shlex
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,9 +101,11 @@ def run(cfg: DictConfig) -> dict[str, float]:
             with worker_errors():
                 checkpoint = start.path if start is not None else None
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        except SystemExit:  # stopped by a signal, with everything saved
+        except SystemExit as stopped:  # by a signal, with everything saved
             if trainer.is_global_zero and not os.environ.get(SWEEP_VARIABLE):  # else it is the command of the sweep
                 print(f"resume with: {resume_command(cfg.name, folder)}", flush=True)
+            if isinstance(stopped.__context__, KeyboardInterrupt):  # Lightning's exit code is 1
+                raise SystemExit(128 + signal.SIGINT) from stopped
             raise
         facts = {**samples_seen(trainer), "parameters": part_sizes(module.net)}
         if trainer.is_global_zero:

@@ -99,6 +99,7 @@ class CaptionDataModule(LightningDataModule):
         self.tokenizer, self.seed = tokenizer, seed
         self.patches = tuple(patches)
         self._loader: weakref.ref[TrainLoader] | None = None
+        self._passes = 0
         if text is not None:
             from coca_lit.data.text_batches import TextBatches
 
@@ -206,9 +207,12 @@ class CaptionDataModule(LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def position(self) -> tuple[int, int]:
-        """(epoch, batches done) by the trainer's counters, which it restores from checkpoints."""
+        """(epoch, batches done) by the trainer's counters, which it restores from checkpoints; without a trainer each
+        call begins the next epoch.
+        """
         if not self.trainer:
-            return 0, 0
+            self._passes += 1
+            return self._passes - 1, 0
         return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -65,6 +65,15 @@ class Record(_Record):
     @property
     def images(self) -> tuple[Callable[[], Image.Image], ...]:
         return self.image, *self.further
+
+    @property
+    def image_key(self) -> Hashable:
+        """Equal for records about one image: the function itself, or its identity if it has no hash."""
+        try:
+            hash(self.image)
+        except TypeError:
+            return id(self.image)
+        return self.image
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ class Evaluation:
         """
         records = self.records[: settings.images][:limit]
         if settings.full:
-            images = len({record.image for record in records})
+            images = len({record.image_key for record in records})
             print_rank_zero(f"scoring {images} images of {self.name} ({type(self).__name__})")
         self.not_run, self.draws = {}, {}
         scores, name = self.scores(model, records, settings), self.name_of(settings, limit)
@@ -194,7 +194,7 @@ class Evaluation:
         for domain, own in groups.items():
             texts = self.compared_texts(own)
             ids = digest(record.id for record in own)
-            images = len({record.image for record in own})  # of several questions about an image one
+            images = len({record.image_key for record in own})  # of several questions about an image one
             known[domain] = Conditions(settings.split, images, ids, len(texts), digest(texts), {})
         of_all = known[""]
         return {

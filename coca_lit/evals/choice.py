@@ -42,7 +42,7 @@ class ChoiceScores(Evaluation):
         super().__init__(name, records, every)
         check_number("right", right, whole=True, at_least=1, at_most=1 if paired else 2)
         self.paired, self.right = paired, right
-        names = exact(len({r.image for r in records}), self._accuracy(np.zeros(len(records)), records))
+        names = exact(len({r.image_key for r in records}), self._accuracy(np.zeros(len(records)), records))
         self.score_names = ("text_score", "image_score", "group_score") if paired else tuple(names)
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
@@ -52,7 +52,7 @@ class ChoiceScores(Evaluation):
             records = records[: len(records) // 2 * 2]
         units = [record.id for record in records[::2]]  # what an interval draws: pairs, or images with all their cases
         if not self.paired:
-            units = [*{record.image: record.id for record in reversed(records)}.values()][::-1]
+            units = [*{record.image_key: record.id for record in reversed(records)}.values()][::-1]
         size, workers = settings.batch_size, settings.workers
         images, texts, image_of_text = embed_pairs(model, records, size, workers)
         counts = [len(record.captions) for record in records]
@@ -84,7 +84,7 @@ class ChoiceScores(Evaluation):
         return self._accuracy(is_right(found, self.right), records)
 
     def _accuracy(self, right: np.ndarray, records: Sequence[Record]) -> "ChoiceAccuracy":
-        return ChoiceAccuracy(right, [record.domain for record in records], [record.image for record in records])
+        return ChoiceAccuracy(right, [record.domain for record in records], [record.image_key for record in records])
 
 
 def is_right(scores: Sequence[Tensor], right: int = 1) -> np.ndarray:

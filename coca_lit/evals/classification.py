@@ -263,7 +263,7 @@ class LabelScores(Evaluation):
         """The scores, and the units that are drawn, by the id of their first record."""
         first: dict[Hashable, int] = {}
         unit = np.array(
-            [first.setdefault(self.together(r) if self.together else r.image, len(first)) for r in records]
+            [first.setdefault(self.together(r) if self.together else r.image_key, len(first)) for r in records]
         )  # (I,)
         ids: dict[int, Hashable] = {}
         for number, record in zip(unit.tolist(), records, strict=True):

@@ -99,9 +99,9 @@ def _draws(records: Sequence[Record], answers: Mapping[str, Answers]) -> dict[st
     """Of the scores of `_accuracies`. Images are drawn, each with all its questions: those are not independent."""
     first: dict[Any, int | str] = {}
     for record in records:
-        first.setdefault(record.image, record.id)
+        first.setdefault(record.image_key, record.id)
     number = {image: i for i, image in enumerate(first)}
-    image_of = {record.id: number[record.image] for record in records}
+    image_of = {record.id: number[record.image_key] for record in records}
     kinds = {record.id: record.domain for record in records}
     parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     for way, found in answers.items():
@@ -174,13 +174,13 @@ class PlaceScores(Evaluation):
         answers = generate_answers(model, records, settings.batch_size, settings.workers, settings.generate or {})
         first: dict[Any, int | str] = {}  # what is drawn, by the id of the first record
         for record in records:
-            first.setdefault(record.image, record.id)
+            first.setdefault(record.image_key, record.id)
         places = {image: i for i, image in enumerate(first)}
         right, asked = np.zeros((2, 2, len(places)))  # (kind, images)
         for record in records:
             kind = int(read_box(record.captions[0]) is None)
-            right[kind, places[record.image]] += is_right(answers[record.id], record.captions[0])
-            asked[kind, places[record.image]] += 1
+            right[kind, places[record.image_key]] += is_right(answers[record.id], record.captions[0])
+            asked[kind, places[record.image_key]] += 1
         given = [kind for kind in (0, 1) if asked[kind].any()]
         if settings.full:
             parts = {self.score_names[kind]: (right[kind], asked[kind]) for kind in given}

@@ -15,6 +15,7 @@ from coca_lit.errors import ConfigError
 from coca_lit.machine import is_first_process
 from coca_lit.runs.redaction import redact
 
+RUN_ID = "COCA_LIT_RUN_ID"  # tells the processes that Lightning starts
 LONGEST = 150  # bytes; file systems take 255, with the parts that are added
 
 
@@ -36,11 +37,16 @@ def run_id() -> str:
     if rendezvous != "none":
         return f"torchrun_{rendezvous}"
     if int(env.get("WORLD_SIZE", "1")) > 1:
+        parent, _, name = env.get(RUN_ID, "").partition(" ")
+        if parent == str(os.getppid()):
+            return name
         raise ConfigError(
             "the processes cannot agree on a name for the run folder: set name=my_run, "
             "or let torchrun name it with --rdzv-backend=c10d --rdzv-id=my_run"
         )
-    return time.strftime("%Y-%m-%d_%H-%M-%S")
+    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    env[RUN_ID] = f"{os.getpid()} {now}"
+    return now
 
 
 def launched_devices() -> int | str:
@@ -84,12 +90,15 @@ def announce(command: str) -> None:
 
 
 def job_folder(overrides: str) -> str:
-    """A folder name for a job of a sweep that changes `overrides`: "data.root=/x,seed=1" -> "data.root=_x,seed=1"."""
-    name = re.sub(r"[^\w.,=+~@-]+", "_", re.sub(r"(^|,)\+\+", r"\1", redact(overrides))) or "job"
-    if len(name.encode()) <= LONGEST:
+    """A folder name for a job of a sweep that changes `overrides`: "lr=0.1,seed=1", or "root=_x_1a2b3c4d" with a digest
+    where a name cannot hold them.
+    """
+    plain = re.sub(r"(^|,)\+\+", r"\1", redact(overrides)) or "job"
+    name = re.sub(r"[^\w.,=+~@-]+", "_", plain)
+    if name == plain and len(name.encode()) <= LONGEST:
         return name
     start = name.encode()[:LONGEST].decode(errors="ignore")
-    return f"{start}_{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+    return f"{start}_{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"  # a/b and a_b are told apart
 
 
 def isolate() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 
-from coca_lit.callbacks import ScoreDuringTraining
+from coca_lit.callbacks import ScoreDuringTraining, checkpoint
 from coca_lit.cli.assembly import build, build_trainer
 from coca_lit.cli.module import build_module
 from coca_lit.data.records import Record
@@ -210,6 +211,16 @@ def test_a_score_of_other_images_is_not_the_best(tmp_path: Path) -> None:
     last = f"ckpt_path={tmp_path}/checkpoints/step_4.ckpt"
     train(tmp_path, *keep, last, evals=[Planned(4, 0, 3)], **(STEPS | {"quick": 3}))
     assert best(tmp_path) == (6, 4)
+
+
+@pytest.mark.slow
+def test_the_best_stays_where_a_link_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on file systems without links."""
+    monkeypatch.setattr(checkpoint, "atomic_link", lambda link, target: shutil.copy(target, link))
+    keep = ("callbacks.checkpoint.best=probe/value", "callbacks.checkpoint.keep_last=1")
+    train(tmp_path, *keep, evals=[Planned(5, 0, 1, 2, 3)], **STEPS)
+    assert (tmp_path / "checkpoints" / "step_2.ckpt").exists()
+    assert json.loads((tmp_path / "checkpoints" / "best.json").read_text())["value"] == 5
 
 
 @pytest.mark.slow

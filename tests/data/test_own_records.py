@@ -60,6 +60,8 @@ def test_a_function_and_lists_give_the_same_batches(root: Path) -> None:
         for ours, theirs in zip(*loaders, strict=True):
             assert ours.keys == theirs.keys
             assert torch.equal(ours.images, theirs.images)
+    orders = [[batch.keys for batch in by_lists.train_dataloader()] for _ in range(6)]
+    assert len({str(keys) for keys in orders}) > 1  # each pass is another epoch
     (batch,) = by_lists.val_dataloader()
     assert batch.tokens.tolist() == [TOKENIZER.encode("a green image")] * 2
     with pytest.raises(DataError, match=r"train, val.*'test'"):

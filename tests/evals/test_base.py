@@ -1,12 +1,14 @@
 """What every evaluation records about its scores."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.motion import motion_records
@@ -39,6 +41,24 @@ def test_scores_are_recorded_with_what_they_depend_on(tmp_path: Path) -> None:
 
 def test_several_questions_about_an_image_are_of_one_image(tmp_path: Path) -> None:
     records = [record._replace(image=RECORDS[i // 5].image) for i, record in enumerate(RECORDS)]
+    evaluation = FunctionEvaluation("x", records, lambda *_: {"mine": 1.0})
+    evaluation.evaluate(create_model("coca_tiny"), Settings(tmp_path))
+    assert evaluation.conditions["x/mine"].images == 2
+
+
+@dataclass
+class WithoutHash:
+    """As an ordinary dataclass is."""
+
+    size: int
+
+    def __call__(self) -> Image.Image:
+        return Image.new("RGB", (self.size, self.size))
+
+
+def test_images_need_no_hash(tmp_path: Path) -> None:
+    images = [WithoutHash(8), WithoutHash(8)]
+    records = [Record(i, images[i // 3], "a") for i in range(6)]
     evaluation = FunctionEvaluation("x", records, lambda *_: {"mine": 1.0})
     evaluation.evaluate(create_model("coca_tiny"), Settings(tmp_path))
     assert evaluation.conditions["x/mine"].images == 2

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 
 from coca_lit.distributed import gather_objects, rank, stable_seed, world_size
+from coca_lit.errors import DataError
 from coca_lit.models import CoCa, kernels
 from coca_lit.models.generation.options import complete
 from coca_lit.models.inputs import Images
 from coca_lit.progress import ProgressBar
 from coca_lit.reading import printable
-from coca_lit.tools.caption.inputs import OpenShard, Shard, Source, Unit, load_images
+from coca_lit.tools.caption.inputs import MayPass, OpenShard, Shard, Source, Unit, load_images
 from coca_lit.tools.caption.outputs import Captions, Writer
 
 
@@ -73,6 +74,8 @@ def caption_units(
                 found = dict(zip(positions, texts, strict=True))
                 writer.write({batch.sources[i]: found[i] for i in positions if i in new})
             for reason in broken.values():
+                if isinstance(reason, MayPass) and batch.sources[0].size >= 0:  # a new shard would lack it for ever
+                    raise DataError(f"{reason}: start again")
                 progress.print(printable(f"skipped: {reason}"))
             if batch.ends is not None:
                 writer.end_shard(batch.ends)

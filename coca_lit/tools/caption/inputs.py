@@ -26,7 +26,7 @@ from coca_lit.data.transforms import build_transform, loaded
 from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
 from coca_lit.models.inputs import Images, Preprocessing, stack_images
-from coca_lit.reading import open_regular, parse_json
+from coca_lit.reading import may_pass, open_regular, parse_json
 
 SHARD = ".tar"
 FILES = (*SUFFIXES, *CLIPS)
@@ -43,15 +43,7 @@ class Source(NamedTuple):
     offset: int = 0
     size: int = -1  # bytes from `offset` on; -1 for all
     frames: int = 0  # of a clip that the model sees; 0 for an image
-
-    @property
-    def state(self) -> list[int]:
-        """Size and time of change of the file; nothing if it cannot be read."""
-        try:
-            about = self.path.stat()
-        except OSError:
-            return []
-        return [about.st_size, about.st_mtime_ns]
+    state: tuple[int, ...] = ()  # of the file when it was found, see `state_of`
 
 
 class Sample(NamedTuple):
@@ -78,8 +70,9 @@ class Shard(NamedTuple):
 
     def open(self) -> "OpenShard":
         """Reads the positions of its samples."""
+        state = state_of(self.path)
         samples, problem = scan_shard(self.path)
-        return OpenShard(self.path, samples, problem)
+        return OpenShard(self.path, samples, problem, state)
 
 
 class OpenShard(NamedTuple):
@@ -88,14 +81,24 @@ class OpenShard(NamedTuple):
     path: Path
     samples: list[Sample]
     problem: str  # what is wrong with the tar, or ""
+    state: tuple[int, ...]  # before it was read
 
     @property
     def sources(self) -> list[Source]:
-        places = [(sample, sample.image) for sample in self.samples]
-        return [Source(f"{self.path}/{sample.key}", self.path, *place) for sample, place in places if place]
+        places = [(f"{self.path}/{sample.key}", sample.image) for sample in self.samples]
+        return [Source(name, self.path, *place, state=self.state) for name, place in places if place]
 
 
 Unit = Files | Shard
+
+
+def state_of(path: Path) -> tuple[int, ...]:
+    """Size and time of change of a file; nothing if it cannot be read."""
+    try:
+        about = path.stat()
+    except OSError:
+        return ()
+    return about.st_size, about.st_mtime_ns
 
 
 class ImageBatch(NamedTuple):
@@ -103,7 +106,7 @@ class ImageBatch(NamedTuple):
 
     positions: list[int]  # of the decoded images in the list
     pixels: Images  # (B, 3, S, S) uint8, of clips (B, F, 3, S, S), or `Patches`, one for each position
-    broken: dict[int, str]  # position of an image that cannot be read -> reason
+    broken: dict[int, str]  # position of an image that cannot be read -> reason, a `MayPass` if it may be another time
 
 
 # Finding
@@ -135,7 +138,7 @@ def in_batches(paths: Iterable[Path], batch_size: int, frames: int) -> list[list
     kinds: dict[int, list[Source]] = {0: [], frames: []}
     for path in paths:
         own = frames if path.suffix.lower() in CLIPS else 0
-        kinds[own].append(Source(str(path), path, frames=own))
+        kinds[own].append(Source(str(path), path, frames=own, state=state_of(path)))
     sizes = {own: max(batch_size // max(own, 1), 1) for own in kinds}
     return [of[i : i + sizes[own]] for own, of in kinds.items() for i in range(0, len(of), sizes[own])]
 
@@ -203,6 +206,10 @@ def load_images(
         )
 
 
+class MayPass(str):
+    """A reason that is of the disk and not of the image."""
+
+
 class _Decoded(Dataset[Images | str]):
     """source -> pixels (3, S, S), (F, 3, S, S) of a clip, or patches, or the reason why it cannot be read."""
 
@@ -220,7 +227,7 @@ class _Decoded(Dataset[Images | str]):
         except DataError as error:
             return str(error)
         except OSError as error:
-            return f"{source.name} cannot be read: {error}"
+            return MayPass(f"{source.name} cannot be read: {error}")
 
 
 def _collate(items: list[Images | str]) -> ImageBatch:
@@ -256,21 +263,26 @@ def scan_shard(path: Path) -> tuple[list[Sample], str]:
     except DataError:
         raise
     except Exception as error:  # Python's reader raises many types on damaged files
+        if may_pass(error):
+            raise DataError(f"{path} could not be read ({error}): start again") from error
         problem = str(error) or type(error).__name__  # the sample in which it occurs is not among the samples
     return [*samples.values()], problem
 
 
-def write_shard(source: Path, target: Path, samples: Sequence[Sample], captions: Mapping[str, Sequence[str]]) -> None:
-    """Writes `target`, a copy of `source` with new captions and the same time; samples without one are left out.
+def write_shard(source: OpenShard, target: Path, captions: Mapping[str, Sequence[str]]) -> None:
+    """Writes `target`, a copy of `source` with new captions; samples without one are left out.
 
     Args:
         captions: key of a sample -> its captions, the best first.
 
     Raises:
-        DataError: nothing can be written there.
+        DataError: nothing can be written there, or the source has changed since it was opened.
     """
-    with tar_writer(target) as tar, open_regular(source) as file:
-        for sample in samples:
+    with tar_writer(target) as tar, open_regular(source.path) as file:
+        about = os.fstat(file.fileno())
+        if (about.st_size, about.st_mtime_ns) != source.state:
+            raise DataError(f"{source.path} has changed while it was captioned: start again")
+        for sample in source.samples:
             if sample.key not in captions:
                 continue
             members = {}
@@ -278,8 +290,6 @@ def write_shard(source: Path, target: Path, samples: Sequence[Sample], captions:
                 file.seek(offset)
                 members[extension] = file.read(size)
             tar.write({"__key__": sample.key, **_recaptioned(members, captions[sample.key])})
-        changed = os.fstat(file.fileno()).st_mtime_ns
-    os.utime(target, ns=(changed, changed))
 
 
 def _recaptioned(members: dict[str, bytes], captions: Sequence[str]) -> dict[str, bytes]:

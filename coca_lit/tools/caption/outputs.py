@@ -19,12 +19,11 @@ from typing import Any
 from coca_lit.data.datasets.annotations import MAX_BYTES, check_id
 from coca_lit.distributed import broadcast_object, gather_objects, rank, world_size
 from coca_lit.errors import DataError
-from coca_lit.files import append_lines, atomic_write, claim, is_leftover, remove_leftovers, whole_lines
+from coca_lit.files import append_lines, atomic_write, claim, is_leftover, remove_leftovers, whole_lines, write_json
 from coca_lit.reading import is_int64, parse_json, printable, read_json
-from coca_lit.tools.caption.inputs import Files, OpenShard, Shard, Source, Unit, write_shard
+from coca_lit.tools.caption.inputs import Files, OpenShard, Shard, Source, Unit, state_of, write_shard
 
 SETTINGS = "settings.json"
-COARSEST = 2 * 10**9  # nanoseconds: the resolution of times on FAT
 OLD = 3600.0  # seconds, after which no command is still writing a shard; several may share a folder
 Captions = Sequence[str]  # of one image, the best first
 _NO_BYTES = re.compile("[^\udca0-\udcff]+")  # these stand for bytes that are not UTF-8; those below for C1 controls
@@ -115,7 +114,8 @@ class JsonLines(Writer):
         self.done = {key: row.get("file") for key, row in self._rows().items()}
 
     def has(self, source: Source) -> bool:
-        return self.done.get(self._id(source), ()) in (None, source.state)  # None: a row that somebody has written
+        known = self.done.get(self._id(source), ())
+        return known is None or known == list(source.state)  # None: a row that somebody has written
 
     def write(self, captions: Mapping[Source, Captions]) -> None:
         rows = [
@@ -128,8 +128,11 @@ class JsonLines(Writer):
     def finish(self) -> None:
         gather_objects(None)  # waits until every process has written
         if rank() == 0:
-            names = {self._id(source): source.state for source in _all_sources(self.units)}
+            names = {self._id(source): list(source.state) for source in _all_sources(self.units)}
             rows = self._rows(names)
+            for name in names.keys() & rows.keys():  # of a file that was there before, and that cannot be decoded now
+                if names[name] and rows[name].get("file") not in (None, names[name]):
+                    del rows[name]
             others = [name for name in rows if name not in names]  # of earlier inputs
             self._save([rows[name] for name in [*others, *names] if name in rows])
             for part in self._parts():
@@ -207,8 +210,8 @@ class Recaptioned(Writer):
     """A folder of shards for training, each a copy of an input with the new captions, see
     `write_shard`.
 
-    A shard is written whole or not at all, and has the time of its input, by which it is known to be done.
-    `open_writer` claims the folder, once for all processes of an engine.
+    A shard is written whole or not at all; an existing one is done, unless the mark beside it says that it was made of
+    another input. `open_writer` claims the folder, once for all processes of an engine.
     """
 
     def __init__(self, folder: Path, units: Sequence[Unit]) -> None:
@@ -225,9 +228,13 @@ class Recaptioned(Writer):
         self.captions: dict[str, Captions] = {}  # of the current shard, by the name of the image
 
     def has_unit(self, unit: Unit) -> bool:
-        if not isinstance(unit, Shard) or not (target := self.folder / unit.path.name).exists():
+        if not isinstance(unit, Shard) or not (self.folder / unit.path.name).exists():
             return False
-        return abs(target.stat().st_mtime_ns - unit.path.stat().st_mtime_ns) <= COARSEST
+        mark = self._mark(unit.path)
+        return not mark.exists() or read_json(mark, list) == list(state_of(unit.path))
+
+    def _mark(self, source: Path) -> Path:
+        return self.folder / f".{source.name}.source.json"
 
     def write(self, captions: Mapping[Source, Captions]) -> None:
         self.captions |= {source.name: found for source, found in captions.items()}
@@ -235,7 +242,8 @@ class Recaptioned(Writer):
     def end_shard(self, shard: OpenShard) -> None:
         keys = {sample.key: f"{shard.path}/{sample.key}" for sample in shard.samples}
         captions = {key: self.captions[name] for key, name in keys.items() if name in self.captions}
-        write_shard(shard.path, self.folder / shard.path.name, shard.samples, captions)
+        write_shard(shard, self.folder / shard.path.name, captions)
+        write_json(self._mark(shard.path), shard.state)
         self.captions = {}
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, quiet
+from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, LostShardError, quiet
 from coca_lit.data.near_duplicates import perceptual_hash
 from coca_lit.data.pixels import decode_image
 from coca_lit.data.prefetch import worker_errors, worker_options
@@ -117,7 +117,7 @@ def judge_shard(shard: Path, judgement: Judgement) -> JudgedShard:
         name: np.concatenate([batch[name] for batch in batches]) for name in (batches[0] if batches else ())
     }
     left_out: dict[str, Any] = {"bad": dict(bad.reasons), "examples": bad.examples()}
-    write_scores(path, shard.name, columns, {**settings, "shard": stamp, **left_out})
+    write_scores(path, shard.name, columns, {**settings, "shard": stamp, "content": index.stamp.content, **left_out})
     return JudgedShard(path, len(columns["key"]) if columns else 0, **left_out, skipped=False)
 
 
@@ -152,6 +152,9 @@ class _Pairs(Dataset[tuple[_Pair, Images] | BadSample]):
         try:
             content, captions = pair_of(self.index.read(i), [self.caption_key], shard)
             image = decode_image(content, "it")
+        except LostShardError as error:  # the file would lack the rest of the shard for ever
+            lost = error.sample
+            raise DataError(f"{lost.shard}: {lost.detail or lost.reason}: start again") from error
         except BadSampleError as error:
             return error.sample
         except DataError as error:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from coca_lit.data.shards.shard import read_manifest
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.files import replacing
 from coca_lit.reading import counts_of, open_parquet, parse_json, texts_of
@@ -117,12 +118,16 @@ def find_scores(words: Sequence[str | Path]) -> list[Path]:
 
 
 def check_current(path: Path) -> None:
-    """Raises `DataError` if the shard beside the scores has changed since: its keys may be those of other samples."""
+    """Raises `DataError` if the shard beside the scores has changed since: its keys may be those of other samples. A
+    copy that has lost its time is known by its digest in the manifest.
+    """
     shard = path.with_name(path.name.removesuffix(SUFFIX) + ".tar")
-    if made_by(path) and shard.exists():
-        size, changed_at = read_about(path).about["shard"]
-        if (shard.stat().st_size, shard.stat().st_mtime_ns) != (size, changed_at):
-            raise DataError(f"{shard} has changed since it was scored: repeat coca-data score")
+    if not made_by(path) or not shard.exists():
+        return
+    about, entry = read_about(path).about, read_manifest(shard.parent).get(shard.name)
+    same = entry is not None and entry.sha256 == about.get("content")
+    if not same and [shard.stat().st_size, shard.stat().st_mtime_ns] != about["shard"]:
+        raise DataError(f"{shard} has changed since it was scored: repeat coca-data score")
 
 
 def made_by(path: Path, *settings: str) -> str | None:

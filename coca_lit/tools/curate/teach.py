@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, quiet
+from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, LostShardError, quiet
 from coca_lit.data.pixels import decode_pixels
 from coca_lit.data.prefetch import worker_errors, worker_options
 from coca_lit.data.shards.indexed import TarIndex, pair_of
@@ -144,6 +144,9 @@ class _Crops(Dataset[_Sample | BadSample]):
         try:
             content, captions = pair_of(self.index.read(i), asked.caption_keys, shard)
             pixels = as_tensor(decode_pixels(content, "it"))
+        except LostShardError as error:  # the file would lack the rest of the shard for ever
+            lost = error.sample
+            raise DataError(f"{lost.shard}: {lost.detail or lost.reason}: start again") from error
         except BadSampleError as error:
             return error.sample
         except DataError as error:

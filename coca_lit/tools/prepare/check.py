@@ -37,6 +37,7 @@ def check_shard(path: Path, caption_key: str = "txt") -> ShardReport:
     """Decodes every image and caption of a shard, and of clips the frame in the middle."""
     bad = BadSamples(1.0)
     good = 0
+    changed_at = os.stat(path).st_mtime_ns  # before it is read: it may still be written
     with quiet():
         for record in read_shard(Shard(str(path)), [caption_key], bad, (*IMAGE_SUFFIXES, *CLIP_SUFFIXES)):
             try:
@@ -46,7 +47,7 @@ def check_shard(path: Path, caption_key: str = "txt") -> ShardReport:
                 bad.add("unreadable image", str(path), str(record.id), str(error))
     entry = ManifestEntry(good, os.path.getsize(path), sha256_of(path))
     broken = next((reason for reason in bad.reasons if reason in ("broken or truncated shard", "empty shard")), "")
-    return ShardReport(str(path), os.stat(path).st_mtime_ns, entry, dict(bad.reasons), bad.examples(), broken)
+    return ShardReport(str(path), changed_at, entry, dict(bad.reasons), bad.examples(), broken)
 
 
 def check_shards(paths: Sequence[Path], caption_key: str, run: Run) -> Iterator[ShardReport]:
@@ -60,7 +61,8 @@ def check_shards(paths: Sequence[Path], caption_key: str, run: Run) -> Iterator[
     todo = []
     for path in paths:
         report = known.get(str(path))
-        if report and (report.changed_at, report.entry.bytes) == (path.stat().st_mtime_ns, path.stat().st_size):
+        state = path.stat().st_mtime_ns, path.stat().st_size
+        if report and not report.broken and (report.changed_at, report.entry.bytes) == state:
             yield report
         else:
             todo.append(path)

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -64,6 +64,7 @@ class Written(NamedTuple):
     entry: ManifestEntry
     bad: dict[str, int]  # skipped samples by reason
     examples: list[str]
+    sources: str  # a digest of the state of the files before they were read
 
 
 class Sample(NamedTuple):
@@ -92,7 +93,7 @@ def prepare(tasks: Sequence[Task], output: Path, run: Run) -> Iterator[Written]:
     for task in tasks:
         digest.update(repr(tuple(task)).encode())
     known = _open_journal(output, digest.hexdigest())
-    done = {task.name for task in tasks if task.name in known and not _may_differ(task, known[task.name].bad, output)}
+    done = {task.name for task in tasks if task.name in known and not _may_differ(task, known[task.name])}
     remove_leftovers(output)
     yield from (known[task.name] for task in tasks if task.name in done)
     todo = [task for task in tasks if task.name not in done]
@@ -101,21 +102,23 @@ def prepare(tasks: Sequence[Task], output: Path, run: Run) -> Iterator[Written]:
         yield written
 
 
-def _may_differ(task: Task, bad: Mapping[str, int], output: Path) -> bool:
-    """Whether another attempt may find something else: a file could not be read, fewer are missing now, or one has
-    changed since the shard was written, or was put there: a copy may have an older time of its content.
-    """
-    files = [task.content] if isinstance(task.content, Path) else [pair.image for pair in task.content]
-    found = [os.stat(path) for path in files if os.path.exists(path)]
-    shard = output / task.name
-    written = (shard if shard.exists() else output / JOURNAL).stat().st_mtime_ns
-    changed = any(max(about.st_mtime_ns, about.st_ctime_ns) > written for about in found)
-    return UNREAD in bad or changed or len(files) - len(found) < bad.get(MISSING, 0)
+def _may_differ(task: Task, written: Written) -> bool:
+    """Whether another attempt may find something else: a file could not be read, or its size or time is another."""
+    return UNREAD in written.bad or written.sources != _state(task)
+
+
+def _state(task: Task) -> str:
+    """A digest of sizes and times of change of the files of a task, of which some may be missing."""
+    digest = hashlib.sha256()
+    for path in [task.content] if isinstance(task.content, Path) else [pair.image for pair in task.content]:
+        about = os.stat(path) if os.path.exists(path) else None
+        digest.update(repr(about and (about.st_size, about.st_mtime_ns)).encode())
+    return digest.hexdigest()[:16]
 
 
 def write_shard(task: Task, output: Path) -> Written:
     """Keys as img2dataset writes them: shard number, then sample number, with leading zeros."""
-    bad = BadSamples(1.0)
+    bad, sources = BadSamples(1.0), _state(task)
     path = output / task.name
     count = 0
     with tar_writer(path) as tar:
@@ -124,7 +127,7 @@ def write_shard(task: Task, output: Path) -> Written:
     entry = ManifestEntry(count, path.stat().st_size, sha256_of(path))
     if not count:
         path.unlink()
-    return Written(task.name, entry, dict(bad.reasons), bad.examples())
+    return Written(task.name, entry, dict(bad.reasons), bad.examples(), sources)
 
 
 def _samples(task: Task, bad: BadSamples) -> Iterator[Sample]:
@@ -213,10 +216,10 @@ def _open_journal(output: Path, digest: str) -> dict[str, Written]:
     done = {}
     for line in lines:
         try:
-            name, entry, bad, examples = parse_json(line, str(journal), list)
+            name, entry, bad, examples, sources = parse_json(line, str(journal), list)
             if not isinstance(name, str) or not re.fullmatch(r"\d+\.tar", name, re.ASCII):
                 raise ValueError(f"{name!r} is not the name of a shard")
-            written = Written(name, entry_of(entry), counts_of(bad), texts_of(examples))
+            written = Written(name, entry_of(entry), counts_of(bad), texts_of(examples), str(sources))
         except (DataError, ValueError, TypeError):
             continue  # damaged by a crash of the machine
         path = output / name

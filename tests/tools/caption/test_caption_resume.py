@@ -98,12 +98,12 @@ def test_shards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert kills == 3
     done = {file.name: file.stat().st_mtime_ns for file in path.glob("*.tar")}
     assert 0 < len(done) < 3
-    for left in path.glob(".*"):
+    for left in path.glob(".*-tmp"):
         os.utime(left, (0, 0))  # long ago: nobody is at work on it
     write(folder, path)
     assert contents(path) == contents(folder / "expected" / "new")
     assert done.items() <= {file.name: file.stat().st_mtime_ns for file in path.glob("*.tar")}.items()
-    assert not list(path.glob(".*"))  # what the killed ones left half-written
+    assert not list(path.glob(".*-tmp"))  # what the killed ones left half-written
 
 
 def test_what_was_added_is_captioned(folder: Path, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_two_commands_on_one_folder(folder: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(inputs, "_recaptioned", second)
     write(folder, tmp_path / "new")
     assert contents(tmp_path / "new") == contents(folder / "expected" / "new")
-    assert not list((tmp_path / "new").glob(".*"))
+    assert not list((tmp_path / "new").glob(".*-tmp"))
 
 
 @pytest.mark.slow

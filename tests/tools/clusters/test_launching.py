@@ -5,6 +5,7 @@ need a cluster are in test_slurm.py and test_ray.py.
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -273,6 +274,13 @@ def test_run_id_is_the_time_of_a_single_process(monkeypatch: pytest.MonkeyPatch)
         run_id()
 
 
+def test_processes_that_lightning_starts_know_the_time_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = run_id()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "getppid", os.getpid)  # as in a child
+    assert run_id() == name
+
+
 @pytest.mark.parametrize(
     ("environment", "sizes"),
     [
@@ -293,10 +301,13 @@ def test_sizes_come_from_the_launcher(
 
 
 def test_job_folders() -> None:
-    assert job_folder("data.root=/x/y,model.optimizer.lr=1e-05") == "data.root=_x_y,model.optimizer.lr=1e-05"
+    assert job_folder("data.root=x,model.optimizer.lr=1e-05") == "data.root=x,model.optimizer.lr=1e-05"
+    folders = [job_folder(f"data.root={root}") for root in ("/d/a/b", "/d/a_b", "/d/a b")]
+    assert len(set(folders)) == 3
+    assert all(re.fullmatch(r"data\.root=_d_a_b_[0-9a-f]{8}", folder) for folder in folders)
     assert job_folder("++model.label_smoothing=0.1,seed=1") == "model.label_smoothing=0.1,seed=1"
     assert job_folder("") == "job"
-    assert job_folder("logger.x.api_key=hunter2,seed=1") == "logger.x.api_key=_hidden_,seed=1"
+    assert job_folder("logger.x.api_key=hunter2,seed=1").startswith("logger.x.api_key=_hidden_,seed=1_")
     long = [job_folder("a=" + "1" * 300 + end) for end in "xy"]
     assert long[0] != long[1]
     assert all(len(name) < 200 for name in long)

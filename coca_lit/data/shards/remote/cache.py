@@ -101,6 +101,8 @@ class ShardCache(CacheSettings):
                 self.record(url, partial.stat().st_size, began)
                 if partial.stat().st_size != size:
                     raise ConnectionError(f"{url} came with {partial.stat().st_size} of {size} bytes")
+                if stored(store, url) != found:
+                    raise ChangedError(f"{url} has changed while it was fetched")
                 if check:
                     check(partial)
                 with self.accounts():  # others count either the reservation or the file
