@@ -9,7 +9,7 @@ import pytest
 from webdataset.tariterators import base_plus_ext
 
 from coca_lit.data.shards.tar import Member, group_members, tar_members, tar_writer
-from coca_lit.tools.caption.inputs import scan_shard, write_shard
+from coca_lit.tools.caption.inputs import Shard, scan_shard, write_shard
 from helpers.shards import members, read, write_shards, write_tar
 
 
@@ -73,9 +73,9 @@ def test_a_truncated_tar_is_recaptioned_up_to_its_last_complete_sample(tmp_path)
 
 def test_a_recaptioned_shard_holds_no_code(tmp_path):
     path = write_tar(tmp_path / "x.tar", members("0") | {"0.pickle": b"code", "0.cls": b"7"})
-    samples, problem = scan_shard(path)
-    assert problem == ""
-    write_shard(path, tmp_path / "y.tar", samples, {"0": ["a cat"]})
+    shard = Shard(path).open()
+    assert shard.problem == ""
+    write_shard(shard, tmp_path / "y.tar", {"0": ["a cat"]})
     with tarfile.open(tmp_path / "y.tar") as tar:
         written = {member.name: tar.extractfile(member).read() for member in tar}
     assert sorted(written) == ["0.cls", "0.jpg", "0.json", "0.txt"]

@@ -10,6 +10,7 @@ import pytest
 
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.tools.caption import outputs
+from coca_lit.tools.caption.inputs import OpenShard
 from helpers.applying import caption, fill
 from helpers.running import ROOT
 from helpers.shard_jobs import RECAPTION, contents, shards_to_caption
@@ -34,9 +35,9 @@ def test_an_engine_writes_the_same_and_goes_on(folder: Path, tmp_path: Path, mon
     command = (*words(folder), f"output={tmp_path}/new", "engine=gpus", "engine.devices=[cpu]")
     written: list[str] = []
 
-    def failing(write: Callable[..., None], source: Path, *rest: object) -> None:
-        written.append(source.name)
-        if written.count("00001.tar") == 1 and source.name == "00001.tar":
+    def failing(write: Callable[..., None], source: OpenShard, *rest: object) -> None:
+        written.append(source.path.name)
+        if written.count("00001.tar") == 1 and source.path.name == "00001.tar":
             raise DataError("cannot write it")
         write(source, *rest)
 
