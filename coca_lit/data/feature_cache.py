@@ -48,7 +48,7 @@ OF_PLACES = re.compile(  # "on the left", "left of it", "left and right", but no
     r"\b(left|right)(\s(?:and|or|to)\s|-to-)(left|right)\b"
     r"|\b((?:the|his|her|its|their|my|your|our|far|upper|lower|top|bottom|front|back|rear|on|at|to|from|facing|looking"
     r"|turning|pointing|leaning|towards?)\s)(left|right)\b"
-    r"|\b(left|right)(?=(?:\s|-)(?:of|side|hand|handed|half|corner|edge|end|arm|hand|leg|foot|paw|ear|eye|wing)\b)"
+    r"|\b(left|right)(?=(?:\s|-)(?:of|side|hand|handed|half|corner|edge|end|arm|leg|foot|paw|ear|eye|wing)\b)"
     r"|\A(left|right)\Z",
     re.IGNORECASE,
 )

@@ -20,12 +20,13 @@ rerank() { # RUN NAME SEED WEIGHT OVERRIDES…: the best of eight beams, by simi
     evals.flickr8k_captions.records.root="$root" "scoring.generate={strategy: beam, num_beams: 8, rerank: contrastive, rerank_weight: $weight}" "$@"
 }
 
-neighbours() { # RUN SEED: the beam most like the training captions nearest to the photo, and recall normalised by the training photos and captions
-  local study=experiments.flickr8k_two_hours
-  [ -s "$runs/$1_8beams_neighbours_seed$2/results.json" ] || coca-evaluate checkpoint="$runs/$1_seed$2/checkpoints/last.ckpt" scoring.split=val name="flickr8k_two_hours/$1_8beams_neighbours_seed$2" \
+neighbours() { # RUN NAME SEED OVERRIDES…: the beam most like the training captions nearest to the photo, and recall normalised by the training photos and captions
+  local run=$1_seed$3 name=$2_8beams_neighbours_seed$3 study=experiments.flickr8k_two_hours
+  shift 3
+  [ -s "$runs/$name/results.json" ] || coca-evaluate checkpoint="$runs/$run/checkpoints/last.ckpt" scoring.split=val name="flickr8k_two_hours/$name" \
     evals=flickr8k evals.flickr8k_captions.records.root="$root" evals.flickr8k_captions._target_=$study.consensus.ConsensusCaptions 'scoring.generate={strategy: beam, num_beams: 8}' \
     evals.flickr8k_retrieval.records.root="$root" evals.flickr8k_retrieval._target_=$study.hubs.BankedRetrieval scoring.rerank=8 evals.flickr8k_retrieval.rerank_weight=0.7 \
-    "evals.flickr8k_retrieval.bank={_target_: coca_lit.data.datasets.captions.flickr_records, root: $root, name: flickr8k, split: train}"
+    "evals.flickr8k_retrieval.bank={_target_: coca_lit.data.datasets.captions.flickr_records, root: $root, name: flickr8k, split: train}" "$@"
 }
 
 mixed='model.self_critical.reward={_target_: experiments.flickr8k_two_hours.mixed_reward.MixedReward, _partial_: true}'
@@ -36,6 +37,8 @@ for seed in ${SEEDS:-0 1 2}; do
   train long "$seed" flickr8k_two_hours trainer.max_epochs=40 data.cached_augmentations=10
   train long_rewards "$seed" scst_flickr8k init_from="$runs/long_seed$seed/checkpoints/last.ckpt"
   rerank long long_8beams_reranked "$seed" 0.2 "${searches[@]}"
+  neighbours long long "$seed"
+  neighbours long long_288px "$seed" image_size=288 scoring.rerank=16
   rerank long_rewards long_rewards_8beams_reranked "$seed" 0.2 "${searches[@]}"
 
   # The same with a reward that favours short captions less
@@ -61,11 +64,11 @@ rerank captions captions_8beams_reranked 0 0.2 "${searches[@]}"
 for seed in 0 1; do
   train muon "$seed" flickr8k_two_hours trainer.max_epochs=10 'model.optimizer={_target_: coca_lit.training.optim.Timm, name: muon, lr: 2e-3}'
   rerank muon muon_8beams_reranked "$seed" 0.1 "${searches[@]}" evals.flickr8k_retrieval.rerank_weight=0.7
-  neighbours muon "$seed"
+  neighbours muon muon "$seed"
 done
 train muon_mixed_rewards 0 scst_flickr8k init_from=$runs/muon_seed0/checkpoints/last.ckpt "$mixed"
 rerank muon_mixed_rewards muon_mixed_rewards_8beams_reranked 0 0.1 "${searches[@]}" evals.flickr8k_retrieval.rerank_weight=0.7
-neighbours muon_mixed_rewards 0
+neighbours muon_mixed_rewards muon_mixed_rewards 0
 
 # The first attempt, with all of a smaller encoder frozen
 train frozen_captions 0 flickr8k_frozen
