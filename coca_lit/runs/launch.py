@@ -98,7 +98,7 @@ def job_folder(overrides: str) -> str:
     if name == plain and len(name.encode()) <= LONGEST:
         return name
     start = name.encode()[:LONGEST].decode(errors="ignore")
-    return f"{start}_{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"  # a/b and a_b are told apart
+    return f"{start}_{hashlib.sha256(plain.encode()).hexdigest()[:8]}"  # a/b and a_b are told apart
 
 
 def isolate() -> None:

@@ -70,7 +70,12 @@ def test_values_are_recorded_and_kept(tmp_path: Path, capsys: pytest.CaptureFixt
         render(i + 50, size=64).save(root / f"{i + 50}.png")
         with (root / "captions.csv").open("a") as file:
             file.write(f"{i + 50}.png;a small red circle\n")
-    run(tmp_path / "run", *words, *short, "trainer.max_epochs=2")
+    with pytest.raises(
+        DataError, match="began with 18 records to train on, and now there are 36"
+    ):  # some were held out
+        run(tmp_path / "run", *words, *short, "trainer.max_epochs=2")
+    last = f"ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"
+    run(tmp_path / "run", *words, *short, last, "trainer.max_epochs=2")
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["batch_size"] == 4
     assert load_model(tmp_path / "run").image_size == 32
 

@@ -199,7 +199,10 @@ def test_shards_keep_everything_but_the_caption(
 ) -> None:
     caption(checkpoint, f"images=[{shards}]", f"output={tmp_path}/new", "batch_size=4", "num_workers=1")
     paths = sorted(shards.glob("*.tar"))
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"settings.json", *(path.name for path in paths)}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        "settings.json",
+        *(name for path in paths for name in (path.name, f".{path.name}.source.json")),
+    }
     for path in paths:
         before, after = members(path), members(tmp_path / "new" / path.name)
         assert list(after) == list(before)

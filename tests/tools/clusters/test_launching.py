@@ -80,9 +80,10 @@ def assert_complete(done: subprocess.CompletedProcess[str], sweep: Path) -> None
 def test_one_after_another_then_more_of_the_same(run: Run, tmp_path: Path) -> None:
     """Fixed values name the sweep, varied ones its jobs; a second command adds to the same table."""
     name = "demo,+model.net.image_encoder_args.api_key=_hidden_,model.freeze=_a_b_,seed=1"
-    sweep = tmp_path / "outputs" / "sweeps" / name
     fixed = ("seed=1", "threads=1", "model.freeze=[a/b]", "+model.net.image_encoder_args.api_key=hunter2")
     first = run(APP, "-m", RATES, *fixed)
+    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    assert re.fullmatch(f"{re.escape(name)}_[0-9a-f]{{8}}", sweep.name)
     assert_complete(first, sweep)
     assert len(first.stderr.splitlines()) == 1
     objective = "scoring.objective=scenes/i2t_median_rank"
