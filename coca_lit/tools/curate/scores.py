@@ -118,7 +118,7 @@ def find_scores(words: Sequence[str | Path]) -> list[Path]:
 
 
 def check_current(path: Path) -> None:
-    """Raises `DataError` if the shard beside the scores has changed since: its keys may be those of other samples. A
+    """Raises `DataError` if the shard beside the scores has changed since: its keys may name other samples. A
     copy that has lost its time is known by its digest in the manifest.
     """
     shard = path.with_name(path.name.removesuffix(SUFFIX) + ".tar")

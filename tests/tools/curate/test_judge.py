@@ -19,12 +19,15 @@ pytest.importorskip("pyarrow")
 from pyarrow import parquet
 
 from coca_lit import build_transform, save_model
+from coca_lit.data.bad_samples import BadSample, LostShardError
 from coca_lit.data.near_duplicates import perceptual_hash
 from coca_lit.data.scenes.render import render
+from coca_lit.data.shards.indexed import TarIndex
 from coca_lit.errors import DataError
 from coca_lit.models import CoCa
 from coca_lit.tools.curate import judge
 from coca_lit.tools.curate.judge import Judgement, judge_shard
+from coca_lit.tools.curate.scores import check_current
 from coca_lit.tools.prepare.command import data as coca_data
 from coca_lit.tools.prepare.scenes import write_shards
 from helpers.shards import spoil, write_tar
@@ -118,6 +121,36 @@ def test_the_index_of_a_checked_shard_stays(work, tmp_path):
     write_tar(work.shards[1], {"a.jpg": b"no image", "a.txt": b"a dog"})
     with pytest.raises(DataError, match=r"00001\.tar.*sha256"):
         work.judge(tmp_path, 1)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_copy_without_its_time_is_known_by_the_manifest_alone(work, checked):
+    folder = work.shards[0].parent
+    if checked:
+        coca_data(["check", str(folder), "--workers", "1"])
+    path = work.judge(folder).path
+    os.utime(work.shards[0], (1, 1))
+    if checked:
+        check_current(path)
+    else:
+        with pytest.raises(DataError, match=r"00000\.tar has changed since it was scored"):
+            check_current(path)
+
+
+def test_a_shard_that_cannot_be_read_just_now_is_not_scored(work, tmp_path, monkeypatch):
+    read = TarIndex.read
+
+    def failing(index, i):
+        if i == 3:
+            raise LostShardError(BadSample(index.shard.name, index.key(i), "unreadable shard", "Input/output error"))
+        return read(index, i)
+
+    monkeypatch.setattr(TarIndex, "read", failing)
+    with pytest.raises(DataError, match=r"00000\.tar: Input/output error: start again"):
+        work.judge(tmp_path)
+    assert not list(tmp_path.glob("*.parquet"))
+    monkeypatch.undo()
+    assert work.judge(tmp_path).samples == 6
 
 
 def test_all_samples_broken(work, tmp_path):
