@@ -252,16 +252,28 @@ def test_the_kernel_counts_what_this_process_does() -> None:
     assert set(after) >= os.sched_getaffinity(0)
 
 
-@pytest.mark.parametrize("taken", [0.1, 0.9])
+@pytest.mark.parametrize(
+    ("processes", "threads", "taken", "told"),
+    [(1, 2, 0.1, ""), (1, 2, 0.9, "them, or start with threads=1"), (2, 1, 1.2, ""), (2, 1, 1.9, "them\n")],
+)
 def test_a_shared_machine_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], taken: float
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    processes: int,
+    threads: int,
+    taken: float,
+    told: str,
 ) -> None:
+    """The cores of the training's other processes are not shared with others, and one thread cannot become fewer."""
     monkeypatch.setattr("coca_lit.callbacks.progress.shared_cores", lambda: SimpleNamespace(taken=taken, cores=[0, 1]))
-    callback, trainer = SharedMachine(), SimpleNamespace(is_global_zero=True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    callback, trainer = SharedMachine(), SimpleNamespace(is_global_zero=True, num_devices=processes)
     module, anything = SimpleNamespace(device=torch.device("cpu")), cast("Any", None)
     for step in range(2 * SHARED_AFTER):
         callback.on_train_batch_end(cast("Any", trainer), cast("Any", module), anything, anything, step)
-    assert capsys.readouterr().out.count("0.9 of 2") == (taken == 0.9)
+    printed = capsys.readouterr().out
+    assert printed.count("0.9 of 2") == bool(told)
+    assert told in printed
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no such cores")

@@ -203,11 +203,15 @@ class SharedMachine(L.Callback):
         self._steps += 1
         if self._steps != SHARED_AFTER or pl_module.device.type != "cpu" or not trainer.is_global_zero:
             return
-        watch = shared_cores()
-        if watch is not None and watch.taken > SHARED:
+        if (watch := shared_cores()) is None:
+            return
+        threads = torch.get_num_threads()
+        taken = watch.taken - threads * (trainer.num_devices - 1)  # by others than the processes of this training
+        if taken > SHARED:
+            fewer = ", or start with threads=1" if threads > 1 else ""
             print(
-                f"data workers and other programs use {watch.taken:.1f} of {len(watch.cores)} cores: training is "
-                "slower meanwhile; its results stay the same. Faster: end them, or start with threads=1",
+                f"data workers and other programs use {taken:.1f} of {len(watch.cores)} cores: training is "
+                f"slower meanwhile; its results stay the same. Faster: end them{fewer}",
                 flush=True,
             )
 
