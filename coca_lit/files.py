@@ -275,6 +275,15 @@ def whole_lines(path: Path) -> Iterator[str]:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def state_of(file: Path | int) -> tuple[int, int] | tuple[()]:
+    """Size in bytes and time of change in ns of a file, by its path or descriptor; nothing if it cannot be read."""
+    try:
+        about = os.stat(file)
+    except OSError:
+        return ()
+    return about.st_size, about.st_mtime_ns
+
+
 def csv_line(row: Iterable[Any]) -> str:
     """A row for `append_lines`."""
     text = StringIO()

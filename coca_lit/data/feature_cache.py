@@ -32,7 +32,7 @@ from coca_lit.data.transforms import TrainTransform, Transform, augmented, loade
 from coca_lit.data.video import ClipFile
 from coca_lit.distributed import broadcast_object, gather_objects, print_rank_zero, rank, stable_seed, world_size
 from coca_lit.errors import DataError
-from coca_lit.files import replacing
+from coca_lit.files import replacing, state_of
 from coca_lit.models.inputs import joined
 from coca_lit.progress import ProgressBar
 from coca_lit.reading import may_pass, printable
@@ -102,8 +102,9 @@ class FeatureCache:
             raise DataError(
                 f"features are cached of one image a record, and {several[0]!r} has more: set cached_augmentations=0"
             )
-        sources = ((record.id, record.image, *_file_state(record.image)) for record in records)
-        name = broadcast_object(stable_seed("records", *(pickle.dumps(source).hex() for source in sources)))
+        named = ((record.id, record.image) for record in records)
+        files = ((i, x, *state_of(x.path)) if isinstance(x, ImageFile | ClipFile) else (i, x) for i, x in named)
+        name = broadcast_object(stable_seed("records", *(pickle.dumps(source).hex() for source in files)))
         views = view_numbers(records, count)
         if count > 1 and views[1] > 1:
             print_rank_zero("no mirror images, since the captions are not in English: left and right stay as they are")
@@ -174,17 +175,6 @@ class FeatureCache:
             rng = random.Random(stable_seed("view", self.seed, view, record.id))
             pixels = cast(Tensor, augmented(record.image, self.crop, rng))
         return pixels.flip(-1) if is_mirrored(view) else pixels
-
-
-def _file_state(image: Callable[[], Image.Image]) -> tuple[int, ...]:
-    """Size and time of change of an image or clip on disk; nothing for others, and for a file that is missing."""
-    if not isinstance(image, ImageFile | ClipFile):
-        return ()
-    try:
-        about = image.path.stat()
-    except OSError:
-        return ()
-    return about.st_size, about.st_mtime_ns
 
 
 def view_numbers(records: Sequence[Record], count: int) -> range:

@@ -20,6 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from coca_lit.data.video import image_file
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
+from coca_lit.files import state_of
 from coca_lit.machine import processors
 from coca_lit.progress import ProgressBar
 
@@ -47,7 +48,7 @@ def hash_files(paths: Sequence[Path]) -> list[int | None]:
     """
     with ProgressBar("comparing photos") as progress, ThreadPoolExecutor(min(8, processors())) as pool:
         hashes = []
-        for found in pool.map(_hash_file, paths):
+        for found in pool.map(lambda path: _hash_of(path, state_of(path)), paths):
             hashes.append(found)
             progress.reach(len(hashes), len(paths))
     if {*hashes} == {None}:
@@ -58,16 +59,8 @@ def hash_files(paths: Sequence[Path]) -> list[int | None]:
     return hashes
 
 
-def _hash_file(path: Path) -> int | None:
-    try:
-        about = path.stat()
-    except OSError:
-        return None
-    return _hash_of(path, about.st_mtime_ns, about.st_size)
-
-
 @lru_cache(maxsize=2**18)
-def _hash_of(path: Path, changed: int, size: int) -> int | None:
+def _hash_of(path: Path, state: tuple[int, ...]) -> int | None:
     try:
         return perceptual_hash(image_file(path, frames=1)())
     except DataError:

@@ -25,6 +25,7 @@ from coca_lit.data.shards.tar import TWICE, group_members, tar_members, tar_writ
 from coca_lit.data.transforms import build_transform, loaded
 from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
+from coca_lit.files import state_of
 from coca_lit.models.inputs import Images, Preprocessing, stack_images
 from coca_lit.reading import may_pass, open_regular, parse_json
 
@@ -90,15 +91,6 @@ class OpenShard(NamedTuple):
 
 
 Unit = Files | Shard
-
-
-def state_of(path: Path) -> tuple[int, ...]:
-    """Size and time of change of a file; nothing if it cannot be read."""
-    try:
-        about = path.stat()
-    except OSError:
-        return ()
-    return about.st_size, about.st_mtime_ns
 
 
 class ImageBatch(NamedTuple):
@@ -279,8 +271,7 @@ def write_shard(source: OpenShard, target: Path, captions: Mapping[str, Sequence
         DataError: nothing can be written there, or the source has changed since it was opened.
     """
     with tar_writer(target) as tar, open_regular(source.path) as file:
-        about = os.fstat(file.fileno())
-        if (about.st_size, about.st_mtime_ns) != source.state:
+        if state_of(file.fileno()) != source.state:
             raise DataError(f"{source.path} has changed while it was captioned: start again")
         for sample in source.samples:
             if sample.key not in captions:

@@ -19,9 +19,18 @@ from typing import Any
 from coca_lit.data.datasets.annotations import MAX_BYTES, check_id
 from coca_lit.distributed import broadcast_object, gather_objects, rank, world_size
 from coca_lit.errors import DataError
-from coca_lit.files import append_lines, atomic_write, claim, is_leftover, remove_leftovers, whole_lines, write_json
+from coca_lit.files import (
+    append_lines,
+    atomic_write,
+    claim,
+    is_leftover,
+    remove_leftovers,
+    state_of,
+    whole_lines,
+    write_json,
+)
 from coca_lit.reading import is_int64, parse_json, printable, read_json
-from coca_lit.tools.caption.inputs import Files, OpenShard, Shard, Source, Unit, state_of, write_shard
+from coca_lit.tools.caption.inputs import Files, OpenShard, Shard, Source, Unit, write_shard
 
 SETTINGS = "settings.json"
 OLD = 3600.0  # seconds, after which no command is still writing a shard; several may share a folder

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from coca_lit.data.shards.reader import read_fields
 from coca_lit.data.shards.shard import ManifestEntry, Shard, entry_of, sha256_of
 from coca_lit.data.shards.tar import tar_writer
 from coca_lit.errors import DataError, DataNotFoundError
-from coca_lit.files import append_lines, atomic_write, is_leftover, remove_leftovers, whole_lines
+from coca_lit.files import append_lines, atomic_write, is_leftover, remove_leftovers, state_of, whole_lines
 from coca_lit.reading import counts_of, may_pass, open_regular, parse_json, printable, texts_of
 from coca_lit.tools.prepare import Run
 
@@ -111,8 +110,7 @@ def _state(task: Task) -> str:
     """A digest of sizes and times of change of the files of a task, of which some may be missing."""
     digest = hashlib.sha256()
     for path in [task.content] if isinstance(task.content, Path) else [pair.image for pair in task.content]:
-        about = os.stat(path) if os.path.exists(path) else None
-        digest.update(repr(about and (about.st_size, about.st_mtime_ns)).encode())
+        digest.update(repr(state_of(path) or None).encode())
     return digest.hexdigest()[:16]
 
 

@@ -19,7 +19,7 @@ from coca_lit.data.pixels import CLIPS, SUFFIXES
 from coca_lit.data.transforms import build_transform, loaded
 from coca_lit.errors import DataError
 from coca_lit.evals.inference import evaluating
-from coca_lit.files import replacing
+from coca_lit.files import replacing, state_of
 from coca_lit.models import DualEncoder
 from coca_lit.tokenizer import Tokenizer, unknown_words
 from coca_lit.tools.caption.inputs import FILES, find_images, in_batches, load_images
@@ -242,12 +242,10 @@ def _format(path: Path) -> str:
 
 
 def _stamp(path: Path, frames: int) -> Stamp:
-    try:
-        stat = path.stat()
-    except OSError:  # a dangling link, or just removed: reading it reports that
+    if not (state := state_of(path)):  # a dangling link, or just removed: reading it reports that
         return (-1, -1)
     own = frames if path.suffix.lower() in CLIPS else 0  # another number of them is as another clip
-    return stat.st_size, stat.st_mtime_ns + own
+    return state[0], state[1] + own
 
 
 def _bytes(text: str) -> Tensor:
