@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index
 from coca_lit.data.prefetch import worker_options
 from coca_lit.data.records import Clip, ImageFile, Record
-from coca_lit.data.transforms import TrainTransform, Transform, augmented, loaded, whole
+from coca_lit.data.transforms import TrainTransform, Transform, augmented, build_transform, loaded, whole
 from coca_lit.data.video import ClipFile
 from coca_lit.distributed import broadcast_object, gather_objects, print_rank_zero, rank, stable_seed, world_size
 from coca_lit.errors import DataError
@@ -268,19 +268,19 @@ class CachedCaptionDataset(CaptionDataset):
 
     def __init__(self, records: Sequence[Record], views: Sequence[Path], tokenizer: Tokenizer, seed: int = 0):
         super().__init__(records, whole, tokenizer, seed)
-        self.views, self.numbers = views, view_numbers(records, len(views))
+        self.views = views
 
     def image(self, index: Index, record: Record, rng: random.Random) -> tuple[Tensor, Record]:
-        view = rng.randrange(len(self.views))
-        features = read_features(self.views[view], index.i)
-        return features, mirrored(record) if is_mirrored(self.numbers[view]) else record
+        view = self.views[rng.randrange(len(self.views))]
+        number = int(view.stem.rpartition("_")[2])
+        return read_features(view, index.i), mirrored(record) if is_mirrored(number) else record
 
 
 class CachedFirstCaptionDataset(FirstCaptionDataset):
     """Validation examples with cached features in place of pixels; `view` is the file of the unaugmented images."""
 
     def __init__(self, records: Sequence[Record], view: Path, tokenizer: Tokenizer):
-        super().__init__(records, _no_transform, tokenizer)
+        super().__init__(records, build_transform(), tokenizer)  # for further images, of which there are none
         self.view = view
 
     def _image(self, i: int) -> Tensor:
@@ -288,7 +288,3 @@ class CachedFirstCaptionDataset(FirstCaptionDataset):
             return read_features(self.view, i)
         except DataError as error:
             raise DataError(f"{printable(str(self.records[i].id))}: {error}") from error
-
-
-def _no_transform(image: Image.Image) -> Tensor:
-    raise NotImplementedError("cached images are not transformed")
