@@ -16,6 +16,20 @@ import numpy as np
 
 from coca_lit.data.pixels import CLIPS, SUFFIXES
 from coca_lit.data.records import Record, not_found
+from coca_lit.data.scenes.render import (
+    AXES,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    captions,
+    decode,
+    encode,
+    regions,
+    render,
+    scene_records,
+)
 from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
 from coca_lit.reading import read_json
@@ -153,19 +167,6 @@ def scene_classes(size: int = 32, trained: bool = False) -> Classification:
     Args:
         trained: those of the training split, else all others.
     """
-    from coca_lit.data.scenes.render import (
-        AXES,
-        COLOURS,
-        SHAPES,
-        SIZES,
-        Scene,
-        Thing,
-        captions,
-        encode,
-        render,
-        scene_records,
-    )
-
     known = {record.id for record in scene_records("train")}
     classes = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
     sizes = list(product(AXES, SIZES, SIZES))
@@ -177,7 +178,7 @@ def scene_classes(size: int = 32, trained: bool = False) -> Classification:
     numbers = [number for number in sorted(label) if (number in known) == trained]
     random.Random(0).shuffle(numbers)
     records = [Record(number, partial(render, number, size)) for number in numbers]
-    pairs = [Scene(axis, (Thing(a, "C", "S"), Thing(b, "C", "S"))) for axis in AXES for a in SIZES for b in SIZES]
+    pairs = [Scene(axis, (Thing(first, "C", "S"), Thing(second, "C", "S"))) for axis, first, second in sizes]
     templates = tuple(text.replace("C S", "{}") for pair in pairs for text in captions(pair))
     return Classification(records, {number: label[number] for number in numbers}, classes, templates)
 
@@ -192,15 +193,11 @@ class Segmentation(NamedTuple):
 
 def scene_shapes(split: str, size: int = 32, count: int | None = None) -> Segmentation:
     """Built-in scenes whose classes are the background and the shapes, with the arguments of `scene_records`."""
-    from coca_lit.data.scenes.render import SHAPES, scene_records
-
     records = scene_records(split, size, count)
     masks = [partial(_shape_mask, int(record.id), size) for record in records]
     return Segmentation(records, masks, ("background", *SHAPES))
 
 
 def _shape_mask(number: int, size: int) -> np.ndarray:
-    from coca_lit.data.scenes.render import SHAPES, decode, regions
-
     classes = [0, *(1 + tuple(SHAPES).index(thing.shape) for thing in decode(number).things)]
     return np.array(classes)[np.asarray(regions(number, size))]

@@ -89,12 +89,18 @@ def folder_records(
         raise not_found("captioned photos", [root], HOW)
     splits = [photo.split for photo in photos]
     if hold_out and not any(splits):
-        chosen = held_out(hash_files([files[photo.name] for photo in photos]), HELD_OUT)
-        splits = ["val" if i in chosen else "train" for i in range(len(photos))]
+        splits = held_out_splits([photo.name for photo in photos], files)
     found = [photo for photo, its in zip(photos, splits, strict=True) if (its or "train") == split]
     if not found:
         raise no_split(root, split, splits, of_run=hold_out)
     return [Record(photo.name, ImageFile(files[photo.name]), photo.captions) for photo in found]
+
+
+def held_out_splits(names: Sequence[str], files: Mapping[str, Path]) -> list[str | None]:
+    """For each name of a photo "train" or "val": a tenth is held out by what the files show."""
+    different = list(dict.fromkeys(names))
+    chosen = {different[i] for i in held_out(hash_files([files[name] for name in different]), HELD_OUT)}
+    return ["val" if name in chosen else "train" for name in names]
 
 
 def no_split(place: Path, split: str, splits: Sequence[str | None], of_run: bool = True) -> DataError:

@@ -5,20 +5,18 @@ Long captions exceed the context of most models; `RetrievalScores` reports what 
 MS-COCO, among them captions that were written for other images, are for `PositiveRetrieval`.
 """
 
-import csv
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from coca_lit.data.datasets.annotations import MAX_BYTES, find_file, listing, read_json_lines, schema
+from coca_lit.data.datasets.annotations import MAX_BYTES, find_file, listing, open_table, read_json_lines, schema
 from coca_lit.data.datasets.captions import mscoco_caption_ids
 from coca_lit.data.pixels import SUFFIXES
 from coca_lit.data.records import Listing, Record, not_found, records_on_disk
 from coca_lit.errors import DataError
-from coca_lit.reading import is_int64, open_regular, parse_json, read_bounded, read_json
+from coca_lit.reading import is_int64, open_regular, parse_json, read_json
 
 MAX_CAPTION = 2**20  # bytes
 MAX_START = 64 * 2**20  # bytes of a list that are read to find its first entries
@@ -139,15 +137,10 @@ def cxc_positives(root: str | Path, mscoco: str | Path, split: str = "test") -> 
     name, root = f"sits_{split}.csv", Path(root)
     how = "copy data/ of the repository google-research-datasets/Crisscrossed-Captions there"
     path = find_file("the grades of CxC", [root / name, root / "data" / name], how)
-    text = read_bounded(path, MAX_BYTES, "cannot be read").decode("utf-8-sig", errors="replace")
     of_image: dict[int | str, list[int]] = defaultdict(list)
     of_caption: dict[int, list[int]] = defaultdict(list)
     with schema(path, "CxC's"):
-        try:
-            rows = list(csv.DictReader(StringIO(text, newline="")))
-        except csv.Error as error:
-            raise ValueError(str(error)) from error
-        for row in rows:
+        for row in open_table(path)[1]:
             caption = int(row["caption"].rpartition(":")[2])
             image = int(PurePosixPath(row["image"]).stem.rpartition("_")[2])
             if float(row["agg_score"]) >= POSITIVE:

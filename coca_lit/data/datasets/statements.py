@@ -17,8 +17,7 @@ from coca_lit.data.datasets.annotations import (
     read_rows,
     schema,
 )
-from coca_lit.data.datasets.folder import HELD_OUT, files_inside, no_split, split_of
-from coca_lit.data.near_duplicates import hash_files, held_out
+from coca_lit.data.datasets.folder import files_inside, held_out_splits, no_split, split_of
 from coca_lit.data.records import ImageFile, Listing, Record, not_found, records_on_disk
 from coca_lit.errors import DataError
 from coca_lit.reading import printable
@@ -121,9 +120,7 @@ def pairs_records(root: str | Path, split: str) -> list[Record]:
     if found and not any(splits):
         if found[0].further:
             raise DataError(f"{path} has two images a row and no splits: add a column split of train and val")
-        names = list(dict.fromkeys(row.filename for row in found))
-        chosen = {names[i] for i in held_out(hash_files([files[name] for name in names]), HELD_OUT)}
-        splits = ["val" if row.filename in chosen else "train" for row in found]
+        splits = held_out_splits([row.filename for row in found], files)
     image = {name: ImageFile(path) for name, path in files.items()}
     records = [
         Record(row.id, image[row.filename], row.captions, row.domain, row.question, [image[n] for n in row.further])

@@ -55,9 +55,8 @@ def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
         StoreError: the store of a remote shard does not answer.
     """
     whole = [replace(shard, selection=None) for shard in shards]
-    found = {shard: load_index(shard, fallback_dir) for shard in whole}
-    made: dict[str, TarIndex] = {}
-    if missing := [shard for shard, index in found.items() if index is None]:
+    found = {shard: index for shard in dict.fromkeys(whole) if (index := load_index(shard, fallback_dir))}
+    if missing := [shard for shard in dict.fromkeys(whole) if shard not in found]:
         from rich.console import Console
         from rich.progress import track
 
@@ -68,18 +67,17 @@ def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
                 f"cannot make {fallback_dir}: {error.strerror}; set data.cache_dir to a folder that can be written"
             ) from error
         with FileLock(fallback_dir / ".lock"):
-            found |= {shard: load_index(shard, fallback_dir) for shard in missing}
-            todo = [shard for shard in missing if found[shard] is None]
+            found |= {shard: index for shard in missing if (index := load_index(shard, fallback_dir))}
+            todo = [shard for shard in missing if shard not in found]
             size = sum(shard.stamp().bytes for shard in todo)
             new = _local_indexes([shard for shard in todo if not shard.is_remote], fallback_dir)
             if remote := [cast("RemoteShard", shard) for shard in todo if shard.is_remote]:
                 new = chain(new, _remote_indexes(remote, fallback_dir))
             shown = track(new, "indexing shards", len(todo), console=Console(stderr=True), disable=size < PER_PROCESS)
-            made = {index.shard.name: index for index in shown}
-    indexes = [made[shard.name] if (index := found[shard]) is None else index for shard in whole]
+            found |= {index.shard: index for index in shown}
     return [
-        keep(index, shard.selection.keys(shard.file_name)) if shard.selection else index
-        for shard, index in zip(shards, indexes, strict=True)
+        keep(found[name], shard.selection.keys(shard.file_name)) if shard.selection else found[name]
+        for name, shard in zip(whole, shards, strict=True)
     ]
 
 

@@ -5,7 +5,6 @@ Training on shards with a selection equals training on copies of the shards that
 their file names, so that they can be moved. Only the keys of one shard at a time are in memory.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coca_lit.data.shards.shard import Shard
+from coca_lit.data.shards.shard import Shard, sha256_of
 from coca_lit.errors import DataError
 from coca_lit.files import replacing
-from coca_lit.reading import open_parquet, open_regular, printable
+from coca_lit.reading import open_parquet, printable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -79,8 +78,7 @@ def read_selection(path: Path) -> Selection:
     counts: Counter[str] = Counter()
     groups: dict[str, list[int]] = {}
     with open_parquet(path, COLUMNS) as file:
-        with open_regular(path) as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        digest = sha256_of(path)
         kinds = {name: str(file.schema_arrow.field(name).type) for name in COLUMNS if name in file.schema_arrow.names}
         if any("string" not in kinds.get(name, "") for name in COLUMNS):
             raise DataError(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple
 
 from coca_lit.errors import DataError
 from coca_lit.files import atomic_write
-from coca_lit.reading import MAX_JSON, is_int64, open_regular, parse_json, printable
+from coca_lit.reading import MAX_JSON, is_int64, open_regular, parse_json, printable, read_bounded
 
 if TYPE_CHECKING:
     from coca_lit.data.shards.selection import Selection
@@ -138,13 +138,7 @@ def entry_of(values: Any) -> ManifestEntry:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder, empty if it has none."""
     path = folder / MANIFEST
-    if not path.exists():
-        return {}
-    try:
-        with open_regular(path) as file:
-            return parse_manifest(file.read(MAX_JSON + 1), str(path))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    return parse_manifest(read_bounded(path, MAX_JSON, "cannot be read"), str(path)) if path.exists() else {}
 
 
 def write_manifest(folder: Path, entries: Manifest) -> Path:
