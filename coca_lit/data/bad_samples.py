@@ -2,16 +2,12 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NamedTuple
 
 from coca_lit.errors import DataError
 from coca_lit.reading import printable
 
 log = logging.getLogger(__name__)
-_quiet = ContextVar("quiet", default=False)
 
 MIN_SEEN = 200  # samples before their fraction is judged
 MIN_SHARDS = 20  # the same of shards
@@ -45,12 +41,15 @@ class BadSamples:
     `MIN_SEEN` samples or `MIN_SHARDS` shards have been seen, once all shards are indexed, and with
     `max_fraction=0` at the first one, before a replacement is trained on. Shards are judged as well because nobody
     knows how many samples a torn one held. In a DataLoader worker the error ends the training with the same message.
+
+    Args:
+        quiet: without warnings, for commands that report all of them afterwards.
     """
 
-    def __init__(self, max_fraction: float):
+    def __init__(self, max_fraction: float, quiet: bool = False):
         if not 0 <= max_fraction <= 1:
             raise ValueError(f"max_bad_fraction must be between 0 and 1, not {max_fraction}")
-        self.max_fraction = max_fraction
+        self.max_fraction, self.quiet = max_fraction, quiet
         self.seen = 0
         self.reasons: Counter[str] = Counter()
         self.shards: Counter[str] = Counter()
@@ -64,7 +63,8 @@ class BadSamples:
         self.reasons[reason] += count
         self.shards[shard] += count
         self.found.append(BadSample(shard, key, reason, detail))
-        if before.bit_length() < self.reasons.total().bit_length():  # 1, 2, 4, 8, ...: early, and not too often
+        told = before.bit_length() < self.reasons.total().bit_length()  # 1, 2, 4, 8, ...: early, and not too often
+        if told and not self.quiet:
             log.warning("skipped %s", self.summary())
         self._judge(MIN_SEEN, MIN_SHARDS)
 
@@ -120,23 +120,3 @@ class BadSamples:
         if self._torn_shards > self.max_fraction * shards and shards >= min_shards:
             torn = f"{self._torn_shards} of {shards} shards, and {self.summary()}"
             raise DataError(f"too many torn or empty shards, {too_many}: {torn}: restore or remove them, or allow more")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silences warnings of broken samples and shards within the block, in this thread, for commands that report them
-    all afterwards. Others are told, such as that a store does not answer.
-    """
-    token = _quiet.set(True)
-    try:
-        yield
-    finally:
-        _quiet.reset(token)
-
-
-def is_told(record: logging.LogRecord) -> bool:
-    """A filter for the loggers that `quiet` silences."""
-    return not _quiet.get()
-
-
-log.addFilter(is_told)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from coca_lit.data.bad_samples import BadSample, BadSamples, quiet
+from coca_lit.data.bad_samples import BadSample, BadSamples
 from coca_lit.data.shards.indexed import FILES, TarIndex
 from coca_lit.data.shards.listing import REQUESTS
 from coca_lit.data.shards.reader import read_fields
@@ -125,12 +125,11 @@ def make_index(shard: Shard, fallback_dir: Path, file: BinaryIO | None = None) -
     Args:
         file: a remote shard of which only the headers are read.
     """
-    bad, stamp = BadSamples(1.0), shard.stamp()
-    with quiet():
-        rows = [
-            (fields["__key__"].encode(), [next((fields[name] for name in n if name in fields), (0, 0)) for n in FILES])
-            for fields in read_fields(shard, bad, verify=True, content=False, file=file)
-        ]
+    bad, stamp = BadSamples(1.0, quiet=True), shard.stamp()
+    rows = [
+        (fields["__key__"].encode(), [next((fields[name] for name in n if name in fields), (0, 0)) for n in FILES])
+        for fields in read_fields(shard, bad, verify=True, content=False, file=file)
+    ]
     keys = np.frombuffer(b"".join(key for key, _ in rows), dtype=np.uint8)
     key_ends = np.cumsum([len(key) for key, _ in rows], dtype=np.int64)
     places = np.array([place for _, place in rows], dtype=np.int64).reshape(-1, len(FILES), 2)

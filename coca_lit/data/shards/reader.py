@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from coca_lit.data.bad_samples import BadSampleError, BadSamples, is_told
+from coca_lit.data.bad_samples import BadSampleError, BadSamples
 from coca_lit.data.records import EncodedImage, Record
 from coca_lit.data.shards.indexed import CLIP_SUFFIXES, IMAGE_SUFFIXES, kind_of, pair_of, read_limit
 from coca_lit.data.shards.shard import ChangedError, Shard
@@ -23,7 +23,6 @@ from coca_lit.errors import DataError
 from coca_lit.reading import may_pass
 
 log = logging.getLogger(__name__)
-log.addFilter(is_told)
 
 _CODE = re.compile(r".*\.(pyd|pickle|pkl|pth|pt|py|so|sh|exe)", re.IGNORECASE | re.DOTALL)
 
@@ -88,7 +87,8 @@ def read_fields(
             raise DataError(f"{shard} could not be read ({broken}): start again, or remove it") from broken
         error = str(broken) or type(broken).__name__
     if error:
-        log.warning("%s is broken or truncated: %s", shard.name, error)
+        if not bad.quiet:
+            log.warning("%s is broken or truncated: %s", shard.name, error)
         bad.lose("broken or truncated shard", shard.name, shard.samples, read, error)
     elif not read:
         bad.lose("empty shard", shard.name, shard.samples, read)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, LostShardError, quiet
+from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, LostShardError
 from coca_lit.data.near_duplicates import perceptual_hash
 from coca_lit.data.pixels import decode_image
 from coca_lit.data.prefetch import worker_errors, worker_options
@@ -109,8 +109,8 @@ def judge_shard(shard: Path, judgement: Judgement) -> JudgedShard:
             return JudgedShard(path, known.rows, known.about["bad"], known.about["examples"], skipped=True)
     model, _ = load_judge(judgement.checkpoint, judgement.bf16)
     model.to(best_device())
-    bad = BadSamples(1.0)
-    with quiet(), worker_errors():
+    bad = BadSamples(1.0, quiet=True)
+    with worker_errors():
         index = index_of(shard, path.parent, bad)
         batches = list(_judged(model, index, judgement, bad))
     columns: dict[str, Any] = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, LostShardError, quiet
+from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, LostShardError
 from coca_lit.data.pixels import decode_pixels
 from coca_lit.data.prefetch import worker_errors, worker_options
 from coca_lit.data.shards.indexed import TarIndex, pair_of
@@ -84,10 +84,10 @@ def teach_shard(shard: Path, teaching: Teaching) -> JudgedShard:
             raise DataError(f"{path} was made with other settings: choose another output, or remove it")
         if stamp.items() <= known.items():
             return JudgedShard(path, known["samples"], known["bad"], known["examples"], skipped=True)
-    bad, models = BadSamples(1.0), _teachers(teaching)
+    bad, models = BadSamples(1.0, quiet=True), _teachers(teaching)
     for model in models:
         model.to(best_device())
-    with quiet(), worker_errors():
+    with worker_errors():
         index = index_of(shard, path.parent, bad)
         rows = [row for batch in _embedded(models, index, teaching, bad) for row in batch]
     if not rows:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from coca_lit.data.bad_samples import BadSamples, quiet
+from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.shards.indexed import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.shard import MANIFEST, ManifestEntry, Shard, entry_of, read_manifest, sha256_of
@@ -35,16 +35,14 @@ class ShardReport(NamedTuple):
 
 def check_shard(path: Path, caption_key: str = "txt") -> ShardReport:
     """Decodes every image and caption of a shard, and of clips the frame in the middle."""
-    bad = BadSamples(1.0)
-    good = 0
+    bad, good = BadSamples(1.0, quiet=True), 0
     changed_at = os.stat(path).st_mtime_ns  # before it is read: it may still be written
-    with quiet():
-        for record in read_shard(Shard(str(path)), [caption_key], bad, (*IMAGE_SUFFIXES, *CLIP_SUFFIXES)):
-            try:
-                record.image()
-                good += 1
-            except DataError as error:
-                bad.add("unreadable image", str(path), str(record.id), str(error))
+    for record in read_shard(Shard(str(path)), [caption_key], bad, (*IMAGE_SUFFIXES, *CLIP_SUFFIXES)):
+        try:
+            record.image()
+            good += 1
+        except DataError as error:
+            bad.add("unreadable image", str(path), str(record.id), str(error))
     entry = ManifestEntry(good, os.path.getsize(path), sha256_of(path))
     broken = next((reason for reason in bad.reasons if reason in ("broken or truncated shard", "empty shard")), "")
     return ShardReport(str(path), changed_at, entry, dict(bad.reasons), bad.examples(), broken)
