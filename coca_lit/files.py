@@ -279,7 +279,7 @@ def state_of(file: Path | int) -> tuple[int, int] | tuple[()]:
     """Size in bytes and time of change in ns of a file, by its path or descriptor; nothing if it cannot be read."""
     try:
         about = os.stat(file)
-    except OSError:
+    except (OSError, ValueError):  # or it is no path
         return ()
     return about.st_size, about.st_mtime_ns
 

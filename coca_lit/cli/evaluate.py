@@ -218,10 +218,10 @@ def _load(cfg: DictConfig) -> "DualEncoder":
     from coca_lit.weights.computation import interpolate
     from coca_lit.weights.load import load_dual_encoder
 
-    with error_context("checkpoint"):
-        model = load_dual_encoder(cfg.checkpoint, cfg.quick_gelu)
     if cfg.interpolate_with is None and cfg.weight != 0.5:
         raise ConfigError("weight belongs to interpolate_with=OTHER: leave it out, or name the other weights")
+    with error_context("checkpoint"):
+        model = load_dual_encoder(cfg.checkpoint, cfg.quick_gelu)
     if cfg.interpolate_with is not None:
         with error_context("interpolate_with"):
             interpolate(model, load_dual_encoder(cfg.interpolate_with, cfg.quick_gelu), cfg.weight)

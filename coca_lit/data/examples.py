@@ -15,7 +15,7 @@ from coca_lit.errors import DataError
 from coca_lit.models.inputs import Images
 from coca_lit.tokenizer import Tokenizer
 
-FEW_BAD = 2.5  # records that may be bad in any case; chance has them drawn a little more often than others
+FEW_BAD = 2  # records that may be bad in any case
 
 
 class Index(NamedTuple):
@@ -66,12 +66,14 @@ class TrainingExamples(Dataset[Example]):
 class CaptionDataset(TrainingExamples):
     """Training examples of records: a random caption and a random crop, both seeded by (seed, epoch, record id).
 
-    Missing images count as bad. Of few records, one or two may be.
+    Missing images count as bad. A share of `MAX_MISSING` of the records may be, of few records `FEW_BAD`: records, not
+    draws, of which each worker has others.
     """
 
     def __init__(self, records: Sequence[Record], transform: TrainTransform, tokenizer: Tokenizer, seed: int = 0):
-        super().__init__(seed, min(max(MAX_MISSING, FEW_BAD / max(len(records), 1)), 1.0))
+        super().__init__(seed, max_bad_fraction=1.0)
         self.records, self.transform, self.tokenizer = records, transform, tokenizer
+        self._broken: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -86,6 +88,15 @@ class CaptionDataset(TrainingExamples):
         except DataError as error:
             raise BadSampleError(BadSample("", str(record.id), "unreadable image", str(error))) from error
         return _example((image, *further), record.captions[choice], record, self.tokenizer)
+
+    def replacement(self, i: int, rng: random.Random, error: BadSampleError, tries: int) -> int:
+        self._broken.add(i)
+        if len(self._broken) > max(MAX_MISSING * len(self), FEW_BAD):
+            raise DataError(
+                f"too many bad samples, at least {len(self._broken)} of {len(self):,} records, e.g. {error.sample.key}: "
+                f"{error.sample.detail}; fix or remove them"
+            )
+        return super().replacement(i, rng, error, tries)
 
     def image(self, index: Index, record: Record, rng: random.Random) -> tuple[Images, Record]:
         """The first image, and the record with the texts that go with it."""

@@ -45,9 +45,9 @@ BATCH = 32  # images that are encoded at a time
 BYTES = 2  # of a number in fp16
 SIDES = {"left": "right", "right": "left"}
 OF_PLACES = re.compile(  # "on the left", "left of it", "left and right", but not "he left the room", "right behind him"
-    r"\b(left|right)(\s(?:and|or|to)\s|-to-)(left|right)\b"
-    r"|\b((?:the|his|her|its|their|my|your|our|far|upper|lower|top|bottom|front|back|rear|on|at|to|from|facing|looking"
-    r"|turning|pointing|leaning|towards?)\s)(left|right)\b"
+    r"\b((?:the|his|her|its|their|my|your|our|far|upper|lower|top|bottom|front|back|rear|on|at|to|from|facing|looking"
+    r"|turning|pointing|leaning|towards?)\s)(left|right)(?:(\s(?:and|or|to)\s|-to-)(left|right))?\b"
+    r"|\b(left|right)(\s(?:and|or|to)\s|-to-)(left|right)\b"
     r"|\b(left|right)(?=(?:\s|-)(?:of|side|hand|handed|half|corner|edge|end|arm|leg|foot|paw|ear|eye|wing)\b)"
     r"|\A(left|right)\Z",
     re.IGNORECASE,
@@ -116,9 +116,8 @@ class FeatureCache:
                 f"encoding {len(missing)} views of {len(records)} images into {self.folder}, once for all runs"
             )
             try:
-                for view, path in missing:
-                    if view % world_size() == rank():
-                        self._write(path, view, records, num_workers, device)
+                for view, path in missing[rank() :: world_size()]:
+                    self._write(path, view, records, num_workers, device)
             except DataError as error:
                 reason = str(error)
         if reasons := [found for found in gather_objects(reason) if found]:
@@ -178,11 +177,14 @@ class FeatureCache:
 
 
 def view_numbers(records: Sequence[Record], count: int) -> range:
-    """Of `count` views; without the mirror images where sentences are not in English."""
+    """Of `count` views; without the mirror images where sentences are not in English, such as those in Chinese, whose
+    words have no spaces between them.
+    """
     captions = [text for record in records for text in (*record.captions, record.question) if text]
     words = [word for caption in captions for word in split_words(caption)]
     english = sum(word in ENGLISH for word in words) >= LEAST_ENGLISH * len(words)
-    sentences = len(words) >= 3 * len(captions)
+    letters = "".join(words)
+    sentences = len(words) >= 3 * len(captions) or sum(map(str.isascii, letters)) < len(letters) / 2
     return range(0, 2 * count, 2) if sentences and not english else range(count)
 
 

@@ -102,21 +102,23 @@ def prepare(tasks: Sequence[Task], output: Path, run: Run) -> Iterator[Written]:
 
 
 def _may_differ(task: Task, written: Written) -> bool:
-    """Whether another attempt may find something else: a file could not be read, or its size or time is another."""
-    return UNREAD in written.bad or written.sources != _state(task)
+    """Whether another attempt may find something else: a file could not be read, or its size or time is another. Where
+    files have gone since, the shard is kept: it has what they held.
+    """
+    sources, missing = _state(task)
+    return missing <= written.bad.get(MISSING, 0) and (UNREAD in written.bad or written.sources != sources)
 
 
-def _state(task: Task) -> str:
-    """A digest of sizes and times of change of the files of a task, of which some may be missing."""
-    digest = hashlib.sha256()
-    for path in [task.content] if isinstance(task.content, Path) else [pair.image for pair in task.content]:
-        digest.update(repr(state_of(path) or None).encode())
-    return digest.hexdigest()[:16]
+def _state(task: Task) -> tuple[str, int]:
+    """A digest of sizes and times of change of the files of a task, and how many of them are missing."""
+    paths = [task.content] if isinstance(task.content, Path) else [pair.image for pair in task.content]
+    states = [state_of(path) or None for path in paths]
+    return hashlib.sha256("".join(map(repr, states)).encode()).hexdigest()[:16], states.count(None)
 
 
 def write_shard(task: Task, output: Path) -> Written:
     """Keys as img2dataset writes them: shard number, then sample number, with leading zeros."""
-    bad, sources = BadSamples(1.0), _state(task)
+    bad, (sources, _) = BadSamples(1.0), _state(task)
     path = output / task.name
     count = 0
     with tar_writer(path) as tar:

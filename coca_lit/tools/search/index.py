@@ -142,10 +142,8 @@ class ImageIndex:
         paths = {str(path.relative_to(self.folder)): path for path in find_images(self.folder, suffixes)}
         stamps = {name: _stamp(path, self.frames) for name, path in paths.items()}
         before = self._stamps
-        changed = [name for name, stamp in before.items() if name in stamps and stamps[name] != stamp]
-        rows = {
-            name: row for name, row in zip(before, self.features, strict=True) if name in paths and name not in changed
-        }
+        changed = [name for name, stamp in before.items() if stamps.get(name, stamp) != stamp]
+        rows = {name: row for name, row in zip(before, self.features, strict=True) if stamps.get(name) == before[name]}
         added = [name for name in paths if name not in before]
         names = {paths[name]: name for name in (*added, *changed)}
         failed: dict[str, str] = {}
