@@ -5,7 +5,7 @@ The statements are plain SQL over the columns of `coca_lit.tools.curate.scores`;
 formulas of the user do. These see the columns and nothing else: DuckDB opens no file but the scores and the selection.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from coca_lit.data.shards.selection import COLUMNS, GROUP, read_selection, write_selection
 from coca_lit.errors import DataError
 from coca_lit.reading import open_parquet, printable
-from coca_lit.tools.curate.scores import ABOUT, check_current, made_by
+from coca_lit.tools.curate.scores import ABOUT, check_current
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -64,7 +64,7 @@ def filter_scores(
         raise DataError(f"top must be a share above 0 and up to 1, not {top}")
     _check_output(output)
     with _opened(output, memory_gb, [*scores, *([selection] if selection else [])]) as db:
-        total = _view(db, "scores", scores, selection)
+        total = _view(db, "scores", {path: check_current(path) for path in scores}, selection)
         chosen = f"SELECT shard, key FROM scores WHERE {_expression('where', where)}"
         how = {"statement": f"{chosen} ORDER BY shard, key", "selection": str(selection) if selection else None}
         if by is not None:
@@ -114,13 +114,15 @@ def dedup_scores(
     if cosine is not None and not 0 < cosine <= 1:
         raise DataError(f"cosine must be above 0 and up to 1, not {cosine}")
     _check_output(output)
+    own, others = ({path: check_current(path) for path in paths} for paths in (scores, against))
     if cosine is not None:  # embeddings of other models cannot be compared; captions do not matter
-        _check_alike([*scores, *against], "model", "precision")
+        _check_alike(own | others, "model", "precision")
     with _opened(output, memory_gb, [*scores, *against, *([selection] if selection else [])]) as db:
-        total = _view(db, "scores", scores, selection)
-        _view(db, "others", against or scores[:1])
-        if not against:
-            db.execute("CREATE OR REPLACE TEMP VIEW others AS SELECT * FROM scores WHERE false")
+        total = _view(db, "scores", own, selection)
+        if others:
+            _view(db, "others", others)
+        else:
+            db.execute("CREATE TEMP VIEW others AS SELECT * FROM scores WHERE false")
         for name in ("scores", "others"):
             if hash_distance is not None:
                 _check_column(db, name, "phash", "BIGINT")
@@ -184,12 +186,10 @@ def _opened(output: Path, memory_gb: float | None, files: Sequence[Path]) -> "It
         raise DataError(printable(" ".join(str(error).partition("\n\n")[0].split()))) from error
 
 
-def _view(db: "DuckDBPyConnection", name: str, paths: Sequence[Path], selection: Path | None = None) -> int:
+def _view(db: "DuckDBPyConnection", name: str, scores: Mapping[Path, Any], selection: Path | None = None) -> int:
     """Makes the rows of files a view, of which only a selection is seen; returns the number of all rows."""
-    _check_alike(paths, "model", "precision", "caption_key")
-    for path in paths:
-        check_current(path)
-    rows = db.read_parquet([str(path.absolute()) for path in paths], union_by_name=True)
+    _check_alike(scores, "model", "precision", "caption_key")
+    rows = db.read_parquet([str(path.absolute()) for path in scores], union_by_name=True)
     rows.create_view(f"all_{name}")
     for column in COLUMNS:
         _check_column(db, f"all_{name}", column, "VARCHAR")
@@ -215,9 +215,9 @@ def _check_column(db: "DuckDBPyConnection", view: str, column: str, *kinds: str)
         raise DataError(f"the scores need a column {column} of type {kinds[0].rstrip('[')}, found {printable(found)}")
 
 
-def _check_alike(paths: Sequence[Path], *settings: str) -> None:
-    """Raises `DataError` for scores that were made with different settings."""
-    makers = {made: path for path in paths if (made := made_by(path, *settings))}
+def _check_alike(scores: Mapping[Path, Any], *settings: str) -> None:
+    """Raises `DataError` if files, with what they record about themselves, were made with different settings."""
+    makers = {repr([about.get(key) for key in settings]): path for path, about in scores.items() if about}
     if len(makers) > 1:
         one, other = [*makers.values()][:2]
         raise DataError(

@@ -4,8 +4,8 @@ Samples are read and decoded as a training does: what counts as broken here is w
 or absent, and a repeated command skips the shards that have one.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,6 +130,28 @@ def index_of(shard: Path, folder: Path, bad: BadSamples) -> TarIndex:
     return index
 
 
+class ShardSamples(Dataset[Any]):
+    """The samples of a shard: what a function makes of key, encoded image and captions, or what is wrong with it."""
+
+    def __init__(self, index: TarIndex, caption_keys: Sequence[str], of_sample: Callable[..., Any]) -> None:
+        self.index, self.caption_keys, self.of_sample = index, caption_keys, of_sample
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> Any:
+        shard, key = self.index.shard.name, self.index.key(i)
+        try:
+            return self.of_sample(key, *pair_of(self.index.read(i), self.caption_keys, shard))
+        except LostShardError as error:  # the file would lack the rest of the shard for ever
+            lost = error.sample
+            raise DataError(f"{lost.shard}: {lost.detail or lost.reason}: start again") from error
+        except BadSampleError as error:
+            return error.sample
+        except DataError as error:
+            return BadSample(shard, key, "unreadable image", str(error))
+
+
 class _Pair(NamedTuple):
     key: str
     caption: str
@@ -138,30 +160,11 @@ class _Pair(NamedTuple):
     phash: int
 
 
-class _Pairs(Dataset[tuple[_Pair, Images] | BadSample]):
-    """The samples of a shard, decoded as for an evaluation."""
-
-    def __init__(self, index: TarIndex, caption_key: str, transform: Transform) -> None:
-        self.index, self.caption_key, self.transform = index, caption_key, transform
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, i: int) -> tuple[_Pair, Images] | BadSample:
-        shard, key = self.index.shard.name, self.index.key(i)
-        try:
-            content, captions = pair_of(self.index.read(i), [self.caption_key], shard)
-            image = decode_image(content, "it")
-        except LostShardError as error:  # the file would lack the rest of the shard for ever
-            lost = error.sample
-            raise DataError(f"{lost.shard}: {lost.detail or lost.reason}: start again") from error
-        except BadSampleError as error:
-            return error.sample
-        except DataError as error:
-            return BadSample(shard, key, "unreadable image", str(error))
-        caption = captions[self.caption_key][0]
-        pair = _Pair(key, caption, image.width, image.height, perceptual_hash(image))
-        return pair, self.transform(image)
+def _decoded(
+    transform: Transform, key: str, content: bytes, captions: Mapping[str, Sequence[str]]
+) -> tuple[_Pair, Images]:
+    image, ((caption, *_),) = decode_image(content, "it"), captions.values()
+    return _Pair(key, caption, image.width, image.height, perceptual_hash(image)), transform(image)
 
 
 def _collate(items: list[tuple[_Pair, Images] | BadSample]) -> tuple[list[_Pair], Images, list[BadSample]]:
@@ -179,7 +182,8 @@ def _judged(
             import py3langid
         except ImportError as error:
             raise DataError("language needs an optional package: pip install 'coca_lit[curate]'") from error
-    pairs = _Pairs(index, judgement.caption_key, build_transform(**model.preprocessing))
+    transform = build_transform(**model.preprocessing)  # as for an evaluation
+    pairs = ShardSamples(index, [judgement.caption_key], partial(_decoded, transform))
     for batch, pixels, broken in DataLoader(
         pairs, judgement.batch_size, collate_fn=_collate, **worker_options(judgement.num_workers)
     ):

@@ -78,11 +78,14 @@ def write_scores(path: Path, shard: str, columns: Mapping[str, Any], about: Mapp
         parquet.write_table(table, temporary, compression="zstd")
 
 
-def read_about(path: Path) -> About:
-    """Raises `DataError` unless `coca-data score` wrote the file."""
+def read_about(path: Path, foreign: bool = False) -> About:
+    """Raises `DataError` unless `coca-data score` wrote the file; a `foreign` one may also say nothing about itself."""
     with open_parquet(path) as file:
+        metadata = file.schema_arrow.metadata or {}
+        if foreign and ABOUT not in metadata:
+            return About(file.metadata.num_rows, {})
         try:
-            about = parse_json((file.schema_arrow.metadata or {})[ABOUT], str(path), dict)
+            about = parse_json(metadata[ABOUT], str(path), dict)
             size, changed_at = about["shard"]
             counts_of({"size": size, "changed_at": changed_at})
             counts_of(about["bad"])
@@ -117,22 +120,16 @@ def find_scores(words: Sequence[str | Path]) -> list[Path]:
     return list(found.values())
 
 
-def check_current(path: Path) -> None:
-    """Raises `DataError` if the shard beside the scores has changed since: its keys may name other samples. A
-    copy that has lost its time is known by its digest in the manifest.
+def check_current(path: Path) -> dict[str, Any]:
+    """What scores record about themselves, nothing if another program's. Raises `DataError` if the shard beside them
+    has changed since: its keys may name other samples. A copy that has lost its time is known by its digest in the
+    manifest.
     """
+    about = read_about(path, foreign=True).about
     shard = path.with_name(path.name.removesuffix(SUFFIX) + ".tar")
-    if not made_by(path) or not shard.exists():
-        return
-    about, entry = read_about(path).about, read_manifest(shard.parent).get(shard.name)
-    same = entry is not None and entry.sha256 == about.get("content")
-    if not same and [shard.stat().st_size, shard.stat().st_mtime_ns] != about["shard"]:
-        raise DataError(f"{shard} has changed since it was scored: repeat coca-data score")
-
-
-def made_by(path: Path, *settings: str) -> str | None:
-    """These settings of the scores of a file; None if another program wrote it."""
-    with open_parquet(path) as file:
-        about = (file.schema_arrow.metadata or {}).get(ABOUT)
-    known = parse_json(about, str(path), dict) if about else {}
-    return json.dumps([known.get(key) for key in settings]) if known else None
+    if about and shard.exists():
+        entry = read_manifest(shard.parent).get(shard.name)
+        same = entry is not None and entry.sha256 == about.get("content")
+        if not same and [shard.stat().st_size, shard.stat().st_mtime_ns] != about["shard"]:
+            raise DataError(f"{shard} has changed since it was scored: repeat coca-data score")
+    return about

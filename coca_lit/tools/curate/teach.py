@@ -5,18 +5,19 @@ repeated command skips the shards that have one.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, LostShardError
+from coca_lit.data.bad_samples import BadSample, BadSamples
 from coca_lit.data.pixels import decode_pixels
 from coca_lit.data.prefetch import worker_errors, worker_options
-from coca_lit.data.shards.indexed import TarIndex, pair_of
+from coca_lit.data.shards.indexed import TarIndex
 from coca_lit.data.shards.reinforced import Reinforced, reinforced_path, write_reinforced
 from coca_lit.data.transforms import Box, as_tensor, random_box, resized
 from coca_lit.distributed import stable_seed
@@ -25,7 +26,7 @@ from coca_lit.evals.inference import evaluating
 from coca_lit.files import claim
 from coca_lit.machine import best_device
 from coca_lit.models import DualEncoder
-from coca_lit.tools.curate.judge import JudgedShard, index_of, load_judge
+from coca_lit.tools.curate.judge import JudgedShard, ShardSamples, index_of, load_judge
 
 SETTINGS = "teachers.settings.json"  # beside the files of a folder: what made them all
 
@@ -130,40 +131,24 @@ class _Sample(NamedTuple):
     crops: dict[int, Tensor]  # (V, 3, size, size) by size
 
 
-class _Crops(Dataset[_Sample | BadSample]):
-    """The samples of a shard, each decoded once and cropped for every size that a teacher takes."""
-
-    def __init__(self, index: TarIndex, teaching: Teaching, sizes: Sequence[int]) -> None:
-        self.index, self.teaching, self.sizes = index, teaching, sizes
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, i: int) -> _Sample | BadSample:
-        shard, key, asked = self.index.shard.name, self.index.key(i), self.teaching
-        try:
-            content, captions = pair_of(self.index.read(i), asked.caption_keys, shard)
-            pixels = as_tensor(decode_pixels(content, "it"))
-        except LostShardError as error:  # the file would lack the rest of the shard for ever
-            lost = error.sample
-            raise DataError(f"{lost.shard}: {lost.detail or lost.reason}: start again") from error
-        except BadSampleError as error:
-            return error.sample
-        except DataError as error:
-            return BadSample(shard, key, "unreadable image", str(error))
-        height, width = pixels.shape[1:]
-        seeds = (stable_seed("crop", asked.seed, view, key) for view in range(asked.views))
-        boxes = [random_box(height, width, random.Random(seed)) for seed in seeds]
-        crops = {size: torch.stack([resized(pixels, box, (size, size)) for box in boxes]) for size in self.sizes}
-        texts = dict.fromkeys(text for texts in captions.values() for text in texts)
-        return _Sample(key, [*texts], boxes, crops)
+def _cropped(
+    asked: Teaching, sizes: Sequence[int], key: str, content: bytes, captions: Mapping[str, Sequence[str]]
+) -> _Sample:
+    """A sample, decoded once and cropped for every size that a teacher takes."""
+    pixels = as_tensor(decode_pixels(content, "it"))
+    height, width = pixels.shape[1:]
+    seeds = (stable_seed("crop", asked.seed, view, key) for view in range(asked.views))
+    boxes = [random_box(height, width, random.Random(seed)) for seed in seeds]
+    crops = {size: torch.stack([resized(pixels, box, (size, size)) for box in boxes]) for size in sizes}
+    texts = dict.fromkeys(text for texts in captions.values() for text in texts)
+    return _Sample(key, [*texts], boxes, crops)
 
 
 def _embedded(
     models: Sequence[DualEncoder], index: TarIndex, teaching: Teaching, bad: BadSamples
 ) -> Iterator[list[_Row]]:
     sizes = [int(model.preprocessing["size"]) for model in models]
-    samples = _Crops(index, teaching, sorted({*sizes}))
+    samples = ShardSamples(index, teaching.caption_keys, partial(_cropped, teaching, sorted({*sizes})))
     options = worker_options(teaching.num_workers)
     for batch in DataLoader(samples, teaching.batch_size, collate_fn=list, **options):
         good = [sample for sample in batch if isinstance(sample, _Sample)]
