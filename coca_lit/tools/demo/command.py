@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def demo() -> None:
-    """Entry point of `coca-demo` and `python -m coca_lit.tools.demo.command`."""
+    """Entry point of `coca-demo`."""
     command("demo", run)
 
 
@@ -82,7 +82,3 @@ def _index(model: "CoCa", folder: Path) -> "ImageIndex":
     if problem:
         print(printable(f"the index is not saved, and is built again next time: {problem}"))
     return index
-
-
-if __name__ == "__main__":
-    demo()

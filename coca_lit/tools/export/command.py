@@ -21,7 +21,7 @@ ONNX = ("onnx", "onnxscript", "onnxruntime")  # packages that the format needs
 
 
 def export() -> None:
-    """Entry point of `coca-export` and `python -m coca_lit.tools.export.command`."""
+    """Entry point of `coca-export`."""
     command("export", run)
 
 
@@ -107,7 +107,3 @@ def _command(cfg: DictConfig) -> str:
     if cfg.imports:
         words["imports"] = f"[{','.join(cfg.imports)}]"
     return shlex.join(["coca-export", *(f"{key}={value}" for key, value in words.items())])
-
-
-if __name__ == "__main__":
-    export()

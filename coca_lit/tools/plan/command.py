@@ -22,7 +22,7 @@ PRECISIONS = (*AUTOCAST, "bf16-true", "16-true", "32-true", "64-true")
 
 
 def plan() -> None:
-    """Entry point of `coca-plan` and `python -m coca_lit.tools.plan.command`."""
+    """Entry point of `coca-plan`."""
     command("plan", run)
 
 
@@ -166,7 +166,3 @@ def read_recipe(cfg: DictConfig, settings: "Settings", weights: Mapping[str, flo
         half=half,
         samples=samples,
     )
-
-
-if __name__ == "__main__":
-    plan()

@@ -215,7 +215,3 @@ def examples(references: References, captions: Captions, count: int) -> Iterator
             image = images[place]
             yield f"  {100 * of_images[place]:6.1f}  {tokens.hypotheses[image][0] or '(empty)'}  (image {image})"
             yield from (f"          {text}" for text in dict.fromkeys(tokens.references[image]))
-
-
-if __name__ == "__main__":
-    score()

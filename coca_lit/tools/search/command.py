@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def search() -> None:
-    """Entry point of `coca-search` and `python -m coca_lit.tools.search.command`."""
+    """Entry point of `coca-search`."""
     command("search", run, positional=("index", "query"))
 
 
@@ -98,7 +98,3 @@ def _places(cfg: DictConfig) -> tuple[Path, Path | None]:
 
         return index_file(path), path
     return path, None
-
-
-if __name__ == "__main__":
-    search()
