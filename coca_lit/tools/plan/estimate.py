@@ -2,7 +2,8 @@
 how well they are used.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ GPUS = {
 }
 
 
+@dataclass(frozen=True)
 class Settings:
     """
     Args:
@@ -54,28 +56,25 @@ class Settings:
         ValueError: an unknown GPU or none, or a number out of its range.
     """
 
-    def __init__(
-        self,
-        gpus: Sequence[str],
-        utilisation: float | None,
-        caption_tokens: int,
-        devices: int | None,
-        samples: float | None,
-    ) -> None:
-        if not gpus:
+    gpus: Sequence[str]
+    utilisation: float | None
+    caption_tokens: int
+    devices: int | None
+    samples: float | None
+
+    def __post_init__(self) -> None:
+        if not self.gpus:
             raise ValueError(f"gpus must name at least one of {', '.join(GPUS)}")
-        for name in gpus:
+        for name in self.gpus:
             if name not in GPUS:
                 raise ValueError(f"gpus: there is no '{name}'{suggest(name, GPUS)} Known: {', '.join(GPUS)}")
-        check_number("caption_tokens", caption_tokens, whole=True, at_least=2)
-        if utilisation is not None:
-            check_number("utilisation", utilisation, above=0, at_most=1)
-        if devices is not None:
-            check_number("devices", devices, whole=True, at_least=1)
-        if samples is not None:
-            check_number("samples", samples, above=0)
-        self.gpus, self.utilisation, self.caption_tokens = list(gpus), utilisation, caption_tokens
-        self.devices, self.samples = devices, samples
+        check_number("caption_tokens", self.caption_tokens, whole=True, at_least=2)
+        if self.utilisation is not None:
+            check_number("utilisation", self.utilisation, above=0, at_most=1)
+        if self.devices is not None:
+            check_number("devices", self.devices, whole=True, at_least=1)
+        if self.samples is not None:
+            check_number("samples", self.samples, above=0)
 
     def shares_of_peak(self, gpu: str) -> tuple[float, float]:
         """The least and the most that is assumed."""
@@ -210,8 +209,3 @@ def seconds_per_step(model: Model, cost: Cost, recipe: Recipe, gpu: Gpu, utilisa
     computing = own / samples_per_second(flops(model, cost, recipe), gpu, utilisation, recipe.half)
     passes = own / recipe.micro_batch if recipe.micro_batch else 1
     return max(computing, passes * cost.operations * LAUNCH)
-
-
-def total_parameters(parameters: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
-    """Total and trained numbers of all parts."""
-    return sum(n for n, _ in parameters.values()), sum(n for _, n in parameters.values())

@@ -19,26 +19,17 @@ from coca_lit.tools.plan.estimate import (
     memory,
     per_sample,
     seconds_per_step,
-    total_parameters,
 )
 from coca_lit.tools.plan.trace import Cost
 
 
-def print_plan(
-    title: str,
-    model: Model,
-    cost: Cost,
-    recipe: Recipe,
-    settings: Settings,
-    pixels: int,
-    console: Console | None = None,
-) -> None:
+def print_plan(title: str, model: Model, cost: Cost, recipe: Recipe, settings: Settings, pixels: int) -> None:
     """Prints the tables.
 
     Args:
         pixels: bytes of an image.
     """
-    console = console or Console()
+    console = Console()
     console.print(network_table(title, model, cost, recipe))
     console.print(memory_table(model, cost, recipe, pixels))
     console.print(device_table(model, cost, recipe, settings, pixels))
@@ -64,7 +55,7 @@ def network_table(title: str, model: Model, cost: Cost, recipe: Recipe) -> Table
         shown = [f"{n / 1e6:,.2f} M" for n in numbers] if numbers else ["", ""]
         table.add_row(part, *shown, f"{cost.forward[part] / 1e9:,.2f}" if part in cost.forward else "")
     table.add_section()
-    whole = [f"{n / 1e6:,.2f} M" for n in total_parameters(model.parameters)]
+    whole = [f"{n / 1e6:,.2f} M" for n in map(sum, zip(*model.parameters.values(), strict=True))]
     table.add_row("total", *whole, f"{sum(cost.forward.values()) / 1e9:,.2f}")
     table.add_row("training step, per sample, estimated", "", "", f"{flops(model, cost, recipe) / 1e9:,.2f}")
     return table

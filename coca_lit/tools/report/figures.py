@@ -64,7 +64,7 @@ def curves_of_runs(runs: Sequence[Run]) -> dict[str, bytes]:
             axes.plot(steps, values, label=_text(label), marker="" if len(steps) >= 30 else ".")
         title = _curve_name(name, known)
         _finish(axes, title, logarithmic=loss)
-        panels[title] = _png(figure)
+        panels[title] = png_of(figure)
     return panels
 
 
@@ -110,7 +110,7 @@ def _panel(title: str, group: Curves) -> bytes:
         marker = "*" if final else "" if len(points) >= 30 else "."
         axes.plot(steps, values, label=label, color=colour, marker=marker, markersize=11 if final else None)
     _finish(axes, title, logarithmic=title == "losses")
-    return _png(figure)
+    return png_of(figure)
 
 
 def _curve_name(name: str, known: Collection[str]) -> str:
@@ -169,7 +169,7 @@ def comparison_figure(runs: Sequence[Run], objective: str | None = None) -> byte
             axes.legend(fontsize=8)
         axes.set_title(f"{_text(data_name(score.rpartition('/')[0]))}\n{_text(score_name(score))}", fontsize=10)
         axes.grid(alpha=0.3)
-    return _png(figure)
+    return png_of(figure)
 
 
 def gaps(runs: Sequence[Run]) -> dict[str, float]:
@@ -211,7 +211,7 @@ def gap_figure(runs: Sequence[Run]) -> bytes | None:
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    return _png(figure)
+    return png_of(figure)
 
 
 def swept_numbers(runs: Sequence[Run]) -> dict[str, list[float]]:
@@ -269,7 +269,7 @@ def _text(text: str) -> str:
     return printable(text).replace("$", r"\$")
 
 
-def _png(figure: Figure) -> bytes:
+def png_of(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

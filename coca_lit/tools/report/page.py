@@ -20,9 +20,10 @@ from coca_lit.tools.report.tables import (
     PUBLISHED_SCORES,
     THIS_RUN,
     Table,
+    all_scores,
     best_run,
     code,
-    comparison_tables,
+    difference_table,
     headline_cells,
     markdown,
     not_comparable,
@@ -31,6 +32,7 @@ from coca_lit.tools.report.tables import (
     run_names,
     runs_table,
     score_tables,
+    seed_tables,
     settings_table,
 )
 
@@ -86,7 +88,7 @@ def write_report(folder: Path) -> Path:
         *(_captions(name, samples, worst.get(name, [])) for name, samples in captions.items()),
         _tables(tables),
         _reasons("not run", run.not_run),
-        _panels("curves", curves, CURVES_NOTE if curves.keys() - {"losses"} else ""),
+        _curves(curves, CURVES_NOTE if curves.keys() - {"losses"} else ""),
         *(_figure(name, sheet) for name, sheet in run.sheets.items() if name not in shown),
         *(_retrieval(name, samples) for name, samples in retrieval.items()),
         *(_attention(name, samples) for name, samples in run.samples["attention"].items()),
@@ -114,7 +116,8 @@ def write_comparison(folders: Sequence[Path], output: Path, objective: str | Non
     score = objective or headline(dict.fromkeys(name for run in runs for name in run.results))
     table = runs_table(runs, failed, score)
     overview = [table] if len(runs) + len(failed) > 2 or PUBLISHED_SCORES in table.note else []
-    scores = [table for table in comparison_tables(runs) if table.rows]
+    compared = difference_table(*runs) if len(runs) == 2 else all_scores(runs)
+    scores = [table for table in (compared, *seed_tables(runs)) if table.rows]
     settings, apart = settings_table(runs), not_comparable(runs)
     drawn = {"comparison": comparison_figure(runs, score), "zero-shot gaps": gap_figure(runs)}
     figures = {title: figure for title, figure in drawn.items() if figure is not None}
@@ -129,7 +132,7 @@ def write_comparison(folders: Sequence[Path], output: Path, objective: str | Non
         _tables(scores),
         _reasons(APART, apart),
         *(_figure(title, figure) for title, figure in figures.items()),
-        _panels("curves", curves_of_runs(runs), "Scores during training are of the first few images."),
+        _curves(curves_of_runs(runs), "Scores during training are of the first few images."),
         _side_by_side(runs),
         _tables([settings]),
     ]
@@ -244,20 +247,16 @@ def _tables(contents: Iterable[Table]) -> str:
     return f'<div class="tables">{"".join(tables)}</div>'
 
 
-def _figure(title: str, png: bytes | None, note: str = "") -> str:
-    if png is None:
-        return ""
-    caption = f"<figcaption>{_text(note)}</figcaption>" if note else ""
-    image = f'<img src="{_png(png)}" alt="{_text(title)}">'
-    return f'<h2>{_text(title)}</h2><figure class="plot">{image}{caption}</figure>'
+def _figure(title: str, png: bytes) -> str:
+    return f'<h2>{_text(title)}</h2><figure class="plot"><img src="{_png(png)}" alt="{_text(title)}"></figure>'
 
 
-def _panels(title: str, panels: Mapping[str, bytes], note: str) -> str:
+def _curves(panels: Mapping[str, bytes], note: str) -> str:
     """Figures side by side where they fit, below each other on a phone."""
     if not panels:
         return ""
     images = "".join(f'<img src="{_png(png)}" alt="{_text(name)}">' for name, png in panels.items())
-    return f'<h2>{_text(title)}</h2><figure class="panels">{images}</figure>' + (
+    return f'<h2>curves</h2><figure class="panels">{images}</figure>' + (
         f'<p class="note">{_text(note)}</p>' if note else ""
     )
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -24,6 +23,7 @@ from coca_lit.files import atomic_write
 from coca_lit.metrics import is_share, lower_is_better
 from coca_lit.reading import open_parquet
 from coca_lit.runs.scores import headlines, in_print_units, score_name
+from coca_lit.tools.report.figures import png_of
 from coca_lit.tools.report.runs import Run, find_runs, obstacles
 
 Numbers = NDArray[np.float64]
@@ -31,6 +31,7 @@ Numbers = NDArray[np.float64]
 NETWORK = ("model.net.", "image_size", "vocabulary", "init_from", "init_parts", "data.")
 DRAWS, LEAST = 400, 5  # of the bootstrap; points of different compute that four parameters need
 PUBLISHED = ("model", "downstream_dataset", "lr_scheduler", "epoch", "total_epochs", "gflops_total", "acc1")
+BENCHMARK = "imagenet1k"
 FAMILIES = {"mammut": "MaMMUT", "coca": "CoCa", "siglip": "SigLIP", "": "CLIP"}  # by a part of LAION's names
 
 
@@ -190,7 +191,7 @@ def points_of(runs: Sequence[Run], score: str) -> list[Point]:
     return points
 
 
-def published_points(path: Path, benchmark: str = "imagenet1k") -> dict[str, list[Point]]:
+def published_points(path: Path) -> dict[str, list[Point]]:
     """Top-1 accuracy of finished trainings with a cosine, by family, from the `results.parquet` of LAION's study
     (github.com/LAION-AI/scaling-laws-for-comparison).
 
@@ -204,7 +205,7 @@ def published_points(path: Path, benchmark: str = "imagenet1k") -> dict[str, lis
     found: dict[str, list[Point]] = {}
     for row in rows:
         finished = row["epoch"] == row["total_epochs"] and row["lr_scheduler"] == "cosine"
-        if finished and row["downstream_dataset"] == benchmark and row["acc1"] and row["gflops_total"]:
+        if finished and row["downstream_dataset"] == BENCHMARK and row["acc1"] and row["gflops_total"]:
             family = next(name for part, name in FAMILIES.items() if part in row["model"].lower())
             accuracy = row["acc1"] if row["acc1"] <= 1 else row["acc1"] / 100
             found.setdefault(family, []).append(Point(row["model"], float(row["gflops_total"]), accuracy))
@@ -230,7 +231,7 @@ def write_scaling(
     panels = {score: {"": fit_scaling(points_of(runs, score), hold_out, top)}}
     if published:
         families = published_points(published)
-        panels["imagenet1k/top1"] = {name: fit_scaling(points, hold_out, 1.0) for name, points in families.items()}
+        panels[f"{BENCHMARK}/top1"] = {name: fit_scaling(points, hold_out, 1.0) for name, points in families.items()}
     text, said = io.StringIO(), []
     writer = csv.writer(text)
     writer.writerow(["score", "family", "run", "GFLOP", "value", "fitted", "expected", "low", "high"])
@@ -274,7 +275,6 @@ def _shown(score: str, value: float) -> float:
 
 def _drawn(panels: dict[str, dict[str, Scaling]]) -> bytes:
     figure = Figure(figsize=(5.2 * len(panels), 3.8), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (score, laws) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for number, (family, found) in enumerate(laws.items()):
             _draw_law(axes, f"C{number}", family, found, partial(_shown, score))
@@ -283,9 +283,7 @@ def _drawn(panels: dict[str, dict[str, Scaling]]) -> bytes:
         )
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
+    return png_of(figure)
 
 
 def _draw_law(axes: Axes, colour: str, family: str, found: Scaling, shown: Callable[[float], float]) -> None:

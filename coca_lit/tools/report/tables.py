@@ -280,12 +280,6 @@ def _short_runs(names: Sequence[str]) -> list[str]:
     return short if len({*short}) == len(names) else [*names]
 
 
-def comparison_tables(runs: Sequence[Run]) -> list[Table]:
-    """All scores of the runs, of two runs with their differences, and means over seeds."""
-    table = difference_table(*runs) if len(runs) == 2 else all_scores(runs)
-    return [table, *seed_tables(runs)]
-
-
 def settings_table(runs: Sequence[Run]) -> Table:
     """The settings in which the runs differ."""
     rows = [[key, *map(setting_cell, values)] for key, values in differences(runs).items()]

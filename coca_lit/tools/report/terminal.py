@@ -11,12 +11,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from coca_lit.metrics.uncertainty import same_data
 from coca_lit.reading import printable
-from coca_lit.runs.results import read_conditions
 from coca_lit.runs.scores import RERANKED, cell, headline, headlines, own_scores, score_name
 from coca_lit.tools.report.page import write_comparison
-from coca_lit.tools.report.runs import RESULTS, Run, read_run
+from coca_lit.tools.report.runs import RESULTS, Run, read_run, same_data
 from coca_lit.tools.report.tables import (
     APART,
     HEADLINES_OF_A_SWEEP,
@@ -114,9 +112,9 @@ def report_sweep(folder: Path, rows: Sequence[Mapping[str, Any]], objective: str
     ok = [row for row in rows if row["status"] == "ok"]
     scores = {row["job"]: {name: value for name, value in row.items() if isinstance(value, float)} for row in ok}
     score = objective or headline(list(dict.fromkeys(name for job in scores.values() for name in job)))
-    images = {name: of.images for row in ok for name, of in read_conditions(folder / row["job"]).items()}
     scored = [job for job in scores if (folder / job / RESULTS).exists()]
     runs = [read_run(folder / job) for job in scored]
+    images = {name: of.images for run in runs for name, of in run.conditions.items()}
     known = {job: dict[str, float]() for job in scored}
     for name in dict.fromkeys(name for job in scored for name in scores[job]):
         for job, value in zip(scored, published_scores(runs, name)[0], strict=True):
@@ -125,7 +123,7 @@ def report_sweep(folder: Path, rows: Sequence[Mapping[str, Any]], objective: str
     if score is None and any(scores.values()):
         first = next(name for job in scores.values() for name in job)
         print(printable(f"no score is a headline score: scoring.objective={first} names the best run by that one"))
-    elif not same_data(read_conditions(folder / job).get(str(score)) for job in scored if score in scores[job]):
+    elif score is not None and not same_data(runs, score):
         print(f"the jobs were scored on different data, so none is the best by {score}")
     elif score is not None and (best := best_run(scores, score)) is not None:
         print(f"best {score}: {cell(score, scores[best][score], images.get(score))} in {folder / best}")

@@ -18,7 +18,6 @@ from pycocoevalcap.rouge.rouge import Rouge
 from scipy.sparse import csr_array
 from scipy.stats import kendalltau
 
-from coca_lit.metrics.captions import Tokenize
 from coca_lit.metrics.cider import CiderD
 from coca_lit.metrics.java.meteor import shared_meteor, warm_up
 from coca_lit.metrics.java.runtime import JavaError, ptb_tokenize
@@ -230,9 +229,7 @@ def _accuracies(
 # Scores of single captions: each candidate alone against the references of its image
 
 
-def reference_scores(
-    judged: Judged, tokenize: Tokenize = ptb_tokenize, progress: Progress | None = None
-) -> tuple[Scores, dict[str, str]]:
+def reference_scores(judged: Judged, progress: Progress | None = None) -> tuple[Scores, dict[str, str]]:
     """BLEU-1 and -4, ROUGE-L, METEOR, CIDEr, CIDEr without its defences, and SPICE (C,) of all candidates, and why some
     could not be computed. "CIDEr" is that of the official code, which the paper calls CIDEr-D.
 
@@ -247,7 +244,7 @@ def reference_scores(
     texts = list(
         dict.fromkeys([c.caption for c in judged.candidates] + [t for r in judged.references.values() for t in r])
     )
-    tokens = dict(zip(texts, tokenize(texts), strict=True))
+    tokens = dict(zip(texts, ptb_tokenize(texts), strict=True))
     references = [[tokens[text] for text in judged.references[candidate.image]] for candidate in judged.candidates]
     captions = [tokens[candidate.caption] for candidate in judged.candidates]
     numbered = dict(enumerate(references))
