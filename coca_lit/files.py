@@ -80,11 +80,12 @@ def replacing(path: Path) -> Iterator[Path]:
     with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
-        mode = temporary.stat().st_mode & 0o666
+        mode = temporary.stat().st_mode & 0o777
         try:
             yield temporary
             if temporary.stat().st_mode & 0o777 != mode:  # safetensors makes files that their owner alone can read
-                temporary.chmod(mode)
+                with suppress(OSError):  # on a file system without modes
+                    temporary.chmod(mode)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             durable_rename(temporary, path)

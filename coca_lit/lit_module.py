@@ -24,7 +24,7 @@ from coca_lit.weights import CLASSIFIERS_KEY, MODEL_KEY
 if TYPE_CHECKING:
     from coca_lit.training.self_critical import SelfCritical
 
-SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer that a user sets
+SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer that a user sets, besides `arguments`
 SETUP_CHECK = 2  # steps of a run that but checks a set-up, as with trainer=smoke
 
 
@@ -210,7 +210,8 @@ class CoCaLit(L.LightningModule):
             scheduler = warmup_cosine(optimizer, *steps)
         else:
             scheduler = warmup_stable_decay(optimizer, *steps, self.cooldown_steps)
-        self.configured = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
+        named = (*SETTINGS, *getattr(self.make_optimizer, "arguments", ()))
+        self.configured = [{key: group[key] for key in named if key in group} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -92,10 +92,8 @@ class CaptionDataset(TrainingExamples):
     def replacement(self, i: int, rng: random.Random, error: BadSampleError, tries: int) -> int:
         self._broken.add(i)
         if len(self._broken) > max(MAX_MISSING * len(self), FEW_BAD):
-            raise DataError(
-                f"too many bad samples, at least {len(self._broken)} of {len(self):,} records, e.g. {error.sample.key}: "
-                f"{error.sample.detail}; fix or remove them"
-            )
+            bad, count = error.sample, f"{len(self._broken)} of {len(self):,} records"
+            raise DataError(f"too many bad samples, at least {count}, e.g. {bad.key}: {bad.detail}; fix or remove them")
         return super().replacement(i, rng, error, tries)
 
     def image(self, index: Index, record: Record, rng: random.Random) -> tuple[Images, Record]:

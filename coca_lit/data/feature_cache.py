@@ -109,15 +109,16 @@ class FeatureCache:
         if count > 1 and views[1] > 1:
             print_rank_zero("no mirror images, since the captions are not in English: left and right stay as they are")
         paths = [self.folder / f"{name:016x}_{view}.npy" for view in views]
-        missing = [(view, path) for view, path in zip(views, paths, strict=True) if not path.exists()]
+        missing = [path for path in paths if not path.exists()]
         reason = None
         if missing:
             print_rank_zero(
                 f"encoding {len(missing)} views of {len(records)} images into {self.folder}, once for all runs"
             )
             try:
-                for view, path in missing[rank() :: world_size()]:
-                    self._write(path, view, records, num_workers, device)
+                for view, path in zip(views[rank() :: world_size()], paths[rank() :: world_size()], strict=True):
+                    if path in missing:
+                        self._write(path, view, records, num_workers, device)
             except DataError as error:
                 reason = str(error)
         if reasons := [found for found in gather_objects(reason) if found]:
@@ -177,15 +178,13 @@ class FeatureCache:
 
 
 def view_numbers(records: Sequence[Record], count: int) -> range:
-    """Of `count` views; without the mirror images where sentences are not in English, such as those in Chinese, whose
-    words have no spaces between them.
+    """Of `count` views; without the mirror images where sentences are not in English. A sentence has three words, or is
+    in a script that may not separate them; labels are none.
     """
-    captions = [text for record in records for text in (*record.captions, record.question) if text]
-    words = [word for caption in captions for word in split_words(caption)]
+    texts = (split_words(text) for record in records for text in (*record.captions, record.question))
+    words = [word for text in texts if len(text) >= 3 or not any(map(str.isascii, "".join(text))) for word in text]
     english = sum(word in ENGLISH for word in words) >= LEAST_ENGLISH * len(words)
-    letters = "".join(words)
-    sentences = len(words) >= 3 * len(captions) or sum(map(str.isascii, letters)) < len(letters) / 2
-    return range(0, 2 * count, 2) if sentences and not english else range(count)
+    return range(count) if english else range(0, 2 * count, 2)
 
 
 def is_mirrored(view: int) -> bool:

@@ -74,6 +74,7 @@ class Signals:
 
     def listen(self) -> None:
         """Called when training starts, after Lightning has set handlers of its own."""
+        self.received, self.nothing_to_save = 0, False  # also where the training before was stopped, in a notebook
         self._handle(dict.fromkeys(self._others, self._note))
 
     def release(self) -> None:

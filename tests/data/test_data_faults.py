@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import random
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from coca_lit.callbacks.guards import BadSampleLog, read_bad_samples
-from coca_lit.data.examples import CaptionDataset
+from coca_lit.data.examples import CaptionDataset, Index
 from coca_lit.data.records import ImageFile, Record
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.shard import MANIFEST, read_manifest

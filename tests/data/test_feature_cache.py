@@ -30,6 +30,7 @@ from coca_lit.data.feature_cache import (
     mirrored,
     read_features,
     swap_sides,
+    view_numbers,
 )
 from coca_lit.data.records import Clip, Record
 from coca_lit.data.scenes.render import VOCABULARY
@@ -175,6 +176,8 @@ def test_workers_outlive_the_signals_of_a_scheduler(tmp_path: Path) -> None:
         ("his left hand, Left of it", "his right hand, right of it"),
         ("from left to right", "from right to left"),
         ("left", "right"),
+        ("two dogs on the left and right", "two dogs on the right and left"),
+        ("one on the left-to-right path, one to the left", "one on the right-to-left path, one to the right"),
         ("a man who left his bike", "a man who left his bike"),
         ("he left the room right behind her", "he left the room right behind her"),
     ],
@@ -183,8 +186,13 @@ def test_sides_are_swapped_in_phrases_of_places(text: str, mirror: str) -> None:
     assert swap_sides(text) == mirror
 
 
-def test_captions_in_other_languages_get_no_mirror_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize("caption", ["一只棕色的狗在左边奔跑", "左側の犬、右側の猫", "Ein Hund links neben dem Auto"])
+def test_captions_in_other_languages_get_no_mirror_images(caption: str) -> None:
     """Nobody knows their words for left and right."""
+    assert view_numbers([Record(0, partial(noise, 0), (caption,))], 3) == range(0, 6, 2)
+
+
+def test_without_mirror_images_captions_stay(tmp_path: Path) -> None:
     german = [record._replace(captions=("Ein Hund links neben dem Auto",)) for record in records()]
     plain = views(tmp_path, Encoder()).encode(records(), 1, 0, CPU)
     paths = views(tmp_path, Encoder()).encode(german, 3, 0, CPU)

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from coca_lit.data.shards.shard import read_manifest
+from coca_lit.data.shards.shard import sha256_of
 from coca_lit.errors import DataError, DataNotFoundError
-from coca_lit.files import replacing
+from coca_lit.files import replacing, state_of
 from coca_lit.reading import counts_of, open_parquet, parse_json, texts_of
 
 SUFFIX = ".scores.parquet"
@@ -122,14 +122,13 @@ def find_scores(words: Sequence[str | Path]) -> list[Path]:
 
 def check_current(path: Path) -> dict[str, Any]:
     """What scores record about themselves, nothing if another program's. Raises `DataError` if the shard beside them
-    has changed since: its keys may name other samples. A copy that has lost its time is known by its digest in the
-    manifest.
+    has changed since: its keys may name other samples. A copy that has lost its time is read once and known by its
+    digest, if it had a manifest when it was scored.
     """
     about = read_about(path, foreign=True).about
     shard = path.with_name(path.name.removesuffix(SUFFIX) + ".tar")
-    if about and shard.exists():
-        entry = read_manifest(shard.parent).get(shard.name)
-        same = entry is not None and entry.sha256 == about.get("content")
-        if not same and [shard.stat().st_size, shard.stat().st_mtime_ns] != about["shard"]:
+    if about and shard.exists() and [*state_of(shard)] != about["shard"]:
+        same_size = shard.stat().st_size == about["shard"][0]
+        if not same_size or sha256_of(shard) != about.get("content"):
             raise DataError(f"{shard} has changed since it was scored: repeat coca-data score")
     return about

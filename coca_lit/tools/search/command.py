@@ -55,7 +55,7 @@ def run(cfg: DictConfig) -> "list[Hit]":
             print(printable(f"skipped: {reason}"), file=sys.stderr)
         if not file.exists() or changes.added or changes.changed or changes.removed:
             counts = f"{len(changes.added)} added, {len(changes.changed)} changed, {len(changes.removed)} removed"
-            _save(index, file, f" ({counts})")
+            _save(index, file, f" ({counts})", needed=cfg.query is None)
     if cfg.query is None:
         return []
     query, path = str(cfg.query), Path(str(cfg.query))
@@ -69,12 +69,14 @@ def run(cfg: DictConfig) -> "list[Hit]":
     return hits
 
 
-def _save(index: "ImageIndex", file: Path, counts: str = "") -> None:
-    """Hits are found without the file too, and a folder of photos may be one that nobody writes to."""
+def _save(index: "ImageIndex", file: Path, counts: str = "", needed: bool = False) -> None:
+    """Unless it is `needed`, hits are found without the file too: nobody may be able to write to a folder of photos."""
     try:
         index.save(file)
         print(f"{file}: {len(index)} images{counts}", file=sys.stderr)
     except DataError as error:
+        if needed:
+            raise
         place = f"index=FILE.safetensors images={shlex.quote(str(index.folder))}"
         print(printable(f"the index is not saved ({error}): keep it elsewhere with {place}"), file=sys.stderr)
 

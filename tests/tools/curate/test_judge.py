@@ -124,7 +124,7 @@ def test_the_index_of_a_checked_shard_stays(work, tmp_path):
 
 
 @pytest.mark.parametrize("checked", [True, False])
-def test_a_copy_without_its_time_is_known_by_the_manifest_alone(work, checked):
+def test_a_copy_without_its_time_is_known_by_its_digest_alone(work, checked):
     folder = work.shards[0].parent
     if checked:
         coca_data(["check", str(folder), "--workers", "1"])
@@ -132,6 +132,11 @@ def test_a_copy_without_its_time_is_known_by_the_manifest_alone(work, checked):
     os.utime(work.shards[0], (1, 1))
     if checked:
         check_current(path)
+        content = work.shards[0].read_bytes()
+        work.shards[0].write_bytes(content[:-1] + b"x")  # and the manifest is as before
+        with pytest.raises(DataError, match=r"00000\.tar has changed since it was scored"):
+            check_current(path)
+        work.shards[0].write_bytes(content)
     else:
         with pytest.raises(DataError, match=r"00000\.tar has changed since it was scored"):
             check_current(path)

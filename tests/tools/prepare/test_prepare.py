@@ -337,6 +337,18 @@ def test_a_photo_that_was_replaced_is_taken_in(photos, tmp_path):
     ]
 
 
+def test_shards_of_photos_that_are_gone_are_kept(photos, tmp_path):
+    source, output = table(tmp_path / "t.csv", [(f"photos/{i}.jpg", "a dog") for i in range(4)]), tmp_path / "out"
+    run(source, output, "--samples-per-shard", "2")
+    before = {path.name: path.read_bytes() for path in output.glob("*.tar")}
+    (photos / "0.jpg").unlink()
+    run(source, output, "--samples-per-shard", "2")
+    photos.rename(tmp_path / "elsewhere")
+    run(source, output, "--samples-per-shard", "2")
+    assert {path.name: path.read_bytes() for path in output.glob("*.tar")} == before
+    assert len(samples(output)) == 4
+
+
 def test_the_next_command_trains_on_all_captions(photos, tmp_path, capsys):
     for name, rows in (("one", [("photos/1.jpg", "a")]), ("all", [("photos/1.jpg", "a"), ("photos/1.jpg", "b")])):
         run(table(tmp_path / f"{name}.csv", rows), tmp_path / name)

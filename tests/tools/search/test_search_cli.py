@@ -55,6 +55,8 @@ def test_a_place_that_nobody_writes_to(
     monkeypatch.setattr(ImageIndex, "save", save)
     assert len(search("index=photos", "query=a red circle", "k=3")) == 3
     assert re.search(r"not saved \(cannot write .*\): .*index=FILE.safetensors images=photos", capsys.readouterr().err)
+    with pytest.raises(DataError, match="cannot write"):
+        search("index=photos")  # nothing else was asked for
 
 
 @pytest.mark.slow
