@@ -12,7 +12,7 @@ from coca_lit.data.records import Record
 from coca_lit.errors import DataError, check_number
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import blind_log_likelihoods, embed_pairs, log_likelihoods
-from coca_lit.metrics.uncertainty import Ratios, Resampled, bootstrap, exact
+from coca_lit.metrics.uncertainty import Ratios, Resampled, Units, bootstrap, exact
 from coca_lit.models import DualEncoder
 
 
@@ -50,9 +50,9 @@ class ChoiceScores(Evaluation):
             raise DataError(f"{self.name} compares pairs of images: set scoring.images and scoring.quick to 2 or more")
         if self.paired:  # a last image whose other one has been cut off is left out
             records = records[: len(records) // 2 * 2]
-        units = [record.id for record in records[::2]]  # what an interval draws: pairs, or images with all their cases
-        if not self.paired:
-            units = [*{record.image_key: record.id for record in reversed(records)}.values()][::-1]
+        # What an interval draws: pairs, or images with all their cases.
+        first = range(0, len(records), 2) if self.paired else Units(record.image_key for record in records).first
+        units = [records[i].id for i in first]
         size, workers = settings.batch_size, settings.workers
         images, texts, image_of_text = embed_pairs(model, records, size, workers)
         counts = [len(record.captions) for record in records]
@@ -115,13 +115,12 @@ class ChoiceAccuracy(Ratios):
     def __init__(
         self, right: np.ndarray, kinds: Sequence[str | None], images: Sequence[Hashable] | None = None
     ) -> None:
-        first: dict[Hashable, int] = {}
-        unit = np.array([first.setdefault(image, len(first)) for image in images or range(len(right))])
-        cases = {"accuracy": np.ones(len(right))} | {
-            f"{kind}_accuracy": np.array([own == kind for own in kinds], dtype=float)
+        units = Units(images or range(len(right)))
+        cases = {"accuracy": np.ones(len(right), dtype=bool)} | {
+            f"{kind}_accuracy": np.array([own == kind for own in kinds])
             for kind in sorted({kind for kind in kinds if kind})
         }
-        super().__init__({n: (np.bincount(unit, of * right), np.bincount(unit, of)) for n, of in cases.items()})
+        super().__init__({name: units.mean(right, rows) for name, rows in cases.items()})
 
     def __call__(self, counts: np.ndarray) -> dict[str, np.ndarray]:
         everything, *kinds = super().__call__(counts).items()  # a kind may be absent from a resample

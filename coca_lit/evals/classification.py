@@ -3,7 +3,7 @@ encoder knows, by nearest neighbours, a linear probe and an attentional pooler; 
 beside the network, by labels of images, or of texts beside images.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from coca_lit.errors import DataError, check_number
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import blind_log_likelihoods, embed_images, embed_texts, log_likelihoods
 from coca_lit.evals.samples import caption_samples, confusion_samples, sample_sheet
+from coca_lit.evals.vqa import accuracy_parts, blind_guesses
 from coca_lit.metrics.classification import (
     ZeroShotAccuracy,
     class_features,
@@ -24,8 +25,7 @@ from coca_lit.metrics.classification import (
     linear_classifier,
     neighbour_votes,
 )
-from coca_lit.metrics.uncertainty import Draws, Ratios, Resampled, bootstrap, difference, digest, exact
-from coca_lit.metrics.vqa import blind_answers, questions_by_score
+from coca_lit.metrics.uncertainty import Draws, Ratios, Units, bootstrap, difference, digest, exact
 from coca_lit.models import CLIP, CoCa, DualEncoder
 
 if TYPE_CHECKING:
@@ -72,18 +72,29 @@ class ZeroShotScores(Evaluation):
             classified = [(i, self.labels[records[i].id], chosen[i]) for i in range(len(records))]
             confused = confusion_samples(records, self.class_names, classified)
             settings.write_json("samples", f"{self.name}_confusion.json", confused)
-        scores: dict[str, float] = {}
-        ids = [record.id for record in records]
-        for way, similarity in ways.items():
-            accuracy = ZeroShotAccuracy(resample=settings.full, sync_on_compute=False)  # all is known on every rank
-            accuracy.update(similarity, torch.tensor([self.labels[id] for id in ids]), ids)
-            scores |= {f"{way}{score}": value for score, value in accuracy.compute().items()}
-            self.draws |= {f"{way}{score}": draws for score, draws in accuracy.draws.items()}
+        scores, self.draws = accuracies(ways, records, self.labels, settings.full)
         return scores
 
     def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:
         """The prompts of all classes, of which one is chosen, then the classes of the images."""
         return [*self.prompts, *(self.class_names[self.labels[record.id]] for record in records)]
+
+
+def accuracies(
+    ways: Mapping[str, Tensor], records: Sequence[Record], labels: Mapping[Hashable, int], full: bool
+) -> tuple[dict[str, float], dict[str, Draws]]:
+    """The scores of `ZeroShotAccuracy`, and with `full` their draws, for each of several similarities (I, C) of images
+    and classes, by the prefix of its scores.
+    """
+    scores: dict[str, float] = {}
+    draws: dict[str, Draws] = {}
+    ids = [record.id for record in records]
+    for way, similarity in ways.items():
+        accuracy = ZeroShotAccuracy(resample=full, sync_on_compute=False)  # all is known on every rank
+        accuracy.update(similarity.cpu(), torch.tensor([labels[id] for id in ids]), ids)
+        scores |= {f"{way}{score}": value for score, value in accuracy.compute().items()}
+        draws |= {f"{way}{score}": values for score, values in accuracy.draws.items()}
+    return scores, draws
 
 
 def check_same_classes(name: str, taught: Sequence[str], asked: Sequence[str]) -> None:
@@ -153,25 +164,20 @@ class ProbeScores(Evaluation):
 
         known, seen, classes = features(self.training.records), features(records), len(self.images.class_names)
         taught = torch.tensor([self.training.labels[record.id] for record in self.training.records])
-        taught, labels = taught.to(device), torch.tensor([self.images.labels[record.id] for record in records])
+        taught = taught.to(device)
         weights, biases = linear_classifier(known, taught, classes, self.c)
         votes = neighbour_votes(known, taught, seen, classes, min(self.k, len(known)))  # (I, C)
         # Of equal votes the first class wins, as in scikit-learn.
         votes = votes - torch.arange(classes, device=votes.device) / (classes + 1)
-        ways = {"knn": votes, "linear": seen.double() @ weights.T + biases}
+        ways = {"knn/": votes, "linear/": seen.double() @ weights.T + biases}
         if self.pooler is not None and settings.full:
             if not isinstance(model, CoCa) or model.image_encoder.takes_patches:
                 self.not_run[f"{self.name} pooler"] = "the probe takes a CoCa whose images have one shape"
             else:
                 probed = self.pooler.probe(model, self.training.records, taught, records, classes, settings.workers)
                 weights, biases = linear_classifier(probed.train_means, taught.cpu(), classes, self.c)
-                ways |= {"pooler": probed.logits, "mean": probed.means.double() @ weights.T + biases}  # of tokens
-        scores: dict[str, float] = {}
-        for way, found in ways.items():
-            accuracy = ZeroShotAccuracy(resample=settings.full, sync_on_compute=False)  # all is known on every rank
-            accuracy.update(found.cpu(), labels, [record.id for record in records])
-            scores |= {f"{way}/{score}": value for score, value in accuracy.compute().items()}
-            self.draws |= {f"{way}/{score}": draws for score, draws in accuracy.draws.items()}
+                ways |= {"pooler/": probed.logits, "mean/": probed.means.double() @ weights.T + biases}  # of tokens
+        scores, self.draws = accuracies(ways, records, self.images.labels, settings.full)
         if {"pooler/top1", "mean/top1"} <= self.draws.keys():
             gain = difference(self.draws["mean/top1"], self.draws["pooler/top1"])
             of = self.draws["pooler/top1"]
@@ -235,55 +241,22 @@ class LabelScores(Evaluation):
         labels = Tensor([numbers[record.captions[0]] for record in records]).long()
         found = class_ranks(logits, labels).numpy()  # (I,)
         right = {"": found == 0}
-        top5 = {"top5": found < 5} if len(classes) >= TOP5 else {}
         if settings.full:
-            if self.training_records is not None:
-                try:
-                    training = [record for record in self.training_records() if record.captions]
-                    pairs = [(record.question, record.captions[0]) for record in training]
-                    guesses = blind_answers({record.id: record.question for record in records}, pairs)
-                except (DataError, ValueError) as error:  # the training split need not lie there, or have labels
-                    self.not_run[f"{self.name} blind"] = str(error)
-                else:
-                    right["blind/"] = np.array([guesses[record.id] == record.captions[0] for record in records])
+            if (guesses := blind_guesses(self, records, self.training_records)) is not None:
+                right["blind/"] = np.array([guesses[record.id] == record.captions[0] for record in records])
             if rank() == 0:
                 rows = [{"id": id, "label": label} for id, label in chosen.items()]
                 settings.write_json("predictions", f"{self.name}.json", rows)
                 settings.write_json("samples", f"{self.name}_captions.json", caption_samples(records, chosen))
                 settings.write_image("samples", f"{self.name}.png", sample_sheet(records, chosen))
-        resampled, units = self._resampled(records, right, top5)
-        if not settings.full:
-            return exact(len(units), resampled)
-        self.draws = bootstrap(units, resampled)
-        return {score: draws.score for score, draws in self.draws.items()}
-
-    def _resampled(
-        self, records: Sequence[Record], right: dict[str, np.ndarray], top5: dict[str, np.ndarray]
-    ) -> tuple[Resampled, list[Hashable]]:
-        """The scores, and the units that are drawn, by the id of their first record."""
-        first: dict[Hashable, int] = {}
-        unit = np.array(
-            [first.setdefault(self.together(r) if self.together else r.image_key, len(first)) for r in records]
-        )  # (I,)
-        ids: dict[int, Hashable] = {}
-        for number, record in zip(unit.tolist(), records, strict=True):
-            ids.setdefault(number, record.id)
-
-        def part(values: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            """Sums and counts over the units (U,) of some rows."""
-            counts = [np.bincount(unit[rows], weights=w, minlength=len(first)) for w in (values[rows], rows[rows])]
-            return counts[0].astype(np.float64), counts[1].astype(np.float64)
-
-        kinds = {i: record.domain for i, record in enumerate(records)}
-        parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
-        for way, values in right.items():
-            for score, numbers in questions_by_score(kinds, None if way else kinds).items():
-                rows = np.zeros(len(records), dtype=bool)
-                rows[numbers] = True
-                parts[f"{way}{score}"] = part(values, rows)
-        everything = np.ones(len(records), dtype=bool)
-        parts |= {score: part(values, everything) for score, values in top5.items()}
+        units = Units(self.together(record) if self.together else record.image_key for record in records)
+        parts = accuracy_parts(units, records, right)
+        if len(classes) >= TOP5:
+            parts["top5"] = units.mean(found < 5)
         if self.together is not None:
-            rights, asked = part(right[""], everything)
+            rights, asked = units.mean(right[""])
             parts["consistency"] = (rights == asked).astype(np.float64), None
-        return Ratios(parts), list(ids.values())
+        if not settings.full:
+            return exact(len(units.first), Ratios(parts))
+        self.draws = bootstrap([records[i].id for i in units.first], Ratios(parts))
+        return {score: draws.score for score, draws in self.draws.items()}

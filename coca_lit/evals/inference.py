@@ -37,10 +37,11 @@ def caption_images(
 
     `options` are passed to `CoCa.generate`.
     """
-    own: list[tuple[int, str]] = []
-    for positions, images in image_batches(model, records, batch_size, num_workers):
-        own += zip(positions, map(model.tokenizer.decode, model.generate(images, **options)), strict=True)
-    return _by_id(own, records)
+
+    def write(_: Sequence[Record], images: Images) -> Iterable[str]:
+        return map(model.tokenizer.decode, model.generate(images, **options))
+
+    return write_texts(model, records, write, batch_size, num_workers)
 
 
 def write_texts(
@@ -56,11 +57,6 @@ def write_texts(
     own: list[tuple[int, str]] = []
     for positions, images in image_batches(model, records, batch_size, num_workers):
         own += zip(positions, write([records[i] for i in positions], images), strict=True)
-    return _by_id(own, records)
-
-
-def _by_id(own: list[tuple[int, str]], records: Sequence[Record]) -> dict[int | str, str]:
-    """The texts of all ranks, from those of this one with their positions."""
     texts = dict(pair for part in gather_objects(own) for pair in part)
     return {record.id: texts[i] for i, record in enumerate(records)}
 

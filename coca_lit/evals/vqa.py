@@ -16,7 +16,7 @@ from coca_lit.errors import DataError
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import write_texts
 from coca_lit.evals.samples import caption_samples, sample_sheet
-from coca_lit.metrics.uncertainty import Draws, Ratios, bootstrap
+from coca_lit.metrics.uncertainty import Draws, Ratios, Units, bootstrap, exact
 from coca_lit.metrics.vqa import blind_answers, questions_by_score, vqa_accuracy, vqa_scores
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.inputs import Images
@@ -76,13 +76,8 @@ class VQAScores(Evaluation):
         if not public:
             self.not_run[f"{self.name} accuracy"] = "the answers to these questions are not public"
             return {}
-        if self.training_records is not None:
-            try:
-                training = self.training_records()
-                pairs = [(record.question, record.captions[0]) for record in training if record.captions]
-                answers["blind"] = blind_answers({record.id: record.question for record in records}, pairs)
-            except (DataError, ValueError) as error:  # the training split need not lie beside the one that is scored
-                self.not_run[f"{self.name} blind"] = str(error)
+        if (guesses := blind_guesses(self, records, self.training_records)) is not None:
+            answers["blind"] = guesses
         self.draws = _draws(records, answers)
         return _accuracies(records, answers)
 
@@ -97,21 +92,44 @@ def _accuracies(records: Sequence[Record], answers: Mapping[str, Answers]) -> di
 
 def _draws(records: Sequence[Record], answers: Mapping[str, Answers]) -> dict[str, Draws]:
     """Of the scores of `_accuracies`. Images are drawn, each with all its questions: those are not independent."""
-    first: dict[Any, int | str] = {}
-    for record in records:
-        first.setdefault(record.image_key, record.id)
-    number = {image: i for i, image in enumerate(first)}
-    image_of = {record.id: number[record.image_key] for record in records}
-    kinds = {record.id: record.domain for record in records}
-    parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
-    for way, found in answers.items():
-        accuracy = {record.id: vqa_accuracy(found[record.id], record.captions) for record in records}
-        for score, ids in questions_by_score(accuracy, None if way else kinds).items():
-            images = np.array([image_of[id] for id in ids])
-            rights = np.bincount(images, weights=[accuracy[id] for id in ids], minlength=len(first))
-            asked = np.bincount(images, minlength=len(first)).astype(np.float64)
-            parts[f"{way}/{score}" if way else score] = rights, asked
-    return bootstrap(list(first.values()), Ratios(parts))
+    right = {
+        way and f"{way}/": np.array([vqa_accuracy(found[record.id], record.captions) for record in records])
+        for way, found in answers.items()
+    }
+    units = Units(record.image_key for record in records)
+    return bootstrap([records[i].id for i in units.first], Ratios(accuracy_parts(units, records, right)))
+
+
+def accuracy_parts(
+    units: Units, records: Sequence[Record], right: Mapping[str, np.ndarray]
+) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    """For `Ratios`: the accuracies of answers, and of those that were found in the way "" also for each kind of record.
+
+    Args:
+        right: the way in which answers were found, a prefix of the score -> how right (I,) they are.
+    """
+    kinds = {i: record.domain for i, record in enumerate(records)}
+    return {
+        f"{way}{score}": units.mean(values, rows)
+        for way, values in right.items()
+        for score, rows in questions_by_score(kinds, None if way else kinds).items()
+    }
+
+
+def blind_guesses(
+    evaluation: Evaluation, records: Sequence[Record], training_records: Callable[[], Sequence[Record]] | None
+) -> Answers | None:
+    """The answers of somebody who does not look; None without training records, and with a note in
+    `evaluation.not_run` where these cannot be read, as they need not lie beside the others, or have no answers.
+    """
+    if training_records is None:
+        return None
+    try:
+        pairs = [(record.question, record.captions[0]) for record in training_records() if record.captions]
+        return blind_answers({record.id: record.question for record in records}, pairs)
+    except (DataError, ValueError) as error:
+        evaluation.not_run[f"{evaluation.name} blind"] = str(error)
+        return None
 
 
 def generate_answers(
@@ -172,20 +190,14 @@ class PlaceScores(Evaluation):
             self.not_run[f"{self.name} places"] = "the model has no decoder, so it writes no answers"
             return {}
         answers = generate_answers(model, records, settings.batch_size, settings.workers, settings.generate or {})
-        first: dict[Any, int | str] = {}  # what is drawn, by the id of the first record
-        for record in records:
-            first.setdefault(record.image_key, record.id)
-        places = {image: i for i, image in enumerate(first)}
-        right, asked = np.zeros((2, 2, len(places)))  # (kind, images)
-        for record in records:
-            kind = int(read_box(record.captions[0]) is None)
-            right[kind, places[record.image_key]] += is_right(answers[record.id], record.captions[0])
-            asked[kind, places[record.image_key]] += 1
-        given = [kind for kind in (0, 1) if asked[kind].any()]
+        right = np.array([is_right(answers[record.id], record.captions[0]) for record in records])
+        boxes = np.array([read_box(record.captions[0]) is not None for record in records])
+        units = Units(record.image_key for record in records)
+        kinds = zip(self.score_names, (boxes, ~boxes), strict=True)
+        shares = Ratios({score: units.mean(right, rows) for score, rows in kinds if rows.any()})
         if settings.full:
-            parts = {self.score_names[kind]: (right[kind], asked[kind]) for kind in given}
-            self.draws = bootstrap([*first.values()], Ratios(parts))
-        return {self.score_names[kind]: float(right[kind].sum() / asked[kind].sum()) for kind in given}
+            self.draws = bootstrap([records[i].id for i in units.first], shares)
+        return exact(len(units.first), shares)
 
 
 def is_right(answer: str, truth: str) -> bool:

@@ -159,6 +159,27 @@ class Ratios:
             }
 
 
+class Units:
+    """Rows that are drawn together, such as the questions about an image.
+
+    Args:
+        keys: of each row, what it shares with the others of its unit.
+
+    Attributes:
+        first: the first row of each unit; the units are in this order.
+    """
+
+    def __init__(self, keys: Iterable[Hashable]) -> None:
+        numbers: dict[Hashable, int] = {}
+        self._of_row = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+        self.first: list[int] = np.unique(self._of_row, return_index=True)[1].tolist()
+
+    def mean(self, values: np.ndarray, rows: Any = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """For `Ratios`, the mean of the values of some rows: their sums and their number in each unit (U,)."""
+        own, count = self._of_row[rows], len(self.first)
+        return np.bincount(own, values[rows], count), np.bincount(own, np.ones(len(own)), count)
+
+
 def difference(first: Draws, second: Draws) -> Difference:
     """The paired bootstrap test of two scores.
 
