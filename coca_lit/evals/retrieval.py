@@ -26,7 +26,7 @@ from coca_lit.evals import inference
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import embed_pairs
 from coca_lit.evals.samples import retrieval_samples, retrieval_sheet
-from coca_lit.metrics.retrieval import KS, feature_ranks, folded_ranks, positive_scores, similarity_ranks
+from coca_lit.metrics.retrieval import KS, Ranks, feature_ranks, folded_ranks, positive_scores, similarity_ranks
 from coca_lit.metrics.uncertainty import Draws, Ratios, Resampled, bootstrap, exact
 from coca_lit.models import CoCa, DualEncoder
 
@@ -86,11 +86,7 @@ class RetrievalScores(Evaluation):
         self.draws = bootstrap(ids, ranks.resampled()) | self._unread(model, records)
         scores |= {name: self.draws[name].score for name in UNREAD if name in self.draws}
         if self.fold is not None and len(records) >= 2 * self.fold:
-            folded = folded_ranks(images, texts, image_of_text, self.fold)
-            recalls = folded.recalls()
-            draws = bootstrap(ids[: len(folded.i2t)], folded.resampled())
-            self.draws |= {f"folds/{name}": draws[name] for name in recalls}
-            scores |= {f"folds/{name}": value for name, value in recalls.items()}
+            scores |= self._recalls("folds/", ids, folded_ranks(images, texts, image_of_text, self.fold))
         if not settings.rerank:
             return scores
         if model.decoder is None:
@@ -98,10 +94,13 @@ class RetrievalScores(Evaluation):
             return scores
         options = (settings.rerank, self.rerank_weight, settings.batch_size, settings.workers)
         reranked = similarity_ranks(decoder_rerank(model, records, images, texts, *options), image_of_text)
-        recalls = reranked.recalls()
-        draws = bootstrap(ids, reranked.resampled())
-        self.draws |= {f"reranked_{name}": draws[name] for name in recalls}
-        return scores | {f"reranked_{name}": value for name, value in recalls.items()}
+        return scores | self._recalls("reranked_", ids, reranked)
+
+    def _recalls(self, prefix: str, ids: Sequence[int | str], ranks: Ranks) -> dict[str, float]:
+        """Further recalls, of the first images or all, whose draws are noted."""
+        recalls, draws = ranks.recalls(), bootstrap(ids[: len(ranks.i2t)], ranks.resampled())
+        self.draws |= {f"{prefix}{name}": draws[name] for name in recalls}
+        return {f"{prefix}{name}": value for name, value in recalls.items()}
 
     def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
         if score.startswith("folds/"):

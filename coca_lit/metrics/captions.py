@@ -27,7 +27,7 @@ from coca_lit.metrics.cider import ResampledCider
 from coca_lit.metrics.java.meteor import meteor_of_sums, shared_meteor, summable, warm_up
 from coca_lit.metrics.java.runtime import JavaError, ptb_tokenize
 from coca_lit.metrics.java.spice import Progress, corpus_scores, shared_spice, spice_jars
-from coca_lit.metrics.rows import RowMetric, in_order, plain_ids
+from coca_lit.metrics.rows import RowMetric
 from coca_lit.metrics.uncertainty import Draws, Ratios, Resampled, bootstrap
 
 CLIP_WEIGHT = 2.5  # stretches the cosines of CLIP, which seldom exceed 0.4, over [0, 1]
@@ -318,7 +318,6 @@ class CaptionMetric(RowMetric):
         self.metrics, self.tokenize, self.table, self.progress = tuple(metrics), tokenize, table, progress
         self.not_run: dict[str, str] = {}
         self.draws: dict[str, Draws] = {}
-        self.add_rows("captions")
 
     def update(
         self,
@@ -328,9 +327,8 @@ class CaptionMetric(RowMetric):
         domains: Sequence[str | None] | None = None,
     ) -> None:
         """A batch of images: for each its id, one caption, its references, and its domain if there are several."""
-        plain = plain_ids(ids, len(predictions))
         texts = [list(group) for group in references]
-        self.append("captions", zip(plain, predictions, texts, domains or [None] * len(plain), strict=True))
+        self.append(ids, predictions, texts, domains or [None] * len(predictions))
 
     def compute(self) -> dict[str, float]:
         """Scores by name, the same on every process.
@@ -356,8 +354,7 @@ class CaptionMetric(RowMetric):
         return scores
 
     def _scores(self) -> CaptionTable:
-        by_id = {id: row for id, *row in self.rows("captions")}
-        rows = {id: by_id[id] for id in sorted(by_id, key=in_order)}
+        rows = self.rows()
         predictions = {id: caption for id, (caption, _, _) in rows.items()}
         references = {id: texts for id, (_, texts, _) in rows.items()}
         if self.table:

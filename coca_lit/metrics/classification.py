@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coca_lit.metrics.rows import Id, RowMetric, in_order, plain_ids
+from coca_lit.metrics.rows import Id, RowMetric
 from coca_lit.metrics.uncertainty import Draws, Resampled, bootstrap
 
 CHUNK = 1000  # images that are compared with all training images at a time
@@ -61,24 +61,21 @@ class ZeroShotAccuracy(RowMetric):
         super().__init__(**kwargs)
         self.resample = resample
         self.draws: dict[str, Draws] = {}
-        self.add_rows("images")
 
     def update(self, similarity: Tensor, labels: Tensor, ids: Sequence[Id] | Tensor) -> None:
         """Similarities (B, C) of images and classes, class numbers (B,) and ids of the images."""
         ranks, classes = class_ranks(similarity, labels).tolist(), similarity.shape[1]
-        plain = plain_ids(ids, len(ranks))
-        self.append("images", zip(plain, ranks, labels.tolist(), [classes] * len(ranks), strict=True))
+        self.append(ids, ranks, labels.tolist(), [classes] * len(ranks))
 
     def compute(self) -> dict[str, float]:
         """`classification_scores` of all images, each counted once; ValueError if there are none."""
-        by_id = {id: row for id, *row in self.rows("images")}
+        by_id = self.rows()
         if not by_id:
             raise ValueError("there are no images to score: call update first")
-        ids = sorted(by_id, key=in_order)
-        rows = torch.tensor([by_id[id] for id in ids])  # (I, 3)
+        rows = torch.tensor(list(by_id.values()))  # (I, 3)
         ranks, labels, classes = rows[:, 0], rows[:, 1], int(rows[:, 2].max())
         if self.resample:
-            self.draws = bootstrap(ids, _resampled(ranks.numpy(), labels.numpy(), classes))
+            self.draws = bootstrap(list(by_id), _resampled(ranks.numpy(), labels.numpy(), classes))
         return _scores(ranks, labels, classes)
 
 

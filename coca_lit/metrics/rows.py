@@ -6,7 +6,7 @@ are sorted by id, so a score depends neither on the number of processes nor on t
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,48 +27,33 @@ class RowMetric(Metric):
     is_differentiable = False
     higher_is_better = True
 
+    kept: list[Tensor] | Tensor  # rows as bytes; one tensor once it is gathered
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._dtypes: dict[str, torch.dtype] = {}
-
-    def add_rows(self, name: str, dtype: torch.dtype = torch.uint8) -> None:
-        """A state for `append`: rows of plain values as bytes, or numbers of another type."""
-        self._dtypes[name] = dtype
-        self.add_state(name, default=[], dist_reduce_fx="cat")
+        self.add_state("kept", default=[], dist_reduce_fx="cat")
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """As torchmetrics, also where a process has seen no sample: all must gather tensors of one type."""
-        for name, dtype in self._dtypes.items():
-            if not len(getattr(self, name)):
-                setattr(self, name, [torch.empty(0, dtype=dtype, device=self.device)])
+        if not len(self.kept):
+            self.kept = [torch.empty(0, dtype=torch.uint8, device=self.device)]
         super().sync(*args, **kwargs)
 
-    def append(self, name: str, rows: Iterable[Any] | Tensor) -> None:
-        """Adds rows of plain values, or numbers, to a state."""
-        if not isinstance(rows, Tensor):
-            text = "".join(f"{json.dumps(row)}\n" for row in rows)
-            rows = torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).copy())
-        getattr(self, name).append(rows.to(self.device))
+    def append(self, ids: Sequence[Id] | Tensor, *columns: Sequence[Any]) -> None:
+        """Adds a row of plain values for each id.
 
-    def rows(self, name: str) -> list[Any]:
-        """All rows of plain values of a state."""
-        state = getattr(self, name)
-        text = dim_zero_cat(state).cpu().numpy().tobytes() if len(state) else b""
-        return [json.loads(line) for line in text.splitlines()]
+        Raises:
+            ValueError: another number of ids than of values, or ids of another type.
+        """
+        plain, count = ids.tolist() if isinstance(ids, Tensor) else list(ids), len(columns[0])
+        if len(plain) != count or not all(isinstance(i, int | str) for i in plain):
+            raise ValueError(f"expected an id (int or str) for each of {count} samples, got {len(plain)}: {plain[:5]}")
+        text = "".join(f"{json.dumps(row)}\n" for row in zip(plain, *columns, strict=True))
+        assert isinstance(self.kept, list)
+        self.kept.append(torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).copy()).to(self.device))
 
-
-def plain_ids(ids: Sequence[Id] | Tensor, count: int) -> list[Id]:
-    """The ids of `count` samples as numbers and strings.
-
-    Raises:
-        ValueError: another number of ids, or ids of another type.
-    """
-    plain = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-    if len(plain) != count or not all(isinstance(i, int | str) for i in plain):
-        raise ValueError(f"expected an id (int or str) for each of {count} samples, got {len(plain)}: {plain[:5]}")
-    return plain
-
-
-def in_order(id: Id) -> tuple[bool, Any]:
-    """Sort key of ids: numbers come before strings."""
-    return isinstance(id, str), id
+    def rows(self) -> dict[Id, list[Any]]:
+        """The values of all samples by id, numbers before strings."""
+        text = dim_zero_cat(self.kept).cpu().numpy().tobytes() if len(self.kept) else b""
+        by_id = {id: row for id, *row in map(json.loads, text.splitlines())}
+        return {id: by_id[id] for id in sorted(by_id, key=lambda id: (isinstance(id, str), id))}

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from coca_lit.distributed import print_rank_zero
-from coca_lit.errors import CheckpointError, ConfigError, check_number, suggest
+from coca_lit.errors import CheckpointError, ConfigError, check_names, check_number, suggest
 from coca_lit.models import CoCa
 
 # Learned positions, tokens and queries are no transformations: pulling them to zero has no meaning.
@@ -150,11 +150,7 @@ class Timm(Grouped):
             raise ValueError(f"timm has no optimizer '{name}'{suggest(name, names)} It has {', '.join(names)}")
         self.kind: Any = get_optimizer_class(name, bind_defaults=False)
         known = [key for key in inspect.signature(self.kind).parameters if key not in ("params", "lr", "weight_decay")]
-        for key in arguments:
-            if key not in known:
-                raise ValueError(
-                    f"timm's {name} has no argument '{key}'{suggest(key, known)} It has {', '.join(known)}"
-                )
+        check_names(f"timm's {name}", arguments, known)
         self.name, self.arguments = name, dict(arguments)
         try:
             self._make([{"params": [nn.Parameter(torch.zeros(1, 1, device="cpu"))]}])
