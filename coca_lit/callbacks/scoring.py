@@ -1,7 +1,7 @@
 """When evaluations run: during training on a few images, and at its end on all of them."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,20 +200,16 @@ def _scorable(module: L.LightningModule) -> Iterator[CoCa]:
     net = module.net
     assert isinstance(net, CoCa)
     device = next(net.parameters()).device
-    eager = torch.compiler.set_stance("force_eager")
-    untimed, exact = not_timed(module.trainer), kernels.exact_fp32(device)
-    gathered: AbstractContextManager[CoCa] = nullcontext(net)
-    if isinstance(net, FSDPModule):
-        from coca_lit.training.sharding import unsharded
-
-        gathered = unsharded(net)
     with (
-        untimed,
+        not_timed(module.trainer),
         isolate_rng(include_cuda=False),
         forked_rng(device),
-        eager,
-        exact,
+        torch.compiler.set_stance("force_eager"),
+        kernels.exact_fp32(device),
         parametrize.cached(),
-        gathered as whole,
     ):
-        yield whole
+        if isinstance(net, FSDPModule):
+            from coca_lit.training.sharding import unsharded
+
+            net = unsharded(net)
+        yield net

@@ -47,8 +47,10 @@ def run(cfg: DictConfig) -> dict[str, float]:
         from coca_lit.runs.results import finish_run, read_conditions, read_draws
         from coca_lit.runs.resume import (
             AUTO,
+            check_same_run,
             find_checkpoint,
             finished_results,
+            identity_of,
             is_requeued,
             resume_command,
             start_run_folder,
@@ -68,7 +70,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
         resumed = start is not None and start.lies_in(folder)
         source = None if resumed else load_source(cfg)
         cfg = with_recipe(cfg, source, resumed)
-        check_start(cfg, start, strict)
+        if start is not None and is_first_process():
+            identity = identity_of(plain(cfg))
+            check_same_run(start, identity, strict, argument_defaults(identity))
         if start is not None and (results := finished_results(cfg, start)) is not None:
             if is_first_process():
                 images = {score: of.images for score, of in read_conditions(folder).items()}
@@ -163,12 +167,3 @@ def resume_data(data: "CaptionDataModule", start: "Start", strict: bool) -> None
             "same"
         )
     print_rank_zero(f"note: {changed}")
-
-
-def check_start(cfg: DictConfig, start: "Start | None", strict: bool) -> None:
-    """The first process checks that the checkpoint to resume from, if any, fits this config; see `check_same_run`."""
-    from coca_lit.runs.resume import check_same_run, identity_of
-
-    if start is not None and is_first_process():
-        identity = identity_of(plain(cfg))
-        check_same_run(start, identity, strict, argument_defaults(identity))

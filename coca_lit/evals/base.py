@@ -12,7 +12,7 @@ An evaluation with your own metric is a class with one method, or a function wit
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -25,7 +25,7 @@ from coca_lit.data.records import Clip, Record
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import ConfigError, DataError, check_number
 from coca_lit.files import atomic_write
-from coca_lit.metrics.uncertainty import Conditions, Draws, digest
+from coca_lit.metrics.uncertainty import Conditions, Draws, Resampled, bootstrap, digest, exact
 from coca_lit.models import CLIP, CoCa, DualEncoder
 from coca_lit.models.generation.options import OPTIONS, check_shared, complete
 
@@ -167,6 +167,12 @@ class Evaluation:
         known = self._conditions(scores, model, records, settings) if settings.full else {}
         self.conditions = {f"{name}/{score}": conditions for score, conditions in known.items()}
         return {f"{name}/{score}": float(value) for score, value in scores.items()}  # of a tensor or NumPy number, too
+
+    def resample(self, units: Sequence[Hashable], scores: Resampled, settings: Settings) -> dict[str, float]:
+        """The scores; with `settings.full` their draws are noted."""
+        if settings.full:
+            self.draws |= bootstrap(units, scores)
+        return exact(len(units), scores)
 
     def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
         """The settings that a score depends on, by name; here the options of `CoCa.generate` that are not the defaults,

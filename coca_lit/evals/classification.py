@@ -25,7 +25,7 @@ from coca_lit.metrics.classification import (
     linear_classifier,
     neighbour_votes,
 )
-from coca_lit.metrics.uncertainty import Draws, Ratios, Units, bootstrap, difference, digest, exact
+from coca_lit.metrics.uncertainty import Draws, Ratios, Units, difference, digest
 from coca_lit.models import CLIP, CoCa, DualEncoder
 
 if TYPE_CHECKING:
@@ -256,7 +256,4 @@ class LabelScores(Evaluation):
         if self.together is not None:
             rights, asked = units.mean(right[""])
             parts["consistency"] = (rights == asked).astype(np.float64), None
-        if not settings.full:
-            return exact(len(units.first), Ratios(parts))
-        self.draws = bootstrap([records[i].id for i in units.first], Ratios(parts))
-        return {score: draws.score for score, draws in self.draws.items()}
+        return self.resample([records[i].id for i in units.first], Ratios(parts), settings)

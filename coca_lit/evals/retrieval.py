@@ -27,7 +27,7 @@ from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import embed_pairs
 from coca_lit.evals.samples import retrieval_samples, retrieval_sheet
 from coca_lit.metrics.retrieval import KS, Ranks, feature_ranks, folded_ranks, positive_scores, similarity_ranks
-from coca_lit.metrics.uncertainty import Draws, Ratios, Resampled, bootstrap, exact
+from coca_lit.metrics.uncertainty import Draws, Ratios, Resampled, bootstrap
 from coca_lit.models import CoCa, DualEncoder
 
 UNREAD = ("cut_captions", "read_tokens")
@@ -220,11 +220,7 @@ class PositiveRetrieval(Evaluation):
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         images, texts, _ = embed_pairs(model, records, settings.batch_size, settings.workers)
-        found = self.resampled(records, images, texts)
-        if not settings.full:
-            return exact(len(records), found)
-        self.draws = bootstrap([record.id for record in records], found)
-        return {score: draws.score for score, draws in self.draws.items()}
+        return self.resample([record.id for record in records], self.resampled(records, images, texts), settings)
 
     def resampled(self, records: Sequence[Record], images: Tensor, texts: Tensor) -> Resampled:
         """Means over the queries of drawn images, from features (I, E) and (T, E)."""

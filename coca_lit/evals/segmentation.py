@@ -19,7 +19,7 @@ from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.classification import check_same_classes
 from coca_lit.evals.inference import rows_of
 from coca_lit.metrics.classification import linear_classifier
-from coca_lit.metrics.uncertainty import Resampled, bootstrap, digest, exact
+from coca_lit.metrics.uncertainty import Resampled, digest
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.inputs import Images
 
@@ -87,9 +87,7 @@ class SegmentationScores(Evaluation):
             found, true = _at_pixels(grid, mask).argmax(dim=0) == numbers, mask.flatten() == numbers  # (K, H·W)
             rows.append(torch.stack([(found & true).sum(1), (found | true).sum(1), true.sum(1)]))  # (3, K)
         resampled = mean_iou(*torch.stack(rows, dim=1).double().numpy())  # (I, K) each
-        if settings.full:
-            self.draws = bootstrap([record.id for record in records], resampled)
-        return exact(len(records), resampled)
+        return self.resample([record.id for record in records], resampled, settings)
 
 
 def grids(model: CoCa, records: Sequence[Record], settings: Settings) -> Tensor:

@@ -16,7 +16,7 @@ from coca_lit.errors import DataError
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import write_texts
 from coca_lit.evals.samples import caption_samples, sample_sheet
-from coca_lit.metrics.uncertainty import Draws, Ratios, Units, bootstrap, exact
+from coca_lit.metrics.uncertainty import Draws, Ratios, Units, bootstrap
 from coca_lit.metrics.vqa import blind_answers, questions_by_score, vqa_accuracy, vqa_scores
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.inputs import Images
@@ -195,9 +195,7 @@ class PlaceScores(Evaluation):
         units = Units(record.image_key for record in records)
         kinds = zip(self.score_names, (boxes, ~boxes), strict=True)
         shares = Ratios({score: units.mean(right, rows) for score, rows in kinds if rows.any()})
-        if settings.full:
-            self.draws = bootstrap([records[i].id for i in units.first], shares)
-        return exact(len(units.first), shares)
+        return self.resample([records[i].id for i in units.first], shares, settings)
 
 
 def is_right(answer: str, truth: str) -> bool:

@@ -14,7 +14,6 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, async_save, load
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -145,20 +144,16 @@ def check_sharded(net: nn.Module) -> None:
         raise RuntimeError(f"not sharded, so its gradient would differ between processes: {', '.join(whole)}")
 
 
-@contextmanager
-def unsharded(net: CoCa) -> Iterator[CoCa]:
-    """A copy of the network with whole fp32 weights on every rank, for generation and encoding, which do not go through
-    `forward`. All ranks enter together. An unsharded network is handed out itself.
+def unsharded(net: CoCa) -> CoCa:
+    """A copy of a sharded network with whole fp32 weights on every rank, for generation and encoding, which do not go
+    through `forward`. All ranks call it together.
     """
-    if not isinstance(net, FSDPModule):
-        yield net
-        return
     with forked_rng(net.device), net.device:
         whole = CoCa(**net.config)  # its initial values cost little there
     parts = net.state_dict()
     for name, tensor in whole.state_dict().items():
         tensor.copy_(x.full_tensor() if isinstance(x := parts[name], DTensor) else x)
-    yield whole.train(net.training)
+    return whole.train(net.training)
 
 
 def blocks(net: CoCa) -> Iterator[list[nn.Module]]:

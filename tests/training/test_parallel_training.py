@@ -202,7 +202,8 @@ def sharded_model() -> dict[str, Any]:
     own = sum(p.to_local().numel() for p in net.parameters())
     with torch.no_grad():
         net(images, net.tokenizer(["a red circle", "a blue square"]))
-    with unsharded(net) as full, torch.no_grad():
+    full = unsharded(net)
+    with torch.no_grad():
         parts = (full.encode_image(images), full.generate(images))
     again = sum(p.to_local().numel() for p in net.parameters())
     net.forgotten = nn.Parameter(torch.zeros(1))
