@@ -17,14 +17,13 @@ from coca_lit.evals.samples import caption_samples, sample_sheet, worst_captions
 from coca_lit.metrics.captions import CLIP_PROMPT, CaptionMetric, are_novel, clip_scores
 from coca_lit.metrics.java.meteor import warm_up
 from coca_lit.metrics.java.runtime import JavaError
-from coca_lit.metrics.uncertainty import JUDGE, Ratios, bootstrap
+from coca_lit.metrics.uncertainty import JUDGE, Parts, Ratios, bootstrap
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.progress import ProgressBar
 
 # A score of one's own, of the records and their captions by image id: score -> a number for each image, in the order of
 # the records, and a second one. The score is the sum of the first over the sum of the second, and the mean over the
 # images if that is None.
-Parts = Mapping[str, tuple[np.ndarray, np.ndarray | None]]
 Measure = Callable[[Sequence[Record], dict[int | str, str]], Parts]
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from coca_lit.data.datasets.annotations import MAX_BYTES, check_id, find_file, schema
 from coca_lit.data.records import Listing, Record
 from coca_lit.errors import DataError
+from coca_lit.metrics.uncertainty import Parts
 from coca_lit.reading import open_regular, read_json
 
 MAX_SYNONYMS = 2**20  # bytes
@@ -89,9 +90,7 @@ class Chair:
                 for annotation in content["annotations"]:
                     self.annotated[check_id(annotation["image_id"])].add(objects[annotation["category_id"]])
 
-    def __call__(
-        self, records: Sequence[Record | Listing], captions: Mapping[int | str, str]
-    ) -> Mapping[str, tuple[np.ndarray, np.ndarray | None]]:
+    def __call__(self, records: Sequence[Record | Listing], captions: Mapping[int | str, str]) -> Parts:
         """See `coca_lit.evals.captions.Measure`; DataError if no image is annotated."""
         if not any(record.id in self.annotated for record in records):
             raise DataError("none of the images is annotated in COCO's instances: are the ids those of COCO?")
@@ -132,9 +131,7 @@ class ObjectWords:
         return next((other for other in (IRREGULAR.get(word, ""), *others) if other in self._known), word)
 
 
-def chair(
-    named: Sequence[Sequence[str]], shown: Sequence[Collection[str]]
-) -> Mapping[str, tuple[np.ndarray, np.ndarray | None]]:
+def chair(named: Sequence[Sequence[str]], shown: Sequence[Collection[str]]) -> Parts:
     """ "CHAIRi", the share of named objects that are not shown, and "CHAIRs", that of captions with such an object.
 
     Args:

@@ -250,7 +250,7 @@ class LabelScores(Evaluation):
                 settings.write_json("samples", f"{self.name}_captions.json", caption_samples(records, chosen))
                 settings.write_image("samples", f"{self.name}.png", sample_sheet(records, chosen))
         units = Units(self.together(record) if self.together else record.image_key for record in records)
-        parts = accuracy_parts(units, records, right)
+        parts = dict(accuracy_parts(units, records, right))
         if len(classes) >= TOP5:
             parts["top5"] = units.mean(found < 5)
         if self.together is not None:

@@ -16,7 +16,7 @@ from coca_lit.errors import DataError
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import write_texts
 from coca_lit.evals.samples import caption_samples, sample_sheet
-from coca_lit.metrics.uncertainty import Draws, Ratios, Units, bootstrap
+from coca_lit.metrics.uncertainty import Draws, Parts, Ratios, Units, bootstrap
 from coca_lit.metrics.vqa import blind_answers, questions_by_score, vqa_accuracy, vqa_scores
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.inputs import Images
@@ -100,9 +100,7 @@ def _draws(records: Sequence[Record], answers: Mapping[str, Answers]) -> dict[st
     return bootstrap([records[i].id for i in units.first], Ratios(accuracy_parts(units, records, right)))
 
 
-def accuracy_parts(
-    units: Units, records: Sequence[Record], right: Mapping[str, np.ndarray]
-) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+def accuracy_parts(units: Units, records: Sequence[Record], right: Mapping[str, np.ndarray]) -> Parts:
     """For `Ratios`: the accuracies of answers, and of those that were found in the way "" also for each kind of record.
 
     Args:

@@ -30,6 +30,8 @@ JUDGE = "judge"  # the setting that names the checkpoint behind CLIPScore; None:
 
 # How often (D, U) each unit was drawn -> the values (D,) of each score.
 Resampled = Callable[[np.ndarray], Mapping[str, np.ndarray]]
+# Score -> two statistics (U,), see `Ratios`.
+Parts = Mapping[str, tuple[np.ndarray, np.ndarray | None]]
 
 
 class Draws(NamedTuple):
@@ -145,7 +147,7 @@ class Ratios:
         units: how many units each score is of: those with a part in the sum below.
     """
 
-    def __init__(self, parts: Mapping[str, tuple[np.ndarray, np.ndarray | None]]) -> None:
+    def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.units = {
             n: len(over) if under is None else int(np.count_nonzero(under)) for n, (over, under) in parts.items()

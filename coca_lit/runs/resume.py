@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import CheckpointError, DataError
-from coca_lit.files import atomic_link, atomic_write, csv_line, remove_leftovers, whole_lines
+from coca_lit.files import atomic_link, atomic_write, csv_line, remove_leftovers, whole_lines, write_json
 from coca_lit.machine import is_first_process
 from coca_lit.reading import parse_json, read_json
 from coca_lit.runs.checkpoint_io import inspect, newest_valid, step_files
@@ -34,7 +34,7 @@ from coca_lit.runs.run_folder import (
     RESULTS,
     SLURM_JOB,
     command,
-    describe_run,
+    environment,
 )
 from coca_lit.weights.sharded import is_checkpoint
 
@@ -226,7 +226,8 @@ def start_run_folder(cfg: DictConfig, start: Start | None = None, **facts: Any) 
         rewind_run(folder, start)
     if (folder / RESULTS).exists():  # of what the config said before: until the run ends, it is not finished
         os.utime(folder / RESULTS, (0, 0))
-    describe_run(folder, masked_yaml(cfg), facts)
+    atomic_write(folder / CONFIG, masked_yaml(cfg).encode())
+    write_json(folder / ENVIRONMENT, environment() | facts)
 
 
 def rewind_run(folder: Path, start: Start) -> None:

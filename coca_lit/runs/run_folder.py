@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from coca_lit.errors import ConfigError, DataError
-from coca_lit.files import atomic_write, write_json
+from coca_lit.files import write_json
 from coca_lit.machine import is_first_process
 from coca_lit.reading import read_json
 from coca_lit.runs.redaction import redact
@@ -30,18 +30,6 @@ LOCK, HOLDER = ".lock", ".lock.json"
 SLURM_JOB = "slurm_job"  # in `environment.json`: the number of the job that began or resumed the run last
 PATIENCE = 30.0  # seconds for the workers of a killed process to notice that it is gone
 _held: dict[Path, tuple[int | None, dict[str, Any]]] = {}  # by this process: inode of the lock, and holder
-
-
-def describe_run(folder: Path, config: str, facts: dict[str, Any]) -> None:
-    """Writes `config.yaml` and `environment.json`.
-
-    Args:
-        config: without secrets, see `masked_yaml`.
-        facts: for `environment.json`, in addition to `environment`'s.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / CONFIG, config.encode())
-    write_json(folder / ENVIRONMENT, environment() | facts)
 
 
 def add_facts(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as L
 import torch
@@ -212,25 +212,16 @@ SHARDED, MICRO_BATCHES, FP16, AVERAGES, LORA = "sharded", "micro_batches", "fp16
 NEEDS_WHOLE_WEIGHTS, NEEDS_WHOLE_BATCH = "needs_whole_weights", "needs_whole_batch"  # objectives
 TEXTS, NO_DECODER = "texts", "no_decoder"
 ACCUMULATION, TOKEN_MEANS = "accumulation", "token_means"
-
-
-class Row(NamedTuple):
-    """Two features that do not go together, and what to do instead."""
-
-    one: str
-    other: str
-    advice: str
-
-
+# Two features that do not go together, and what to do instead.
 TABLE = (
-    Row(SHARDED, MICRO_BATCHES, "use trainer=ddp, or save memory with model.grad_checkpointing=blocks"),
-    Row(SHARDED, AVERAGES, "set ema=null, or use trainer=ddp"),
-    Row(SHARDED, LORA, "use trainer=ddp, where the gradients of LoRA need little memory"),
-    Row(SHARDED, NEEDS_WHOLE_WEIGHTS, "use trainer=ddp"),
-    Row(MICRO_BATCHES, FP16, "its loss scale comes after the gradients; use trainer.precision=bf16-mixed"),
-    Row(MICRO_BATCHES, NEEDS_WHOLE_BATCH, "take a smaller batch"),
-    Row(ACCUMULATION, TOKEN_MEANS, "use trainer.micro_batch_size, which averages over the tokens of the whole batch"),
-    Row(TEXTS, NO_DECODER, "texts train the decoder, so give the model one or set data.text=null"),
+    (SHARDED, MICRO_BATCHES, "use trainer=ddp, or save memory with model.grad_checkpointing=blocks"),
+    (SHARDED, AVERAGES, "set ema=null, or use trainer=ddp"),
+    (SHARDED, LORA, "use trainer=ddp, where the gradients of LoRA need little memory"),
+    (SHARDED, NEEDS_WHOLE_WEIGHTS, "use trainer=ddp"),
+    (MICRO_BATCHES, FP16, "its loss scale comes after the gradients; use trainer.precision=bf16-mixed"),
+    (MICRO_BATCHES, NEEDS_WHOLE_BATCH, "take a smaller batch"),
+    (ACCUMULATION, TOKEN_MEANS, "use trainer.micro_batch_size, which averages over the tokens of the whole batch"),
+    (TEXTS, NO_DECODER, "texts train the decoder, so give the model one or set data.text=null"),
 )
 
 

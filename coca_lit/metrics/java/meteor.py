@@ -17,6 +17,7 @@ import numpy as np
 from coca_lit.metrics.java.runtime import JVM_FLAGS, Conversation, JavaError, java_executable, pycocoevalcap_jar
 
 RESERVED = re.compile(r"\|\|\||[\r\n]")  # separators of the line protocol
+LOADING_S = 600.0  # and slack for each call of `score`
 SECONDS_PER_CAPTION = 0.05  # over ten times what a caption with five references takes
 # Parameters for English. The four stages of matching: exact words, stems, synonyms, paraphrases.
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
@@ -42,20 +43,22 @@ class Meteor:
     """Scores captions as the COCO caption evaluation does: METEOR 1.5, English, normalised, default weights.
 
     The process starts at ``start`` or at the first ``score``, and again when it has died. Threads may share an
-    instance; ``with Meteor() as meteor`` closes it. ``timeout``: seconds for loading, and slack for each ``score``.
+    instance; ``with Meteor() as meteor`` closes it.
     """
 
-    def __init__(self, timeout: float = 600.0) -> None:
-        if not timeout > 0:
-            raise ValueError(f"timeout must be a positive number of seconds, got {timeout}")
-        self.timeout = timeout
+    def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._process: _MeteorProcess | None = None
+        self._process: Conversation | None = None
 
-    def start(self) -> None:
-        """Start the process unless one is alive; returns at once, while it loads."""
+    def start(self) -> Conversation:
+        """The process; a new one, unless one is alive, is returned at once, while it loads."""
         with self._lock:
-            self._running()
+            if self._process is None or not self._process.alive():
+                jar = pycocoevalcap_jar("meteor/meteor-1.5.jar")
+                program = ["-Xmx2G", "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
+                # Standard error is the caller's: a pipe that nobody reads would fill up and block Java.
+                self._process = Conversation([str(java_executable()), *JVM_FLAGS, *program], cwd=jar.parent)
+            return self._process
 
     def score(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> MeteorScores:
         """Scores of tokenised captions; ``references[i]`` belong to ``hypotheses[i]``.
@@ -68,10 +71,10 @@ class Meteor:
                 f"got {len(hypotheses)} hypotheses and {len(references)} lists of references"
             )
         with self._lock:
-            process = self._running()
+            process = self.start()
             try:
-                with process.deadline(self.timeout + SECONDS_PER_CAPTION * len(hypotheses)):
-                    return process.score(references, hypotheses)
+                with process.deadline(LOADING_S + SECONDS_PER_CAPTION * len(hypotheses)):
+                    return _scores(process, references, hypotheses)
             except TimeoutError as error:
                 raise JavaError(f"METEOR {error} (Java's own message, if any, is on standard error)") from error
             except (OSError, EOFError, ValueError) as error:
@@ -90,41 +93,28 @@ class Meteor:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _running(self) -> "_MeteorProcess":
-        if self._process is None or not self._process.alive():
-            self._process = _MeteorProcess()
-        return self._process
 
-
-class _MeteorProcess(Conversation):
-    """One run of the jar and its conversation, in which "|||" separates fields and a line ends each message:
-
-    ``SCORE ||| reference ||| ... ||| hypothesis`` is answered by a line of match statistics, and
-    ``EVAL ||| statistics ||| ...`` by a line with the score of each caption, then a line with that of the corpus.
+def _scores(process: Conversation, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> MeteorScores:
+    """Asks the jar. "|||" separates fields and a line ends each message: ``SCORE ||| reference ||| ... ||| hypothesis``
+    is answered by a line of match statistics, and ``EVAL ||| statistics ||| ...`` by a line with the score of each
+    caption, then a line with that of the corpus.
     """
 
-    def __init__(self) -> None:
-        jar = pycocoevalcap_jar("meteor/meteor-1.5.jar")
-        program = ["-Xmx2G", "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
-        # Standard error is the caller's: a pipe that nobody reads would fill up and block Java.
-        super().__init__([str(java_executable()), *JVM_FLAGS, *program], cwd=jar.parent)
+    def ask(*fields: str) -> None:
+        process.send(" ||| ".join(RESERVED.sub(" ", field) for field in fields))
 
-    def score(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> MeteorScores:
-        try:
-            statistics = []
-            for refs, hypothesis in zip(references, hypotheses, strict=True):
-                self.ask("SCORE", *refs, hypothesis)
-                statistics.append(self.receive())
-            self.ask("EVAL", *statistics)
-            *single, corpus = (float(self.receive()) for _ in range(len(hypotheses) + 1))
-            found = np.array([[float(number) for number in row.split()] for row in statistics])
-            return MeteorScores(corpus, np.array(single), found)
-        except BaseException:
-            self.kill()  # the rest of the answers must not be taken for those to the next question
-            raise
-
-    def ask(self, *fields: str) -> None:
-        self.send(" ||| ".join(RESERVED.sub(" ", field) for field in fields))
+    try:
+        statistics = []
+        for refs, hypothesis in zip(references, hypotheses, strict=True):
+            ask("SCORE", *refs, hypothesis)
+            statistics.append(process.receive())
+        ask("EVAL", *statistics)
+        *single, corpus = (float(process.receive()) for _ in range(len(hypotheses) + 1))
+        found = np.array([[float(number) for number in row.split()] for row in statistics])
+        return MeteorScores(corpus, np.array(single), found)
+    except BaseException:
+        process.kill()  # the rest of the answers must not be taken for those to the next question
+        raise
 
 
 def summable(statistics: np.ndarray) -> np.ndarray:
