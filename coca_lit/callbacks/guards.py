@@ -14,7 +14,7 @@ from collections import Counter, deque
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -35,14 +35,6 @@ MAD_TO_SIGMA = 1.4826  # of a normal distribution
 WARM_UP = 20  # losses; the spread of fewer is unreliable
 BAD_SAMPLES = "bad_samples"
 MAX_LINES = 100_000  # per process: a file to read, not a second data set
-
-
-class _Measured(NamedTuple):
-    """What the device knows of a step."""
-
-    step: int
-    keys: list[str]
-    numbers: Arriving  # 1 if its gradient is not finite on some rank, else 0; its loss
 
 
 class NonFiniteGuard(L.Callback):
@@ -75,7 +67,9 @@ class NonFiniteGuard(L.Callback):
         self._step = self._last_skipped = 0
         self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # of batch norms: (buffer, its value before)
         self._loss: torch.Tensor | None = None  # of this rank, since the last optimizer step
-        self._measured: _Measured | None = None  # not judged yet
+        # What the device knows of a step that is not judged yet: its number, the keys of its samples, and whether its
+        # gradient is not finite on some rank (1 or 0) and its loss.
+        self._measured: tuple[int, list[str], Arriving] | None = None
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
@@ -105,8 +99,7 @@ class NonFiniteGuard(L.Callback):
         own = torch.stack([_not_finite(gradients, self._loss), self._loss])
         everywhere = step_exchange.exchange(own)  # (W, 2)
         bad = everywhere[:, 0].amax()
-        numbers = Arriving(torch.stack([bad, everywhere[:, 1].mean()]))
-        self._measured = _Measured(self._step, self._keys, numbers)
+        self._measured = self._step, self._keys, Arriving(torch.stack([bad, everywhere[:, 1].mean()]))
         if scaled:
             return
         if bad.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):

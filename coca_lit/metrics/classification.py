@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coca_lit.metrics.retrieval import check_numbers
 from coca_lit.metrics.rows import Id, RowMetric
 from coca_lit.metrics.uncertainty import Draws, Resampled, bootstrap
 
@@ -89,8 +90,7 @@ def class_ranks(similarity: Tensor, labels: Tensor) -> Tensor:
     classes = similarity.shape[1]
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"labels must be class numbers from 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
-    if similarity.isnan().any():
-        raise ValueError("the similarities hold NaN, so nothing can be ranked; look for NaN in the model's features")
+    check_numbers(similarity)
     right = similarity.gather(1, labels[:, None])  # (I, 1)
     return (similarity >= right).sum(dim=1) - 1  # the right class itself is not counted
 

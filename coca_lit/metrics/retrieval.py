@@ -176,12 +176,9 @@ def positive_scores(
     queries, candidates = queries.detach().float(), candidates.detach().float()
     found: dict[str, list[float]] = {name: [] for name in (*(f"recall@{k}" for k in ks), "r_precision", "map@r")}
     for start in range(0, len(queries), chunk):
-        similarity = (queries[start : start + chunk] @ candidates.T).cpu().numpy()  # (q, C)
-        if np.isnan(similarity).any():
-            raise ValueError(
-                "the similarities hold NaN, so nothing can be ranked; look for NaN in the model's features"
-            )
-        for row, right in zip(similarity, positives[start : start + chunk], strict=True):
+        similarity = queries[start : start + chunk] @ candidates.T  # (q, C)
+        check_numbers(similarity)
+        for row, right in zip(similarity.cpu().numpy(), positives[start : start + chunk], strict=True):
             numbers = np.unique(np.asarray(right, dtype=np.int64))
             if not len(numbers):
                 raise ValueError("each query needs one or more right answers")
@@ -197,10 +194,15 @@ def positive_scores(
     return {name: np.array(values) for name, values in found.items()}
 
 
+def check_numbers(similarity: Tensor) -> None:
+    """Raises ValueError for NaN."""
+    if similarity.isnan().any():
+        raise ValueError("the similarities hold NaN, so nothing can be ranked; look for NaN in the model's features")
+
+
 def _ranks(similarity_QC: Tensor, query_labels: Tensor, candidate_labels: Tensor) -> Tensor:
     """(Q,): how many candidates of another label come no later than the best one of the query's own; 0 is best."""
-    if similarity_QC.isnan().any():
-        raise ValueError("the similarities hold NaN, so nothing can be ranked; look for NaN in the model's features")
+    check_numbers(similarity_QC)
     own_QC = query_labels[:, None] == candidate_labels
     best_Q1 = similarity_QC.masked_fill(~own_QC, -torch.inf).amax(dim=1, keepdim=True)
     return ((similarity_QC >= best_Q1) & ~own_QC).sum(dim=1)

@@ -54,7 +54,7 @@ def empty(tmp_path, monkeypatch):
     monkeypatch.delenv(module.JARS_VARIABLE)
     for name in ("FOLDER", "MAVEN"):
         monkeypatch.setattr(module, name, tmp_path / name)
-    monkeypatch.setattr(module, "pycocoevalcap_folder", lambda name: tmp_path / "lib")
+    monkeypatch.setattr(module, "pycocoevalcap_file", lambda name: tmp_path / "lib")
     return tmp_path
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from coca_lit.metrics.java.runtime import JVM_FLAGS, Conversation, JavaError, java_executable, pycocoevalcap_jar
+from coca_lit.metrics.java.runtime import JVM_FLAGS, Conversation, JavaError, java_executable, pycocoevalcap_file
 
 RESERVED = re.compile(r"\|\|\||[\r\n]")  # separators of the line protocol
 LOADING_S = 600.0  # and slack for each call of `score`
@@ -54,7 +54,7 @@ class Meteor:
         """The process; a new one, unless one is alive, is returned at once, while it loads."""
         with self._lock:
             if self._process is None or not self._process.alive():
-                jar = pycocoevalcap_jar("meteor/meteor-1.5.jar")
+                jar = pycocoevalcap_file("meteor/meteor-1.5.jar")
                 program = ["-Xmx2G", "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
                 # Standard error is the caller's: a pipe that nobody reads would fill up and block Java.
                 self._process = Conversation([str(java_executable()), *JVM_FLAGS, *program], cwd=jar.parent)

@@ -38,25 +38,14 @@ def java_executable() -> Path:
     return Path(found)
 
 
-def pycocoevalcap_folder(name: str) -> Path:
-    """A folder of the pycocoevalcap wheel, e.g. ``spice/lib``; FileNotFoundError when it is not installed."""
+def pycocoevalcap_file(name: str) -> Path:
+    """A file or folder of the pycocoevalcap wheel, e.g. ``meteor/meteor-1.5.jar``; FileNotFoundError if it has none."""
     package = find_spec("pycocoevalcap")
     folders = package.submodule_search_locations if package else None
     for path in (Path(folder, name) for folder in folders or ()):
-        if path.is_dir():
+        if path.exists():
             return path
     raise FileNotFoundError(f"caption metrics need {name} of pycocoevalcap 1.2; run `pip install pycocoevalcap==1.2`")
-
-
-def pycocoevalcap_jar(name: str) -> Path:
-    """Where the pycocoevalcap wheel keeps a jar, e.g. ``meteor/meteor-1.5.jar``; FileNotFoundError when it does not."""
-    folder, _, file = name.rpartition("/")
-    jar = pycocoevalcap_folder(folder) / file
-    if not jar.is_file():
-        raise FileNotFoundError(
-            f"caption metrics need {name} of pycocoevalcap 1.2; run `pip install pycocoevalcap==1.2`"
-        )
-    return jar
 
 
 class Conversation:
@@ -159,7 +148,7 @@ def ptb_tokenize(texts: Sequence[str]) -> list[str]:
         return []
     # One text is one line, so each separator that Java might take for a line end (\r, U+2028, ...) must go first.
     lines = [" ".join(text.split()) for text in texts]
-    jar = pycocoevalcap_jar("tokenizer/stanford-corenlp-3.4.1.jar")
+    jar = pycocoevalcap_file("tokenizer/stanford-corenlp-3.4.1.jar")
     program = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
     command = [str(java_executable()), *JVM_FLAGS, *program]
     # A lone surrogate, which no encoding can hold, becomes a question mark.

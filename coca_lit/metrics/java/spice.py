@@ -30,8 +30,7 @@ from coca_lit.metrics.java.runtime import (
     Conversation,
     JavaError,
     java_executable,
-    pycocoevalcap_folder,
-    pycocoevalcap_jar,
+    pycocoevalcap_file,
 )
 
 JARS_VARIABLE = "COCA_SPICE_JARS"
@@ -82,7 +81,7 @@ def spice_jars() -> Path:
         if missing := [name for name in JARS if not (folder / name).is_file()]:
             raise SpiceError(f"{JARS_VARIABLE} is {folder}, where {' and '.join(missing)} is missing: {HOW}")
     else:
-        places = [FOLDER.expanduser(), MAVEN.expanduser(), pycocoevalcap_folder("spice/lib")]
+        places = [FOLDER.expanduser(), MAVEN.expanduser(), pycocoevalcap_file("spice/lib")]
         found = [place for place in places if all((place / name).is_file() for name in JARS)]
         if not found:
             raise SpiceError(f"SPICE needs two jars that no Python package carries: {HOW}")
@@ -166,7 +165,7 @@ def corpus_scores(scores: dict[str, np.ndarray]) -> dict[str, float]:
 def _start(jars: Path) -> Conversation:
     if find_spec("jpype") is None:
         raise SpiceError("SPICE needs JPype, by which Python calls Java: run `pip install 'coca_lit[spice]'`")
-    program = pycocoevalcap_jar("spice/spice-1.0.jar")
+    program = pycocoevalcap_file("spice/spice-1.0.jar")
     cache: Path | None = CACHE.expanduser()
     try:
         assert cache is not None
