@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -401,21 +401,21 @@ class Averaging(WeightAveraging):
                 f"{steps:,} steps: set ema={1 - TENTH / steps:.6g}, or ema=null for the trained weights"
             )
 
-    @contextmanager
-    def swapped(self, pl_module: L.LightningModule) -> Iterator[None]:
-        """The module holds the average within the block, and its own weights again, bit for bit, after it."""
-        self._swap_models(pl_module)
-        try:
-            yield
-        finally:
-            self._swap_models(pl_module)
-
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A finished run was loaded: with nothing to train, `on_train_end` was not called."""
         self._copy_average_to_current(pl_module)
 
 
-def scored_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> AbstractContextManager[None]:
-    """Within the block the module holds the weights to be scored during training: the average if there is one."""
+@contextmanager
+def scored_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
+    """Within the block the module holds the weights to be scored during training: the average if there is one. After it
+    the module holds its own weights again, bit for bit.
+    """
     averaging = callbacks_of(trainer, Averaging)
-    return averaging[0].swapped(pl_module) if averaging else nullcontext()
+    for average in averaging:
+        average._swap_models(pl_module)
+    try:
+        yield
+    finally:
+        for average in averaging:
+            average._swap_models(pl_module)

@@ -85,11 +85,11 @@ def step_files(folder: Path) -> list[Path]:
     return [steps[step] for step in sorted(steps, reverse=True)]
 
 
-def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, with its content as `inspect` returns it; None if there is no checkpoint.
+def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint that is whole, with its content as `inspect` returns it.
 
     Raises:
-        CheckpointError: there are checkpoints, but none of them is whole.
+        CheckpointError: none of them is whole.
     """
     files = step_files(folder)
     for path in files:
@@ -97,11 +97,9 @@ def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             return path, inspect(path)
         except CheckpointError as error:
             log.warning("skipped a checkpoint: %s", error)
-    if files:
-        raise CheckpointError(
-            f"none of the {len(files)} checkpoints in {folder} can be read; ckpt_path=null starts fresh and keeps them"
-        )
-    return None
+    raise CheckpointError(
+        f"none of the {len(files)} checkpoints in {folder} can be read; ckpt_path=null starts fresh and keeps them"
+    )
 
 
 def _tensors(content: Any) -> Iterator[torch.Tensor]:

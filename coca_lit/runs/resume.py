@@ -115,11 +115,10 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
     if not step_files(last.parent):
         return None
     if first_process:
-        found = newest_valid(last.parent)
-        assert found is not None
-        if not last.exists() or last.resolve() != found[0].resolve():
-            atomic_link(last, found[0])
-        return Start(last, found[1])
+        path, content = newest_valid(last.parent)
+        if not last.exists() or last.resolve() != path.resolve():
+            atomic_link(last, path)
+        return Start(last, content)
     # The first process may be about to replace the link, which then points to a damaged file or to none.
     for path in (last, *step_files(last.parent)):
         with suppress(CheckpointError):

@@ -16,7 +16,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.distributed import gather_early
 from coca_lit.errors import ConfigError, check_number
 from coca_lit.losses import loss_terms
-from coca_lit.models import CoCa, CoCaOutput
+from coca_lit.models import CoCa
 
 
 class Objective(nn.Module):
@@ -125,14 +125,9 @@ class OfFeatures(Objective):
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         out = net(batch.images, batch.tokens, batch.lengths, prefix_lengths=batch.prefix_lengths, captioning=False)
-        return self.of_features(batch, *features_of(out), out.logit_scale)
-
-
-def features_of(out: CoCaOutput) -> tuple[Tensor, Tensor]:
-    """Of images and texts, (B, E) each, where the network was asked for them."""
-    assert out.image_features is not None
-    assert out.text_features is not None
-    return out.image_features, out.text_features
+        assert out.image_features is not None
+        assert out.text_features is not None
+        return self.of_features(batch, out.image_features, out.text_features, out.logit_scale)
 
 
 class Pairs(Objective):
@@ -170,7 +165,9 @@ class Pairs(Objective):
         out = net(batch.images, batch.tokens, batch.lengths, **further, **asked)
         terms = loss_terms(out, self.label_smoothing if self.training else 0.0, contrastive)
         if self.joined:
-            terms |= self.joined_terms(batch, *features_of(out), out.logit_scale)
+            assert out.image_features is not None
+            assert out.text_features is not None
+            terms |= self.joined_terms(batch, out.image_features, out.text_features, out.logit_scale)
         return terms
 
     def joined_terms(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
