@@ -81,7 +81,7 @@ class CoCa(Trainable):
         image_size: side of the square input in pixels. Images of any shape have as many patches as that square.
         embed_dim: width of the common space and of the image tokens.
         pooler: single | parallel | cascade, see `ImagePooling`; openclip_parallel | openclip_cascade, see
-            `OpenClipCascade`; masked_parallel | masked_cascade, of naflex, see `MaskedCascade`; mean | mean_all,
+            `OpenClipPooling`; masked_parallel | masked_cascade, of naflex, see `MaskedPooling`; mean | mean_all,
             without and with the class token, see `MeanPooling`.
         pooler_queries: learned queries of the (generative) pooler.
         pooler_heads: attention heads of the poolers.
@@ -135,33 +135,13 @@ class CoCa(Trainable):
         interpolation: Interpolation = "bicubic",
         resize_mode: ResizeMode = "shortest",
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         # Plain values that build this model again; they are stored in every checkpoint.
-        self.config: dict[str, Any] = {
+        self.config: dict[str, Any] = arguments | {
             "image_encoder": IMAGE_ENCODERS.spec(image_encoder),
             "image_encoder_args": dict(image_encoder_args or {}),
-            "image_size": image_size,
-            "embed_dim": embed_dim,
-            "pooler": pooler,
-            "pooler_queries": pooler_queries,
-            "pooler_heads": pooler_heads,
-            "tokenizer": tokenizer,
-            "context_length": context_length,
-            "cls_mask": cls_mask,
-            "text_width": text_width,
-            "text_layers": text_layers,
-            "text_heads": text_heads,
-            "decoder_layers": decoder_layers,
-            "dropout": dropout,
-            "contrastive": contrastive,
-            "tied_embeddings": tied_embeddings,
             "text_tower": text_tower and TEXT_TOWERS.spec(text_tower),
-            "text_tower_args": text_tower_args,
-            "decoder_args": decoder_args,
-            "frame_pooling": frame_pooling,
-            "frame_positions": frame_positions,
-            "interpolation": interpolation,
-            "resize_mode": resize_mode,
         }
         _check(self.config)
         self.tokenizer = get_tokenizer(tokenizer, context_length)
@@ -372,10 +352,11 @@ def build_pooling(
         )
     if variant in ("single", "parallel", "cascade"):
         return ImagePooling(variant, encoder.width, width, queries, heads)
-    from coca_lit.models.variants.poolers import OPEN_CLIP_POOLINGS, MeanPooling
+    from coca_lit.models.variants.poolers import MaskedPooling, MeanPooling, OpenClipPooling
 
-    if variant in OPEN_CLIP_POOLINGS:
-        return OPEN_CLIP_POOLINGS[variant](encoder.width, width, queries, heads)
+    if variant.startswith(("openclip_", "masked_")):
+        kind = MaskedPooling if encoder.takes_patches else OpenClipPooling
+        return kind(variant.endswith("_parallel"), encoder.width, width, queries, heads)
     return MeanPooling(encoder.width, text_width, left_out=encoder.prefix_tokens if variant == "mean" else 0)
 
 

@@ -8,25 +8,29 @@ from coca_lit.models.inputs import EncodedFrames, EncodedPatches
 from coca_lit.models.layers import Pooling, QueryPooler
 
 
-class OpenClipCascade(Pooling):
-    """The two poolers of OpenCLIP 4: the image tokens are normed once, the contrastive pooler attends to what the
-    generative one returns, and nothing follows either of them, neither norm nor projection. Padding is never looked at.
+class OpenClipPooling(Pooling):
+    """The two poolers of OpenCLIP 4: the image tokens are normed once, and nothing follows either pooler, neither norm
+    nor projection. Padding is never looked at.
+
+    Args:
+        parallel: both poolers attend to the normed image tokens; else the contrastive one to what the generative one
+            returns.
     """
 
     projected = False
 
-    def __init__(self, context_width: int, width: int, queries: int, heads: int) -> None:
+    def __init__(self, parallel: bool, context_width: int, width: int, queries: int, heads: int) -> None:
         super().__init__()
         self.vector_width = self.token_width = width
+        self.parallel = parallel
         self.norm = nn.LayerNorm(context_width)
         self.generative = QueryPooler(context_width, width, queries, heads)
-        self.contrastive = self._contrastive(context_width, width, heads)
-
-    def _contrastive(self, context_width: int, width: int, heads: int) -> QueryPooler:
-        return QueryPooler(width, width, 1, heads)
+        self.contrastive = QueryPooler(context_width if parallel else width, width, 1, heads)
 
     def parts_of_loss(self, loss: str) -> list[str]:
-        return ["contrastive"] if loss == "contrastive" else []
+        if loss == "contrastive":
+            return ["contrastive"]
+        return ["generative"] if self.parallel else []
 
     def init_parameters(self) -> None:
         self.norm.reset_parameters()
@@ -37,13 +41,12 @@ class OpenClipCascade(Pooling):
         self, tokens: Tensor | EncodedPatches, contrastive: bool, captioning: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         rows, mask = _rows(tokens)
-        return self._pool(self.norm(rows), mask, contrastive, captioning)
-
-    def _pool(
-        self, normed: Tensor, mask: Tensor | None, contrastive: bool, captioning: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        image_tokens = self.generative(normed, mask=mask)
-        vector = self.contrastive(image_tokens)[:, 0] if contrastive else None
+        normed = self.norm(rows)
+        image_tokens = self.generative(normed, mask=mask) if captioning or not self.parallel else None
+        vector = None
+        if contrastive:
+            vector = self.contrastive(normed, mask=mask) if self.parallel else self.contrastive(image_tokens)
+            vector = vector[:, 0]
         return vector, (image_tokens if captioning else None)
 
     def attention(self, tokens: Tensor | EncodedPatches) -> Tensor:
@@ -51,35 +54,15 @@ class OpenClipCascade(Pooling):
         return self.generative.weights(self.norm(rows), mask=mask)
 
 
-class OpenClipParallel(OpenClipCascade):
-    """As `OpenClipCascade`, but both poolers attend to the normed image tokens."""
-
-    def _contrastive(self, context_width: int, width: int, heads: int) -> QueryPooler:
-        return QueryPooler(context_width, width, 1, heads)
-
-    def parts_of_loss(self, loss: str) -> list[str]:
-        return ["contrastive"] if loss == "contrastive" else ["generative"]
-
-    def _pool(
-        self, normed: Tensor, mask: Tensor | None, contrastive: bool, captioning: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        vector = self.contrastive(normed, mask=mask)[:, 0] if contrastive else None
-        return vector, (self.generative(normed, mask=mask) if captioning else None)
-
-
-class MaskedCascade(OpenClipCascade):
-    """As `OpenClipCascade`, for images of any shape. In OpenCLIP these poolers are siblings of timm's encoder, not
-    parts of it, and their queries start smaller.
+class MaskedPooling(OpenClipPooling):
+    """The same for images of any shape. In OpenCLIP these poolers are siblings of timm's encoder, not parts of it, and
+    their queries start smaller.
     """
 
     def init_parameters(self) -> None:
         super().init_parameters()
         for pooler in (self.generative, self.contrastive):
             nn.init.normal_(pooler.query, std=pooler.query.shape[1] ** -0.5)
-
-
-class MaskedParallel(MaskedCascade, OpenClipParallel):
-    """As `MaskedCascade`, but both poolers attend to the normed image tokens."""
 
 
 class MeanPooling(Pooling):
@@ -116,14 +99,6 @@ class MeanPooling(Pooling):
     def attention(self, tokens: Tensor) -> Tensor:
         # each at itself
         return torch.eye(tokens.shape[1], device=tokens.device)[self.left_out :].expand(len(tokens), -1, -1)
-
-
-OPEN_CLIP_POOLINGS: dict[str, type[OpenClipCascade]] = {
-    "openclip_parallel": OpenClipParallel,
-    "openclip_cascade": OpenClipCascade,
-    "masked_parallel": MaskedParallel,
-    "masked_cascade": MaskedCascade,
-}
 
 
 def _rows(tokens: Tensor | EncodedPatches) -> tuple[Tensor, Tensor | None]:

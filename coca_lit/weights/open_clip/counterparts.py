@@ -13,7 +13,7 @@ from coca_lit.models.text import ClassicDecoder, TextTower
 from coca_lit.models.variants.mammut import TwoPassDecoder, TwoPassTower
 from coca_lit.models.variants.modern import ModernDecoder, ModernTextTower, Style
 from coca_lit.models.variants.naflex import DEFAULTS, TIMM_NAME, NaFlexEncoder
-from coca_lit.models.variants.poolers import MaskedCascade, MeanPooling, OpenClipCascade, OpenClipParallel
+from coca_lit.models.variants.poolers import MaskedPooling, MeanPooling, OpenClipPooling
 
 # (beginning of names in a part, beginning of their names in OpenCLIP, {name inside: OpenCLIP's})
 Names = tuple[tuple[str, str, dict[str, str]], ...]
@@ -53,12 +53,12 @@ _NAMES: dict[type[nn.Module], Names] = {
         ("generative.norm_out.", "visual.ln_post.", {}),
         ("generative.", "visual.attn_pool.", _QUERY_POOLER),
     ),
-    OpenClipCascade: (
+    OpenClipPooling: (
         ("norm.", "visual.ln_post.", {}),
         ("generative.", "visual.attn_pool.", _QUERY_POOLER),
         ("contrastive.", "visual.attn_pool_contrastive.", _QUERY_POOLER),
     ),
-    MaskedCascade: (
+    MaskedPooling: (
         ("norm.", "pool_norm.", {}),
         ("generative.", "attn_pool.", _QUERY_POOLER),
         ("contrastive.", "attn_pool_contrastive.", _QUERY_POOLER),
@@ -164,8 +164,8 @@ def _(encoder: NaFlexEncoder) -> dict[str, Any]:
 def _(pooling: Pooling) -> dict[str, Any] | None:
     if isinstance(pooling, MeanPooling):
         return {"pool_type": "avg" if pooling.left_out else "avg_all", "final_ln_after_pool": True}
-    if isinstance(pooling, OpenClipCascade):
-        return {"attentional_pool": "parallel" if isinstance(pooling, OpenClipParallel) else "cascade"}
+    if isinstance(pooling, OpenClipPooling):
+        return {"attentional_pool": "parallel" if pooling.parallel else "cascade"}
     return {"attentional_pool": True} if isinstance(pooling, ImagePooling) and pooling.variant == "single" else None
 
 
