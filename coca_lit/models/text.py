@@ -319,31 +319,25 @@ class CrossDecoder(Decoder):
     """Causal self blocks, every n-th of them followed by a cross block over the image tokens, then a norm.
 
     Attributes:
+        self_blocks, norm: which may belong to the text tower.
         every: n; the self blocks 0, n, 2n … are followed by a cross block.
     """
 
+    self_blocks: nn.ModuleList
     cross_blocks: nn.ModuleList
+    norm: nn.LayerNorm
     every = 1
-
-    @property
-    @abstractmethod
-    def text_blocks(self) -> nn.ModuleList:
-        """The self blocks, which may belong to the text tower."""
-
-    @property
-    @abstractmethod
-    def last_norm(self) -> nn.Module: ...
 
     def blocks(self) -> list[tuple[SelfBlock, CrossBlock | None]]:
         """The self blocks, each with the cross block that follows it."""
         found: list[tuple[Any, Any]] = []
-        for i, block in enumerate(self.text_blocks):
+        for i, block in enumerate(self.self_blocks):
             found.append((block, self.cross_blocks[i // self.every] if i % self.every == 0 else None))
         return found
 
     @property
     def cached_layers(self) -> int:
-        return len(self.text_blocks)
+        return len(self.self_blocks)
 
     def keys_values(self, image_tokens: Tensor) -> list[KeysValues]:
         normed = normalize_once(image_tokens)
@@ -357,7 +351,7 @@ class CrossDecoder(Decoder):
             states = run(self_block, states, None, None, layout, recompute=recompute == "blocks")
             if image is not None and cross_block is not None:
                 states = run(cross_block, states, image, layout, recompute=recompute != "none")
-        return self.last_norm(states)
+        return self.norm(states)
 
     def step(
         self, states: Tensor, keys_values: list[KeysValues], caches: Sequence[Cache], mask: Tensor | None = None
@@ -367,7 +361,7 @@ class CrossDecoder(Decoder):
             states = self_block(states, mask, cache)
             if cross_block is not None:
                 states = cross_block(by_image(states, images), next(remaining)).view_as(states)
-        return self.last_norm(states)
+        return self.norm(states)
 
     def attention(self, states: Tensor, image_tokens: Tensor) -> Tensor:
         total, keys_values = states.new_zeros(()), iter(self.keys_values(image_tokens))
@@ -397,14 +391,6 @@ class ClassicDecoder(CrossDecoder):
         self.cross_blocks = nn.ModuleList(CrossBlock(width, image_width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.vocabulary = kernels.Linear(width, sizes.vocab_size, bias=False)
-
-    @property
-    def text_blocks(self) -> nn.ModuleList:
-        return self.self_blocks
-
-    @property
-    def last_norm(self) -> nn.Module:
-        return self.norm
 
     def layers(self) -> list[list[nn.Module]]:
         return [list(pair) for pair in zip(self.self_blocks, self.cross_blocks, strict=True)]

@@ -64,12 +64,6 @@ class TwoPassTower(Tower):
         self.norm.reset_parameters()
         init_blocks(self.blocks, depth=len(self.blocks))
 
-    def contrastive_layout(
-        self, lengths: Tensor, packed: bool | None, max_length: int | None, device: torch.device
-    ) -> Layout:
-        """The positions that the contrastive pass reads and averages: the tokens of each text (B,)."""
-        return Layout(lengths, packed, max_length, device)
-
     def forward(
         self,
         tokens: Tensor,
@@ -83,7 +77,10 @@ class TwoPassTower(Tower):
         layout = Layout(lengths, packed, max_length, tokens.device)
         features = None
         if contrastive:
-            seen = self.contrastive_layout(lengths, packed, max_length, tokens.device)
+            seen = layout  # of the positions that are read and averaged
+            if not self.pad_mask:
+                every = torch.full_like(lengths, self.context_length)
+                seen = Layout(every, False, self.context_length, tokens.device)
             x = self._embed(tokens, seen)
             seen_mask = to_device(seen.mask, tokens.device)  # (B, T)
             mask = seen_mask[:, None, None]  # (B, 1, 1, T)
@@ -111,11 +108,6 @@ class TwoPassTowerWithPads(TwoPassTower):
 
     pad_mask = False
 
-    def contrastive_layout(
-        self, lengths: Tensor, packed: bool | None, max_length: int | None, device: torch.device
-    ) -> Layout:
-        return Layout(torch.full_like(lengths, self.context_length), False, self.context_length, device)
-
 
 class TwoPassDecoder(CrossDecoder):
     """The caption pass: the blocks of the tower, and a cross block after every n-th of them.
@@ -140,11 +132,11 @@ class TwoPassDecoder(CrossDecoder):
         return self._shared[0]
 
     @property
-    def text_blocks(self) -> nn.ModuleList:
+    def self_blocks(self) -> nn.ModuleList:  # type: ignore[override]
         return self.tower.blocks
 
     @property
-    def last_norm(self) -> nn.Module:
+    def norm(self) -> nn.LayerNorm:  # type: ignore[override]
         return self.tower.norm
 
     def layers(self) -> list[list[nn.Module]]:
