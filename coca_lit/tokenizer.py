@@ -55,6 +55,7 @@ Spec = str | list[str] | dict[str, str]
 class Tokenizer(ABC):
     """Common part of all tokenizers: special ids, padding and truncation."""
 
+    spec: Spec  # what `get_tokenizer` needs to build it again: a name, the list of words, or a packed file
     pad_id: int
     sot_id: int
     eot_id: int
@@ -68,11 +69,6 @@ class Tokenizer(ABC):
         if context_length < 3:
             raise ValueError(f"context_length must be at least 3 (start, one token, end), got {context_length}")
         self.context_length = context_length
-
-    @property
-    @abstractmethod
-    def spec(self) -> Spec:
-        """What `get_tokenizer` needs to build this tokenizer again: a name, the list of words, or a packed file."""
 
     @abstractmethod
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
@@ -130,6 +126,7 @@ class CLIPTokenizer(Tokenizer):
     259]); everything in this package therefore works with text lengths and never compares ids with 0 to find padding.
     """
 
+    spec = "clip"
     pad_id = 0
     open_clip_version = "3.3"
 
@@ -151,12 +148,9 @@ class CLIPTokenizer(Tokenizer):
         )
         self.token_bytes = [*(_token_bytes(token, byte_of) for token in tokens), b"", b""]
 
-    @property
-    def spec(self) -> str:
-        return "clip"
-
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.bpe.encode_batch_fast([clean_text(text) for text in texts])]
+        cleaned = [clean_whitespace(text).lower() for text in texts]  # the library gets a final Greek sigma wrong
+        return [encoding.ids for encoding in self.bpe.encode_batch_fast(cleaned)]
 
 
 class R50kTokenizer(Tokenizer):
@@ -164,6 +158,7 @@ class R50kTokenizer(Tokenizer):
     and start 50259. Case is kept. GPT-2's own end of text, 50256, is in no text.
     """
 
+    spec = "r50k"
     open_clip_version = "4"
     open_clip_config: ClassVar[dict[str, Any]] = {
         "pad_id": 50258,
@@ -184,10 +179,6 @@ class R50kTokenizer(Tokenizer):
         self.bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits as GPT-2 does
         special = self.vocab_size - len(tokens)
         self.token_bytes = [*(_token_bytes(token, byte_of) for token in tokens), *[b""] * special]
-
-    @property
-    def spec(self) -> str:
-        return "r50k"
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.bpe.encode_batch_fast([clean_whitespace(text) for text in texts])]
@@ -211,15 +202,11 @@ class WordTokenizer(Tokenizer):
             raise ValueError("the vocabulary lists a word twice")
         if unread := [word for word in words if not isinstance(word, str) or split_words(word) != [word]]:
             raise ValueError(f"the vocabulary has {unread[0]!r}, which is not read as one word in lower case")
-        self._words = list(words)
+        self.spec: list[str] = list(words)
         self._ids = {word: i for i, word in enumerate(words, start=4)}
         self._named: set[str] = set()  # unknown words that a warning has named
         self.vocab_size = 4 + len(words)
         self.token_bytes = [b""] * 4 + [f"{word} ".encode() for word in words]
-
-    @property
-    def spec(self) -> list[str]:
-        return self._words
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         self.warn_of_unknown([texts] if isinstance(texts, str) else texts)
@@ -252,7 +239,7 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, packed: str, start: str, end: str, pad: str, context_length: int = CONTEXT_LENGTH) -> None:
         super().__init__(context_length)
-        self._spec = {"packed": packed, "start": start, "end": end, "pad": pad}
+        self.spec = {"packed": packed, "start": start, "end": end, "pad": pad}
         try:
             unpacker = zlib.decompressobj()
             content = unpacker.decompress(base64.b64decode(packed, validate=True), MAX_JSON).decode()
@@ -287,10 +274,6 @@ class JsonTokenizer(Tokenizer):
         for token, i in ids.items():
             if token not in special and i not in (self.sot_id, self.eot_id, self.pad_id, self.unk_id):
                 self.token_bytes[i] = read(token)
-
-    @property
-    def spec(self) -> dict[str, str]:
-        return self._spec
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -397,11 +380,6 @@ def get_tokenizer(
 @lru_cache(maxsize=4)
 def _byte_pairs(name: str, context_length: int) -> Tokenizer:
     return BYTE_PAIRS[name](context_length)  # building the merge table takes a moment, so it is shared
-
-
-def clean_text(text: str) -> str:
-    """`clean_whitespace` in lower case."""
-    return clean_whitespace(text).lower()  # here, not in the tokenizer library, which gets a final Greek sigma wrong
 
 
 def clean_whitespace(text: str) -> str:
