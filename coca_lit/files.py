@@ -232,7 +232,7 @@ class Waiting(Generic[T]):
             return
         try:
             self.write(self.rows)
-        except DataError as error:
+        except (DataError, OSError) as error:  # OSError: what is there cannot be read just now
             if last:
                 log.warning("%s; %d rows are lost", error, len(self.rows))
                 self.rows = []

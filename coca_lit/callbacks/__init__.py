@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as L
 
 from coca_lit.callbacks.checkpoint import Averaging, Checkpoints, StepSeeds
-from coca_lit.callbacks.guards import BadSampleLog, NonFiniteGuard, RunFolderGuard, StallGuard
+from coca_lit.callbacks.guards import BadSampleLog, NonFiniteGuard, RunFolderGuard, SameOnAllRanks, StallGuard
 from coca_lit.callbacks.loggers import LogRunFacts, MetricsLog
 from coca_lit.callbacks.progress import (
     RunSummary,
@@ -46,6 +46,7 @@ def in_order(
     scoring: L.Callback,
     ema: float | None,
     output_dir: str,
+    first_step: int,
     config: Callable[[], dict[str, Any]],
 ) -> list[L.Callback]:
     """All callbacks of a run in the order in which they must act. Averaged weights replace the trained ones when
@@ -54,10 +55,12 @@ def in_order(
     Args:
         chosen: those of the configuration.
         ema: decay of averaged weights; None for none.
+        first_step: at which the training begins.
         config: returns the run's config, resolved and without secrets, for the loggers.
     """
     checkpoints = [callback for callback in chosen if isinstance(callback, Checkpoints)]
     others = [callback for callback in chosen if callback not in checkpoints]
     averaging = [Averaging(ema)] if ema is not None else []
     always = [SamplesSeen(), SourceCounts(), LogRunFacts(config), RunSummary(output_dir)]
-    return [*checkpoints, *averaging, scoring, *others, *always]
+    same = SameOnAllRanks({"run folder": output_dir, "first step": first_step})
+    return [same, *checkpoints, *averaging, scoring, *others, *always]

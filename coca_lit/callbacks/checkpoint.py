@@ -169,7 +169,8 @@ class Checkpoints(L.Callback):
     def _stop(self, trainer: L.Trainer, number: int) -> None:
         step = trainer.global_step
         self._finish_saving(trainer)
-        saved = f"saved {self._path(step)}" if self._saved == (step, self._phase) and step else "nothing was saved"
+        is_saved = self._saved == (step, self._phase) and self._path(step).exists()  # a full disk may have cost it
+        saved = f"saved {self._path(step)}" if is_saved else "nothing was saved"
         print_rank_zero(f"stopping after step {step} on signal {number}: {saved}")
         self.signals.answer(trainer, number)
 

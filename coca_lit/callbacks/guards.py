@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 from coca_lit.callbacks.checkpoint import Checkpoints
 from coca_lit.data.bad_samples import BadSample
 from coca_lit.data.batch import Batch
-from coca_lit.distributed import Arriving, gather_objects, print_rank_zero, rank, step_exchange
+from coca_lit.data.datamodule import CaptionDataModule
+from coca_lit.distributed import Arriving, gather_objects, print_rank_zero, rank, step_exchange, world_size
 from coca_lit.errors import DataError, TrainingError, check_number
 from coca_lit.files import Waiting, append_lines, atomic_write, csv_line, whole_lines
 from coca_lit.runs.run_folder import BAD_STEPS, CONFIG, ENVIRONMENT, HOLDER
@@ -44,7 +45,7 @@ class NonFiniteGuard(L.Callback):
 
     On a GPU the host knows of both one step later: to know at once it would have to wait for the device, which would
     have nothing to do meanwhile. A fused optimizer skips the step by itself. With 16-mixed the scaler
-    skips such steps, and none is counted or noted; spikes are.
+    adapts by such steps and skips them; those whose loss is not finite either are counted and noted.
 
     Args:
         output_dir: the run folder.
@@ -94,15 +95,16 @@ class NonFiniteGuard(L.Callback):
         self._judge()  # the step before
         if self._loss is None:
             return
-        scaled = trainer.precision == "16-mixed"  # whose scaler adapts by such steps, and skips them itself
-        gradients = [] if scaled else [p.grad for group in optimizer.param_groups for p in group["params"]]
-        own = torch.stack([_not_finite(gradients, self._loss), self._loss])
+        scaled = trainer.precision == "16-mixed"
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        not_finite = _not_finite([self._loss] if scaled else gradients, self._loss)
+        own = torch.stack([not_finite, self._loss])
         everywhere = step_exchange.exchange(own)  # (W, 2)
         bad = everywhere[:, 0].amax()
         self._measured = self._step, self._keys, Arriving(torch.stack([bad, everywhere[:, 1].mean()]))
         if scaled:
-            return
-        if bad.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
+            pass
+        elif bad.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.found_inf = bad  # type: ignore[attr-defined]  # as the loss scaler of fp16 tells it
             for buffer, before in self._statistics:  # the forward pass has updated it already
                 buffer.copy_(torch.where(bad > 0, before, buffer))
@@ -241,6 +243,30 @@ def read_bad_samples(folder: Path) -> set[BadSample]:
     return found
 
 
+class SameOnAllRanks(L.Callback):
+    """Refuses to train where the processes are about to do different things: each has found its run folder, its
+    checkpoint and its data by itself, perhaps on another machine.
+
+    Args:
+        facts: by name, what must be the same besides the data.
+    """
+
+    def __init__(self, facts: dict[str, Any]) -> None:
+        self.facts = facts
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if world_size() == 1:
+            return
+        own, data = dict(self.facts), trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, CaptionDataModule):
+            own |= {"steps an epoch": data.steps_per_epoch, "data": data.state_dict()}
+        first, *others = gather_objects(own)
+        for process, other in enumerate(others, start=1):
+            for name, value in first.items():
+                if other[name] != value:
+                    raise DataError(f"process {process} has other {name} than process 0: {other[name]}, not {value}")
+
+
 class RunFolderGuard(L.Callback):
     """Checks after each step that the run folder is still there. If not, it says so, makes the folder again and asks
     for a checkpoint, so that nothing else is lost.
@@ -264,7 +290,7 @@ class RunFolderGuard(L.Callback):
         self._look(trainer)
 
     def _look(self, trainer: L.Trainer) -> None:
-        if not self._files or (self.folder / CONFIG).exists():
+        if not self._files or not _is_gone(self.folder / CONFIG):
             return
         log.warning("the run folder %s was deleted while the run writes to it; it is made again", self.folder)
         try:
@@ -274,6 +300,17 @@ class RunFolderGuard(L.Callback):
             log.warning("%s", error)
         for checkpoints in callbacks_of(trainer, Checkpoints):
             checkpoints.save_soon()
+
+
+def _is_gone(path: Path) -> bool:
+    """Whether there is no such file; a file system that does not answer for a moment does not say so."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        pass
+    return False
 
 
 class StallGuard(L.Callback):

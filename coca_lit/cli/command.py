@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -108,6 +109,8 @@ def job_command(
                 failures.append(error)
                 if is_first_process():  # the others must not remove the folder before it has written there
                     _remove_empty(Path(HydraConfig.get().runtime.output_dir))
+                elif not isinstance(error, UserError):  # a sweep tells what befell the first process
+                    print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
                 return None
 
         with hydra.initialize_config_dir(str(CONF), job_name=config, version_base="1.3"):

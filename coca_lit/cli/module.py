@@ -91,11 +91,14 @@ def initialise(cfg: DictConfig, net: "CoCa", source: "DualEncoder | None" = None
     if source is None and parts.image_encoder is None and parts.decoder is None:
         return  # as most trainings do, which need not import a dozen modules for this
 
+    from coca_lit.distributed import print_rank_zero
     from coca_lit.weights.lora import PARTS
     from coca_lit.weights.start import copy_weights, load_image_weights, load_language_model
 
     given: list[str] = []
-    if parts.image_encoder is not None:
+    if parts.image_encoder is not None and source is not None:
+        print_rank_zero(f"init_parts.image_encoder={parts.image_encoder} is not loaded: init_from gives the encoder")
+    elif parts.image_encoder is not None:
         with error_context("init_parts.image_encoder"):
             load_image_weights(net, parts.image_encoder)
     if source is not None:

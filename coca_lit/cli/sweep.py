@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, flag_override
 
@@ -200,7 +201,13 @@ def check_processes(count: int) -> None:
     """Raises `ConfigError` if a job of a sweep wants more processes than its launcher can give it."""
     if count == 1 or not HydraConfig.initialized():
         return
-    launcher = HydraConfig.get().launcher.get("_target_", "").rpartition(".")[2]
+    hydra = HydraConfig.get()
+    launcher, sweeper = (node.get("_target_", "").rpartition(".")[2] for node in (hydra.launcher, hydra.sweeper))
+    if hydra.mode == RunMode.MULTIRUN and sweeper == "OptunaSweeper" and launcher == "BasicLauncher":
+        raise ConfigError(
+            f"each of {count} processes would ask the study for values of its own: set trainer.devices=1, or "
+            "hydra/launcher=slurm_jobs for large jobs"
+        )
     if launcher in IN_ONE_PROCESS:
         raise ConfigError(
             f"{launcher} runs each job in one process, and this job wants {count}: set trainer.devices=1 to train "

@@ -15,6 +15,7 @@ from coca_lit.errors import ConfigError, suggest
 
 Positional = str | Sequence[str]  # one key that takes all words as a list, or keys that take one word each, in order
 
+TEXTS = ("name", "data.root", "data_dir")  # also where they look like numbers
 _RANGE = r"\{\d+\.\.\d+\}"
 _PRIMITIVE = re.compile(rf"""(?P<quoted>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(?:{_RANGE}|[^\[\]{{}}(),"'])+""")
 _HOME = re.compile(r"(?:^|(?<=[\[,]))~(?=/)")  # of the value, or of one in a list or a sweep
@@ -76,14 +77,16 @@ def to_override(word: str) -> str:
     key, equals, value = word.partition("=")
     value = _HOME.sub(lambda found: os.path.expanduser(found[0]), value)
     word = f"{key}{equals}{value}"
+    if "," in value and os.path.lexists(value):  # no sweep over its parts
+        return f"{key}={quote(value)}"
     forms = [word, f"{key}={_PRIMITIVE.sub(_quote_primitive, value)}"]
     if re.match(rf"[^\[{{\"']|{_RANGE}", value):  # neither a list, a dictionary nor quoted: text as a whole
         forms.append(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
     for form in forms:
         with suppress(HydraException):
             parsed = OverridesParser.create().parse_override(form).value()
-            other = key == "name" and (parsed is None or isinstance(parsed, int | float))  # name=2024_01_05 is a text
-            return f"{key}={quote(value)}" if other else form
+            other = isinstance(parsed, int | float) or (key == "name" and parsed is None)
+            return f"{key}={quote(value)}" if other and key in TEXTS else form  # data.root=2024, name=2024_01_05
     return word
 
 

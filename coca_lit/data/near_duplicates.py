@@ -116,7 +116,7 @@ def held_out(hashes: Sequence[int | None], share: float) -> set[int]:
         broken = f" or cannot be decoded ({hashes.count(None)})" if None in hashes else ""
         raise DataError(
             f"all {len(hashes)} photos look alike{broken}, so none can be held out for scores: to train on all, "
-            "give the captions a column split with the value train, and set data.val_split=null 'evals=[]'"
+            "list them in a captions.csv with a column split of train, and set data.val_split=null 'evals=[]'"
         )
     wanted = max(1, round(share * len(hashes)))
 

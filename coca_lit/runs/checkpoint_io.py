@@ -16,7 +16,7 @@ import torch
 
 from coca_lit.errors import CheckpointError, DataError, why_unreadable
 from coca_lit.files import replacing
-from coca_lit.weights.intact import check_archive
+from coca_lit.weights.intact import ContentError, check_archive
 from coca_lit.weights.sharded import REST, check_shards, flat, is_folder
 
 log = logging.getLogger(__name__)
@@ -24,9 +24,13 @@ log = logging.getLogger(__name__)
 SPARE = 64 * 2**20  # bytes that stay free beside a checkpoint, for logs and samples
 
 
+class TornError(CheckpointError):
+    """A file that was not written to its end, or has changed since."""
+
+
 def save(checkpoint: dict[str, Any], target: Path) -> None:
-    """Writes a checkpoint as described above. A disk that is full or fails costs this checkpoint, not the run: a
-    warning, and the older ones stay.
+    """Writes a checkpoint as described above. A disk that is full, fails or does not keep what it is given costs this
+    checkpoint, not the run: a warning, and the older ones stay.
 
     Raises:
         CheckpointError: the content could never be loaded again, because something in it is code.
@@ -43,9 +47,14 @@ def save(checkpoint: dict[str, Any], target: Path) -> None:
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
             inspect(temporary)
-    except (DataError, RuntimeError) as error:  # RuntimeError: PyTorch's writer on a full disk
+    except (DataError, TornError, RuntimeError) as error:  # RuntimeError: PyTorch's writer on a full disk
         reason = str(error.__cause__ or error).splitlines()[0]
         log.warning("could not save %s: %s; training continues, and older checkpoints stay", target.name, reason)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{target.name} could never be loaded: a callback, the data or the optimizer keeps more than tensors, "
+            f"numbers, texts, lists and dictionaries ({error})"
+        ) from error
 
 
 def inspect(path: Path, checksums: bool = True) -> dict[str, Any]:
@@ -64,10 +73,12 @@ def inspect(path: Path, checksums: bool = True) -> dict[str, Any]:
         path = path / REST
     try:
         archive = check_archive(path, checksums)
+    except ContentError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
+        raise TornError(f"{path} is not a whole checkpoint: {error}") from error
     if not archive:
-        raise CheckpointError(f"{path} is not a whole checkpoint: expected a zip archive, as PyTorch writes")
+        raise TornError(f"{path} is not a whole checkpoint: expected a zip archive, as PyTorch writes")
     try:
         content = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # PyTorch's reader raises a dozen kinds of errors

@@ -144,7 +144,10 @@ def check_held(folder: Path) -> None:
         ConfigError: another process has taken the folder since.
     """
     inode, holder = _held.get(folder.absolute(), (None, {}))
-    now = _inode(folder / LOCK)
+    try:
+        now = _inode(folder / LOCK)
+    except OSError:  # the file system does not answer; before the next checkpoint it is asked again
+        return
     if holder and now != inode and (now is not None or _holder(folder) != holder):
         raise ConfigError(
             f"another process has taken {folder}, because its file {LOCK} was deleted: this one ends and writes nothing"
@@ -153,10 +156,10 @@ def check_held(folder: Path) -> None:
 
 
 def _inode(path: Path) -> int | None:
-    """The number of a file; while it is open, no other file gets it."""
+    """The number of a file, which no other file gets while it is open; None if there is none."""
     try:
         return path.stat().st_ino
-    except OSError:
+    except FileNotFoundError:
         return None
 
 

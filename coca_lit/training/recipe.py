@@ -98,7 +98,7 @@ def small_data(
 def choose(facts: Facts) -> list[Choice]:
     """What any model needs."""
     photos, gpu = facts.photos, facts.gpu
-    batch = facts.batch or 2 ** int(math.log2(min(max(photos / 4, 2), 256 if gpu else 128)))
+    batch = facts.batch or min(photos, 2 ** int(math.log2(min(max(photos / 4, 2), 256 if gpu else 128))))
     # 700 √n photos in all on a CPU: 5,000 are seen 10 times, 500 31 times, 50,000 3 times
     epochs = facts.epochs or min(max(round((2800 if gpu else 700) / math.sqrt(photos)), 3), 60)
     per_epoch = max(photos // batch, 1)

@@ -48,6 +48,10 @@ MAX_CONTEXT = 2**16  # tokens of a text
 MAX_VALUES = 10**6  # in the description of a model; the words of a tokenizer are the most
 
 
+class ContentError(ValueError):
+    """What a file holds is not read; it may be what was written."""
+
+
 def check_archive(path: Path, checksums: bool = True) -> bool:
     """Whether a file of PyTorch's is a zip archive and not of the format before 1.6; raises `ValueError` if it is not
     whole, or would take more memory than its size.
@@ -98,9 +102,9 @@ def _check_pickles(file: BufferedReader) -> None:
 
 def _check_pickle(size: int, content: bytes) -> None:
     if size > MAX_PICKLE:
-        raise ValueError(f"it describes its tensors in more than {MAX_PICKLE:,} bytes")
+        raise ContentError(f"it describes its tensors in more than {MAX_PICKLE:,} bytes")
     if found := _TAKES_MEMORY.search(content):
-        raise ValueError(f"it holds code ({found[0].split()[-1].decode()})")
+        raise ContentError(f"it holds code ({found[0].split()[-1].decode()})")
 
 
 def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -8,7 +8,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as L
 import pytest
@@ -20,7 +20,7 @@ from coca_lit.cli.assembly import plain
 from coca_lit.cli.schema import argument_defaults
 from coca_lit.data.batch import Batch
 from coca_lit.data.scenes.render import scene_records
-from coca_lit.errors import CheckpointError, ConfigError
+from coca_lit.errors import CheckpointError, ConfigError, TrainingError
 from coca_lit.runs import checkpoint_io
 from coca_lit.runs.checkpoint_io import inspect, newest_valid, step_files
 from coca_lit.runs.results import Found, finish_run
@@ -370,6 +370,29 @@ def test_spike_is_noted_with_its_samples(tmp_path: Path) -> None:
     assert (entry["step"], entry["loss"], entry["keys"]) == (30, 9.0, ["sample 30"])
 
 
+def test_losses_that_are_not_finite_end_a_run_with_a_loss_scale(tmp_path: Path) -> None:
+    """Gradients that are not finite are how the scale is found, and are left to the scaler."""
+    guard = NonFiniteGuard(tmp_path, max_in_a_row=3)
+    scaler = SimpleNamespace(scaler=SimpleNamespace(scale=lambda x: 8 * x))
+    trainer: Any = SimpleNamespace(
+        accumulate_grad_batches=1, global_step=0, precision="16-mixed", precision_plugin=scaler, is_global_zero=True
+    )
+    weight = torch.nn.Parameter(torch.zeros(1))
+    weight.grad = torch.full((1,), torch.inf)
+    optimizer, module = torch.optim.SGD([weight]), cast("Any", SimpleNamespace(modules=list))
+
+    def steps(*losses: float) -> None:
+        for loss in losses:
+            guard.on_train_batch_start(trainer, module, cast("Any", SimpleNamespace(keys=["a"])), 0)
+            guard.on_before_backward(trainer, module, torch.tensor(8 * loss))
+            guard.on_before_optimizer_step(trainer, module, optimizer)
+
+    steps(1.0, 1.0, 1.0, 1.0, math.nan, math.nan, 1.0, math.nan, math.nan, math.inf)
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        steps(math.nan)
+    assert weight.grad is not None
+
+
 # Files
 
 
@@ -389,6 +412,21 @@ def save(folder: Path, step: int, **run: Any) -> Path:
 
 def start_at(path: Path) -> Start:
     return Start(path, inspect(path))
+
+
+def test_a_disk_that_keeps_half_of_a_checkpoint_costs_that_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, whole = save(tmp_path, 9), torch.save
+
+    def torn(content: Any, file: Any) -> None:
+        whole(content, file)
+        file.truncate(60_000)
+
+    monkeypatch.setattr(torch, "save", torn)
+    save(tmp_path, 10)
+    assert "could not save step_10.ckpt" in caplog.text
+    assert step_files(first.parent) == [first]
 
 
 def test_torn_and_corrupt_checkpoints_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

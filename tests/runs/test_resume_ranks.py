@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from coca_lit.distributed import rank
-from coca_lit.errors import TrainingError
+from coca_lit.errors import DataError, TrainingError
 from coca_lit.runs.resume import RUN_KEY
 from coca_lit.tools.prepare.command import data as coca_data
 from coca_lit.tools.prepare.scenes import write_shards
@@ -132,6 +132,26 @@ def test_two_ranks_become_three_that_read_from_a_store_on_another_machine(on_ran
 
 
 # Trouble on one rank
+
+
+def refused_with_other_shards(folder: Path, epoch_samples: str) -> str:
+    """On the second machine a shard is missing."""
+    source = ("data=laion", f"data.shards={folder}/{rank()}/*.tar", "data.num_workers=0")
+    with pytest.raises(DataError) as refused:
+        train(folder / "run", (*source, f"data.epoch_samples={epoch_samples}", *SIX))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("epoch_samples", ["24", "null"])
+def test_ranks_with_different_data_do_not_train(on_ranks, tmp_path: Path, epoch_samples: str) -> None:
+    for machine in ("0", "1"):
+        (tmp_path / machine).mkdir()
+        write_shards(tmp_path / machine, count=24, size=32, per_shard=4)
+    (tmp_path / "1" / "00003.tar").unlink()
+    first, second = on_ranks(2, refused_with_other_shards, tmp_path, epoch_samples)
+    assert first == second
+    assert first.startswith("process 1 has other ")
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 class Trouble(L.Callback):

@@ -1,5 +1,6 @@
 """One process at a time in a run folder, and none that is dead."""
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 import pytest
@@ -84,6 +86,15 @@ def test_killed_process_holds_nothing(tmp_path: Path, hold: Callable, words: tup
     with in_use(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_system_that_does_not_answer_takes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stat(path: Path, **_: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with in_use(tmp_path), monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", stat)
+        check_held(tmp_path)
 
 
 @pytest.mark.parametrize("ended", [False, True])

@@ -178,15 +178,20 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
             # That of a .csv is a semicolon where the comma separates decimals.
             delimiter = "\t" if path.suffix == ".tsv" else max(",;\t", key=head.count)
             reader = csv.DictReader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
+            names = reader.fieldnames or []
+            if twice := [name for name, count in Counter(names).items() if count > 1 and name]:
+                raise DataError(
+                    f"{path} has several columns {printable(twice[0])}: rename them, or write a row for each"
+                )
             rows = []
             for row in reader:
                 if any(row.get(None, ())):  # the key of fields without a column
                     raise DataError(
-                        f"line {reader.line_num} of {path} has more fields than the {len(reader.fieldnames or ())} "
+                        f"line {reader.line_num} of {path} has more fields than the {len(names)} "
                         f"columns: put texts that contain {delimiter!r} in quotes"
                     )
                 rows.append(row)
-            return reader.fieldnames or [], rows
+            return names, rows
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{path} is not a readable table: {error}; save it in UTF-8, with quotes closed") from error
     if path.suffix != ".parquet":

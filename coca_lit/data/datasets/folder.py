@@ -174,8 +174,10 @@ def _rows(path: Path) -> Iterator[tuple[str, Iterable[str], str | None]]:
             if not isinstance(name, str):
                 raise TypeError(f"expected the name of a file, got {name!r:.80}")
             if name.strip():
+                if isinstance(texts, str) and texts.startswith("[") and texts.endswith("]"):
+                    raise DataError(f"{path} has a list in one field, {printable(texts[:80])}: write a row per caption")
                 texts = texts if isinstance(texts, list) else [texts]
-                yield name.strip(), clean(texts), split_of(row, path)
+                yield PurePosixPath(name.strip()).as_posix(), clean(texts), split_of(row, path)  # ./a.jpg is a.jpg
 
 
 def split_of(row: Mapping[str, Any], path: Path) -> str | None:

@@ -116,7 +116,8 @@ def load_index(shard: Shard, fallback_dir: Path) -> TarIndex | None:
     what is not an index of this shard in every detail counts as none.
     """
     index = read_index(shard, index_path(shard, fallback_dir))
-    return index if index and index.stamp == shard.stamp() else None
+    known = [shard.stamp()] + ([cast("RemoteShard", shard).stamp_of_headers()] if shard.is_remote else [])
+    return index if index and index.stamp in known else None
 
 
 def make_index(shard: Shard, fallback_dir: Path, file: BinaryIO | None = None) -> TarIndex:
@@ -125,7 +126,8 @@ def make_index(shard: Shard, fallback_dir: Path, file: BinaryIO | None = None) -
     Args:
         file: a remote shard of which only the headers are read.
     """
-    bad, stamp = BadSamples(1.0, quiet=True), shard.stamp()
+    bad = BadSamples(1.0, quiet=True)
+    stamp = shard.stamp() if file is None else cast("RemoteShard", shard).stamp_of_headers()
     rows = [
         (fields["__key__"].encode(), [next((fields[name] for name in n if name in fields), (0, 0)) for n in FILES])
         for fields in read_fields(shard, bad, verify=True, content=False, file=file)

@@ -29,13 +29,14 @@ from lightning.pytorch import Trainer
 from coca_lit.callbacks import Checkpoints
 from coca_lit.data.shards import listing
 from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.indexing import make_index
+from coca_lit.data.shards.indexing import load_index, make_index
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.remote import shards as remote_shards
 from coca_lit.data.shards.remote import store as object_store
 from coca_lit.data.shards.remote.cache import PARTIAL, ShardCache
-from coca_lit.data.shards.remote.store import RangeFile, StoreError
-from coca_lit.data.shards.shard import Shard
+from coca_lit.data.shards.remote.shards import RemoteShard
+from coca_lit.data.shards.remote.store import RangeFile, Stored, StoreError
+from coca_lit.data.shards.shard import ManifestEntry, Shard
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.tools.prepare.command import data as coca_data
 from helpers.datamodules import TOKENIZER, Recorder
@@ -171,6 +172,16 @@ def test_an_index_is_made_of_headers_whatever_fails(store, tmp_path, local, monk
     store.faults.extend(["", "", "reset", "", "cut", "internal"])
     assert make_index(shard, tmp_path, headers).places.tolist() == expected.places.tolist()
     assert headers.fetched < 0.7 * shard.stored.bytes
+
+
+def test_an_index_of_headers_is_of_its_version_also_beside_a_manifest(tmp_path, local):
+    """Nobody has compared the digest: the object may have been a wrong one."""
+    stored, entry = Stored(os.path.getsize(local / "00001.tar"), "1"), ManifestEntry(6, 0, "digest")
+    shard = RemoteShard("s3://bucket/00001.tar", entry, stored=stored, cache=ShardCache(tmp_path / "cache", 10**6))
+    with (local / "00001.tar").open("rb") as file:
+        make_index(shard, tmp_path, file)
+    assert load_index(shard, tmp_path) is not None
+    assert load_index(replace(shard, stored=stored._replace(version="2")), tmp_path) is None
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

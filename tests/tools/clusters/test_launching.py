@@ -163,13 +163,19 @@ def test_a_job_that_is_requeued_has_no_result() -> None:
 
 def test_one_process_launchers_refuse_large_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
     from omegaconf import OmegaConf
 
-    launcher = {"launcher": {"_target_": "x.JoblibLauncher"}}
+    config = {"launcher": {"_target_": "x.JoblibLauncher"}, "sweeper": {}, "mode": RunMode.MULTIRUN}
     monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
-    monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create(launcher))
+    monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create(config))
     check_processes(1)
     with pytest.raises(ConfigError, match=r"8.*trainer\.devices=1"):
+        check_processes(8)
+    config |= {"launcher": {"_target_": "x.BasicLauncher"}}
+    check_processes(8)
+    config |= {"sweeper": {"_target_": "x.OptunaSweeper"}}
+    with pytest.raises(ConfigError, match=r"each of 8 processes would ask the study"):
         check_processes(8)
 
 
