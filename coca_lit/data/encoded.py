@@ -13,14 +13,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from coca_lit.data.bad_samples import BadSample
 from coca_lit.data.pixels import check_bytes, decode_pixels, read_jpeg
-from coca_lit.data.transforms import (
-    Box,
-    RandomCrop,
-    as_tensor,
-    check_size,
-    random_box,
-    resized,
-)
+from coca_lit.data.transforms import Box, RandomCrop, as_tensor, random_box, resized
 from coca_lit.errors import DataError
 from coca_lit.models.inputs import Images
 from coca_lit.models.packing import to_device
@@ -53,7 +46,6 @@ class CropOfEncoded:
     """
 
     def __init__(self, size: int, decode: Literal["reduced", "device"]) -> None:
-        check_size(size)
         self.size, self.decode = size, decode
 
     def __call__(self, content: bytes, name: str, rng: random.Random, shard: str = "") -> Tensor | EncodedCrop:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index
 from coca_lit.data.prefetch import worker_options
@@ -54,6 +54,11 @@ OF_PLACES = re.compile(  # "on the left", "left of it", "left and right", but no
 )
 ENGLISH = frozenset(["and", "of", "the", "with"])  # words that other languages do not have
 LEAST_ENGLISH = 0.04  # share of these words; 0.096 in captions of Flickr8k
+
+
+class _Unread(NamedTuple):
+    reason: str
+    may_pass: bool  # another attempt may read it: it is the disk, the rights or a package that is missing
 
 
 class FeatureCache:
@@ -148,11 +153,11 @@ class FeatureCache:
         Raises `DataError` for one that another attempt may read: what is written stays for all later runs.
         """
         encoder, done = self.encoder.to(device).eval(), 0
-        pixels = _Pixels(records, functools.partial(self._view, view))
         blank, first = cast(Tensor, self.plain(Image.new("RGB", (32, 32)))), records[0].image
         if isinstance(first, Clip):
             blank = blank.expand(first.count, -1, -1, -1)
-        for batch in DataLoader(pixels, BATCH, collate_fn=list, **worker_options(num_workers)):
+        read = functools.partial(self._read, view)
+        for batch in DataLoader(records, BATCH, collate_fn=read, **worker_options(num_workers)):  # type: ignore[arg-type]
             broken = [i for i, image in enumerate(batch) if not isinstance(image, Tensor)]
             for i in broken:
                 name = printable(str(records[done + i].id))
@@ -168,12 +173,21 @@ class FeatureCache:
             done += len(batch)
             yield done, features
 
-    def _view(self, view: int, record: Record) -> Tensor:
-        if view < 2:
-            pixels = cast(Tensor, loaded(record.image, self.plain))
-        else:
-            rng = random.Random(stable_seed("view", self.seed, view, record.id))
-            pixels = cast(Tensor, augmented(record.image, self.crop, rng))
+    def _read(self, view: int, records: Sequence[Record]) -> list[Tensor | _Unread]:
+        """Pixels of each record, or why there are none."""
+        return [self._view(view, record) for record in records]
+
+    def _view(self, view: int, record: Record) -> Tensor | _Unread:
+        try:
+            if view < 2:
+                pixels = cast(Tensor, loaded(record.image, self.plain))
+            else:
+                rng = random.Random(stable_seed("view", self.seed, view, record.id))
+                pixels = cast(Tensor, augmented(record.image, self.crop, rng))
+        except DataError as error:
+            cause = error.__cause__
+            system = may_pass(cause) and not isinstance(cause, FileNotFoundError)
+            return _Unread(str(error), system or isinstance(cause, ImportError))
         return pixels.flip(-1) if is_mirrored(view) else pixels
 
 
@@ -235,29 +249,6 @@ def _write_header(file: IO[bytes], folder: Path, shape: tuple[int, ...]) -> None
 def _describe(transform: Transform | TrainTransform) -> str:
     """Its `repr` without memory addresses."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(transform))
-
-
-class _Unread(NamedTuple):
-    reason: str
-    may_pass: bool  # another attempt may read it: it is the disk, the rights or a package that is missing
-
-
-class _Pixels(Dataset[Tensor | _Unread]):
-    """Pixels of each record, or why there are none."""
-
-    def __init__(self, records: Sequence[Record], transform: Callable[[Record], Tensor]) -> None:
-        self.records, self.transform = records, transform
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, i: int) -> Tensor | _Unread:
-        try:
-            return self.transform(self.records[i])
-        except DataError as error:
-            cause = error.__cause__
-            system = may_pass(cause) and not isinstance(cause, FileNotFoundError)
-            return _Unread(str(error), system or isinstance(cause, ImportError))
 
 
 class CachedCaptionDataset(CaptionDataset):

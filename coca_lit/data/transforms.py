@@ -53,8 +53,7 @@ class Box(NamedTuple):
 class RandomCrop:
     """For training: a random part of the image, resized to `size`."""
 
-    def __init__(self, size: int = 224) -> None:
-        check_size(size)
+    def __init__(self, size: int) -> None:
         self.size = size
 
     def __call__(self, pixels: Tensor, rng: random.Random, patches: int | None = None) -> Tensor:
@@ -140,11 +139,6 @@ def as_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def check_size(size: int) -> None:
-    if size < 1:
-        raise ValueError(f"the image size must be at least 1 pixel, not {size}")
-
-
 # Evaluation
 
 
@@ -164,7 +158,8 @@ def build_transform(
         patch_size, max_patches: the whole photo in its own shape, in at most `max_patches` patches; `size` and
             `resize_mode` then have no effect.
     """
-    check_size(size)
+    if size < 1:
+        raise ValueError(f"the image size must be at least 1 pixel, not {size}")
     preprocessing(size, interpolation, resize_mode)
     mode = InterpolationMode(interpolation)
     if patch_size is not None and max_patches is not None:

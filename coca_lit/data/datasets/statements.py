@@ -18,7 +18,7 @@ from coca_lit.data.datasets.annotations import (
     schema,
 )
 from coca_lit.data.datasets.folder import files_inside, held_out_splits, no_split, split_of
-from coca_lit.data.records import ImageFile, Listing, Record, not_found, records_on_disk
+from coca_lit.data.records import ImageFile, Listing, Record, records_on_disk
 from coca_lit.errors import DataError
 from coca_lit.reading import printable
 
@@ -143,9 +143,7 @@ def pair_labels(root: str | Path) -> list[str]:
 
 def _pairs(root: Path) -> tuple[Path, list[tuple[Listing, str | None]]]:
     """The table, and its rows, each with its split if it names one."""
-    path = next((root / name for name in PAIRS if (root / name).is_file()), None)
-    if path is None:
-        raise not_found("texts about images", [root], _HOW)
+    path = find_file("texts about images", [root / name for name in PAIRS], _HOW)
     rows: list[tuple[Listing, str | None]] = []
     columns: dict[str, str] = {}
     with schema(path, "the pairs'"):

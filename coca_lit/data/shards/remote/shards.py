@@ -3,6 +3,7 @@
 import fnmatch
 import functools
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -165,9 +166,7 @@ class Ahead:
             context.__exit__(None, None, None)
 
     def close(self) -> None:
-        with self._lock:
-            last = max(self._last.values(), default=0)
-        self.release(last + 1)
+        self.release(sys.maxsize)
         for _ in self._threads:
             self._queue.put(None)
 
