@@ -179,26 +179,26 @@ def render(number: int, size: int = 32, objects: int = 2) -> Image.Image:
     return image
 
 
-def boxes(number: int, size: int = 32, objects: int = 2) -> list[tuple[int, int, int, int]]:
-    """Left, top, right and bottom edge of each thing of a scene in pixels, in the order of the scene."""
+def boxes(number: int, size: int = 32) -> list[tuple[int, int, int, int]]:
+    """Left, top, right and bottom edge of each thing of a scene of two in pixels, in the order of the scene."""
     found = []
-    for _, (x, y), mask in _layout(number, size, objects)[1]:
+    for _, (x, y), mask in _layout(number, size)[1]:
         edges = zip(mask.getbbox() or (0, 0, 0, 0), (x, y, x, y), strict=True)
         left, top, right, bottom = (min(max(edge + offset, 0), size) for edge, offset in edges)
         found.append((left, top, right, bottom))
     return found
 
 
-def regions(number: int, size: int = 32, objects: int = 2) -> Image.Image:
-    """Which thing of a scene each pixel shows (mode L): 0 the background, 1 the first thing, and so on."""
+def regions(number: int, size: int = 32) -> Image.Image:
+    """Which thing of a scene of two each pixel shows (mode L): 0 the background, 1 the first thing, and so on."""
     image = Image.new("L", (size, size))
-    for place, (_, corner, mask) in enumerate(_layout(number, size, objects)[1], start=1):
+    for place, (_, corner, mask) in enumerate(_layout(number, size)[1], start=1):
         image.paste(place, corner, mask.point(lambda opacity: 255 * (opacity >= 128)))
     return image
 
 
 def _layout(
-    number: int, size: int, objects: int
+    number: int, size: int, objects: int = 2
 ) -> tuple[tuple[int, ...], list[tuple[Thing, tuple[int, int], Image.Image]]]:
     """The colour of the background; and each thing, with the corner and the mask by which it is drawn."""
     scene, rng = decode(number, objects), random.Random(number)

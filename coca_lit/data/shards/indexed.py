@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from coca_lit.data.bad_samples import BadSample, BadSampleError, LostShardError
 from coca_lit.data.batch import Example
@@ -243,7 +242,7 @@ class IndexedShards(TrainingExamples):
 
 
 @dataclass(eq=False)
-class IndexedBatches(Sampler[list[Index]]):
+class IndexedBatches:
     """A rank's batches, from global batch `start` to `stop` of a schedule, counted over all epochs."""
 
     sources: Sequence[Source]
@@ -260,9 +259,6 @@ class IndexedBatches(Sampler[list[Index]]):
         self.counts = [source.samples for source in self.sources]  # a sum over all shards
         self.starts = [0, *accumulate(self.counts)]  # of each source, in samples
         self._orders: dict[int, tuple[int, Tensor]] = {}  # of each source: its current pass and the order of that
-
-    def __len__(self) -> int:
-        return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[Index]]:
         for number in range(self.start, self.stop):

@@ -90,7 +90,7 @@ class RangeFile(BufferedIOBase):
         return self._position
 
 
-def list_folder(url: str, patience: float = PATIENCE) -> dict[str, Stored] | None:
+def list_folder(url: str, patience: float) -> dict[str, Stored] | None:
     """Files by name; none in a folder that does not exist, None from a web server. Raises as `ask`."""
     if _is_web(url):
         return None
