@@ -6,7 +6,7 @@ The commands print it and exit with code 1; every other exception is a bug and k
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral, Real
 from operator import ge, gt, le
@@ -81,6 +81,12 @@ def whole_number(name: str, value: Any, *, at_least: float | None = None) -> int
     number = int(value) if isinstance(value, float) and value.is_integer() else value
     check_number(name, number, whole=True, at_least=at_least)
     return int(number)
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raises `ValueError` unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:

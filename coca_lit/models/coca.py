@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_lit.errors import check_number
+from coca_lit.errors import check_choice, check_number
 from coca_lit.models.generation.generate import write_captions
 from coca_lit.models.image import ImageEncoder, ImagePooling, build_image_encoder
 from coca_lit.models.init import init_projection
@@ -168,7 +168,9 @@ class CoCa(Trainable):
         self.config["tokenizer"] = self.tokenizer.spec
         self.image_encoder = build_image_encoder(image_encoder, image_size, **(image_encoder_args or {}))
         self.pooling = build_pooling(pooler, self.image_encoder, embed_dim, pooler_queries, pooler_heads, text_width)
-        self.pooling.see_clips(frame_pooling, frame_positions, self.image_encoder.width)
+        self.pooling.frame_pooling = frame_pooling
+        if frame_positions:
+            self.pooling.frame_positions = nn.Parameter(torch.empty(frame_positions, 1, self.image_encoder.width))
         self.image_projection: nn.Module = nn.Identity()
         if self.pooling.projected:
             self.image_projection = nn.Linear(self.pooling.vector_width, embed_dim, bias=False)
@@ -364,8 +366,7 @@ def build_pooling(
     variant: str, encoder: ImageEncoder, width: int, queries: int, heads: int, text_width: int
 ) -> Pooling:
     """The pooling of a name, from tokens of the encoder to a vector, and tokens of `width` or the text's width."""
-    if variant not in get_args(Pooler):
-        raise ValueError(f"pooler must be {' or '.join(map(repr, get_args(Pooler)))}, got '{variant}'")
+    check_choice("pooler", variant, get_args(Pooler))
     if encoder.takes_patches != variant.startswith("masked_"):
         raise ValueError(
             f"poolers masked_parallel and masked_cascade belong to naflex, got {variant} with {type(encoder).__name__}"
@@ -392,9 +393,7 @@ def _check(config: Mapping[str, Any]) -> None:
     check_number("decoder_layers", config["decoder_layers"], whole=True, at_least=0)
     check_number("dropout", config["dropout"], at_least=0, at_most=1)
     check_number("frame_positions", config["frame_positions"], whole=True, at_least=0)
-    choices = {"contrastive": Contrastive, "cls_mask": ClsMask, "frame_pooling": FramePooling}
-    for name, kinds in ((name, get_args(kind)) for name, kind in choices.items()):
-        if config[name] not in kinds:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, kinds))}, got '{config[name]}'")
+    for name, kind in {"contrastive": Contrastive, "cls_mask": ClsMask, "frame_pooling": FramePooling}.items():
+        check_choice(name, config[name], get_args(kind))
     if config["decoder_layers"] and config["pooler"] == "single" and config["pooler_queries"] < 2:
         raise ValueError("pooler_queries must be at least 2 for the single pooler: the first is the contrastive vector")

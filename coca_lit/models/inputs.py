@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.data.naflex_transforms import get_image_size_for_seq
 from torch import Tensor
 
+from coca_lit.errors import check_choice
 from coca_lit.models.packing import to_device
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -46,15 +47,33 @@ def expect_batch(images: Tensor) -> None:
 
 def preprocessing(size: int, interpolation: Interpolation, resize_mode: ResizeMode) -> Preprocessing:
     """Raises `ValueError` for a name that does not exist."""
-    if interpolation not in get_args(Interpolation):
-        raise ValueError(f"interpolation must be one of {', '.join(get_args(Interpolation))}, got {interpolation!r}")
-    if resize_mode not in get_args(ResizeMode):
-        raise ValueError(f"resize_mode must be one of {', '.join(get_args(ResizeMode))}, got {resize_mode!r}")
+    check_choice("interpolation", interpolation, get_args(Interpolation))
+    check_choice("resize_mode", resize_mode, get_args(ResizeMode))
     return {"size": size, "interpolation": interpolation, "resize_mode": resize_mode}
 
 
 @dataclass(frozen=True, eq=False)
-class Patches:
+class Rows:
+    """A batch of another form than pixels; what a tensor of pixels does, it does too."""
+
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        return replace(self, rows=self.rows.to(device, non_blocking=non_blocking))
+
+    def detach(self) -> Self:
+        return replace(self, rows=self.rows.detach())
+
+
+@dataclass(frozen=True, eq=False)
+class Patches(Rows):
     """An image of any shape, or with a dimension B in front of all tensors a batch of them, cut into square patches.
 
     Attributes:
@@ -64,7 +83,6 @@ class Patches:
             them, and to read them from a GPU the host would wait for it.
     """
 
-    rows: Tensor
     grids: Tensor
 
     @classmethod
@@ -116,27 +134,12 @@ class Patches:
         cells = self.rows[: height * width].unflatten(-1, (side, side, 3)).unflatten(0, (height, width))
         return cells.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)
 
-    # What a batch of pixels, a tensor, does too.
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def __getitem__(self, index: int | slice | Sequence[int] | None) -> Self:
         """Some images of a batch, or one; with None a batch of one image."""
         return replace(self, rows=self.rows[index], grids=self.grids[index])
 
-    @property
-    def device(self) -> torch.device:
-        return self.rows.device
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        return replace(self, rows=self.rows.to(device, non_blocking=non_blocking))
-
     def pin_memory(self) -> Self:
         return replace(self, rows=self.rows.pin_memory())
-
-    def detach(self) -> Self:
-        return replace(self, rows=self.rows.detach())
 
     def split(self, size: int) -> list[Self]:
         return [self[start : start + size] for start in range(0, len(self), size)]
@@ -167,30 +170,12 @@ def patch_grid(height: int, width: int, patch_size: int, max_patches: int) -> tu
     return size
 
 
-@dataclass(frozen=True, eq=False)
-class EncodedFrames:
+class EncodedFrames(Rows):
     """A batch of clips, F frames in the place of an image, after an image encoder, which sees each frame by itself.
 
     Attributes:
         rows: tokens (B, F, S, C).
     """
-
-    rows: Tensor
-
-    # What a batch of pixels, a tensor, does too.
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def device(self) -> torch.device:
-        return self.rows.device
-
-    def to(self, device: torch.device | str) -> Self:
-        return type(self)(self.rows.to(device))
-
-    def detach(self) -> Self:
-        return type(self)(self.rows.detach())
 
 
 def joined(encoded: Tensor | EncodedFrames) -> Tensor:

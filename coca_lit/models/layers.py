@@ -232,6 +232,8 @@ class Pooling(nn.Module, ABC):
     Attributes:
         vector_width, token_width: of the contrastive vector and of the decoder's tokens.
         projected: whether `CoCa.image_projection` follows the vector.
+        frame_pooling, frame_positions: how clips are pooled, and the learned positions (F, 1, C) of their frames, see
+            `CoCa`, which sets both.
     """
 
     vector_width: int
@@ -243,12 +245,6 @@ class Pooling(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.register_parameter("frame_positions", None)
-
-    def see_clips(self, frame_pooling: FramePooling, frame_positions: int, context_width: int) -> None:
-        """How clips are pooled, and for how many frames there is a learned position, see `CoCa`."""
-        self.frame_pooling = frame_pooling
-        if frame_positions:
-            self.frame_positions = nn.Parameter(torch.empty(frame_positions, 1, context_width))
 
     @abstractmethod
     def parts_of_loss(self, loss: str) -> list[str]:

@@ -32,6 +32,7 @@ class Layout:
         positions: (L,), 0 … L - 1, on the host.
         mask: (B, L), False where the grid is padding, on the host.
         cpu_lengths: the lengths of packed texts whose rows are on a CPU; else None.
+        ends: (B + 1,) int32, packed row at which each text begins, and the end of the last, if on CUDA; else None.
     """
 
     def __init__(
@@ -53,12 +54,12 @@ class Layout:
         self.cpu_lengths: list[int] | None = lengths.tolist() if packed and self.device.type == "cpu" else None
         self._starts = lengths.cumsum(0) - lengths  # (B,), packed row at which each text begins
         self._rows: Tensor | None = None  # (N,), places in the grid
-        self._ends: Tensor | None = None
+        self.ends: Tensor | None = None
         if packed:
             self._rows = to_device(self.mask.flatten().nonzero().squeeze(1), self.device)
             if self.device.type == "cuda":
                 ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-                self._ends = to_device(ends, self.device)
+                self.ends = to_device(ends, self.device)
 
     def pack(self, grid: Tensor) -> Tensor:
         """(B, L, …) -> (N, …) if the layout is packed, else the grid unchanged."""
@@ -79,11 +80,6 @@ class Layout:
             return rows
         grid = rows.new_zeros(self.batch_size * self.max_length, *rows.shape[1:])
         return grid.index_copy(0, self._rows, rows).unflatten(0, (self.batch_size, self.max_length))
-
-    def ends(self) -> Tensor:
-        """(B + 1,) int32, packed row at which each text begins, and the end of the last, on a GPU."""
-        assert self._ends is not None
-        return self._ends
 
     def gather_at(self, rows: Tensor, positions: Tensor) -> Tensor:
         """The row at one position (B,), on the host, of each text: (B, …)."""

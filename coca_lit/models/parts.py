@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from coca_lit.errors import check_choice
 from coca_lit.models import kernels
 
 if TYPE_CHECKING:
@@ -110,10 +111,7 @@ class Trainable(nn.Module):
         blocks: every transformer block, for about a third more time. cross_attention: the decoder's cross blocks, whose
         keys and values of the image tokens are the largest tensors that short captions leave, for about 6 % more.
         """
-        if kind not in get_args(GradCheckpointing):
-            raise ValueError(
-                f"grad_checkpointing must be one of {', '.join(get_args(GradCheckpointing))}, got {kind!r}"
-            )
+        check_choice("grad_checkpointing", kind, get_args(GradCheckpointing))
         self.image_encoder.set_grad_checkpointing(kind == "blocks")
         for part in (self.text, self.decoder):
             if part is not None:

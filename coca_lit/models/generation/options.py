@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_args, get_origin
 
-from coca_lit.errors import check_number, suggest
+from coca_lit.errors import check_choice, check_number, suggest
 
 if TYPE_CHECKING:
     import torch
@@ -188,8 +188,8 @@ def complete(options: Mapping[str, Any]) -> Options:
     for name, value in given.items():
         option, hint = OPTIONS[name], get_args(GenerateOptions.__annotations__[name])[0]
         choices = [c for part in (hint, *get_args(hint)) if get_origin(part) is Literal for c in get_args(part)]
-        if choices and value not in choices:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+        if choices:
+            check_choice(name, value, choices)
         kind = value_type(name)
         if name == "cut_at" and not isinstance(value, str):
             raise ValueError(f"cut_at must be a text, got {value!r}: quote a number twice, '\"1\"'")

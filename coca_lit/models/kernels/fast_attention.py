@@ -259,7 +259,7 @@ def _kernel() -> Any:
 def attend_within(qkv: Tensor, heads: int, layout: Layout) -> Tensor:
     """Causal attention within each text: qkv (N, 3·H·W) -> (N, H·W)."""
     q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)  # each (N, H, W)
-    ends, longest = layout.ends(), layout.max_length
+    ends, longest = layout.ends, layout.max_length
     return _kernel()(q, k, v, ends, ends, longest, longest, window_size=(-1, 0)).flatten(1)
 
 
@@ -267,5 +267,5 @@ def attend_to_images(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Attention of each text to the tokens of its image: q (N, H, W), k, v (B, S, H, W) -> (N, H·W)."""
     tokens = k.shape[1]
     ends = torch.arange(0, (len(k) + 1) * tokens, tokens, dtype=torch.int32, device=k.device)
-    out = _kernel()(q, k.flatten(0, 1), v.flatten(0, 1), layout.ends(), ends, layout.max_length, tokens)
+    out = _kernel()(q, k.flatten(0, 1), v.flatten(0, 1), layout.ends, ends, layout.max_length, tokens)
     return out.flatten(1)

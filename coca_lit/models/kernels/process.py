@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from coca_lit.errors import check_choice
+
 Fp32Matmul = Literal["auto", "mkl", "onednn"]
 
 # Smaller networks lose more to the kernels that oneDNN builds for every new number of packed rows than they gain.
@@ -70,8 +72,7 @@ def use_fp32_matmul(library: Fp32Matmul, parameters: int | None = None) -> str:
     Raises:
         ValueError: an unknown library, or oneDNN was demanded where it is missing or rounds.
     """
-    if library not in get_args(Fp32Matmul):
-        raise ValueError(f"fp32_matmul must be one of {', '.join(get_args(Fp32Matmul))}, got {library!r}")
+    check_choice("fp32_matmul", library, get_args(Fp32Matmul))
     if library == "mkl":
         _set_onednn(False)
         return "mkl, as configured"

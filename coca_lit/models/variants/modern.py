@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_lit.errors import check_names, check_number
+from coca_lit.errors import check_choice, check_names, check_number
 from coca_lit.models import kernels
 from coca_lit.models.init import init_projection
 from coca_lit.models.layers import KeysValues, attend_cached, by_image, merge_heads, split_heads
@@ -229,8 +229,7 @@ class ModernTextTower(Tower):
 
     def __init__(self, sizes: TextSizes, pool: TextPool = "eos", **style: Any) -> None:
         super().__init__(sizes)
-        if pool not in get_args(TextPool):
-            raise ValueError(f"pool must be one of {', '.join(get_args(TextPool))}, got {pool!r}")
+        check_choice("pool", pool, get_args(TextPool))
         check_names("text_tower_args", style, ("pool", *Style._fields))
         width, heads = sizes.width, sizes.heads
         self.style = Style.of(width, **style)
