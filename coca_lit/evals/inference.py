@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -177,22 +177,9 @@ def evaluating(model: DualEncoder, function: Callable[[Any], Any], argument: Any
         model.train(was_training)
 
 
-class _Images(Dataset[tuple[int, list[Images]]]):
-    def __init__(self, records: Sequence[Record], transform: Transform) -> None:
-        self.records = records
-        self.positions = range(rank(), len(records), world_size())
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, index: int) -> tuple[int, list[Images]]:
-        position = self.positions[index]
-        return position, [loaded(image, self.transform) for image in self.records[position].images]
-
-
-def _collate(items: list[tuple[int, list[Images]]]) -> tuple[list[int], Images]:
-    return [position for position, _ in items], stack_images([image for _, images in items for image in images])
+def _pixels(transform: Transform, records: Sequence[Record]) -> Images:
+    """Of all images of some records, in a worker."""
+    return stack_images([loaded(image, transform) for record in records for image in record.images])
 
 
 def image_batches(
@@ -201,8 +188,9 @@ def image_batches(
     """This rank's positions in `records` and their pixels (B, 3, H, W), of clips (B, F, 3, H, W), or `Patches`, on the
     model's device; of records with n images (n · B, 3, H, W).
     """
-    images = _Images(records, build_transform(**model.preprocessing))
-    for positions, pixels in DataLoader(
-        images, batch_size=batch_size, collate_fn=_collate, **worker_options(num_workers)
-    ):
+    own, every = range(rank(), len(records), world_size()), cast(Dataset[Record], records)
+    parts = [list(own[start : start + batch_size]) for start in range(0, len(own), batch_size)]
+    load = partial(_pixels, build_transform(**model.preprocessing))
+    loader = DataLoader(every, batch_sampler=parts, collate_fn=load, **worker_options(num_workers))
+    for positions, pixels in zip(parts, loader, strict=True):
         yield positions, pixels.to(model.device, non_blocking=True)
