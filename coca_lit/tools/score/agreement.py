@@ -9,6 +9,7 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,18 +19,23 @@ from pycocoevalcap.rouge.rouge import Rouge
 from scipy.sparse import csr_array
 from scipy.stats import kendalltau
 
+from coca_lit.errors import DataError
 from coca_lit.metrics.cider import CiderD
 from coca_lit.metrics.java.meteor import shared_meteor, warm_up
 from coca_lit.metrics.java.runtime import JavaError, ptb_tokenize
 from coca_lit.metrics.java.spice import Progress, shared_spice
 from coca_lit.metrics.uncertainty import Difference, Draws, Resampled, bootstrap, difference
-from coca_lit.tools.score.judgments import Judged
+from coca_lit.progress import ProgressBar
+from coca_lit.reading import printable
+from coca_lit.runs.scores import score_name
+from coca_lit.tools.score.judgments import Judged, read_judgments
 
 MAX_UNITS = 4096  # drawn; of more images, some are drawn together
 ROWS = 256  # grades that are compared with all others at a time
 AT_ONCE = 100  # draws whose counts of values are in memory
 SHARES = np.linspace(0, 1, 21)  # of the second score in a mixture
-TAUS = ("tau_b", "tau_c")
+TAUS = {"tau_b": "Kendall's tau-b", "tau_c": "Kendall's tau-c"}
+USUAL = "CIDEr"  # with which other scores are compared
 
 Scores = dict[str, np.ndarray]  # score -> a value for each candidate
 Measured = dict[str, Draws]  # score -> its agreement with people
@@ -269,3 +275,74 @@ def reference_scores(judged: Judged, progress: Progress | None = None) -> tuple[
     except (RuntimeError, FileNotFoundError) as error:
         not_run["SPICE"] = str(error)
     return scores, not_run
+
+
+# `coca-score --judgments`: a table of scores and how well people agree with them
+
+
+def judge_files(files: Sequence[Path], captions: Path | None = None) -> dict[str, float]:
+    """Prints how well scores against references agree with the judgements of each file; returns the numbers as
+    "FILE/tau_b_CIDEr".
+
+    Raises:
+        DataError: see `read_judgments`.
+    """
+    everything = [read_judgments(path, captions) for path in files]  # mistakes first: scoring takes minutes
+    if len({judged.name for judged in everything}) < len(everything):
+        raise DataError("two files of judgements have the same name, by which their scores are told apart: rename one")
+    scores: dict[str, float] = {}
+    for judged in everything:
+        images = len({candidate.image for candidate in judged.candidates})
+        parts = [f"{judged.name}: {len(judged.candidates):,} captions of {images:,} images"]
+        if judged.grades:
+            judges = len({grade.judge for grade in judged.grades})
+            several = f" of {judges} judges, each a point of its own (mean grades give other numbers)"
+            parts.append(f"{len(judged.grades):,} grades" + (several if judges > 1 else ""))
+        if judged.preferences:
+            parts.append(f"{len(judged.preferences):,} pairs of which people prefer one")
+        if judged.left_out:
+            parts.append(f"{judged.left_out:,} left out: {judged.why_left_out}")
+        print(printable("; ".join(parts)), flush=True)
+        with ProgressBar("SPICE", "captions") as bar:
+            found, not_run = reference_scores(judged, progress=bar.reach)
+        of = agreement(judged, found)
+        for measure in of.by:
+            for line in _table(of, measure):
+                print(line)
+        for name, reason in not_run.items():
+            print(printable(f"{name} not run: {reason}"))
+        for measure, by_score in of.by.items():
+            scores |= {f"{judged.name}/{measure}_{name}": draws.score for name, draws in by_score.items()}
+        print(flush=True)
+    return scores
+
+
+def _table(of: Agreement, measure: str) -> list[str]:
+    """A line for each score, with its interval and its difference from CIDEr."""
+    found = of.by[measure]
+    accuracy = f"accuracy on pairs {measure.removesuffix('accuracy')}".strip()
+    title = f"{TAUS[measure]}, times 100" if measure in TAUS else f"{accuracy}, %"
+    rows = [(title, "", "", f"minus {USUAL}", "", "p")]
+    for name, draws in found.items():
+        row = (score_name(name).removesuffix(", %"), *_cells(draws))
+        if name == USUAL:
+            rows.append((*row, "", "", ""))
+            continue
+        gap = difference(found[USUAL], draws)
+        rows.append((*row, f"{100 * gap.value:+.1f}", f"[{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]", f"{gap.p:.3f}"))
+    if measure in of.people:
+        rows.append(("people with each other", *_cells(of.people[measure]), "", "", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return ["", *(f"  {line.rstrip()}" for line in lines)]
+
+
+def _cells(draws: Draws) -> tuple[str, str]:
+    low, high = draws.interval()
+    return f"{100 * draws.score:.1f}", f"[{100 * low:.1f}, {100 * high:.1f}]"

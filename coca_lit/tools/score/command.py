@@ -97,7 +97,7 @@ def score(arguments: Sequence[str] | None = None) -> None:
                     if not all(isinstance(value, int | float | None) for value in known.values()):
                         raise ValueError(f"{options.output} holds something else than scores: choose another")
         if options.judgments:
-            from coca_lit.tools.score.judging import judge_files
+            from coca_lit.tools.score.agreement import judge_files
 
             scores = judge_files(options.judgments, options.captions)
         else:

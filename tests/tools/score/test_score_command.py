@@ -181,7 +181,7 @@ def test_options_that_would_be_ignored_are_refused(words, capsys):
 def test_judgments_without_a_tau(tmp_path, monkeypatch):
     """Equal grades have no rank correlation: JSON has null for it, and the file may be written again."""
     scores = {"CIDEr": np.arange(3.0)}  # the real scores need Java
-    monkeypatch.setattr("coca_lit.tools.score.judging.reference_scores", lambda *_, **__: (scores, {}))
+    monkeypatch.setattr("coca_lit.tools.score.agreement.reference_scores", lambda *_, **__: (scores, {}))
     table, output = tmp_path / "mine.csv", tmp_path / "scores.json"
     table.write_text("image,caption,grade\n" + "".join(f"{name},a hat,2\n" for name in REFERENCES))
     for _ in range(2):
