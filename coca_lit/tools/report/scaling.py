@@ -8,8 +8,7 @@ of one point.
 
 import csv
 import io
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -250,7 +249,7 @@ def write_scaling(
 
 def _said(score: str, family: str, found: Scaling) -> list[str]:
     def shown(value: float) -> str:
-        return f"{_shown(score, value):.1f}"
+        return f"{in_print_units(score, abs(value)):.1f}"  # without a changed sign
 
     law, (low, high) = found.law, np.quantile([draw.c for draw in found.draws], (0.025, 0.975))
     title = " ".join(filter(None, (family, score_name(score))))
@@ -268,16 +267,11 @@ def _said(score: str, family: str, found: Scaling) -> list[str]:
     return lines
 
 
-def _shown(score: str, value: float) -> float:
-    """In the units of papers, without a changed sign."""
-    return in_print_units(score, abs(value))
-
-
 def _drawn(panels: dict[str, dict[str, Scaling]]) -> bytes:
     figure = Figure(figsize=(5.2 * len(panels), 3.8), dpi=160, layout="constrained")
     for axes, (score, laws) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for number, (family, found) in enumerate(laws.items()):
-            _draw_law(axes, f"C{number}", family, found, partial(_shown, score))
+            _draw_law(axes, f"C{number}", family, found, in_print_units(score, 1.0))
         axes.set(
             xscale="log", xlabel="training compute, GFLOP", ylabel=score_name(score), title=score.partition("/")[0]
         )
@@ -286,23 +280,22 @@ def _drawn(panels: dict[str, dict[str, Scaling]]) -> bytes:
     return png_of(figure)
 
 
-def _draw_law(axes: Axes, colour: str, family: str, found: Scaling, shown: Callable[[float], float]) -> None:
-    units = np.vectorize(shown, otypes=[float])
+def _draw_law(axes: Axes, colour: str, family: str, found: Scaling, unit: float) -> None:
+    """Scores in the unit of papers, without a changed sign."""
     computes = [point.compute for point in found.points]
     compute = np.geomspace(min(computes), max(computes), num=100)
     curves = np.array([draw(compute) for draw in found.draws])
-    axes.fill_between(compute, *units(np.quantile(curves, (0.025, 0.975), axis=0)), color=colour, alpha=0.15)
-    axes.plot(
-        compute, units(found.law(compute)), color=colour, label=f"{family} {len(found.fitted)} runs fitted".strip()
-    )
+    low_curve, high_curve = unit * np.abs(np.quantile(curves, (0.025, 0.975), axis=0))
+    axes.fill_between(compute, low_curve, high_curve, color=colour, alpha=0.15)
+    label = f"{family} {len(found.fitted)} runs fitted".strip()
+    axes.plot(compute, unit * np.abs(found.law(compute)), color=colour, label=label)
     fitted = set(map(id, found.fitted))
     rest = [point for point in found.points if id(point) not in fitted]
     for points, marker, alpha in ((found.fitted, "o", 1.0), (rest, ".", 0.3)):
-        axes.plot(
-            [p.compute for p in points], [shown(p.score) for p in points], marker, color=colour, alpha=alpha, ms=4
-        )
+        scores = [unit * abs(p.score) for p in points]
+        axes.plot([p.compute for p in points], scores, marker, color=colour, alpha=alpha, ms=4)
     for point, expected, low, high in found.held_out:
-        middle, low, high = (shown(y) for y in (expected, low, high))
+        middle, low, high = (unit * abs(y) for y in (expected, low, high))
         errors = [[abs(middle - min(low, high))], [abs(max(low, high) - middle)]]
         axes.errorbar([point.compute], [middle], errors, color=colour, capsize=3, fmt="_")
-        axes.plot([point.compute], [shown(point.score)], "x", color=colour)
+        axes.plot([point.compute], [unit * abs(point.score)], "x", color=colour)
