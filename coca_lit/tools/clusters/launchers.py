@@ -14,12 +14,12 @@ import subprocess
 import sys
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from multiprocessing import connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job, setup_globals
@@ -37,12 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit codes of a run that a signal stopped, with all saved
-
-
-class Runnable(Protocol):
-    """A picklable job."""
-
-    def __call__(self) -> Any: ...
+Runnable = Callable[[], Any]  # a picklable job
 
 
 def require(choice: str, extra: str, package: str) -> None:
@@ -107,15 +102,12 @@ class JobsLauncher(Launcher):
         jobs = [Job(overrides, initial_job_idx + i, *shared) for i, overrides in enumerate(job_overrides)]
         for job in jobs:
             log.info("#%d: %s", job.number, " ".join(filter_overrides(job.overrides)))
-        results = []
         outcomes = dict(self.run(jobs))
         for i, job in enumerate(jobs):
-            outcome = outcomes[i]
-            if isinstance(outcome, str):
-                record_death(job.compose(), f"job {job.number}: {outcome}")
-                outcome = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
-            results.append(outcome)
-        return results
+            if isinstance(outcomes[i], str):
+                record_death(job.compose(), f"job {job.number}: {outcomes[i]}")
+                outcomes[i] = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
+        return [outcomes[i] for i in range(len(jobs))]
 
     @abstractmethod
     def run(self, jobs: Sequence[Runnable]) -> Iterator[tuple[int, Any]]:

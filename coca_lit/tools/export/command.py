@@ -31,7 +31,7 @@ def run(cfg: DictConfig) -> None:
     """
     output = Path(str(cfg.output))
     with error_context("format"):
-        write = _writer(cfg.format, str(cfg.version), cfg.correct_cls_mask, cfg.max_int8_loss, cfg.frames)
+        write = _writer(cfg)
     from coca_lit.tools.export.folder import Mixture, check_output, new_folder, write_card
     from coca_lit.weights import hub
     from coca_lit.weights.computation import interpolate
@@ -64,20 +64,17 @@ def run(cfg: DictConfig) -> None:
         print(f"and on the Hub, as {hub.push(output, cfg.push_to)}")
 
 
-def _writer(
-    name: str, version: str, correct_cls_mask: bool, max_int8_loss: float, frames: int
-) -> "Callable[[CoCa, Path], Exported]":
-    """The function that writes a format."""
-    if frames and name != "onnx":
-        raise ConfigError(f"frames belongs to format=onnx, but the format is {name}: leave it out")
+def _writer(cfg: DictConfig) -> "Callable[[CoCa, Path], Exported]":
+    """The function that writes the format."""
+    name, version = cfg.format, str(cfg.version)
+    given = {"frames": cfg.frames, "correct_cls_mask": cfg.correct_cls_mask, "version": version != "3.3"}
+    for key in filter(given.get, given):
+        if name != (owner := "onnx" if key == "frames" else "open_clip"):
+            raise ConfigError(f"{key} belongs to format={owner}, but the format is {name}: leave it out")
     if name == "open_clip":
         from coca_lit.tools.export.open_clip import write_open_clip
 
-        return lambda model, folder: write_open_clip(model, folder, correct_cls_mask, version)
-    if correct_cls_mask:
-        raise ConfigError(f"correct_cls_mask belongs to format=open_clip, but the format is {name}: leave it out")
-    if version != "3.3":
-        raise ConfigError(f"version belongs to format=open_clip, but the format is {name}: leave it out")
+        return lambda model, folder: write_open_clip(model, folder, cfg.correct_cls_mask, version)
     if name == "safetensors":
         from coca_lit.tools.export.folder import write_safetensors
 
@@ -87,7 +84,7 @@ def _writer(
             raise ValueError(f"onnx needs {', '.join(missing)}: pip install 'coca_lit[onnx]'")
         from coca_lit.tools.export.onnx import write_onnx
 
-        return lambda model, folder: write_onnx(model, folder, max_int8_loss, frames)
+        return lambda model, folder: write_onnx(model, folder, cfg.max_int8_loss, cfg.frames)
     raise ValueError(f"there is no format '{name}'{suggest(name, FORMATS)} The formats: {', '.join(FORMATS)}")
 
 

@@ -160,13 +160,12 @@ def _prepare(options: argparse.Namespace) -> None:
     from coca_lit.data.shards.listing import local_shards
     from coca_lit.data.shards.shard import write_manifest
     from coca_lit.tools.prepare import write as prepare
-    from coca_lit.tools.prepare.write import read_pairs
 
     every_caption = ""  # else a run trains on the first of each photo
     if options.source.is_dir() and [*options.source.glob("*.tar")]:
         tasks = [prepare.Task(*numbered) for numbered in enumerate(local_shards(str(options.source)))]
     else:
-        pairs = read_pairs(options.source, options.image_column, options.caption_column, options.split)
+        pairs = prepare.read_pairs(options.source, options.image_column, options.caption_column, options.split)
         tasks = prepare.plan_pairs(pairs, options.samples_per_shard)
         if any(len(pair.captions) > 1 for pair in pairs):
             every_caption = " data.caption_keys=captions"
