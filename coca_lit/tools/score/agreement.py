@@ -8,7 +8,6 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from coca_lit.metrics.cider import CiderD
 from coca_lit.metrics.java.meteor import shared_meteor, warm_up
 from coca_lit.metrics.java.runtime import JavaError, ptb_tokenize
 from coca_lit.metrics.java.spice import Progress, shared_spice
-from coca_lit.metrics.uncertainty import Difference, Draws, Resampled, bootstrap, difference
+from coca_lit.metrics.uncertainty import Draws, Resampled, bootstrap, difference
 from coca_lit.progress import ProgressBar
 from coca_lit.reading import printable
 from coca_lit.runs.scores import score_name
@@ -52,11 +51,6 @@ class Agreement(NamedTuple):
 
     by: dict[str, Measured]
     people: Measured
-
-    def differences(self, measure: str) -> dict[tuple[str, str], Difference]:
-        """(first, second) score -> second minus first, for all pairs of scores."""
-        found = self.by[measure]
-        return {(a, b): difference(found[a], found[b]) for a, b in combinations(found, 2)}
 
 
 def agreement(judged: Judged, scores: Mapping[str, np.ndarray]) -> Agreement:

@@ -13,7 +13,7 @@ from scipy.stats import kendalltau
 
 from coca_lit.metrics.cider import CiderD
 from coca_lit.metrics.java.runtime import ptb_tokenize
-from coca_lit.metrics.uncertainty import DRAWS, resamples
+from coca_lit.metrics.uncertainty import DRAWS, difference, resamples
 from coca_lit.tools.score.agreement import agreement, kendall, mixtures, reference_scores
 from coca_lit.tools.score.judgments import Candidate, Grade, Judged, Preference, read_judgments
 from helpers.shared_data import SHARED
@@ -68,7 +68,7 @@ def test_an_image_is_drawn_with_all_its_captions() -> None:
         assert len(draws.values) == DRAWS
         low, high = draws.interval()
         assert -1 <= low <= draws.score <= high <= 1
-    gap = agreement(everything, scores).differences("tau_c")["noisy", "tied"]
+    gap = difference(by["tau_c"]["noisy"], by["tau_c"]["tied"])
     assert gap.value < 0
     assert not gap.noise
 
