@@ -61,6 +61,6 @@ def in_order(
     checkpoints = [callback for callback in chosen if isinstance(callback, Checkpoints)]
     others = [callback for callback in chosen if callback not in checkpoints]
     averaging = [Averaging(ema)] if ema is not None else []
-    always = [SamplesSeen(), SourceCounts(), LogRunFacts(config), RunSummary(output_dir)]
     same = SameOnAllRanks({"run folder": output_dir, "first step": first_step})
-    return [same, *checkpoints, *averaging, scoring, *others, *always]
+    always = [same, SamplesSeen(), SourceCounts(), LogRunFacts(config), RunSummary(output_dir)]
+    return [*checkpoints, *averaging, scoring, *others, *always]
