@@ -24,6 +24,7 @@ from coca_lit.errors import DataError
 from coca_lit.evals.base import Evaluation
 from coca_lit.evals.classification import ZeroShotScores
 from coca_lit.evals.retrieval import RetrievalScores
+from coca_lit.reading import MAX_JSON, read_bounded
 
 log = logging.getLogger(__name__)
 
@@ -203,9 +204,9 @@ def _lines(path: Path) -> list[str]:
 
 
 def _text(path: Path) -> str:
+    if not path.exists():
+        raise not_found(path.name, [path], HOW)
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise not_found(path.name, [path], HOW) from error
-    except (OSError, UnicodeDecodeError) as error:
+        return read_bounded(path, MAX_JSON, "cannot be read").decode()
+    except UnicodeDecodeError as error:
         raise DataError(f"{path} cannot be read: {error}") from error

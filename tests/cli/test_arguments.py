@@ -119,6 +119,15 @@ def test_the_name_of_a_run_is_text(name: str) -> None:
     assert compose("train", [to_override(f"name={name}")]).name == name
 
 
+@pytest.mark.parametrize("folder", ["2024", "Berlin, Mai 2024"])
+def test_a_folder_that_looks_like_a_number_or_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder).mkdir()
+    assert compose("train", ["experiment=my_photos", to_override(f"data.root={folder}")]).data.root == folder
+
+
 @pytest.mark.parametrize(("word", "said"), [("[a", "query='\"[a\"'"), ("{a: 1", "query='\"{a: 1\"'")])
 def test_what_is_not_in_the_grammar(monkeypatch: pytest.MonkeyPatch, word: str, said: str) -> None:
     monkeypatch.setattr("sys.argv", ["coca-search", f"query={word}", "index=x", "checkpoint=x"])

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
-from coca_lit.data.transforms import Box, RandomCrop, build_transform, random_box, resized
+from coca_lit.data.transforms import Box, RandomCrop, augmented, build_transform, random_box, resized
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -93,7 +93,9 @@ def test_boxes_follow_torchvision(size):
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
 def test_every_mode_becomes_rgb(mode):
-    assert build_transform(32)(noise(50, 40, mode)).shape == (3, 32, 32)
+    image = noise(50, 40, mode)
+    assert build_transform(32)(image).shape == (3, 32, 32)
+    assert augmented(lambda: image, RandomCrop(32), random.Random(0)).shape == (3, 32, 32)
 
 
 def test_transforms_travel_to_spawned_workers():

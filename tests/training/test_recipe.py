@@ -25,7 +25,8 @@ def values(photos: int, **others: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("photos", "batch", "epochs", "views"), [(4, 2, 60, 6), (45, 8, 60, 6), (450, 64, 33, 6), (45_000, 128, 3, 2)]
+    ("photos", "batch", "epochs", "views"),
+    [(1, 1, 60, 6), (4, 2, 60, 6), (45, 8, 60, 6), (450, 64, 33, 6), (45_000, 128, 3, 2)],
 )
 def test_amounts(photos: int, batch: int, epochs: int, views: int) -> None:
     chosen = values(photos)

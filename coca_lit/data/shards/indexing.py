@@ -55,7 +55,7 @@ def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
         StoreError: the store of a remote shard does not answer.
     """
     whole = [replace(shard, selection=None) for shard in shards]
-    found = {shard: index for shard in dict.fromkeys(whole) if (index := load_index(shard, fallback_dir))}
+    found = {shard: index for shard in dict.fromkeys(whole) if (index := load_index(shard, fallback_dir)) is not None}
     if missing := [shard for shard in dict.fromkeys(whole) if shard not in found]:
         from rich.console import Console
         from rich.progress import track
@@ -67,7 +67,8 @@ def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
                 f"cannot make {fallback_dir}: {error.strerror}; set data.cache_dir to a folder that can be written"
             ) from error
         with FileLock(fallback_dir / ".lock"):
-            found |= {shard: index for shard in missing if (index := load_index(shard, fallback_dir))}
+            again = ((shard, load_index(shard, fallback_dir)) for shard in missing)
+            found |= {shard: index for shard, index in again if index is not None}
             todo = [shard for shard in missing if shard not in found]
             size = sum(shard.stamp().bytes for shard in todo)
             new = _local_indexes([shard for shard in todo if not shard.is_remote], fallback_dir)
@@ -117,7 +118,7 @@ def load_index(shard: Shard, fallback_dir: Path) -> TarIndex | None:
     """
     index = read_index(shard, index_path(shard, fallback_dir))
     known = [shard.stamp()] + ([cast("RemoteShard", shard).stamp_of_headers()] if shard.is_remote else [])
-    return index if index and index.stamp in known else None
+    return index if index is not None and index.stamp in known else None
 
 
 def make_index(shard: Shard, fallback_dir: Path, file: BinaryIO | None = None) -> TarIndex:

@@ -75,7 +75,7 @@ def caption_units(
                 writer.write({batch.sources[i]: found[i] for i in positions if i in new})
             for reason in broken.values():
                 if isinstance(reason, MayPass) and batch.sources[0].size >= 0:  # a new shard would lack it for ever
-                    raise DataError(f"{reason}: start again")
+                    raise DataError(f"{reason}: start again, or leave this shard out")
                 progress.print(printable(f"skipped: {reason}"))
             if batch.ends is not None:
                 writer.end_shard(batch.ends)

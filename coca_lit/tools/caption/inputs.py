@@ -256,7 +256,7 @@ def scan_shard(path: Path) -> tuple[list[Sample], str]:
         raise
     except Exception as error:  # Python's reader raises many types on damaged files
         if may_pass(error):
-            raise DataError(f"{path} could not be read ({error}): start again") from error
+            raise DataError(f"{path} could not be read ({error}): start again, or leave it out") from error
         problem = str(error) or type(error).__name__  # the sample in which it occurs is not among the samples
     return [*samples.values()], problem
 

@@ -101,6 +101,8 @@ def test_photos_that_look_alike_are_on_one_side(tmp_path: Path) -> None:
         ("captions.csv", f"file,caption\n{'x' * 300}.jpg,x\n", "1 of 1"),
         ("captions.csv", "file,caption,split\n1.jpg,x,later\n", "'later'"),
         ("captions.csv", 'file,caption\n"1.jpg', "quotes closed"),
+        ("captions.csv", "file,caption,caption\n1.jpg,x,y\n", "several columns caption"),
+        ("captions.csv", "file,caption\n1.jpg,\"['x', 'y']\"\n", "list in one field, .*'y'.*: write a row per caption"),
         ("captions.json", "[1]", "schema"),
         ("captions.json", '[{"file": 7, "caption": "x"}]', "7"),
         ("captions.json", '{"images": []}', "annotations"),
@@ -111,6 +113,14 @@ def test_what_is_wrong_is_named(tmp_path: Path, name: str, content: str, said: s
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=said):
         folder_records(tmp_path, "train")
+
+
+def test_two_ways_to_write_a_name_are_one_photo(tmp_path: Path) -> None:
+    fill(tmp_path, ["1.jpg", "2.jpg"])
+    rows = ("1.jpg,a dog,train", "./1.jpg,a cat,train", "2.jpg,a bird,val")
+    (tmp_path / "captions.csv").write_text("\n".join(["file,caption,split", *rows]))
+    (record,) = folder_records(tmp_path, "train")
+    assert record.captions == ("a dog", "a cat")
 
 
 def test_photos_without_a_caption_are_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -154,6 +154,28 @@ def test_downloads_are_whole_tried_again_and_given_up(store, cache, monkeypatch)
     assert not [*cache.folder.glob("*.partial")]
 
 
+def test_a_question_after_a_download_is_asked_again_alone(store, cache, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    asked, fetched = [], []
+    look, get_file = remote.stored, type(store[0]).get_file
+
+    def throttled(filesystem, url):
+        asked.append(url)
+        if len(asked) == 2:
+            raise OSError("slow down")
+        return look(filesystem, url)
+
+    def get(self, path, target, **limits):
+        fetched.append(path)
+        return get_file(self, path, target, **limits)
+
+    monkeypatch.setattr(remote, "stored", throttled)
+    monkeypatch.setattr(type(store[0]), "get_file", get)
+    with cache._replace(patience=0).open("memory://set/00000.tar"):  # as what is fetched ahead
+        pass
+    assert (len(asked), len(fetched)) == (3, 1)
+
+
 def test_a_killed_download_is_begun_again(store, cache):
     _, local = store
     with cache.open("memory://set/00000.tar") as path:

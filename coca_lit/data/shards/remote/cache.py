@@ -20,6 +20,7 @@ from coca_lit.files import append_lines, csv_line
 
 LOCK, READER = ".lock", ".reader"  # of the process that downloads a file, and of each that reads it
 ROOM, PARTIAL = ".room", ".partial"  # reserved for a download, and fetched so far
+LEAST_PATIENCE = 30.0  # seconds for a small request after a large one
 FETCHED = "fetched.csv"  # time, url, bytes and seconds of everything that was fetched
 _OURS = re.compile(r"[0-9a-f]{16}-")  # how copies begin: other files in the folder are the user's
 
@@ -101,7 +102,8 @@ class ShardCache(CacheSettings):
                 self.record(url, partial.stat().st_size, began)
                 if partial.stat().st_size != size:
                     raise ConnectionError(f"{url} came with {partial.stat().st_size} of {size} bytes")
-                if stored(store, url) != found:
+                # A throttled question must not cost the whole shard that has come.
+                if ask(url, max(self.patience, LEAST_PATIENCE), lambda again: stored(again, url)) != found:
                     raise ChangedError(f"{url} has changed while it was fetched")
                 if check:
                     check(partial)
