@@ -70,6 +70,8 @@ def coco_listings(content: Any, path: Path) -> list[Listing]:
         captions: dict[int | str, list[str]] = defaultdict(list)
         for annotation in content["annotations"]:
             captions[annotation["image_id"]].append(annotation["caption"])
+        if captions and not captions.keys() & {image["id"] for image in content["images"]}:
+            raise ValueError(f"no image has the image_id of a caption, such as {next(iter(captions))!r}")
         return [
             listing(
                 id=image["id"],

@@ -106,6 +106,11 @@ def test_photos_that_look_alike_are_on_one_side(tmp_path: Path) -> None:
         ("captions.json", "[1]", "schema"),
         ("captions.json", '[{"file": 7, "caption": "x"}]', "7"),
         ("captions.json", '{"images": []}', "annotations"),
+        (
+            "captions.json",
+            '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": "1", "caption": "x"}]}',
+            "no image has the image_id of a caption, such as '1'",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, name: str, content: str, said: str) -> None:
