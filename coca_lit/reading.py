@@ -50,7 +50,7 @@ def may_pass(error: BaseException | None) -> bool:
     """Whether another attempt may succeed: the system did not read the file, and not because of what is in it, such as
     a place that no file has.
     """
-    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, errno.ENAMETOOLONG, errno.ENOTDIR)
 
 
 def open_regular(path: str | Path, follow: bool = True) -> BufferedReader:

@@ -46,7 +46,6 @@ def in_order(
     scoring: L.Callback,
     ema: float | None,
     output_dir: str,
-    first_step: int,
     config: Callable[[], dict[str, Any]],
 ) -> list[L.Callback]:
     """All callbacks of a run in the order in which they must act. Averaged weights replace the trained ones when
@@ -55,12 +54,10 @@ def in_order(
     Args:
         chosen: those of the configuration.
         ema: decay of averaged weights; None for none.
-        first_step: at which the training begins.
         config: returns the run's config, resolved and without secrets, for the loggers.
     """
     checkpoints = [callback for callback in chosen if isinstance(callback, Checkpoints)]
     others = [callback for callback in chosen if callback not in checkpoints]
     averaging = [Averaging(ema)] if ema is not None else []
-    same = SameOnAllRanks({"run folder": output_dir, "first step": first_step})
-    always = [same, SamplesSeen(), SourceCounts(), LogRunFacts(config), RunSummary(output_dir)]
+    always = [SameOnAllRanks(output_dir), SamplesSeen(), SourceCounts(), LogRunFacts(config), RunSummary(output_dir)]
     return [*checkpoints, *averaging, scoring, *others, *always]

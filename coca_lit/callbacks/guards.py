@@ -244,27 +244,28 @@ def read_bad_samples(folder: Path) -> set[BadSample]:
 
 
 class SameOnAllRanks(L.Callback):
-    """Refuses to train where the processes are about to do different things: each has found its run folder, its
-    checkpoint and its data by itself, perhaps on another machine.
+    """Refuses to train where processes are about to do different things: each has found its data by itself, perhaps on
+    another machine, and in a sweep its job.
 
     Args:
-        facts: by name, what must be the same besides the data.
+        output_dir: the run folder, whose name must be the same.
     """
 
-    def __init__(self, facts: dict[str, Any]) -> None:
-        self.facts = facts
+    def __init__(self, output_dir: str | Path) -> None:
+        self.name = Path(output_dir).name
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if world_size() == 1:
             return
-        own, data = dict(self.facts), trainer.datamodule  # type: ignore[attr-defined]
+        own: dict[str, Any] = {"run": self.name}
+        data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, CaptionDataModule):
             own |= {"steps an epoch": data.steps_per_epoch, "data": data.state_dict()}
         first, *others = gather_objects(own)
         for process, other in enumerate(others, start=1):
             for name, value in first.items():
                 if other[name] != value:
-                    raise DataError(f"process {process} has other {name} than process 0: {other[name]}, not {value}")
+                    raise DataError(f"process {process} differs from the first in {name}: {other[name]}, not {value}")
 
 
 class RunFolderGuard(L.Callback):

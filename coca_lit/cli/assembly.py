@@ -236,8 +236,7 @@ def build_trainer(
     offered = {"output_dir": cfg.output_dir, "identity": lambda: identity_of(plain(cfg))}
     chosen = [build(node, f"callbacks.{name}", offered) for name, node in cfg.callbacks.items() if node]
     with error_context("ema"):
-        first_step = start.run.get("step", 0) if start is not None else 0
-        callbacks = in_order(chosen, scoring, cfg.ema, cfg.output_dir, first_step, partial(plain, cfg, resolve=True))
+        callbacks = in_order(chosen, scoring, cfg.ema, cfg.output_dir, partial(plain, cfg, resolve=True))
     strategy = cfg.trainer.strategy
     if isinstance(strategy, DictConfig):
         strategy = build(strategy, "trainer.strategy")

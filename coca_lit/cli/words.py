@@ -77,7 +77,7 @@ def to_override(word: str) -> str:
     key, equals, value = word.partition("=")
     value = _HOME.sub(lambda found: os.path.expanduser(found[0]), value)
     word = f"{key}{equals}{value}"
-    if "," in value and os.path.lexists(value):  # no sweep over its parts
+    if "," in value and (key in TEXTS or "/" in value) and os.path.lexists(value):  # no sweep over its parts
         return f"{key}={quote(value)}"
     forms = [word, f"{key}={_PRIMITIVE.sub(_quote_primitive, value)}"]
     if re.match(rf"[^\[{{\"']|{_RANGE}", value):  # neither a list, a dictionary nor quoted: text as a whole

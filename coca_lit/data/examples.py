@@ -16,6 +16,7 @@ from coca_lit.models.inputs import Images
 from coca_lit.tokenizer import Tokenizer
 
 FEW_BAD = 2  # records that may be bad in any case
+OBVIOUS = 10  # times as many bad draws stop a training, before a worker has drawn that many of the records
 
 
 class Index(NamedTuple):
@@ -71,9 +72,10 @@ class CaptionDataset(TrainingExamples):
     """
 
     def __init__(self, records: Sequence[Record], transform: TrainTransform, tokenizer: Tokenizer, seed: int = 0):
-        super().__init__(seed, max_bad_fraction=1.0)
         self.records, self.transform, self.tokenizer = records, transform, tokenizer
         self._broken: set[int] = set()
+        self._most = max(MAX_MISSING * len(records), FEW_BAD)
+        super().__init__(seed, max_bad_fraction=min(OBVIOUS * self._most / max(len(records), 1), 1.0))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -91,7 +93,7 @@ class CaptionDataset(TrainingExamples):
 
     def replacement(self, i: int, rng: random.Random, error: BadSampleError, tries: int) -> int:
         self._broken.add(i)
-        if len(self._broken) > max(MAX_MISSING * len(self), FEW_BAD):
+        if len(self._broken) > self._most:
             bad, count = error.sample, f"{len(self._broken)} of {len(self):,} records"
             raise DataError(f"too many bad samples, at least {count}, e.g. {bad.key}: {bad.detail}; fix or remove them")
         return super().replacement(i, rng, error, tries)

@@ -53,6 +53,7 @@ OF_PLACES = re.compile(  # "on the left", "left of it", "left and right", but no
     re.IGNORECASE,
 )
 ENGLISH = frozenset(["and", "of", "the", "with"])  # words that other languages do not have
+LABELLED = 10  # images of a label, on average
 LEAST_ENGLISH = 0.04  # share of these words; 0.096 in captions of Flickr8k
 
 
@@ -193,12 +194,14 @@ class FeatureCache:
 
 def view_numbers(records: Sequence[Record], count: int) -> range:
     """Of `count` views; without the mirror images where sentences are not in English. A sentence has three words, or is
-    in a script that may not separate them; labels are none.
+    in a script that may not separate them. Texts of which each stands at many images are labels.
     """
-    texts = (split_words(text) for record in records for text in (*record.captions, record.question))
-    words = [word for text in texts if len(text) >= 3 or not any(map(str.isascii, "".join(text))) for word in text]
+    texts = [split_words(text) for record in records for text in (*record.captions, record.question)]
+    sentences = [text for text in texts if len(text) >= 3 or not any(map(str.isascii, "".join(text)))]
+    words = [word for text in sentences for word in text]
     english = sum(word in ENGLISH for word in words) >= LEAST_ENGLISH * len(words)
-    return range(count) if english else range(0, 2 * count, 2)
+    are_labels = LABELLED * len({*map(tuple, sentences)}) < len(sentences)
+    return range(count) if english or are_labels else range(0, 2 * count, 2)
 
 
 def is_mirrored(view: int) -> bool:

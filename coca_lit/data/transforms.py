@@ -116,7 +116,7 @@ def augmented(
     """The same for training. All frames of a clip have the same crop."""
     if isinstance(image, Clip):
         seed = rng.random()
-        frames = (as_tensor(np.array(in_rgb(frame))) for frame in image.frames())
+        frames = (as_tensor(np.array(_to_rgb(frame))) for frame in image.frames())
         return _stacked([transform(frame, random.Random(seed), patches) for frame in frames])
     return transform(load_pixels(image), rng, patches)
 
@@ -131,7 +131,7 @@ def _stacked(frames: list[Images]) -> Tensor:
 def load_pixels(image: Callable[[], Image.Image]) -> Tensor:
     """(3, H, W) uint8 of the image of a record, see `decode_pixels`."""
     if not isinstance(image, ImageFile):
-        return as_tensor(np.array(in_rgb(image())))
+        return as_tensor(np.array(_to_rgb(image())))
     return as_tensor(decode_pixels(read_image(image.path), image.path))
 
 

@@ -2,6 +2,7 @@
 
 import pickle
 import random
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
-from coca_lit.data.transforms import Box, RandomCrop, augmented, build_transform, random_box, resized
+from coca_lit.data.transforms import Box, RandomCrop, augmented, build_transform, load_pixels, random_box, resized
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -96,6 +97,13 @@ def test_every_mode_becomes_rgb(mode):
     image = noise(50, 40, mode)
     assert build_transform(32)(image).shape == (3, 32, 32)
     assert augmented(lambda: image, RandomCrop(32), random.Random(0)).shape == (3, 32, 32)
+
+
+def test_pictures_of_a_function_are_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(40, 20).save(file := BytesIO(), "JPEG", exif=exif)
+    assert load_pixels(lambda: Image.open(file)).shape == (3, 40, 20)
 
 
 def test_transforms_travel_to_spawned_workers():

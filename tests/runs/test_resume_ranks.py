@@ -150,7 +150,7 @@ def test_ranks_with_different_data_do_not_train(on_ranks, tmp_path: Path, epoch_
     (tmp_path / "1" / "00003.tar").unlink()
     first, second = on_ranks(2, refused_with_other_shards, tmp_path, epoch_samples)
     assert first == second
-    assert first.startswith("process 1 has other ")
+    assert first.startswith("process 1 differs from the first in ")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 

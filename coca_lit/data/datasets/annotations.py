@@ -1,11 +1,12 @@
 """Readers of annotation files: Karpathy's `dataset_*.json`, COCO captions (also nocaps), COCO results, and tables."""
 
 import csv
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import StringIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from coca_lit.data.records import Listing, not_found
@@ -180,11 +181,7 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
             # That of a .csv is a semicolon where the comma separates decimals.
             delimiter = "\t" if path.suffix == ".tsv" else max(",;\t", key=head.count)
             reader = csv.DictReader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
-            names = reader.fieldnames or []
-            if twice := [name for name, count in Counter(names).items() if count > 1 and name]:
-                raise DataError(
-                    f"{path} has several columns {printable(twice[0])}: rename them, or write a row for each"
-                )
+            names = _different(reader.fieldnames or [], path)
             rows = []
             for row in reader:
                 if any(row.get(None, ())):  # the key of fields without a column
@@ -199,13 +196,34 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
     if path.suffix != ".parquet":
         raise DataError(f"{path} is not a .csv, .tsv or .parquet file")
     with open_parquet(path) as table:
-        names = table.schema_arrow.names
+        names = _different(table.schema_arrow.names, path)
     return names, _parquet_rows(path)
+
+
+def _different(names: Sequence[str], path: Path) -> Sequence[str]:
+    """The names of columns; raises `DataError` if two are the same, of which one would count."""
+    if twice := [name for name, count in Counter(names).items() if count > 1 and name]:
+        raise DataError(f"{path} has several columns {printable(twice[0])}: rename them, or write a row for each")
+    return names
 
 
 def read_rows(path: Path) -> Iterable[Any]:
     """The rows of a table, or the values of a .jsonl; raises `DataError` as `open_table`."""
     return read_json_lines(path) if path.suffix == ".jsonl" else open_table(path)[1]
+
+
+def file_name(text: str) -> str:
+    """The file that a row names: ./a.jpg is a.jpg."""
+    return PurePosixPath(text.strip()).as_posix()
+
+
+def captions_in(field: Any, path: Path) -> list[Any]:
+    """The captions in a field, one or a list of them. Raises `DataError` for a list that is written as a text, as
+    pandas does in a .csv.
+    """
+    if isinstance(field, str) and re.fullmatch(r"\[\s*['\"].*\]", field, re.DOTALL):
+        raise DataError(f"{path} has a list in one field, {printable(field[:80])}: write a row per caption")
+    return field if isinstance(field, list) else [field]
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -21,9 +21,11 @@ from coca_lit.data.datasets.annotations import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     MAX_BYTES,
+    captions_in,
     clean,
     coco_listings,
     column,
+    file_name,
     read_rows,
     schema,
 )
@@ -174,10 +176,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Iterable[str], str | None]]:
             if not isinstance(name, str):
                 raise TypeError(f"expected the name of a file, got {name!r:.80}")
             if name.strip():
-                if isinstance(texts, str) and texts.startswith("[") and texts.endswith("]"):
-                    raise DataError(f"{path} has a list in one field, {printable(texts[:80])}: write a row per caption")
-                texts = texts if isinstance(texts, list) else [texts]
-                yield PurePosixPath(name.strip()).as_posix(), clean(texts), split_of(row, path)  # ./a.jpg is a.jpg
+                yield file_name(name), clean(captions_in(texts, path)), split_of(row, path)
 
 
 def split_of(row: Mapping[str, Any], path: Path) -> str | None:

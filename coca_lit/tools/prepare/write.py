@@ -8,13 +8,22 @@ import functools
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from coca_lit.data.bad_samples import BadSamples
-from coca_lit.data.datasets.annotations import CAPTION_COLUMNS, IMAGE_COLUMNS, clean, column, open_table
+from coca_lit.data.datasets.annotations import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    captions_in,
+    clean,
+    column,
+    file_name,
+    open_table,
+)
 from coca_lit.data.datasets.captions import FlickrName, flickr_records, mscoco_records
 from coca_lit.data.datasets.folder import captions_beside, captions_file, folder_records, no_split, split_of
 from coca_lit.data.pixels import MAX_IMAGE, SUFFIXES, decode_image
@@ -24,7 +33,7 @@ from coca_lit.data.shards.reader import read_fields
 from coca_lit.data.shards.shard import ManifestEntry, Shard, entry_of, sha256_of
 from coca_lit.data.shards.tar import tar_writer
 from coca_lit.errors import DataError, DataNotFoundError
-from coca_lit.files import append_lines, atomic_write, is_leftover, remove_leftovers, state_of, whole_lines
+from coca_lit.files import append_lines, atomic_write, is_leftover, remove_leftovers, whole_lines
 from coca_lit.reading import counts_of, may_pass, open_regular, parse_json, printable, texts_of
 from coca_lit.tools.prepare import Run
 
@@ -103,17 +112,25 @@ def prepare(tasks: Sequence[Task], output: Path, run: Run) -> Iterator[Written]:
 
 def _may_differ(task: Task, written: Written) -> bool:
     """Whether another attempt may find something else: a file could not be read, or its size or time is another. Where
-    files have gone since, the shard is kept: it has what they held.
+    more files are out of reach than then, the shard is kept: it has what they held.
     """
-    sources, missing = _state(task)
-    return missing <= written.bad.get(MISSING, 0) and (UNREAD in written.bad or written.sources != sources)
+    sources, gone = _state(task)
+    had_gone = written.bad.get(MISSING, 0) + written.bad.get(UNREAD, 0)
+    return gone <= had_gone and (UNREAD in written.bad or written.sources != sources)
 
 
 def _state(task: Task) -> tuple[str, int]:
-    """A digest of sizes and times of change of the files of a task, and how many of them are missing."""
-    paths = [task.content] if isinstance(task.content, Path) else [pair.image for pair in task.content]
-    states = [state_of(path) or None for path in paths]
-    return hashlib.sha256("".join(map(repr, states)).encode()).hexdigest()[:16], states.count(None)
+    """A digest of sizes and times of change of the files of a task, and how many of them are out of reach now."""
+    digest, gone = hashlib.sha256(), 0
+    for path in [task.content] if isinstance(task.content, Path) else [pair.image for pair in task.content]:
+        state = None
+        try:
+            about = os.stat(path)
+            state = about.st_size, about.st_mtime_ns
+        except (OSError, ValueError) as error:  # ValueError: it is no path
+            gone += may_pass(error)
+        digest.update(repr(state).encode())
+    return digest.hexdigest()[:16], gone
 
 
 def write_shard(task: Task, output: Path) -> Written:
@@ -296,7 +313,8 @@ def _read_table(path: Path, image_column: str | None, caption_column: str | None
             )
         if not name or not name.strip():
             continue
-        captions.setdefault(name, []).extend(texts if isinstance(texts, list) else [texts])
+        name = file_name(name)
+        captions.setdefault(name, []).extend(captions_in(texts, path))
         if splits.setdefault(name, its := split_of(row, path) or "train") != its:
             raise DataError(f"{path} puts {printable(name)} into {splits[name]} and {its}: a photo has one split")
     if captions and split not in splits.values():

@@ -338,13 +338,18 @@ def test_a_photo_that_was_replaced_is_taken_in(photos, tmp_path):
 
 
 def test_shards_of_photos_that_are_gone_are_kept(photos, tmp_path):
-    source, output = table(tmp_path / "t.csv", [(f"photos/{i}.jpg", "a dog") for i in range(4)]), tmp_path / "out"
-    run(source, output, "--samples-per-shard", "2")
+    rows = [(f"photos/{i}.jpg", "a dog") for i in range(3)] + [("x" * 300, "no path"), ("photos/3.jpg", "a dog")]
+    source, output = table(tmp_path / "t.csv", rows), tmp_path / "out"
+    run(source, output, "--samples-per-shard", "2", "--max-bad-fraction", "0.3")
+    first = (output / "00001.tar").read_bytes()
+    (photos / "2.jpg").write_bytes((photos / "3.jpg").read_bytes())
+    run(source, output, "--samples-per-shard", "2", "--max-bad-fraction", "0.3")
+    assert (output / "00001.tar").read_bytes() != first  # also beside what is no path
     before = {path.name: path.read_bytes() for path in output.glob("*.tar")}
     (photos / "0.jpg").unlink()
-    run(source, output, "--samples-per-shard", "2")
+    run(source, output, "--samples-per-shard", "2", "--max-bad-fraction", "0.3")
     photos.rename(tmp_path / "elsewhere")
-    run(source, output, "--samples-per-shard", "2")
+    run(source, output, "--samples-per-shard", "2", "--max-bad-fraction", "0.3")
     assert {path.name: path.read_bytes() for path in output.glob("*.tar")} == before
     assert len(samples(output)) == 4
 
