@@ -15,7 +15,8 @@ from coca_lit.errors import ConfigError, suggest
 
 Positional = str | Sequence[str]  # one key that takes all words as a list, or keys that take one word each, in order
 
-TEXTS = ("name", "data.root", "data_dir")  # also where they look like numbers
+# Texts also where they look like numbers, such as a folder of a year.
+_TEXT = re.compile(r"\+*(?:name|data_dir|init_from|checkpoint|roots\..*|.*\.(?:root|shards))")
 _RANGE = r"\{\d+\.\.\d+\}"
 _PRIMITIVE = re.compile(rf"""(?P<quoted>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(?:{_RANGE}|[^\[\]{{}}(),"'])+""")
 _HOME = re.compile(r"(?:^|(?<=[\[,]))~(?=/)")  # of the value, or of one in a list or a sweep
@@ -77,7 +78,7 @@ def to_override(word: str) -> str:
     key, equals, value = word.partition("=")
     value = _HOME.sub(lambda found: os.path.expanduser(found[0]), value)
     word = f"{key}{equals}{value}"
-    if "," in value and (key in TEXTS or "/" in value) and os.path.lexists(value):  # no sweep over its parts
+    if "," in value and (_TEXT.fullmatch(key) or "/" in value) and os.path.lexists(value):  # no sweep over its parts
         return f"{key}={quote(value)}"
     forms = [word, f"{key}={_PRIMITIVE.sub(_quote_primitive, value)}"]
     if re.match(rf"[^\[{{\"']|{_RANGE}", value):  # neither a list, a dictionary nor quoted: text as a whole
@@ -86,7 +87,7 @@ def to_override(word: str) -> str:
         with suppress(HydraException):
             parsed = OverridesParser.create().parse_override(form).value()
             other = isinstance(parsed, int | float) or (key == "name" and parsed is None)
-            return f"{key}={quote(value)}" if other and key in TEXTS else form  # data.root=2024, name=2024_01_05
+            return f"{key}={quote(value)}" if other and _TEXT.fullmatch(key) else form
     return word
 
 

@@ -38,7 +38,7 @@ def run_id() -> str:
         return f"torchrun_{rendezvous}"
     if int(env.get("WORLD_SIZE", "1")) > 1:
         parent, _, name = env.get(RUN_ID, "").partition(" ")
-        if parent == str(os.getppid()):
+        if parent in (str(os.getppid()), str(os.getpid())):  # of this process: Lightning asks again in a sweep
             return name
         raise ConfigError(
             "the processes cannot agree on a name for the run folder: set name=my_run, "

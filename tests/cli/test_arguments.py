@@ -126,6 +126,9 @@ def test_a_folder_that_looks_like_a_number_or_a_sweep(
     monkeypatch.chdir(tmp_path)
     (tmp_path / folder).mkdir()
     assert compose("train", ["experiment=my_photos", to_override(f"data.root={folder}")]).data.root == folder
+    roots = [to_override(f"{key}={folder}") for key in ("checkpoint", "roots.mscoco", "+evals.mine.records.root")]
+    cfg = compose("evaluate", roots)
+    assert (cfg.checkpoint, cfg.roots.mscoco, cfg.evals.mine.records.root) == (folder,) * 3
 
 
 @pytest.mark.parametrize(("word", "said"), [("[a", "query='\"[a\"'"), ("{a: 1", "query='\"{a: 1\"'")])

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from coca_lit.cli import train as cli
 from coca_lit.cli.sweep import RECORD, check_processes
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.files import write_json
-from coca_lit.runs.launch import job_folder, run_id
+from coca_lit.runs.launch import RUN_ID, job_folder, run_id
 from coca_lit.tools.clusters import launchers
 from coca_lit.tools.clusters.study import OptunaSweeper, distribution
 from helpers.disks import at_most
@@ -245,6 +246,16 @@ def test_torchrun_sweep(run: Run, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
 
 
+@pytest.mark.slow
+def test_a_sweep_whose_processes_lightning_starts(run: Run, tmp_path: Path) -> None:
+    """For each of them Lightning asks Hydra for the folder of the run, which is named after the time."""
+    train = (str(ROOT / "train.py"), "-m", *TINY, "evals=[scenes_retrieval]", "model.optimizer.lr=1e-3,2e-3")
+    done = run(sys.executable, *train, "trainer.devices=2", "trainer.strategy=ddp")
+    assert done.returncode == 0, done.stderr
+    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    assert [row["status"] for row in rows_of(sweep)] == ["ok", "ok"]
+
+
 def test_more_processes_than_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     told = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "MASTER_PORT": "1"}
     for name, value in (told | {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "tests"}).items():
@@ -275,6 +286,7 @@ def test_run_id(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], na
 def test_run_id_is_the_time_of_a_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")  # in an allocation, but not under srun: several runs may share it
     assert run_id().startswith("20")
+    monkeypatch.delenv(RUN_ID)  # another process, which torchrun has started
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="name=my_run"):
