@@ -80,6 +80,7 @@ class Chair:
             raise DataError(f"{words} must hold a line for each object, its name and other words for it")
         self.objects_in = ObjectWords([group for group in groups if group])
         self.annotated: dict[int | str, set[str]] = defaultdict(set)
+        self.covered: set[int | str] | None = set()  # images of the files; None if one does not list them
         for path in files:
             content = read_json(path, dict, MAX_BYTES)
             with schema(path, "COCO's instances"):
@@ -87,13 +88,21 @@ class Chair:
                 if unknown := [name for name in names.values() if name not in self.objects_in.object_of]:
                     raise DataError(f"the synonyms have no word for the object {unknown[0]!r:.80} of {path}")
                 objects = {id: self.objects_in.object_of[name] for id, name in names.items()}
+                if self.covered is not None and "images" in content:
+                    self.covered |= {check_id(image["id"]) for image in content["images"]}
+                else:
+                    self.covered = None
                 for annotation in content["annotations"]:
                     self.annotated[check_id(annotation["image_id"])].add(objects[annotation["category_id"]])
 
     def __call__(self, records: Sequence[Record | Listing], captions: Mapping[int | str, str]) -> Parts:
-        """See `coca_lit.evals.captions.Measure`; DataError if no image is annotated."""
+        """See `coca_lit.evals.captions.Measure`; DataError if no image is annotated, or the files do not list one."""
         if not any(record.id in self.annotated for record in records):
             raise DataError("none of the images is annotated in COCO's instances: are the ids those of COCO?")
+        if self.covered is not None and (bare := [record.id for record in records if record.id not in self.covered]):
+            raise DataError(
+                f"{len(bare)} of {len(records)} images, e.g. {bare[0]!r}, are not in COCO's instances: name all files"
+            )
         named = [self.objects_in(captions[record.id]) for record in records]
         shown = [
             self.annotated.get(record.id, set()).union(*map(self.objects_in, record.captions)) for record in records

@@ -131,7 +131,7 @@ def headline(scores: Collection[str]) -> str | None:
 
 def own_scores(scores: Collection[str]) -> list[str]:
     """What stands in for headline scores where there are none, as with an evaluation of one's own: the first scores."""
-    return [] if headlines(scores) else list(scores)[:OWN_SCORES]
+    return [] if headlines_of(scores, 1) else list(scores)[:OWN_SCORES]
 
 
 def headlines_of(scores: Collection[str], count: int) -> list[str]:
@@ -199,6 +199,8 @@ def cell(score: str, value: float | None, images: int | None = None) -> str:
         decimals = 0
     elif score.endswith(COUNTS):
         decimals = 1
+    elif score.endswith("/p"):  # of a test
+        decimals = 3
     elif images is None or not _times_100(score):
         decimals = 2
     else:

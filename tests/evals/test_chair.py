@@ -92,6 +92,16 @@ def test_files_and_references(files: tuple[Path, Path]) -> None:
         Chair(*files)([records[0]._replace(id=7)], {7: "a dog"})
 
 
+def test_images_that_the_files_do_not_list_are_no_images_without_objects(files: tuple[Path, Path]) -> None:
+    content = json.loads(files[1].read_text())
+    files[1].write_text(json.dumps({**content, "images": [{"id": i} for i in (0, 1, 2)]}))
+    records = [Record(i, partial(noise, i), ["here"]) for i in range(3)]
+    captions = {0: "a dog", 1: "a person", 2: "a dog"}
+    assert exact(3, Ratios(Chair(*files)(records, captions))) == {"CHAIRi": 1 / 3, "CHAIRs": 1 / 3}
+    with pytest.raises(DataError, match=r"1 of 3 images, e\.g\. 7, are not in COCO's instances"):
+        Chair(*files)([*records[:2], records[2]._replace(id=7)], {**captions, 7: "a dog"})
+
+
 def test_beside_the_other_scores(files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A measure that cannot be used costs its own scores only."""
     without_java(monkeypatch)

@@ -41,3 +41,4 @@ def test_scores_of_ones_own_are_shown_where_there_is_no_headline():
     assert own_scores(["mine/right", "mine/left"]) == ["mine/right", "mine/left"]
     assert own_scores([f"mine/{i}" for i in range(9)]) == [f"mine/{i}" for i in range(6)]
     assert own_scores(["mine/right", "x/CIDEr"]) == []
+    assert own_scores(["imagenet/knn/top1"]) == ["imagenet/knn/top1"]  # of a probe

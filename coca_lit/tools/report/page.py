@@ -44,7 +44,7 @@ FACTS = {  # key of the config or the environment -> name for readers
     "data.batch_size": "batch size",
     "trainer.max_epochs": "epochs",
     "seed": "seed",
-    "scoring.split": "evaluation split",
+    "scoring.split": "evaluation split asked for",
     "scoring.images": "evaluated images, at most",
     "seconds": "time since its last start",
     "commit": "commit",

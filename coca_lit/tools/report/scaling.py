@@ -251,10 +251,11 @@ def _said(score: str, family: str, found: Scaling) -> list[str]:
     def shown(value: float) -> str:
         return f"{in_print_units(score, abs(value)):.1f}"  # without a changed sign
 
+    sign = "+" if lower_is_better(score) else "-"
     law, (low, high) = found.law, np.quantile([draw.c for draw in found.draws], (0.025, 0.975))
     title = " ".join(filter(None, (family, score_name(score))))
     lines = [
-        f"{title}: {shown(law.top)} - {shown(law.a)} (C / {law.unit:.3g} GFLOP + {law.b:.2g}) ^ -{law.c:.2f}, "
+        f"{title}: {shown(law.top)} {sign} {shown(law.a)} (C / {law.unit:.3g} GFLOP + {law.b:.2g}) ^ -{law.c:.2f}, "
         f"exponent [{low:.2f}, {high:.2f}], {len(found.fitted)} of {len(found.points)} runs are on the frontier"
     ]
     for point, expected, low, high in found.held_out:

@@ -33,10 +33,10 @@ from coca_lit.tools.report.runs import Run, differences, obstacles, same_data
 from coca_lit.weights.hub import PREFIX, released
 
 PUBLISHED = Path(__file__).parents[2] / "assets" / "published.json"
-GROUPS = {  # by how the names of scores begin; all others are of captions
+GROUPS = {  # by how the names of scores begin, with a / behind them; all others are of captions
     "retrieval": (*DIRECTIONS, "cut_captions", "read_tokens"),
     "retrieval re-ranked by the decoder": (RERANKED,),
-    "zero-shot classification": ("top", "mean_per_class"),
+    "classification": ("top", "mean_per_class", "accuracy", "p/"),
 }
 SCALES = {  # ends of names of scores -> what their numbers mean
     "CIDEr": "CIDEr goes from 0 to 1,000 and is no percentage. Published models have 100 to 145 on MSCOCO; built-in "
@@ -122,7 +122,8 @@ def score_tables(run: Run) -> list[Table]:
         of_data.setdefault((name, images), {}).setdefault(domain or THIS_RUN, {})[score] = value
     for (name, images), own in of_data.items():
         scores = list(dict.fromkeys(score for column in own.values() for score in column))
-        published, sources = _published(run, name, scores)
+        # Beside a probe, of which the whole data set has other scores, zero-shot accuracies would mislead.
+        published, sources = _published(run, name, [*own.get(THIS_RUN, {})])
         columns = own | published
         whole_names = {column: name if column == THIS_RUN else f"{name}/{column}" for column in own}
         rows: dict[str, list[str]] = {}
@@ -336,7 +337,7 @@ def _best(score: str, cells: Sequence[str]) -> list[int]:
     statistic that is neither good nor bad.
     """
     values = {column: float(text) for column, text in enumerate(cells, start=1) if text and text != "nan"}
-    if len(set(values.values())) < 2 or score.endswith(STATISTICS):
+    if len(set(values.values())) < 2 or score.endswith((*STATISTICS, "/p")):
         return []
     best = (min if lower_is_better(score) else max)(values.values())
     return [column for column, value in values.items() if value == best]
@@ -473,7 +474,8 @@ def seed_tables(runs: Sequence[Run]) -> list[Table]:
             values = np.array([run.results[score] for run in members if score in run.results])
             comparable = len(values) > 1 and same_data(members, score)
             with np.errstate(invalid="ignore"):  # a score may be infinite
-                row.append(spread_cell(score, values.mean(), values.std(ddof=1), images) if comparable else "")
+                text = spread_cell(score, values.mean(), values.std(ddof=1), images) if comparable else ""
+            row.append(f"{text} ({len(values)} seeds)" if text and len(values) < len(members) else text)
         rows.append(row)
     return [Table("seeds", header, rows, "Mean ± standard deviation of a run over the seeds.")]
 
@@ -486,7 +488,7 @@ def _grouped(rows: Mapping[str, list[str]]) -> list[list[str]]:
     """Rows of scores, under the names of their groups if there are several."""
     groups: dict[str, list[list[str]]] = {}
     for score, row in rows.items():
-        group = next((name for name, starts in GROUPS.items() if score.startswith(starts)), "captions")
+        group = next((name for name, starts in GROUPS.items() if f"{score}/".startswith(starts)), "captions")
         groups.setdefault(group, []).append(row)
     if len(groups) == 1:
         return list(rows.values())

@@ -186,11 +186,16 @@ def _references(path: Path) -> _Known:
     if path.suffix != ".txt":
         of_id: dict[str, list[str]] = {}  # an id may be the name of another image's file, which goes first
         file_of_id: dict[str, str] = {}
+        twice: set[str] = set()
         for item in read_references(path, None):
             texts = [" ".join(text.split()) for text in item.captions]
             of_image[stem(item.filename)] += texts
             of_id[str(item.id)] = texts
-            files[stem(item.filename)] = file_of_id[str(item.id)] = item.filename
+            file_of_id[str(item.id)] = item.filename
+            if files.setdefault(stem(item.filename), item.filename) != item.filename:
+                twice.add(stem(item.filename))
+        for name in twice:  # images of several folders, which their ids alone tell apart
+            del of_image[name], files[name]
         return _Known(of_id | of_image, file_of_id | files, {})
     by_id: dict[str, str] = {}
     text = read_bounded(path, MAX_BYTES, "cannot be read").decode("utf-8-sig", errors="replace")

@@ -172,6 +172,19 @@ def test_published_scores_stand_beside_ours(tmp_path, data):
     assert "Published: " in table.note
 
 
+def test_zero_shot_scores_do_not_stand_beside_those_of_a_probe(tmp_path):
+    (table,) = score_tables(
+        read_run(make_run(tmp_path / "run", {"imagenet/linear/top1": 0.7, "imagenet/knn/top1": 0.6}))
+    )
+    assert len(table.header) == 3
+    assert "Published" not in table.note
+
+
+def test_scores_of_classifiers_have_one_heading(tmp_path):
+    (table,) = score_tables(read_run(make_run(tmp_path / "run", {"x/accuracy": 0.7, "x/top5": 0.6})))
+    assert len(table.rows) == 2
+
+
 def test_scores_of_a_test_split_stand_beside_those_of_a_test_split_alone(tmp_path):
     scores = {"flickr8k/t2i_recall@1": 0.2, "flickr8k/CIDEr": 0.5}
     for split, columns in (("val", 2), ("test", 2 + 10 + 4)):
@@ -249,6 +262,9 @@ def test_seeds_are_a_mean_with_a_deviation(tmp_path):
     assert columns == {"lr=1, 3 seeds": "60.00 ± 10.00", "lr=2, 2 seeds": "15.00 ± 7.07"}
     assert seed_tables([run for run in runs if run.config["model.lr"] == 3]) == []
     assert "60.00 ± 10.00" in write_comparison([tmp_path], tmp_path).read_text()
+    (tmp_path / "21" / "results.json").write_text('{"x/SPICE": 0.2}')  # without CIDEr
+    (table,) = seed_tables(find_runs([tmp_path])[0])
+    assert table.rows[0][1] == "55.00 ± 7.07 (2 seeds)"
 
 
 def test_settings_that_follow_the_seed_do_not_tell_runs_apart(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,12 @@ def test_a_known_law_is_found_again() -> None:
 
 
 @pytest.mark.slow
+def test_a_score_that_falls_is_said_to_fall() -> None:
+    points = [Point(f"{i}", float(c), -1 - 14 * (c / COMPUTE[0]) ** -0.5) for i, c in enumerate(COMPUTE)]
+    line, *_ = scaling._said("scenes/t2i_median_rank", "", fit_scaling(points, top=-1.0))
+    assert re.search(r"median rank: 1\.0 \+ \d", line)
+
+
 def test_intervals_of_held_out_runs_hold_most_of_them() -> None:
     """95 % is the aim; a law of four parameters through nine computes has somewhat narrow intervals."""
     inside = [

@@ -80,6 +80,21 @@ def test_ids_that_are_names_of_other_files(tmp_path: Path) -> None:
     assert judged.images == {"0": "1.jpg", "1": "1.jpg", "2": "2.jpg", "3": "3.jpg"}
 
 
+def test_photos_of_one_name_in_two_folders_have_their_ids_alone(tmp_path: Path) -> None:
+    coco = {
+        "images": [{"id": i, "file_name": f"{of}s/1.jpg"} for i, of in ((7, "dog"), (8, "cat"))],
+        "annotations": [{"image_id": i, "caption": f"a {of}"} for i, of in ((7, "dog"), (8, "cat"))],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    by_id = write(tmp_path, "ids.csv", "image,caption,grade\n7,a hat,2\n8,a hat,1\n")
+    judged = read_judgments(by_id, tmp_path / "coco.json")
+    assert judged.references == {"7": ["a dog"], "8": ["a cat"]}
+    assert judged.images == {"7": "dogs/1.jpg", "8": "cats/1.jpg"}
+    by_name = write(tmp_path, "names.csv", "image,caption,grade\ndogs/1.jpg,a hat,2\ncats/1.jpg,a hat,1\n")
+    with pytest.raises(DataError, match="1"):
+        read_judgments(by_name, tmp_path / "coco.json")
+
+
 def test_pairs_and_judges_count_from_zero(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = write(tmp_path, "mine.parquet", b"")
