@@ -1,6 +1,7 @@
 """From a composed config to the LightningModule of a run: its network, started from weights if the config names any."""
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -194,8 +195,10 @@ def _counted_words(cfg: DictConfig) -> list[str]:
         if not hasattr(data, "training_captions"):
             raise ConfigError(f"vocabulary: {type(data).__name__} has no training_captions(): set vocabulary=null")
         groups = data.training_captions().values()
+        questions = [record.question for record in getattr(data, "train_records", ()) if record.question]
     with error_context("vocabulary"):
-        words = frequent_words((caption for captions in groups for caption in captions), cfg.vocabulary)
+        captions = (caption for captions in groups for caption in captions)
+        words = frequent_words(itertools.chain(captions, questions), cfg.vocabulary)
     print_rank_zero(
         f"vocabulary: {len(words)} words that occur at least {cfg.vocabulary} times in the training captions"
     )

@@ -16,7 +16,11 @@ from coca_lit.errors import ConfigError, suggest
 Positional = str | Sequence[str]  # one key that takes all words as a list, or keys that take one word each, in order
 
 # Texts also where they look like numbers, such as a folder of a year.
-_TEXT = re.compile(r"\+*(?:name|data_dir|init_from|checkpoint|roots\..*|.*\.(?:root|shards))")
+_TEXT = re.compile(
+    r"\+*(?:name|data_dir|init_from|init_parts\..*|checkpoint|interpolate_with|ckpt_path|output|output_dir|index|images"
+    r"|query|spice_jars|roots\..*|data\.(?:text|selection|teachers)|data\.records\.(?:images|classes)"
+    r"|.*\.(?:root|shards|cache_dir|clip_score_model))"
+)
 _RANGE = r"\{\d+\.\.\d+\}"
 _PRIMITIVE = re.compile(rf"""(?P<quoted>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(?:{_RANGE}|[^\[\]{{}}(),"'])+""")
 _HOME = re.compile(r"(?:^|(?<=[\[,]))~(?=/)")  # of the value, or of one in a list or a sweep

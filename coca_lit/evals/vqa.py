@@ -17,7 +17,7 @@ from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import write_texts
 from coca_lit.evals.samples import caption_samples, sample_sheet
 from coca_lit.metrics.uncertainty import Draws, Parts, Ratios, Units, bootstrap
-from coca_lit.metrics.vqa import blind_answers, questions_by_score, vqa_accuracy, vqa_scores
+from coca_lit.metrics.vqa import blind_answers, enough_people, questions_by_score, vqa_accuracy, vqa_scores
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.inputs import Images
 from coca_lit.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ class VQAScores(Evaluation):
 
 def _accuracies(records: Sequence[Record], answers: Mapping[str, Answers]) -> dict[str, float]:
     """Of written answers also for each kind."""
-    people = {record.id: record.captions for record in records}
+    people = {record.id: enough_people(record.captions) for record in records}
     kinds = {record.id: record.domain for record in records}
     others = {f"{way}/accuracy": vqa_scores(people, found)["accuracy"] for way, found in answers.items() if way}
     return vqa_scores(people, answers[""], kinds) | others
@@ -93,7 +93,9 @@ def _accuracies(records: Sequence[Record], answers: Mapping[str, Answers]) -> di
 def _draws(records: Sequence[Record], answers: Mapping[str, Answers]) -> dict[str, Draws]:
     """Of the scores of `_accuracies`. Images are drawn, each with all its questions: those are not independent."""
     right = {
-        way and f"{way}/": np.array([vqa_accuracy(found[record.id], record.captions) for record in records])
+        way and f"{way}/": np.array(
+            [vqa_accuracy(found[record.id], enough_people(record.captions)) for record in records]
+        )
         for way, found in answers.items()
     }
     units = Units(record.image_key for record in records)

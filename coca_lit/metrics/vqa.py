@@ -68,6 +68,13 @@ def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
     return sum(scores) / len(scores)
 
 
+def enough_people(answers: Sequence[str]) -> Sequence[str]:
+    """The answers to a question, ten times where they are so few that none could be wholly right: one person is left
+    out, and three of the others have to agree.
+    """
+    return answers if len(answers) > ENOUGH else [answer for answer in answers for _ in range(10)]
+
+
 def vqa_scores(
     answers: Mapping[Id, Sequence[str]],
     predictions: Mapping[Id, str],

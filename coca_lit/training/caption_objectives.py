@@ -17,6 +17,7 @@ from coca_lit.models import CoCa
 from coca_lit.models.kernels import exact_fp32
 from coca_lit.models.packing import to_device
 from coca_lit.models.text import expect_decoder
+from coca_lit.tokenizer import unknown_words
 from coca_lit.training.objectives import Objective, OfFeatures
 
 
@@ -80,6 +81,9 @@ class PrefixPrompts(Objective):
     def build(self, net: CoCa) -> None:
         self.trains = _caption_parts(net)
         rows = [ids[1:-1] for ids in net.tokenizer.encode_batch(self.prompts)]
+        if len({*map(tuple, rows)}) < len(rows) or not all(rows):
+            unknown, _ = unknown_words(self.prompts, net.tokenizer)
+            raise ValueError(f"the vocabulary lacks words that tell the prompts apart: {', '.join(unknown) or 'any'}")
         if max(map(len, rows)) > net.tokenizer.context_length // 2:
             raise ValueError(f"a prompt takes more than half of the context of {net.tokenizer.context_length} tokens")
         ids, self.lengths = padded(rows, net.tokenizer.pad_id)  # (P, p), and (P,), which stays on the host

@@ -16,7 +16,7 @@ from coca_lit.data.records import Record
 from coca_lit.errors import DataError, check_number
 from coca_lit.evals.inference import rows_of
 from coca_lit.losses import caption_loss
-from coca_lit.metrics.vqa import normalize_answer, vqa_accuracy
+from coca_lit.metrics.vqa import enough_people, normalize_answer, vqa_accuracy
 from coca_lit.models import CoCa
 from coca_lit.models.coca import IGNORED_LABEL
 from coca_lit.models.init import init_pooler
@@ -235,7 +235,7 @@ class AnswerClassifier(StateClassifier):
     def targets(self, answers: Sequence[Sequence[str]]) -> Tensor:
         """(B, N): the score of each of the N answers against the people's answers to each of B questions."""
         targets = torch.zeros(len(answers), len(self.classes))
-        for row, people in zip(targets, answers, strict=True):
+        for row, people in zip(targets, map(enough_people, answers), strict=True):
             for answer in set(people):
                 if (i := self._numbers.get(normalize_answer(answer))) is not None:
                     row[i] = max(row[i].item(), vqa_accuracy(answer, people))

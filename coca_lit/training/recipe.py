@@ -75,11 +75,12 @@ def small_data(
     groups = data.training_captions().values()
     if not groups:
         raise DataError(f"the split {data.train_split!r} has no captioned photo: check what returns the records")
+    texts = [text for record in data.train_records for text in (*record.captions, record.question) if text]
     kind = best_device()
     facts = Facts(
         photos=len(groups),
         captions=sum(map(len, groups)),
-        counts=Counter(word for captions in groups for caption in captions for word in split_words(caption)),
+        counts=Counter(word for text in texts for word in split_words(text)),
         cores=processors(),
         gpu=kind != "cpu",
         free_bytes=_free_bytes(data.cache_dir),

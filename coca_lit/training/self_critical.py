@@ -15,6 +15,7 @@ from torch import Tensor
 from coca_lit.data.batch import Batch
 from coca_lit.data.feature_cache import swap_sides
 from coca_lit.distributed import sum_over_ranks
+from coca_lit.errors import ConfigError
 from coca_lit.losses import loss_terms
 from coca_lit.losses.caption import caption_loss
 from coca_lit.metrics.cider import END, CiderD, fast_words
@@ -63,6 +64,8 @@ class SelfCritical(Objective):
             raise ValueError("self_critical samples and trains without dropout: set net.dropout=0")
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+        if batch.prefix_lengths is not None:
+            raise ConfigError("model.self_critical samples captions without a question, and these data have questions")
         images = net.image_encoder(batch.images)  # once for both losses
         policy, self.measures = self.policy(net, images, batch.keys, batch.answers)
         if not self.weights["contrastive"]:

@@ -35,8 +35,10 @@ def check_data(data: CaptionDataModule, net: CoCa, read_captions: bool = True) -
         DataError: most words are unknown, or all images are equal.
     """
     records = data.drawn_records(CAPTIONS)
-    read = [record.captions[0] for record in records] if read_captions else []
-    check_captions(read or [record.question for record in records if record.question], net.tokenizer)
+    captions = [record.captions[0] for record in records] if read_captions else []
+    for texts in (captions, [record.question for record in records if record.question]):
+        if texts:
+            check_captions(texts, net.tokenizer)
     if records and not records[0].question:  # an image has several
         check_images(drawn(records, ALIKE), net.image_size, net.image_encoder.takes_patches)
 

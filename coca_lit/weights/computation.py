@@ -22,7 +22,7 @@ ARGUMENTS = (
     *("cls_mask", "pooler", "pooler_heads", "text_heads", "interpolation", "resize_mode"),
     *("image_encoder", "image_encoder_args", "text_tower", "text_tower_args", "decoder_args"),
 )
-CONTEXT = "context_length"  # which may be chosen: `start` fits the position embeddings
+CHOSEN = ("context_length", "frame_pooling")  # which may be chosen: `start` fits the position embeddings
 # Constants that matter in training alone or for clips, say how large an input is, or how fast the same is computed.
 _TRAINING = (
     "training",
@@ -153,7 +153,7 @@ def arguments_of(source: DualEncoder | Mapping[str, Any]) -> dict[str, Any]:
     config = source.config if isinstance(source, CoCa) else source
     if not config:
         return {}
-    found = {name: config[name] for name in (*ARGUMENTS, CONTEXT) if name in config}
+    found = {name: config[name] for name in (*ARGUMENTS, *CHOSEN) if name in config}
     encoder = found.get("image_encoder_args") or {}
     found["image_encoder_args"] = {name: value for name, value in encoder.items() if "drop" not in name}
     return found
@@ -183,7 +183,7 @@ def merge(given: Mapping[str, Any], preset: Mapping[str, Any], theirs: Mapping[s
             found[name] = {**value, **own}
         elif name not in chosen:
             found[name] = value
-        elif name not in ("image_encoder", "text_tower", CONTEXT):
+        elif name not in ("image_encoder", "text_tower", *CHOSEN):
             _check_equal(name, chosen[name], value, where)
     return found
 

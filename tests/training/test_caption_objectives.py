@@ -62,6 +62,11 @@ def test_a_share_of_the_captions_is_masked_and_questions_are_not(net: CoCa) -> N
     assert (read[~masked] == batch.tokens.expand_as(read)[~masked]).all()
 
 
+def test_prompts_of_unknown_words_are_refused(net: CoCa) -> None:
+    with pytest.raises(ValueError, match="tell the prompts apart: short, caption, detailed, description"):
+        PrefixPrompts(["short caption", "detailed description"]).build(net)
+
+
 def test_prompts_by_hand(net: CoCa) -> None:
     """Start, prompt, caption, end; what is too long is cut and ends with the end."""
     objective = PrefixPrompts(["we see", "how many"])

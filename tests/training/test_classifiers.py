@@ -66,6 +66,11 @@ def built(net: CoCa) -> AnswerClassifier:
     return classifier
 
 
+def test_a_single_answer_is_right(net: CoCa) -> None:
+    """In VQA one person is left out, and three of the others must agree."""
+    assert built(net).targets([[ANSWERS[0]], [ANSWERS[0], ANSWERS[1]]])[:, :2].tolist() == [[1, 0], [1, 1]]
+
+
 def test_targets_are_the_accuracies_of_answers(net: CoCa) -> None:
     classifier = built(net)
     people = [("red",) * 10, ("two",) * 2 + ("The left",) * 3 + ("up",) * 5, ("?",) * 10]

@@ -206,7 +206,8 @@ def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str
                 text, content = path.with_suffix(".txt"), b""
                 if text.is_file():
                     for file in (path, text):
-                        _check_inside(file, inside, file)
+                        if file.is_symlink():  # what else is found in the folder lies there
+                            _check_inside(file, inside, file)
                     content = read_bounded(text, MAX_TEXT, "is not readable")
                 try:
                     lines = content.decode(encoding_of(content)).splitlines()

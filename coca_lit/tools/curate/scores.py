@@ -108,6 +108,13 @@ def find_scores(words: Sequence[str | Path]) -> list[Path]:
     for word in map(str, words):
         pattern = os.path.join(glob.escape(word), f"*{SUFFIX}") if os.path.isdir(word) else word
         paths = [word] if os.path.isfile(word) else sorted(glob.glob(pattern))
+        tars = sorted(glob.glob(os.path.join(glob.escape(word), "*.tar")))  # of a folder
+        bare = [tar for tar in tars if f"{tar.removesuffix('.tar')}{SUFFIX}" not in paths]
+        if bare and paths:
+            raise DataError(
+                f"{len(bare)} shards in {word} have no scores, e.g. {Path(bare[0]).name}: repeat coca-data score, or "
+                f"name the files of scores, such as {word}/*{SUFFIX}"
+            )
         if not paths:
             raise DataNotFoundError(f"no scores at {word}: write them with coca-data score")
         for path in map(Path, paths):

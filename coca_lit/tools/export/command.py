@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from coca_lit.tools.export.folder import Exported
 
 FORMATS = ("open_clip", "safetensors", "onnx")
+INT8_LOSS = 0.05  # the default in conf/export.yaml
 ONNX = ("onnx", "onnxscript", "onnxruntime")  # packages that the format needs
 
 
@@ -50,7 +51,7 @@ def run(cfg: DictConfig) -> None:
         model = load_model(checkpoint)
     mixture = None
     if cfg.interpolate_with is not None:
-        mixture = Mixture(str(cfg.interpolate_with), cfg.weight)
+        mixture = Mixture(str(cfg.checkpoint), str(cfg.interpolate_with), cfg.weight)
         with error_context("interpolate_with"):
             interpolate(model, load_model(cfg.interpolate_with), cfg.weight)
     with new_folder(output) as folder:
@@ -67,9 +68,10 @@ def run(cfg: DictConfig) -> None:
 def _writer(cfg: DictConfig) -> "Callable[[CoCa, Path], Exported]":
     """The function that writes the format."""
     name, version = cfg.format, str(cfg.version)
-    given = {"frames": cfg.frames, "correct_cls_mask": cfg.correct_cls_mask, "version": version != "3.3"}
+    given = {"frames": cfg.frames, "max_int8_loss": cfg.max_int8_loss != INT8_LOSS}
+    given |= {"correct_cls_mask": cfg.correct_cls_mask, "version": version != "3.3"}
     for key in filter(given.get, given):
-        if name != (owner := "onnx" if key == "frames" else "open_clip"):
+        if name != (owner := "onnx" if key in ("frames", "max_int8_loss") else "open_clip"):
             raise ConfigError(f"{key} belongs to format={owner}, but the format is {name}: leave it out")
     if name == "open_clip":
         from coca_lit.tools.export.open_clip import write_open_clip

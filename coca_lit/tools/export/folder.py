@@ -158,8 +158,9 @@ def _replace(output: Path, new: Path) -> None:
 
 
 class Mixture(NamedTuple):
-    """The weights are weight · checkpoint + (1 - weight) · other."""
+    """The weights are weight · one + (1 - weight) · other, as they were named."""
 
+    one: str
     other: str
     weight: float
 
@@ -191,7 +192,7 @@ def write_card(
     if mixture is not None:
         summary += (
             f"\n\nIts weights are interpolated ([WiSE-FT](https://arxiv.org/abs/2109.01903)): {mixture.weight:g} times"
-            f" `{checkpoint}` plus {1 - mixture.weight:g} times `{mixture.other}`."
+            f" `{mixture.one}` plus {1 - mixture.weight:g} times `{mixture.other}`."
         )
     code = _placed(exported.usage, name, repo)
     place = f" In the folder that holds `{name}`:" if code == _placed(exported.usage, name) else ""

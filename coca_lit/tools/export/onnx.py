@@ -85,6 +85,7 @@ def write_onnx(model: CoCa, folder: Path, max_int8_loss: float = 0.0, frames: in
     if model.image_encoder.takes_patches:
         raise ValueError("format=onnx has graphs for images of one shape: export format=safetensors or open_clip")
     check_number("frames", frames, whole=True, at_least=0, at_most=MAX_FRAMES)
+    check_number("max_int8_loss", max_int8_loss, at_least=0)
     graphs = graphs_of(model, frames)
     differences = {}
     for name, graph in graphs.items():
@@ -278,6 +279,7 @@ def _write_config(model: CoCa, folder: Path, frames: int) -> None:
         "end_id": tokenizer.eot_id,
         "pad_id": tokenizer.pad_id,
         "logit_scale": model.logit_scale.exp().item(),
+        **({"logit_bias": model.logit_bias.item()} if model.logit_bias is not None else {}),
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokens = [token.decode("latin-1") for token in tokenizer.token_bytes]

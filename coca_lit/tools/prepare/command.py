@@ -120,9 +120,9 @@ def _check(options: argparse.Namespace) -> None:
     for folder, entries in folders.items():
         others = {name: entry for name, entry in read_manifest(folder).items() if (folder / name).is_file()}
         print(f"wrote {write_manifest(folder, others | entries)}")
-    shard_check.forget_journals(set(folders))
     of_all = {folder / name: entry for folder, entries in folders.items() for name, entry in entries.items()}
     _write_indexes(of_all, options)
+    shard_check.forget_journals(set(folders))  # not before: they say what need not be decoded again
     _print_total([report.entry for report in reports], bad)
 
 
@@ -159,10 +159,13 @@ def _add_prepare(commands: "Commands") -> None:
 def _prepare(options: argparse.Namespace) -> None:
     from coca_lit.data.shards.listing import local_shards
     from coca_lit.data.shards.shard import write_manifest
+    from coca_lit.errors import DataError
     from coca_lit.tools.prepare import write as prepare
 
     every_caption = ""  # else a run trains on the first of each photo
     if options.source.is_dir() and [*options.source.glob("*.tar")]:
+        if options.image_column or options.caption_column or options.samples_per_shard or options.split != "train":
+            raise DataError("columns, --split and --samples-per-shard are for tables and folders, not for .tar files")
         tasks = [prepare.Task(*numbered) for numbered in enumerate(local_shards(str(options.source)))]
     else:
         pairs = prepare.read_pairs(options.source, options.image_column, options.caption_column, options.split)

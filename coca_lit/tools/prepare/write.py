@@ -75,6 +75,9 @@ class Written(NamedTuple):
     sources: str  # a digest of the state of the files before they were read
 
 
+Found = tuple[int, str, bytes, tuple[str, ...], dict[str, Any]]  # place, name, image, captions, further data
+
+
 class Sample(NamedTuple):
     image: bytes
     captions: tuple[str, ...]
@@ -134,24 +137,27 @@ def _state(task: Task) -> tuple[str, int]:
 
 
 def write_shard(task: Task, output: Path) -> Written:
-    """Keys as img2dataset writes them: shard number, then sample number, with leading zeros."""
+    """Keys as img2dataset writes them: the number of the shard, then the place of the sample among those that belong
+    into it, with leading zeros. So a photo that is repaired later gives no other sample its key.
+    """
     bad, (sources, _) = BadSamples(1.0), _state(task)
     path = output / task.name
     count = 0
     with tar_writer(path) as tar:
-        for count, sample in enumerate(_samples(task, bad), start=1):
-            tar.write(_members(f"{task.number:0{DIGITS}d}{count - 1:05d}", sample))
+        for place, sample in _samples(task, bad):
+            count += 1
+            tar.write(_members(f"{task.number:0{DIGITS}d}{place:05d}", sample))
     entry = ManifestEntry(count, path.stat().st_size, sha256_of(path))
     if not count:
         path.unlink()
     return Written(task.name, entry, dict(bad.reasons), bad.examples(), sources)
 
 
-def _samples(task: Task, bad: BadSamples) -> Iterator[Sample]:
-    """The usable samples: each image is decoded once."""
+def _samples(task: Task, bad: BadSamples) -> Iterator[tuple[int, Sample]]:
+    """The usable samples, with their places among all; each image is decoded once."""
     content = task.content
     source = _from_shard(content, bad) if isinstance(content, Path) else _from_pairs(content, bad)
-    for name, image, captions, meta in source:
+    for place, name, image, captions, meta in source:
         bad.seen += 1
         if not captions:
             bad.add("missing caption", "", name)
@@ -166,11 +172,11 @@ def _samples(task: Task, bad: BadSamples) -> Iterator[Sample]:
             buffer = io.BytesIO()
             picture.save(buffer, "JPEG", quality=95)
             image = buffer.getvalue()
-        yield Sample(image, captions, {**meta, **size})
+        yield place, Sample(image, captions, {**meta, **size})
 
 
-def _from_pairs(pairs: Iterable[Pair], bad: BadSamples) -> Iterator[tuple[str, bytes, tuple[str, ...], dict[str, Any]]]:
-    for pair in pairs:
+def _from_pairs(pairs: Iterable[Pair], bad: BadSamples) -> Iterator[Found]:
+    for place, pair in enumerate(pairs):
         try:
             with open_regular(pair.image) as file:
                 content = file.read(MAX_IMAGE + 1)
@@ -182,12 +188,12 @@ def _from_pairs(pairs: Iterable[Pair], bad: BadSamples) -> Iterator[tuple[str, b
                 reason = UNREAD if may_pass(error) else "unreadable image"
                 bad.add(reason, "", str(pair.image), getattr(error, "strerror", "") or str(error))
             continue
-        yield str(pair.image), content, pair.captions, {"source": printable(pair.image.name)}
+        yield place, str(pair.image), content, pair.captions, {"source": printable(pair.image.name)}
 
 
-def _from_shard(path: Path, bad: BadSamples) -> Iterator[tuple[str, bytes, tuple[str, ...], dict[str, Any]]]:
+def _from_shard(path: Path, bad: BadSamples) -> Iterator[Found]:
     counted = BadSamples(1.0)
-    for fields in read_fields(Shard(str(path)), counted, verify=True):  # ends where a read fails
+    for place, fields in enumerate(read_fields(Shard(str(path)), counted, verify=True)):  # ends where a read fails
         try:
             meta = parse_json(fields.get("json", b"{}")[: MAX_TEXT + 1], "the JSON", dict)
         except DataError:
@@ -196,7 +202,7 @@ def _from_shard(path: Path, bad: BadSamples) -> Iterator[tuple[str, bytes, tuple
         more = meta.get("captions")
         captions = tuple(dict.fromkeys(clean([caption, *(more if isinstance(more, list) else ())])))
         meta = {**meta, "source_key": fields["__key__"]}
-        yield fields["__key__"], image_of(fields), captions, meta
+        yield place, fields["__key__"], image_of(fields), captions, meta
     details = {found.reason: found.detail for found in reversed(counted.found)}  # the first of each reason
     for reason, count in counted.reasons.items():
         bad.seen += count
@@ -267,12 +273,12 @@ def read_pairs(
         pairs = _read_table(source, image_column, caption_column, split)
     elif not source.is_dir():
         raise DataNotFoundError(f"there is no file or folder {source}")
+    elif image_column or caption_column:  # whoever names a column must not get the captions of another one
+        raise DataError(
+            f"{captions_file(source) or source} is read by its usual columns: call them file and caption, or give the "
+            "table as source"
+        )
     elif records := _known_records(source):
-        if (image_column or caption_column) and (path := captions_file(source)):
-            # Whoever names a column must not get the captions of another one.
-            raise DataError(
-                f"{path} is read by its usual columns: call them file and caption, or give the table as source"
-            )
         found = [(record.image, clean(record.captions)) for record in records(split)]
         pairs = [Pair(image.path, captions) for image, captions in found if isinstance(image, ImageFile)]  # all are
     else:

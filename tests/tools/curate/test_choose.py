@@ -362,6 +362,13 @@ def test_scores_that_do_not_belong_together(rows, tmp_path):
         dedup_scores(find_scores([tmp_path / "a"]), tmp_path / "k.parquet", cosine=0.9)
 
 
+def test_a_folder_with_shards_that_have_no_scores_is_refused(rows, tmp_path):
+    (tmp_path / "a" / "new.tar").write_bytes(b"1")
+    with pytest.raises(DataError, match=r"1 shards in .*/a have no scores, e\.g\. new\.tar"):
+        find_scores([tmp_path / "a"])
+    assert find_scores([f"{tmp_path}/a/*.scores.parquet"])
+
+
 def test_scores_of_a_shard_that_has_changed_since(rows, tmp_path):
     shard = tmp_path / "a" / "00001.tar"
     shard.write_bytes(b"1")

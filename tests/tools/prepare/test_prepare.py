@@ -216,9 +216,9 @@ def test_shards_of_img2dataset(tmp_path):
     run(tmp_path / "raw", tmp_path / "out", "--max-bad-fraction", "0.5")
     found = samples(tmp_path / "out")
     assert len(found) == 8
-    meta = json.loads(found["0000100003"]["json"])
+    meta = json.loads(found["0000100004"]["json"])
     assert (meta["key"], meta["source_key"], meta["recaption"], meta["caption"]) == (
-        *("0000100003", "10004", "a dog", "a dog number"),
+        *("0000100004", "10004", "a dog", "a dog number"),
     )
     assert json.loads(found["0000000001"]["json"])["captions"] == ["a dog number", "number", "a cat"]
 
@@ -320,10 +320,21 @@ def test_a_photo_that_was_repaired_is_taken_in(photos, tmp_path):
     for _ in range(2):
         run(source, tmp_path / "out", *more)
         assert len(samples(tmp_path / "out")) == 5
+    before = {key: sample["json"] for key, sample in samples(tmp_path / "out").items()}
     (photos / "4.jpg").write_bytes(good)
     os.utime(photos / "4.jpg", (86400, 86400))  # of the photo that a copy brings back
     run(source, tmp_path / "out", *more)
-    assert len(samples(tmp_path / "out")) == 6
+    found = {key: sample["json"] for key, sample in samples(tmp_path / "out").items()}
+    assert len(found) == 6
+    assert before.items() <= found.items()  # a selection that was made before names the same samples
+
+
+@pytest.mark.parametrize("words", [("--caption-column", "alt"), ("--split", "test"), ("--samples-per-shard", "5")])
+def test_tars_have_no_columns_and_splits(tmp_path, words):
+    (tmp_path / "raw").mkdir()
+    write_tar(tmp_path / "raw" / "0.tar", members("1", 1))
+    with pytest.raises(SystemExit, match="are for tables and folders"):
+        run(tmp_path / "raw", tmp_path / "out", *words)
 
 
 def test_a_photo_that_was_replaced_is_taken_in(photos, tmp_path):
