@@ -62,7 +62,7 @@ SETUPS: dict[str, tuple[str, ...]] = {
     "micro-batches": ("trainer.precision=bf16-mixed", "trainer.micro_batch_size=4"),
     "adapters": ("lora.rank=2",),
     "clip": ("+model.net.decoder_layers=0",),
-    "questions": ("data=scenes_vqa", "model=coca_answers"),
+    "questions": ("data=scenes_vqa", "model=coca_answers", "vocabulary=1"),
     "convolutions": ("~model.net.image_encoder", "~model.net.image_encoder_args"),
 }
 
