@@ -2,12 +2,14 @@
 against plain loops. Its table of levers.
 """
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from pycocoevalcap.bleu.bleu import Bleu
 
 from coca_lit.cli.module import build_module
@@ -21,6 +23,7 @@ from coca_lit.evals.retrieval import RetrievalScores
 from coca_lit.metrics.cider import END, CiderD
 from coca_lit.models import CoCa
 from coca_lit.models.coca import IGNORED_LABEL
+from coca_lit.tokenizer import get_tokenizer, split_words
 from coca_lit.weights.load import save_model
 from experiments import study
 from experiments.flickr8k_two_hours import report
@@ -28,6 +31,8 @@ from experiments.flickr8k_two_hours.average_of_teachers import AverageOfTeachers
 from experiments.flickr8k_two_hours.consensus import ConsensusCaptions
 from experiments.flickr8k_two_hours.hubs import BankedRetrieval
 from experiments.flickr8k_two_hours.mixed_reward import MixedReward
+from experiments.flickr8k_two_hours.paraphrases import paraphrased_records
+from experiments.flickr8k_two_hours.subwords import subwords
 from helpers.running import compose
 
 REFERENCES = {
@@ -172,3 +177,36 @@ def test_levers_compare_runs_of_one_seed(tmp_path: Path, monkeypatch: pytest.Mon
         "| best of 8 beams at weight 0.2, after 40 epochs | 1 | +0.0 | +0.0 | -1.0 |  |  |",
         "| decoder re-ranking, after 40 epochs | 1 |  |  |  | +0.0 | +10.0 |",
     ]
+
+
+@pytest.fixture
+def flickr(tmp_path: Path) -> Path:
+    """Two training photos of which Karpathy's file tells, the captions of each, and a photo for validation."""
+    captions = {"train": ["A boy jumps over the woodland .", "A child jumps over the forest ."], "val": ["A boy ."]}
+    images = [
+        {"imgid": i, "filename": f"{split}{i}.jpg", "split": split, "sentences": [{"raw": caption}] * 4}
+        for split, texts in captions.items()
+        for i, caption in enumerate(texts, start=10 * len(split))
+    ]
+    (tmp_path / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
+    for image in images:
+        Image.new("RGB", (8, 8)).save(tmp_path / image["filename"])
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_paraphrases_replace_one_phrase_by_known_words_in_training_captions_alone(flickr: Path) -> None:
+    for record in paraphrased_records(flickr, "train", likelihood=0.01):
+        given, others = record.captions[:4], record.captions[4:]
+        assert len(given) == len(others)
+        for one, other in zip(map(split_words, given), map(split_words, others), strict=True):
+            assert one != other
+            assert {*other} <= {*split_words("a boy child jumps over the woodland forest")}
+    assert [record.captions for record in paraphrased_records(flickr, "val")] == [("A boy .",) * 4]
+
+
+def test_sub_words_know_every_text(flickr: Path) -> None:
+    tokenizer = get_tokenizer(subwords(flickr, 280))
+    assert tokenizer.vocab_size == 280
+    assert tokenizer.decode(tokenizer.encode("A boy jumps: Δ!")) == "a boy jumps: δ!"
+    assert len(tokenizer.encode(" woodland")) == 5  # start, three learned parts, end
