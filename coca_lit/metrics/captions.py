@@ -236,7 +236,7 @@ def exact_match(references: Mapping[Id, Sequence[str]], predictions: Mapping[Id,
 
 def is_reference(caption: str, references: Sequence[str]) -> bool:
     """Whether a caption equals one of the references, apart from case, blanks and a closing full stop."""
-    plain, *others = (" ".join(text.lower().split()).rstrip(" .") for text in (caption, *references))
+    plain, *others = ("".join(text.lower().split()).rstrip(".") for text in (caption, *references))
     return plain in others
 
 
@@ -258,9 +258,9 @@ def caption_statistics(captions: Collection[str]) -> dict[str, float]:
 
 
 def are_novel(captions: Iterable[str], training_captions: Iterable[str]) -> list[bool]:
-    """Whether each caption differs from all training captions in a word."""
+    """Whether each caption differs from all training captions in a letter or digit: models write "t - shirt"."""
     known = _different(tuple(training_captions))
-    return [words_of(caption) not in known for caption in captions]
+    return [_letters(caption) not in known for caption in captions]
 
 
 def words_of(caption: str) -> str:
@@ -270,7 +270,11 @@ def words_of(caption: str) -> str:
 
 @functools.lru_cache(maxsize=1)  # the same at each scoring of a training
 def _different(captions: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(map(words_of, captions))
+    return frozenset(map(_letters, captions))
+
+
+def _letters(caption: str) -> str:
+    return "".join(filter(str.isalnum, caption.lower()))
 
 
 def _distinct(ngrams: Sequence[object]) -> float:

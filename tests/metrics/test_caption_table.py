@@ -17,6 +17,7 @@ def test_statistics_by_hand():
 
 def test_novelty_by_hand():
     assert are_novel(["A dog.", "a cat", "a cow"], ["a dog", "the cow"]) == [False, True, True]
+    assert are_novel(["a t - shirt of size 1 0"], ["A T-shirt, of size 10."]) == [False]  # as byte pairs write it
 
 
 def means(scores: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from coca_lit.data.records import Record
 from coca_lit.data.scenes.facts import scene_question_records
 from coca_lit.data.transforms import build_transform
 from coca_lit.evals import Settings
-from coca_lit.evals.vqa import VQAScores, fitting, generate_answers
+from coca_lit.evals.vqa import VQAScores, as_people_write, fitting, generate_answers
 from coca_lit.metrics.vqa import CONTRACTIONS, blind_answers, normalize_answer, vqa_accuracy, vqa_scores
 from coca_lit.models import create_model
 from coca_lit.tokenizer import get_tokenizer
@@ -139,6 +139,21 @@ def test_a_question_without_blanks_loses_its_last_characters() -> None:
     kept = fitting(tokenizer, long)
     longest = max(n for n in range(len(long)) if tokenizer.lengths([long[:n]])[0] - 1 <= tokenizer.context_length - 10)
     assert kept == long[:longest] != ""
+
+
+@pytest.mark.parametrize("answer", ["10", "2009", "1.5", "1,000", "10:30", "9/11", "$20", "t-shirt", "men's", "2 dogs"])
+def test_answers_in_byte_pairs_are_those_of_people(answer: str) -> None:
+    tokenizer = get_tokenizer("clip")
+    assert as_people_write(tokenizer.decode(tokenizer.encode(answer))) == answer
+
+
+def test_a_number_is_answered_in_byte_pairs(monkeypatch) -> None:
+    """Beyond the digits that the decoder writes, see `as_people_write`."""
+    model = create_model("coca_tiny", tokenizer="clip").eval()
+    record, *_ = scene_question_records("val", count=1)
+    asked = model.tokenizer.encode(record.question)[:-1]
+    monkeypatch.setattr(model, "generate", lambda *_, **__: torch.tensor([[*asked, *model.tokenizer.encode("10")[1:]]]))
+    assert generate_answers(model, [record]) == {record.id: "10"}
 
 
 def test_predictions_are_in_the_official_format_and_hidden_answers_are_no_error(model, tmp_path) -> None:

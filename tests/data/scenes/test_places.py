@@ -65,7 +65,7 @@ def test_scores_are_shares_of_questions(monkeypatch: pytest.MonkeyPatch, tmp_pat
     answers = {record.id: record.captions[0] for record in questions} | {record.id: "0 0 1 1" for record in where[:10]}
     monkeypatch.setattr(evaluated, "generate_answers", lambda *_: answers)
     evaluation = PlaceScores("places", questions)
-    found = evaluation.evaluate(create_model("coca_tiny"), Settings(tmp_path))
+    found = evaluation.evaluate(create_model("coca_tiny", tokenizer="scenes_places"), Settings(tmp_path))
     assert found == {"places/box_accuracy": pytest.approx(1 - 10 / len(where)), "places/name_accuracy": 1.0}
     assert set(evaluation.draws) == set(found)
     scenes = [next(r.id for r in questions if r.image == image) for image in dict.fromkeys(r.image for r in questions)]
@@ -73,6 +73,8 @@ def test_scores_are_shares_of_questions(monkeypatch: pytest.MonkeyPatch, tmp_pat
     without = create_model("coca_tiny", decoder_layers=0)
     assert evaluation.evaluate(without, Settings(tmp_path)) == {}
     assert "no decoder" in evaluation.not_run["places places"]
+    assert evaluation.evaluate(create_model("coca_tiny", tokenizer="clip"), Settings(tmp_path)) == {}
+    assert "vocabulary" in evaluation.not_run["places places"]
 
 
 @pytest.mark.slow

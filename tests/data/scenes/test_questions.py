@@ -54,6 +54,18 @@ def test_official_files(tmp_path: Path) -> None:
     assert next(iter(data.train_dataloader())).images.shape == (6, 3, 16, 16)
 
 
+def test_photos_of_2015_keep_their_names(tmp_path: Path) -> None:
+    """Beside those of 2017 for training, whose names lost a prefix."""
+    for folder in ("train2017", "test2015"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "test2015" / "COCO_test2015_000000000001.jpg")
+    questions = [{"image_id": 1, "question": "What?", "question_id": 7}]
+    content = json.dumps({"data_subtype": "test-dev2015", "questions": questions})
+    (tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json").write_text(content)
+    (record,) = vqa_records(tmp_path, "test-dev")
+    assert record.image().size == (4, 4)
+
+
 def test_missing_files_are_explained(tmp_path: Path) -> None:
     with pytest.raises(DataNotFoundError, match=r"val2014_questions\.json.*visualqa\.org"):
         vqa_records(tmp_path, "val")
