@@ -41,10 +41,11 @@ from coca_lit.weights.sharded import is_checkpoint
 RUN_KEY = "coca_lit_run"  # under which our checkpoints keep what resuming needs: see `coca_lit.callbacks.checkpoint`
 AUTO = "auto"
 LAST = "last.ckpt"
+EARLIER = "earlier_results.json"  # of a run that went on
 # What belongs to one run, as outputs/README.md lists it.
 FILES = (
     *("config.yaml", "environment.json", "results.json", "not_run.json", "curves.png", "report.html", "report.md"),
-    *(INTERVALS, DRAWS, CONDITIONS, CHECKPOINTS, METRICS, BAD_STEPS, "bad_samples", "predictions", "samples"),
+    *(EARLIER, INTERVALS, DRAWS, CONDITIONS, CHECKPOINTS, METRICS, BAD_STEPS, "bad_samples", "predictions", "samples"),
     *("tensorboard", "wandb", "wandb_run", "mlflow_run"),
 )
 # Keys that decide what is computed, and among them those that only decide where and how fast.
@@ -190,7 +191,6 @@ def finished_results(cfg: DictConfig, start: Start) -> dict[str, float] | None:
         or not results.exists()
         or not config.exists()
         or (cfg.report is not None and not (folder / "report.html").exists())
-        or results.stat().st_mtime < start.path.stat().st_mtime
         or not start.run.get("finished")
     ):
         return None
@@ -223,8 +223,8 @@ def start_run_folder(cfg: DictConfig, start: Start | None = None, **facts: Any) 
         start_fresh(folder)
     else:
         rewind_run(folder, start)
-    if (folder / RESULTS).exists():  # of what the config said before: until the run ends, it is not finished
-        os.utime(folder / RESULTS, (0, 0))
+    if (folder / RESULTS).exists():  # of other weights: until the run ends, it has no scores
+        os.replace(folder / RESULTS, folder / EARLIER)
     atomic_write(folder / CONFIG, masked_yaml(cfg).encode())
     write_json(folder / ENVIRONMENT, environment() | facts)
 

@@ -591,6 +591,7 @@ def test_a_changed_run_is_not_finished(tmp_path: Path, change: str) -> None:
     assert finished_results(changed, start_at(path)) is None
     start_run_folder(changed, start_at(path))
     assert finished_results(changed, start_at(path)) is None
+    assert not (tmp_path / "results.json").exists()  # they would stand for other weights
     finish_run(tmp_path, Found({"scenes/CIDEr": 2.0}), report=write_report)
     assert finished_results(changed, start_at(path)) == {"scenes/CIDEr": 2.0}
 

@@ -172,7 +172,8 @@ def _matches(name: str, folders: Callable[[str], "Folder"]) -> list[str]:
     elif glob.has_magic(folder):
         if is_remote(folder):
             raise DataError(f"{name}: only the last part of a URL may hold * and ?")
-        return [match for parent in sorted(glob.glob(folder)) for match in _matches(f"{parent}/{last}", folders)]
+        parents = sorted(glob.glob(folder, recursive=True))
+        return [match for parent in parents for match in _matches(f"{parent.rstrip('/')}/{last}", folders)]
     found = folders(folder)
     listed = [entry for entry in found.manifest if fnmatch(entry, last)]
     matches = sorted({*found.names(last), *listed})

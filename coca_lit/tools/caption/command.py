@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from coca_lit.cli.assembly import build
 from coca_lit.cli.command import command
@@ -63,7 +63,8 @@ def run(cfg: DictConfig) -> None:
     configure_libraries(cfg.threads)
     if cfg.output is not None:
         cfg.output = str(cfg.output)  # a name like 2024 comes as a number
-    units = find_inputs([str(word) for word in cfg.images], cfg.batch_size, cfg.frames)
+    words = cfg.images if isinstance(cfg.images, ListConfig) else [cfg.images]
+    units = find_inputs([str(word) for word in words], cfg.batch_size, cfg.frames)
     engine = build(cfg.engine, "engine")
     if not (isinstance(engine, Machine) and engine.devices is None):
         return _run_on(engine, cfg, units)

@@ -139,12 +139,16 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path
     """The images in a folder and its subfolders, sorted by path; hidden files and folders are left out.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: there is no such folder, or one in it cannot be listed.
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder '{folder}'")
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"the folder '{error.filename}' cannot be listed: {error.strerror}") from error
+
     found = []
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
     return sorted(found)
@@ -167,7 +171,7 @@ def _paths(word: str) -> Iterator[Path]:
         yield from local_shards(word)
     else:
         try:
-            matches = [name for part in braceexpand(word) for name in sorted(glob.glob(part))]
+            matches = [name for part in braceexpand(word) for name in sorted(glob.glob(part, recursive=True))]
         except ValueError:  # an unmatched brace
             matches = []
         if not matches:

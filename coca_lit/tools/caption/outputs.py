@@ -128,7 +128,7 @@ class JsonLines(Writer):
 
     def write(self, captions: Mapping[Source, Captions]) -> None:
         rows = [
-            {self.key: self._id(source), **self._texts(found), "file": source.state}
+            {self.key: self._id(source), "path": source.name, **self._texts(found), "file": source.state}
             for source, found in captions.items()
         ]
         append_lines(self.journal, map(json.dumps, rows))
@@ -190,12 +190,18 @@ class CocoResults(JsonLines):
     key = "image_id"
 
     def __init__(self, path: Path, units: Sequence[Unit], settings: dict[str, Any]) -> None:
-        owners: dict[int | str, str] = {}
+        owners: dict[int | str, Source] = {}
         for source in _all_sources(units):
-            other = owners.setdefault(self._id(source), source.name)
-            if other != source.name:
-                raise DataError(f"{other} and {source.name} have the same image id: write .jsonl, which has paths")
+            other = owners.setdefault(self._id(source), source)
+            if other.name != source.name:
+                raise DataError(f"{other.name} and {source.name} have the same image id: write .jsonl, which has paths")
         super().__init__(path, units, settings)
+        for image, row in self._rows().items():
+            if image in owners and _is_of_another(row, owners[image].path, owners[image].state):
+                raise DataError(
+                    f"{path} holds a caption of {row['path']}, which has the same image id as {owners[image].name}: "
+                    "choose another output"
+                )
 
     def _journal(self) -> Path:
         return self.path.with_name(f"{self.path.name}.rank{rank()}")
@@ -234,13 +240,21 @@ class Recaptioned(Writer):
             if path.resolve() == (folder / path.name).resolve():
                 raise DataError(f"{path} would replace itself: choose another folder as output")
         self.folder = folder
+        for path in shards:
+            if (made := self._made_of(path)) and _is_of_another(made, path, state_of(path)):
+                raise DataError(f"{folder / path.name} was made of {made['path']}: choose another output for {path}")
         self.captions: dict[str, Captions] = {}  # of the current shard, by the name of the image
 
     def has_unit(self, unit: Unit) -> bool:
         if not isinstance(unit, Shard) or not (self.folder / unit.path.name).exists():
             return False
-        mark = self._mark(unit.path)
-        return not mark.exists() or read_json(mark, list) == list(state_of(unit.path))
+        made = self._made_of(unit.path)
+        return made is None or made["file"] == list(state_of(unit.path))
+
+    def _made_of(self, source: Path) -> dict[str, Any] | None:
+        """Of which file the existing shard of this name was made."""
+        mark = self._mark(source)
+        return read_json(mark) if mark.exists() and (self.folder / source.name).exists() else None
 
     def _mark(self, source: Path) -> Path:
         return self.folder / f".{source.name}.source.json"
@@ -252,8 +266,14 @@ class Recaptioned(Writer):
         keys = {sample.key: f"{shard.path}/{sample.key}" for sample in shard.samples}
         captions = {key: self.captions[name] for key, name in keys.items() if name in self.captions}
         write_shard(shard, self.folder / shard.path.name, captions)
-        write_json(self._mark(shard.path), shard.state)
+        write_json(self._mark(shard.path), {"path": str(shard.path.resolve()), "file": shard.state})
         self.captions = {}
+
+
+def _is_of_another(made: Mapping[str, Any], path: Path, state: Sequence[int]) -> bool:
+    """Whether a result was made of another file than this one, and not of one that has moved here."""
+    theirs = str(made.get("path", ""))
+    return made.get("file") != list(state) and os.path.exists(theirs) and not os.path.samefile(theirs, path)
 
 
 def print_rows(rows: Sequence[Sequence[str]]) -> None:

@@ -14,6 +14,7 @@ A row per usable sample, in the order of the tar. Any engine that reads Parquet 
 
 import glob
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from coca_lit.data.shards.shard import sha256_of
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.files import replacing, state_of
 from coca_lit.reading import counts_of, open_parquet, parse_json, texts_of
+
+log = logging.getLogger(__name__)
 
 SUFFIX = ".scores.parquet"
 SETTINGS = "scores.settings.json"  # beside them: what made all scores of a folder
@@ -129,13 +132,15 @@ def find_scores(words: Sequence[str | Path]) -> list[Path]:
 
 def check_current(path: Path) -> dict[str, Any]:
     """What scores record about themselves, nothing if another program's. Raises `DataError` if the shard beside them
-    has changed since: its keys may name other samples. A copy that has lost its time is read once and known by its
-    digest, if it had a manifest when it was scored.
+    has changed since: its keys may name other samples. A copy that has lost its time is read as a whole and known by
+    its digest, if it had a manifest when it was scored.
     """
     about = read_about(path, foreign=True).about
     shard = path.with_name(path.name.removesuffix(SUFFIX) + ".tar")
     if about and shard.exists() and [*state_of(shard)] != about["shard"]:
         same_size = shard.stat().st_size == about["shard"][0]
+        if same_size and "content" in about:
+            log.warning("%s has another time than when it was scored, so its content is compared", shard)
         if not same_size or sha256_of(shard) != about.get("content"):
             raise DataError(f"{shard} has changed since it was scored: repeat coca-data score")
     return about

@@ -70,13 +70,22 @@ def _index(model: "CoCa", folder: Path) -> "ImageIndex":
             index.folder = folder  # as the user wrote it
         except DataError as error:  # another model's is not replaced
             problem = error
-    with ProgressBar("embedding") as bar:
-        changes = index.update(progress=bar.reach)
+    has_clips = any(path.suffix.lower() in CLIPS for path in index.paths)  # the page has none, and would lose them
+
+    def save() -> None:
+        if not problem and not has_clips:
+            index.save(file)
+
+    try:
+        with ProgressBar("embedding") as bar:
+            changes = index.update(progress=bar.reach)
+    except KeyboardInterrupt:
+        save()
+        raise
     for reason in changes.unreadable.values():
         print(printable(f"not searched: {reason}"))
     try:
-        if not problem and not any(path.suffix.lower() in CLIPS for path in changes.removed):  # the page has no clips
-            index.save(file)
+        save()
     except DataError as error:
         problem = error
     if problem:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from coca_lit.cli.command import command
 from coca_lit.cli.runtime import configure_libraries
-from coca_lit.errors import ConfigError, error_context, suggest
+from coca_lit.errors import CheckpointError, ConfigError, error_context, suggest
 
 if TYPE_CHECKING:
     from coca_lit.models import CoCa
@@ -62,7 +62,10 @@ def run(cfg: DictConfig) -> None:
         print(f"note: {exported.warning}")
     print(f"{exported.check}\nThe model and its card, README.md, are in {output}")
     if cfg.push_to is not None:
-        print(f"and on the Hub, as {hub.push(output, cfg.push_to)}")
+        try:
+            print(f"and on the Hub, as {hub.push(output, cfg.push_to)}")
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; the export itself is whole: add overwrite=true to the command") from error
 
 
 def _writer(cfg: DictConfig) -> "Callable[[CoCa, Path], Exported]":

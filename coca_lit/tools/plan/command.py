@@ -133,9 +133,17 @@ def build_without_weights(cfg: DictConfig) -> "CoCaLit":
     with open_dict(node):
         node.compile = False  # the same work, and nothing to compile
     OmegaConf.resolve(node)
-    with torch.device("meta"):
-        module = make_module(cfg, node)
-        add_adapters(cfg, module)
+    try:
+        with torch.device("meta"):
+            module = make_module(cfg, node)
+            add_adapters(cfg, module)
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
+        raise ConfigError(
+            f"a part of the model reads values of tensors when it is built ({error}), and a plan has none: build them "
+            'with device="cpu"'
+        ) from error
     return module
 
 

@@ -193,6 +193,30 @@ def test_coco_results(model: CoCa, checkpoint: str, tmp_path: Path) -> None:
         caption(checkpoint, f"images=[{tmp_path}]", f"output={tmp_path}/q.json", "generate.num_captions=2")
 
 
+def test_a_folder_is_one_word_and_two_stars_are_any_depth(checkpoint: str, tmp_path: Path) -> None:
+    for name in ("0.png", "a/1.png", "a/b/2.png"):
+        (path := tmp_path / "x" / name).parent.mkdir(exist_ok=True)
+        render(1, size=32).save(path)
+    for images, output in ((f"{tmp_path}/x", "1.jsonl"), (f"'{tmp_path}/x/**/*.png'", "2.jsonl")):
+        caption(checkpoint, f"images={images}", f"output={tmp_path}/{output}", "num_workers=0")
+        names = [json.loads(line)["path"] for line in (tmp_path / output).read_text().splitlines()]
+        assert names == [f"{tmp_path}/x/{name}" for name in ("0.png", "a/1.png", "a/b/2.png")]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    scandir = os.scandir
+
+    def refused(path: str) -> object:
+        if Path(path).name == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match="a' cannot be listed: Permission denied"):
+        inputs.find_images(tmp_path)
+
+
 @pytest.mark.slow
 def test_shards_keep_everything_but_the_caption(
     model: CoCa, checkpoint: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import tarfile
@@ -166,6 +167,26 @@ def test_another_shard_of_the_same_name_is_captioned(folder: Path, tmp_path: Pat
         os.utime(shard, (86400 * day, 86400 * day))
         caption(f"checkpoint={folder}/tiny.safetensors", f"images=[{shard}]", f"output={tmp_path}/new/", "batch_size=3")
         assert path.read_bytes() == (folder / "expected" / "new" / source.name).read_bytes()
+
+
+@pytest.mark.parametrize(("output", "kind"), [("c.json", "photos/*.png"), ("new/", "shards/*.tar")])
+def test_another_folder_with_the_same_names_replaces_nothing(
+    output: str, kind: str, folder: Path, tmp_path: Path
+) -> None:
+    one, other, *_ = sorted(folder.glob(kind))
+    places = [tmp_path / name / one.name for name in ("a", "b")]
+    for source, place in zip((one, other), places, strict=True):
+        place.parent.mkdir()
+        shutil.copy(source, place)
+    words = (f"checkpoint={folder}/tiny.safetensors", f"output={tmp_path}/{output}")
+    caption(*words, f"images=[{places[0]}]")
+    before = contents(tmp_path / output)
+    with pytest.raises(DataError, match=re.escape(str(places[0]))):
+        caption(*words, f"images=[{places[1]}]")
+    assert contents(tmp_path / output) == before
+    places[0].rename(places[0].with_name("moved"))  # whose captions these are is unknown then
+    caption(*words, f"images=[{places[1]}]")
+    assert contents(tmp_path / output) != before
 
 
 @pytest.mark.slow

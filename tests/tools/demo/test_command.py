@@ -10,6 +10,7 @@ import pytest
 from coca_lit.cli import command
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import ConfigError
+from coca_lit.progress import ProgressBar
 from coca_lit.tools import checkpoint as models
 from coca_lit.tools.checkpoint import OUTPUTS
 from coca_lit.tools.demo import command as cli
@@ -122,6 +123,20 @@ def test_clips_stay_in_the_index(shown, tmp_path, photos, tiny_model):
     index.save(file)
     cli.run(compose("checkpoint=tiny.safetensors", "images=photos"))
     assert [len(shown[0][2]), len(ImageIndex.load(file, model))] == [3, 4]
+
+
+def test_what_is_embedded_when_it_is_interrupted_stays(shown, tmp_path, photos, tiny_model, monkeypatch):
+    model = tiny_model()
+    save_model(model, tmp_path / "tiny.safetensors")
+
+    def interrupted(self, done, total):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressBar, "reach", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cli.run(compose("checkpoint=tiny.safetensors", "images=photos"))
+    assert len(ImageIndex.load(tmp_path / "photos.index.safetensors", model)) == 3
 
 
 @pytest.mark.parametrize("port", ["70000", "0", "-1"])

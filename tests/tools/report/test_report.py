@@ -390,6 +390,14 @@ def test_runs_of_one_name_are_told_apart_by_the_folder_above(tmp_path):
     assert "best built-in scenes CIDEr: 90.00 (b/seed=0)" in (tmp_path / "report.md").read_text()
 
 
+def test_what_a_run_left_before_it_was_started_afresh_is_no_run_of_its_own(tmp_path):
+    make_run(tmp_path / "x" / "earlier_1", {"scenes/CIDEr": 0.5})
+    with pytest.raises(DataError, match=r"results\.json"):
+        find_runs([tmp_path / "x"])
+    runs, _ = find_runs([tmp_path / "x" / "earlier_1"])
+    assert [run.name for run in runs] == ["earlier_1"]
+
+
 def test_rows_without_a_step_and_an_incomplete_line_are_not_drawn(tmp_path):
     folder = make_run(tmp_path / "run", {"scenes/CIDEr": 0.5})
     (folder / "metrics.csv").write_text("step,epoch,train/caption_loss\n1,0,2.5\n,,7.0\n2,0,1.5\n3,0,1.")
