@@ -201,6 +201,8 @@ class CoCaLit(L.LightningModule):
         # Before any callback sees the weights, such as `Averaging`.
         optimizer.register_step_post_hook(lambda *_: self.net.clamp_logit_scale())
         steps = warmup, total = self.warmup_steps, int(self.trainer.estimated_stepping_batches)
+        if total < 0:
+            raise ConfigError("trainer.max_steps: the learning rate needs it, since the training data have no length")
         if self.cooldown_steps is None:
             if SETUP_CHECK < total < warmup:
                 print_rank_zero(

@@ -113,6 +113,7 @@ class Checkpoints(L.Callback):
         self.signals.listen()
         lightning_fixes.leave_sigterm_to_us(trainer)
         step_exchange.start()
+        self._phase, self._unlinked, self._offered = "training", None, None  # also where it trains once more
         self._saved = (trainer.global_step, self._phase)  # there is nothing to save before the first step
         self._set_clock()
         lost = not (self.folder / BEST).exists()  # moved away with the steps that are made again, or one of these

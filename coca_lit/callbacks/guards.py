@@ -24,7 +24,7 @@ from coca_lit.callbacks.checkpoint import Checkpoints
 from coca_lit.data.bad_samples import BadSample
 from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import CaptionDataModule
-from coca_lit.distributed import Arriving, gather_objects, print_rank_zero, rank, step_exchange, world_size
+from coca_lit.distributed import Arriving, gather_objects, print_rank_zero, rank, stable_seed, step_exchange, world_size
 from coca_lit.errors import DataError, TrainingError, check_number
 from coca_lit.files import Waiting, append_lines, atomic_write, csv_line, whole_lines
 from coca_lit.runs.run_folder import BAD_STEPS, CONFIG, ENVIRONMENT, HOLDER
@@ -102,10 +102,9 @@ class NonFiniteGuard(L.Callback):
         everywhere = step_exchange.exchange(own)  # (W, 2)
         bad = everywhere[:, 0].amax()
         self._measured = self._step, self._keys, Arriving(torch.stack([bad, everywhere[:, 1].mean()]))
-        if scaled:
-            pass
-        elif bad.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.found_inf = bad  # type: ignore[attr-defined]  # as the loss scaler of fp16 tells it
+        if scaled or (bad.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False)):
+            if not scaled:
+                optimizer.found_inf = bad  # type: ignore[attr-defined]  # as the loss scaler of fp16 tells it
             for buffer, before in self._statistics:  # the forward pass has updated it already
                 buffer.copy_(torch.where(bad > 0, before, buffer))
         elif self._judge():
@@ -261,6 +260,8 @@ class SameOnAllRanks(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, CaptionDataModule):
             own |= {"steps an epoch": data.steps_per_epoch, "data": data.state_dict()}
+            if data.texts is not None:
+                own["data.text"] = stable_seed(*data.texts.texts)
         first, *others = gather_objects(own)
         for process, other in enumerate(others, start=1):
             for name, value in first.items():

@@ -89,9 +89,12 @@ def _awaits_arguments(node: DictConfig, path: str) -> bool:
 
 def build_data(cfg: DictConfig, tokenizer: "Tokenizer") -> "CaptionDataModule":
     """The training data, found; raises `DataError` if they are not there."""
+    from coca_lit.data.datamodule import CaptionDataModule
+
     with data_place(cfg):
         data = build(cfg.data, "data", offered={"tokenizer": tokenizer})
-        data.prepare_data()
+        if isinstance(data, CaptionDataModule):  # one of your own downloads in one process of a machine, by Lightning
+            data.prepare_data()
     return data
 
 

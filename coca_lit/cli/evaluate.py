@@ -229,9 +229,12 @@ def _load(cfg: DictConfig) -> "DualEncoder":
         with error_context("image_size"):
             model.set_image_size(cfg.image_size)
     cfg.image_size = model.image_size
-    if cfg.frame_pooling is not None and isinstance(model, CoCa):
+    if cfg.frame_pooling is not None:
         with error_context("frame_pooling"):
-            model.set_frame_pooling(cfg.frame_pooling)
+            if isinstance(model, CoCa):
+                model.set_frame_pooling(cfg.frame_pooling)
+            elif cfg.frame_pooling != "mean":
+                raise ValueError("a CLIP embeds a clip as the mean of its frames: leave it out")
     return model
 
 

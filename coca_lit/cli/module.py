@@ -58,6 +58,8 @@ def build_module(cfg: DictConfig, start: "Start | None" = None, source: "DualEnc
     module = make_module(cfg, cfg.model, optimizer=optimizer)
     if start is None:
         initialise(cfg, module.net, source)
+        for objective in module.further_objectives().values():
+            objective.begin(module.net)
     else:
         check_classes(module, start)
     add_adapters(cfg, module)

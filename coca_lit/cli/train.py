@@ -42,6 +42,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         from coca_lit.callbacks import samples_seen
         from coca_lit.data.datamodule import CaptionDataModule, RecordsDataModule
         from coca_lit.data.prefetch import worker_errors
+        from coca_lit.distributed import print_rank_zero
         from coca_lit.models import part_sizes
         from coca_lit.models.generation.options import complete
         from coca_lit.runs.results import finish_run, read_conditions, read_draws
@@ -82,9 +83,12 @@ def run(cfg: DictConfig) -> dict[str, float]:
         data = build_data(cfg, module.net.tokenizer)  # before the evaluations: reported first if missing
         if start is not None and isinstance(data, CaptionDataModule):
             resume_data(data, start, strict)
+        elif start is not None:
+            print_rank_zero(f"note: {type(data).__name__} begins its epoch again, as it does not keep its place")
         evals, not_run = build_evals(cfg)
         if start is None and isinstance(data, CaptionDataModule):
-            check_data(data, module.net, module.reads_captions)
+            of_pairs = any(module.pairs.weights.values()) or bool(module.pairs.joined)
+            check_data(data, module.net, module.reads_captions, of_pairs)
         if start is None and isinstance(data, RecordsDataModule):
             held_out = {evaluation.name: evaluation.records for evaluation in evals}
             check_held_out(data.train_records, held_out)

@@ -296,7 +296,7 @@ class RecordsDataModule(CaptionDataModule):
                 "encoder, and not for pooler=mean beside class tokens: set these, or cached_augmentations=0"
             )
         precision, plain = self.trainer.precision_plugin, self.plain_transform()
-        context = (precision.forward_context, precision.precision)
+        context = (precision.forward_context, precision.precision, net.config["image_encoder_args"])
         cache = FeatureCache(self.cache_dir, encoder, plain, self.train_transform(), self.seed, *context)
         wanted = {self.train_split: self.cached_augmentations} | ({self.val_split: 1} if self.val_split else {})
         for split, views in wanted.items():

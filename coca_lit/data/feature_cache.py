@@ -8,16 +8,18 @@ memory-mapped file in fp16, complete or absent, so a run that is killed while en
 """
 
 import functools
+import inspect
 import logging
 import pickle
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from types import MappingProxyType
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -43,6 +45,7 @@ log = logging.getLogger(__name__)
 
 BATCH = 32  # images that are encoded at a time
 BYTES = 2  # of a number in fp16
+STABLE = ("coca_lit", "timm", "torch", "torchvision")  # packages whose modules do not change between two commands
 SIDES = {"left": "right", "right": "left"}
 OF_PLACES = re.compile(  # "on the left", "left of it", "left and right", but not "he left the room", "right behind him"
     r"\b((?:the|his|her|its|their|my|your|our|far|upper|lower|top|bottom|front|back|rear|on|at|to|from|facing|looking"
@@ -53,7 +56,7 @@ OF_PLACES = re.compile(  # "on the left", "left of it", "left and right", but no
     re.IGNORECASE,
 )
 ENGLISH = frozenset(["and", "of", "the", "with"])  # words that other languages do not have
-LABELLED = 10  # images of a label, on average
+MOST_ONE_SIDED = 0.01  # share of texts
 LEAST_ENGLISH = 0.04  # share of these words; 0.096 in captions of Flickr8k
 
 
@@ -73,6 +76,7 @@ class FeatureCache:
         crop: transform of training.
         precision: makes the context in which the encoder runs during training, such as autocast.
         precision_name: tells such contexts apart.
+        arguments: of the encoder, which may decide what it computes and show neither in its parts nor in its tensors.
     """
 
     def __init__(
@@ -84,11 +88,13 @@ class FeatureCache:
         seed: int,
         precision: Callable[[], AbstractContextManager] = nullcontext,
         precision_name: str = "",
+        arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         if any(p.requires_grad for p in encoder.parameters()):
             raise DataError("data.cached_augmentations needs a frozen encoder: set model.freeze=[image_encoder]")
         tensors = chain(encoder.named_parameters(), encoder.named_buffers())
-        about = (repr(encoder), _describe(plain), _describe(crop), seed, precision_name)
+        about: tuple[object, ...] = (repr(encoder), _describe(plain), _describe(crop), seed, precision_name)
+        about += ((sorted(arguments.items()),) if arguments else ()) + _foreign_code(encoder)
         self.folder = Path(folder) / digest(repr(about), tensors)
         self.encoder, self.plain, self.crop, self.seed, self.precision = encoder, plain, crop, seed, precision
 
@@ -193,15 +199,17 @@ class FeatureCache:
 
 
 def view_numbers(records: Sequence[Record], count: int) -> range:
-    """Of `count` views; without the mirror images where sentences are not in English. A sentence has three words, or is
-    in a script that may not separate them. Texts of which each stands at many images are labels.
+    """Of `count` views; without the mirror images where sentences are not in English, or where shorter texts, such as
+    labels, name a side that `swap_sides` leaves: "turn left". A sentence has three words, or is in a script that may
+    not separate them.
     """
-    texts = [split_words(text) for record in records for text in (*record.captions, record.question)]
-    sentences = [text for text in texts if len(text) >= 3 or not any(map(str.isascii, "".join(text)))]
-    words = [word for text in sentences for word in text]
+    texts = [split_words(text) for record in records for text in (*record.captions, record.question) if text]
+    sentences = [len(text) >= 3 or not any(map(str.isascii, "".join(text))) for text in texts]
+    words = [word for text, is_sentence in zip(texts, sentences, strict=True) if is_sentence for word in text]
     english = sum(word in ENGLISH for word in words) >= LEAST_ENGLISH * len(words)
-    are_labels = LABELLED * len({*map(tuple, sentences)}) < len(sentences)
-    return range(count) if english or are_labels else range(0, 2 * count, 2)
+    labels = [" ".join(text) for text, is_sentence in zip(texts, sentences, strict=True) if not is_sentence]
+    one_sided = sum(bool(SIDES.keys() & {*label.split()}) and swap_sides(label) == label for label in labels)
+    return range(count) if english and one_sided <= MOST_ONE_SIDED * len(texts) else range(0, 2 * count, 2)
 
 
 def is_mirrored(view: int) -> bool:
@@ -247,6 +255,14 @@ def _write_header(file: IO[bytes], folder: Path, shape: tuple[int, ...]) -> None
             f"a view takes {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB left: set another data.cache_dir"
         )
     np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+
+
+def _foreign_code(encoder: nn.Module) -> tuple[str, ...]:
+    """The sources of its parts that are registered from outside: they may be edited."""
+    kinds = {type(part) for part in encoder.modules() if type(part).__module__.split(".")[0] not in STABLE}
+    with suppress(OSError, TypeError):  # of a notebook
+        return tuple(sorted(map(inspect.getsource, kinds)))
+    return ()
 
 
 def _describe(transform: Transform | TrainTransform) -> str:

@@ -4,9 +4,10 @@ Shapes: N training images, I images to classify, S tokens, C width of the encode
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -102,8 +103,9 @@ class PoolerProbe:
                 values = joined(encoder(pixels[None].to(model.device))).numel()
             fitting = int(self.max_gb * 1e9 // (BYTES * values))  # token maps
             stored = min(len(training), fitting)  # the training images first, which are read in every epoch
+            arguments = model.config["image_encoder_args"]
             maps = [
-                TokenMaps(encoder, transform, records, self.cache_dir, count, model.device, workers)
+                TokenMaps(encoder, transform, records, self.cache_dir, count, model.device, workers, arguments)
                 for records, count in ((training, stored), (images, min(len(images), fitting - stored)))
             ]
             torch.manual_seed(self.seed)  # now: to store tokens takes random numbers too
@@ -158,12 +160,13 @@ class TokenMaps:
         stored: int,
         device: torch.device,
         workers: int = 0,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.encoder, self.transform, self.records = encoder, transform, records
         self.stored, self.device, self.workers = stored, device, workers
         self.path: Path | None = None
         if stored:
-            cache = FeatureCache(cache_dir, encoder, transform, whole, seed=0)
+            cache = FeatureCache(cache_dir, encoder, transform, whole, seed=0, arguments=arguments)
             (self.path,) = cache.encode(records[:stored], 1, workers, device)
 
     @torch.no_grad()

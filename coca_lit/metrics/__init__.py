@@ -6,8 +6,9 @@ or training loop; several processes may hold any part of the samples, and each s
 
 
 def lower_is_better(score: str) -> bool:
-    """Whether a smaller value of the score of this name is the better one."""
-    return score.endswith(("median_rank", "_loss", "CHAIRi", "CHAIRs", "cut_captions"))
+    """Whether a smaller value of the score of this name is the better one; of your own scores the last word says it."""
+    own = ("loss", "error", "perplexity", "mse", "mae", "wer", "fid")
+    return score.endswith(("median_rank", "CHAIRi", "CHAIRs", "cut_captions", *own))
 
 
 def is_share(score: str) -> bool:

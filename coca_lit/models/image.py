@@ -17,7 +17,7 @@ from coca_lit.models.convolutional import as_tokens, use_global_batch_norms
 from coca_lit.models.init import init_pooler
 from coca_lit.models.inputs import EncodedFrames, expect_batch, expect_pixels
 from coca_lit.models.layers import AttentionalPooler, Pooling
-from coca_lit.models.registry import IMAGE_ENCODERS
+from coca_lit.models.registry import IMAGE_ENCODERS, check_architecture
 
 CLIP_NORMALISATION = {
     "mean": [0.48145466, 0.4578275, 0.40821073],
@@ -157,6 +157,7 @@ def build_image_encoder(name: str, image_size: int, **arguments: Any) -> ImageEn
     """The encoder of a timm model or of a registered name. What is registered makes a trunk, or is an `ImageEncoder`
     itself.
     """
+    check_architecture(name, arguments)
     factory = IMAGE_ENCODERS.get(name)
     if isinstance(factory, type) and issubclass(factory, ImageEncoder):
         return cast(ImageEncoder, IMAGE_ENCODERS.build(name, {"image_size": image_size}, arguments))

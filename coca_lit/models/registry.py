@@ -17,6 +17,15 @@ from torch import nn
 from coca_lit.errors import check_names
 
 Factory = Callable[..., nn.Module]
+# Beginnings of what timm's constructors take besides an architecture: where weights are read from, and wrappers.
+READS_WEIGHTS = (
+    *("pretrained", "checkpoint", "cache_dir", "url", "file", "hf_hub", "state_dict", "source", "custom_load"),
+)
+NOT_ARCHITECTURE = (
+    *READS_WEIGHTS,
+    *("pruned", "feature", "model_cfg", "kwargs_filter", "scriptable", "exportable", "no_jit", "device", "dtype"),
+)
+NORMALISATION = "pretrained_cfg_overlay"  # timm's name of what replaces mean and deviation of the pixels
 
 
 class Registry:
@@ -133,3 +142,18 @@ TEXT_TOWERS = Registry(
 )
 register_image_encoder = IMAGE_ENCODERS.register
 register_text_tower = TEXT_TOWERS.register
+
+
+def check_architecture(name: str, arguments: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for an argument of an image encoder that is no part of an architecture. Checkpoints hold the
+    arguments, and may be a stranger's: none names a file or an address of weights, also where a registered encoder may
+    hand it on.
+    """
+    refused = READS_WEIGHTS if IMAGE_ENCODERS.is_guest(name) else NOT_ARCHITECTURE
+    for key, value in arguments.items():
+        overlay = key == NORMALISATION and isinstance(value, Mapping) and value.keys() <= {"mean", "std"}
+        if key.startswith(refused) and not overlay:
+            raise ValueError(
+                f"image_encoder_args.{key} is no part of an architecture; for weights of an image encoder see"
+                " init_parts.image_encoder"
+            )

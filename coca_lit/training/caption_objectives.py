@@ -81,7 +81,7 @@ class PrefixPrompts(Objective):
     def build(self, net: CoCa) -> None:
         self.trains = _caption_parts(net)
         rows = [ids[1:-1] for ids in net.tokenizer.encode_batch(self.prompts)]
-        if len({*map(tuple, rows)}) < len(rows) or not all(rows):
+        if len({*map(tuple, rows)}) < len({*self.prompts}) or not all(rows):
             unknown, _ = unknown_words(self.prompts, net.tokenizer)
             raise ValueError(f"the vocabulary lacks words that tell the prompts apart: {', '.join(unknown) or 'any'}")
         if max(map(len, rows)) > net.tokenizer.context_length // 2:

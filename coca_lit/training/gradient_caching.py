@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import forked_rng, sum_over_ranks
-from coca_lit.errors import check_number
+from coca_lit.errors import ConfigError, check_number
 from coca_lit.losses import caption_loss, contrastive_term
 from coca_lit.losses.gradients import with_gradients
 from coca_lit.models import CoCa, CoCaOutput
@@ -93,10 +93,13 @@ def cached_loss(
         further: parameters of these terms, beyond the network's.
 
     Raises:
-        ValueError: B is no multiple of `size`.
+        ConfigError: B is no multiple of `size`.
     """
     if len(images) % size:
-        raise ValueError(f"a batch of {len(images)} cannot be split into micro-batches of {size}")
+        raise ConfigError(
+            f"trainer.micro_batch_size={size} does not divide a batch of {len(images)}: a loader of your own needs "
+            "drop_last=True"
+        )
     prefix_lengths = torch.ones_like(lengths) if prefix_lengths is None else prefix_lengths
     parts = micro_batches(images, tokens, lengths, prefix_lengths, size)
     parameters = [p for p in (*net.parameters(), *further) if p.requires_grad]

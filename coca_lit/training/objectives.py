@@ -67,6 +67,11 @@ class Objective(nn.Module):
             ValueError: the network lacks what the objective needs.
         """
 
+    def begin(self, net: CoCa) -> None:
+        """Called once when the network has its first weights, such as those of `init_from`, for an objective that keeps
+        some of them. A resumed run has them in its checkpoint.
+        """
+
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         """Raw terms: scalars of this rank, whose mean over ranks is the mean over the global batch."""
         raise NotImplementedError

@@ -25,16 +25,22 @@ FAR = 2  # times that the model's input is larger than an image
 FILES, COMPARED = 20_000, 200  # training photos up to which contents are compared, and photos held out that are
 
 
-def check_data(data: CaptionDataModule, net: CoCa, read_captions: bool = True) -> None:
+def check_data(data: CaptionDataModule, net: CoCa, read_captions: bool = True, of_pairs: bool = False) -> None:
     """Compares the training data with the network that is to learn them.
 
     Args:
         read_captions: whether a loss reads the captions, which may be labels alone; questions are always read.
+        of_pairs: whether a loss takes one text for each image.
 
     Raises:
-        DataError: most words are unknown, or all images are equal.
+        DataError: most words are unknown, all images are equal, or records have several of them and a loss takes one.
     """
     records = data.drawn_records(CAPTIONS)
+    if of_pairs and any(record.further for record in records):
+        raise DataError(
+            "the records have several images, and the losses of pairs take one: set model.contrastive_weight=0 "
+            "model.caption_weight=0 and an objective such as model=coca_labels"
+        )
     captions = [record.captions[0] for record in records] if read_captions else []
     for texts in (captions, [record.question for record in records if record.question]):
         if texts:

@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn.utils.parametrize import is_parametrized
 
+from coca_lit.data.datamodule import CaptionDataModule
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import ConfigError, check_number, error_context
 from coca_lit.machine import best_device
@@ -160,9 +161,9 @@ def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
             f"{launched} processes were started, but this configuration trains with {planned} (trainer.devices="
             f"{trainer.num_devices}): start as many, or do not set trainer.devices"
         )
-    if (batch_size := getattr(data, "batch_size", None)) is not None:
+    if isinstance(data, CaptionDataModule):
         with error_context("data.batch_size"):
-            check_batch_size(batch_size, trainer.world_size, size)
+            check_batch_size(data.batch_size, trainer.world_size, size)
     varies = trainer.accumulate_grad_batches > 1 or size is not None or bool(objectives)
     set_ddp_options(trainer, ddp_options(texts, same_graph=not varies))
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from coca_lit.errors import DataError, why_unreadable
 from coca_lit.models import CLIP, CoCa, DualEncoder
-from coca_lit.models.image import CLIP_NORMALISATION
 from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS, import_modules
 from coca_lit.reading import parse_json, read_json
 from coca_lit.weights import MODEL_KEY
@@ -37,19 +36,10 @@ from coca_lit.weights.sharded import REST, check_shards, is_checkpoint, is_folde
 
 log = logging.getLogger(__name__)
 
-# Beginnings of what timm takes besides an architecture: where weights are read from, and wrappers around the model.
-READS_WEIGHTS = (
-    *("pretrained", "checkpoint", "cache_dir", "url", "file", "hf_hub", "state_dict", "source", "custom_load"),
-)
-NOT_ARCHITECTURE = (
-    *READS_WEIGHTS,
-    *("pruned", "feature", "model_cfg", "kwargs_filter", "scriptable", "exportable", "no_jit", "device", "dtype"),
-)
 # Arguments that need not show in a tensor: a rotary base, a budget of patches, and a number of positions, of which a
 # tower that learns them has a tensor to compare with.
 _NO_SIZES = ("rope_base", "max_patches", "context_length")
 _SECTIONS = ("model_cfg", "vision_cfg")  # of OpenCLIP's config, the second if it is the model's alone
-NORMALISATION = "pretrained_cfg_overlay"  # timm's name for what replaces mean and deviation of the pixels
 SCALES = ".scales"  # ends the names of the scales of int8, see `dequantised`
 EMBEDDING, PROJECTION = "text.token_embedding.weight", "decoder.vocabulary.weight"  # one tensor where they are tied
 
@@ -92,10 +82,13 @@ def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None, imports:
             the file says, else GELU.
     """
     import_modules(imports)
-    if quick_gelu is None and not Path(path).exists() and (model := released(path)):
-        quick_gelu = model.quick_gelu
+    known = None if Path(path).exists() else released(path)
     path = locate(path)
     state, own = read_state(path)
+    if quick_gelu is None:
+        quick_gelu = known.quick_gelu if known else None
+    elif own is not None or not is_clip(state):
+        raise ValueError(f"quick_gelu belongs to a CLIP; '{path}' is a CoCa, whose file holds its activations")
     if own is not None:
         return _own_model(path, state, own)
     config = _config_beside(path)
@@ -143,10 +136,7 @@ def read_state(path: Path) -> tuple[Mapping[str, Tensor], Any]:
 
 
 def architecture(config: Any, path: str | Path) -> dict[str, Any]:
-    """The arguments of `CoCa` that a file holds, if they describe an architecture and nothing else.
-
-    timm's constructors also take names of files and addresses to read weights from. Those come from the user alone,
-    also where a registered encoder may hand them on.
+    """The arguments of `CoCa` that a file holds, as plain values.
 
     Raises:
         ValueError: they hold something else.
@@ -160,14 +150,6 @@ def architecture(config: Any, path: str | Path) -> dict[str, Any]:
     encoder = config.get("image_encoder_args") or {}
     if not isinstance(encoder, dict):
         raise ValueError(f"'{path}' is damaged: image_encoder_args is a {type(encoder).__name__}, not a dictionary")
-    refused = READS_WEIGHTS if IMAGE_ENCODERS.is_guest(str(config.get("image_encoder"))) else NOT_ARCHITECTURE
-    for name, value in encoder.items():
-        if name == NORMALISATION:
-            known = isinstance(value, dict) and value.keys() <= CLIP_NORMALISATION.keys()
-        else:
-            known = not str(name).startswith(refused)
-        if not known:
-            raise ValueError(f"'{path}' hands image_encoder_args.{name} to timm, which is no part of an architecture")
     return config
 
 
@@ -193,9 +175,17 @@ def _own_model(path: Path, state: Mapping[str, Tensor], config: Any) -> CoCa:
     try:
         tensors = merged(state)
         _check_numbers(arguments, tensors)
-        if reason := misfit(without_memory(lambda: CoCa(**arguments), tensors).state_dict(), tensors):
+        model = None
+        try:
+            shapes = without_memory(lambda: CoCa(**arguments), tensors).state_dict()
+        except (NotImplementedError, RuntimeError) as error:
+            if "meta" not in str(error) or not _of_guests(arguments):
+                raise
+            model = CoCa(**arguments)  # a constructor from outside needs the values of tensors, as many do
+            shapes = model.state_dict()
+        if reason := misfit(shapes, tensors):
             raise RuntimeError(reason)  # PyTorch's own message lists all tensors
-        model = CoCa(**arguments)
+        model = model or CoCa(**arguments)
         model.load_state_dict(tensors)
     except ValueError as error:  # of the constructor
         raise ValueError(f"'{path}': {error}") from error
@@ -207,10 +197,7 @@ def _own_model(path: Path, state: Mapping[str, Tensor], config: Any) -> CoCa:
 def _check_numbers(arguments: dict[str, Any], state: Mapping[str, Tensor]) -> None:
     """Raises `RuntimeError` for a number that no size explains: a constructor may make a list of that length."""
     largest = max([4096, *(size for tensor in state.values() for size in tensor.shape)])  # 4096: of an image or depth
-    # Only an outside part knows what its own arguments mean.
-    guests = ["image_encoder_args"] if IMAGE_ENCODERS.is_guest(arguments.get("image_encoder", "")) else []
-    if TEXT_TOWERS.is_guest(arguments.get("text_tower") or ""):
-        guests += ["text_tower_args", "decoder_args"]
+    guests = _of_guests(arguments)
     ours = {name: value for name, value in arguments.items() if name not in guests}
     if wrong := [number for number in _numbers(ours) if number > largest]:
         raise RuntimeError(f"a size of {wrong[0]} is larger than any in its tensors")
@@ -218,6 +205,14 @@ def _check_numbers(arguments: dict[str, Any], state: Mapping[str, Tensor]) -> No
         raise RuntimeError(f"a context_length above {MAX_CONTEXT}")
     if (ours.get("image_encoder_args") or {}).get("max_patches", 0) > MAX_PATCHES:
         raise RuntimeError(f"max_patches above {MAX_PATCHES}")
+
+
+def _of_guests(arguments: Mapping[str, Any]) -> list[str]:
+    """The arguments that go to parts from outside, which alone know what they mean."""
+    guests = ["image_encoder_args"] if IMAGE_ENCODERS.is_guest(arguments.get("image_encoder", "")) else []
+    if TEXT_TOWERS.is_guest(arguments.get("text_tower") or ""):
+        guests += ["text_tower_args", "decoder_args"]
+    return guests
 
 
 def _numbers(node: Any) -> Iterator[float]:

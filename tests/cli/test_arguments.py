@@ -7,6 +7,7 @@ from pathlib import Path
 import hydra
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.cli import command
@@ -129,6 +130,17 @@ def test_a_folder_that_looks_like_a_number_or_a_sweep(
     roots = [to_override(f"{key}={folder}") for key in ("checkpoint", "roots.mscoco", "+evals.mine.records.root")]
     cfg = compose("evaluate", roots)
     assert (cfg.checkpoint, cfg.roots.mscoco, cfg.evals.mine.records.root) == (folder,) * 3
+
+
+def test_years_in_a_list_and_in_a_sweep_are_folders() -> None:
+    assert compose("train", ["experiment=pretrain_b32", to_override("data.shards=[2023, 2024]")]).data.shards == [
+        "2023",
+        "2024",
+    ]
+    (sweep,) = OverridesParser.create().parse_overrides([to_override("data.root=2023,2024")])
+    assert [place.text for place in sweep.value().list] == ["2023", "2024"]
+    assert to_override("seed=2023,2024") == "seed=2023,2024"
+    assert to_override("init_from=false") == "init_from=false"
 
 
 @pytest.mark.parametrize(("word", "said"), [("[a", "query='\"[a\"'"), ("{a: 1", "query='\"{a: 1\"'")])

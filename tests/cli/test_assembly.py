@@ -5,15 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from coca_lit.cli import command
-from coca_lit.cli.assembly import build, build_evals, build_scoring, build_trainer
+from coca_lit.cli.assembly import build, build_data, build_evals, build_scoring, build_trainer
 from coca_lit.cli.module import build_module
 from coca_lit.cli.schema import argument_defaults, check
 from coca_lit.errors import ConfigError
 from coca_lit.evals import Settings
+from coca_lit.tokenizer import get_tokenizer
 from coca_lit.training.objectives import Objective
+from coca_lit.weights.load import save_model
 from helpers.running import compose
 
 GUEST = """
@@ -51,6 +54,30 @@ def counted(model, records, settings, offset=0):
 
 def ones(records, captions):
     raise NotImplementedError
+
+class Start(Objective):
+    def begin(self, net):
+        self.start = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+    def forward(self, net, batch):
+        return {"mine": batch}
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+class Stream(LightningDataModule):
+    prepared = False
+
+    def prepare_data(self):
+        self.prepared = True
+
+    def train_dataloader(self):
+        return DataLoader(Endless())
 """
 
 
@@ -77,8 +104,6 @@ def objective(*words: str) -> Objective:
     ],
 )
 def test_a_function_or_a_callable_is_an_objective(guest: None, words: list[str], factor: float) -> None:
-    import torch
-
     loss, terms = objective(*words).loss(None, torch.tensor(5.0))  # type: ignore[arg-type]
     assert loss.item() == 5 * factor
     assert list(terms) == ["mine"]
@@ -137,6 +162,28 @@ def test_parts_behind_relative_imports_get_what_they_ask_for(
     assert argument_defaults({"_target_": f"{target}.Log"}) == {}
     with pytest.raises(ConfigError, match=r"'x\.outputdir'.*'x\.output_dir'"):
         check({"x": {"_target_": f"{target}.Log", "outputdir": 1}}, {"x": None})
+
+
+def test_an_objective_begins_with_the_weights_of_init_from(guest: None, tmp_path: Path) -> None:
+    source = build_module(compose()).net
+    save_model(source, tmp_path / "start.safetensors")
+    torch.manual_seed(1)
+    words = (f"init_from={tmp_path}/start.safetensors", "model.objectives.mine._target_=guest_parts.Start")
+    module = build_module(compose(*words))
+    begun = module.further_objectives()["model.objectives.mine"].start
+    assert all(torch.equal(begun[name], tensor) for name, tensor in source.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:You defined a .validation_step")
+def test_a_stream_needs_a_number_of_steps(guest: None, tmp_path: Path) -> None:
+    words = ("trainer=cpu", "trainer.max_epochs=1", "trainer.max_steps=-1", "data._target_=guest_parts.Stream")
+    cfg = compose(*words, f"output_dir={tmp_path}")
+    data, module = build_data(cfg, get_tokenizer("clip")), build_module(cfg)
+    assert not data.prepared  # Lightning does it, in one process of a machine
+    trainer = build_trainer(cfg, build_scoring(cfg, []), None, False)
+    with pytest.raises(ConfigError, match=r"^trainer\.max_steps"):
+        trainer.fit(module, datamodule=data)
+    assert data.prepared
 
 
 @pytest.mark.parametrize("splits", [True, False])

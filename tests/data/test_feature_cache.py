@@ -78,7 +78,7 @@ def records(count: int = COUNT) -> list[Record]:
     return [Record(i, partial(noise, i), ("a red circle left of a blue square",)) for i in range(count)]
 
 
-def views(folder: Path, encoder: Encoder, size: int = SIZE) -> FeatureCache:
+def views(folder: Path, encoder: nn.Module, size: int = SIZE) -> FeatureCache:
     return FeatureCache(folder, encoder, build_transform(size=size), RandomCrop(size), seed=3)
 
 
@@ -106,6 +106,30 @@ def test_views_are_encoded_once_for_the_same_encoder_images_and_settings(tmp_pat
         views(tmp_path, Encoder()).encode(records(4), 1, 0, CPU),
     ]
     assert len({path for paths in (first, *others) for path in paths}) == 4
+
+
+def test_arguments_and_code_from_outside_make_another_encoder(tmp_path: Path) -> None:
+    """Neither shows in the parts of a module, nor in its tensors."""
+
+    def twice() -> nn.Module:
+        class Layered(nn.Identity):
+            def forward(self, images: Tensor) -> Tensor:
+                return 2 * images
+
+        return Layered()
+
+    def halved() -> nn.Module:
+        class Layered(nn.Identity):
+            def forward(self, images: Tensor) -> Tensor:
+                return images / 2
+
+        return Layered()
+
+    assert repr(twice()) == repr(halved())
+    assert views(tmp_path, twice()).folder == views(tmp_path, twice()).folder != views(tmp_path, halved()).folder
+    plain, crop = build_transform(size=SIZE), RandomCrop(SIZE)
+    folders = [FeatureCache(tmp_path, twice(), plain, crop, 0, arguments={"layer": n}).folder for n in (1, 1, 3)]
+    assert folders[0] == folders[1] != folders[2]
 
 
 def test_another_photo_of_the_same_name_is_encoded(tmp_path: Path) -> None:
@@ -190,6 +214,20 @@ def test_sides_are_swapped_in_phrases_of_places(text: str, mirror: str) -> None:
 def test_captions_in_other_languages_get_no_mirror_images(caption: str) -> None:
     """Nobody knows their words for left and right."""
     assert view_numbers([Record(0, partial(noise, 0), (caption,))], 3) == range(0, 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("question", "texts", "mirrored"),
+    [
+        ("Auf welcher Seite ist die Katze?", ("links", "rechts"), False),
+        ("on which side is the cat?", ("left", "right"), True),
+        ("", ("turn left", "stop"), False),
+        ("", ("golden retriever", "beagle"), True),
+    ],
+)
+def test_answers_and_labels_that_name_a_side(question: str, texts: tuple[str, ...], mirrored: bool) -> None:
+    some = [Record(i, partial(noise, i), texts[i % len(texts)], question=question) for i in range(60)]
+    assert view_numbers(some, 4) == (range(4) if mirrored else range(0, 8, 2))
 
 
 def test_without_mirror_images_captions_stay(tmp_path: Path) -> None:

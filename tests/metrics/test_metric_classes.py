@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_recall
 
 from coca_lit.distributed import rank, world_size
+from coca_lit.metrics import lower_is_better
 from coca_lit.metrics.captions import CaptionMetric, caption_scores, caption_table, exact_match
 from coca_lit.metrics.classification import ZeroShotAccuracy, classification_scores
 from coca_lit.metrics.uncertainty import Draws
@@ -138,3 +139,10 @@ def test_accuracy_equals_that_of_torchmetrics_but_for_ties_and_absent_classes() 
     absent = torch.eye(7)[[0, 1, 2]], torch.tensor([0, 1, 1])
     assert classification_scores(*absent)["mean_per_class_recall"] == pytest.approx((1 + 1 / 2) / 2)
     assert theirs(*absent)["mean_per_class_recall"] == pytest.approx((1 + 1 / 2) / 3)
+
+
+def test_names_say_which_way_scores_are_better() -> None:
+    for score in ("mine/error", "val/perplexity", "x/t2i_median_rank", "x/CHAIRs", "val/caption_loss"):
+        assert lower_is_better(score)
+    for score in ("x/CIDEr", "x/t2i_recall@1", "mine/score"):
+        assert not lower_is_better(score)

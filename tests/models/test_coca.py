@@ -434,6 +434,7 @@ def test_parameters_of_a_loss_are_those_without_gradient_when_it_is_off(
         ({"pooler_heads": 5}, "width.*heads"),
         ({"context_length": 2}, "context_length.*2"),
         ({"image_encoder_args": {"act_layer": torch.nn.SiLU}}, "image_encoder_args.*SiLU"),
+        ({"image_encoder_args": {"pretrained": True}}, r"image_encoder_args\.pretrained"),
         ({"decoder_args": {"init_depth": [torch.tensor(1)]}}, "decoder_args.*tensor"),
         ({"dropout": float("nan")}, "dropout.*nan"),
         (MODERN | NO_CROSS_BLOCKS, "cross_attention_every.*0"),

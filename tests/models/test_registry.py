@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import coca_lit
+from coca_lit.errors import ConfigError
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model, register_image_encoder, register_text_tower
 from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS, import_modules
+from coca_lit.tools.plan.command import build_without_weights
+from helpers.running import compose
 
 PACKAGE = '''
 import torch
@@ -157,8 +160,27 @@ def test_arguments_of_guests_are_their_own(tmp_path: Path) -> None:
     assert torch.equal(loaded.encode_image(images), model.encode_image(images))
     model.config["image_encoder_args"]["checkpoint_path"] = "evil.pth"
     coca_lit.save_model(model, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"hands image_encoder_args\.checkpoint_path to timm"):
+    with pytest.raises(ValueError, match=r"image_encoder_args\.checkpoint_path"):
         coca_lit.load_model(tmp_path / "model.safetensors")
+
+
+def test_a_guest_whose_constructor_reads_tensors_is_loaded(tmp_path: Path) -> None:
+    """As the rates of stochastic depth are often made; tensors without memory have no values."""
+    import_modules(["their_package"])
+    patches = IMAGE_ENCODERS.get("patches")
+
+    @register_image_encoder("deep")
+    def _(image_size: int) -> nn.Module:
+        assert [rate.item() for rate in torch.linspace(0, 0.1, 3)] == pytest.approx([0, 0.05, 0.1])
+        return patches(image_size)
+
+    model = create_model("coca_tiny", image_encoder="deep", image_encoder_args={}).eval()
+    coca_lit.save_model(model, tmp_path / "model.safetensors")
+    images, _ = inputs(model)
+    loaded = coca_lit.load_model(tmp_path / "model.safetensors")
+    assert torch.equal(loaded.encode_image(images), model.encode_image(images))
+    with pytest.raises(ConfigError, match='device="cpu"'):
+        build_without_weights(compose("model.net.name=coca_tiny", "model.net.image_encoder=deep"))
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "ckpt"])

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from coca_lit.data import Record
+from coca_lit.data.datamodule import RecordsDataModule
 from coca_lit.data.scenes.render import render
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.errors import DataError
@@ -73,6 +74,15 @@ def test_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "18 pixels" in text
     with pytest.raises(DataError, match="75%"):
         check(*[(0, "a black cat runs")] * 4)
+
+
+def test_pairs_of_images_have_no_caption_each() -> None:
+    pairs = [Record(i, partial(render, i), "true", question="?", further=[partial(render, i + 1)]) for i in range(4)]
+    net = create_model("coca_tiny", tokenizer=["true"])
+    data = RecordsDataModule(lambda split: pairs, tokenizer=net.tokenizer, batch_size=2)
+    check_data(data, net)
+    with pytest.raises(DataError, match=r"model\.caption_weight=0"):
+        check_data(data, net, of_pairs=True)
 
 
 def test_photos_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -506,8 +506,11 @@ def test_an_export_is_pushed_with_its_card_and_pictures(
     with pytest.raises(CheckpointError, match="HF_TOKEN"):
         export_cli.run(compose("export", words))
     assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_stranger")
+    with pytest.raises(CheckpointError, match=r"\(401\).*overwrite=true"):
+        export_cli.run(compose("export", words))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    export_cli.run(compose("export", words))
+    export_cli.run(compose("export", [*words, "overwrite=true"]))
     pushed = hub.repositories["me/my-coca"].files
     assert pushed == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     card = pushed["README.md"].decode()
