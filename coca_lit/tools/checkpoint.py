@@ -91,9 +91,9 @@ def train_demo_model(outputs: Path) -> Path:
 
 def knows_only_scenes(model: "CoCa") -> bool:
     """Whether a model has the vocabulary of the built-in scenes, so that it cannot describe photos."""
-    from coca_lit.data.scenes.render import VOCABULARY
+    from coca_lit.models.presets import VOCABULARIES
 
-    return model.tokenizer.spec == list(VOCABULARY)
+    return model.tokenizer.spec == VOCABULARIES["scenes"]
 
 
 def write_scenes(folder: Path, count: int = SCENES) -> Path:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.render import AXES, COLOURS, SHAPES, decode
-from coca_lit.data.scenes.statements import LABELS, OBJECTS, TRUTHS, VOCABULARY, comparison_records, entailment_records
+from coca_lit.data.scenes.statements import LABELS, OBJECTS, TRUTHS, comparison_records, entailment_records
+from coca_lit.models.presets import VOCABULARIES
 
 WORDS = 10  # of a statement at most
 EPOCHS, BATCH = 4, 64
@@ -42,7 +43,7 @@ def shown(record: Record) -> list[int]:
 def said(record: Record) -> list[int]:
     """One-hot."""
     words = [*record.question.split(), *[""] * WORDS][:WORDS]
-    return [word == known for word in words for known in VOCABULARY]
+    return [word == known for word in words for known in VOCABULARIES["scenes_statements"]]
 
 
 def accuracies(net: nn.Module, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Tensor:

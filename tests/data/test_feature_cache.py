@@ -33,17 +33,17 @@ from coca_lit.data.feature_cache import (
     view_numbers,
 )
 from coca_lit.data.records import Clip, Record
-from coca_lit.data.scenes.render import VOCABULARY
 from coca_lit.data.transforms import RandomCrop, build_transform
 from coca_lit.distributed import rank
 from coca_lit.errors import DataError
 from coca_lit.evals import Evaluation, Settings
 from coca_lit.models import create_model
+from coca_lit.models.presets import VOCABULARIES
 from coca_lit.tokenizer import WordTokenizer
 from helpers.running import compose, logged, run
 
 SIZE, COUNT = 16, 5
-TOKENIZER = WordTokenizer(VOCABULARY)
+TOKENIZER = WordTokenizer(VOCABULARIES["scenes"])
 CPU = torch.device("cpu")
 VIT: dict[str, Any] = {
     "image_encoder": "vit_base_patch32_clip_224",

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from coca_lit.data.datamodule import ScenesDataModule
-from coca_lit.data.scenes.render import VOCABULARY
 from coca_lit.data.text_batches import TextBatches, read_texts
 from coca_lit.errors import DataError
+from coca_lit.models.presets import VOCABULARIES
 from coca_lit.tokenizer import WordTokenizer
 from coca_lit.tools.prepare.scenes import export_scenes
 
-TOKENIZER = WordTokenizer(VOCABULARY)
+TOKENIZER = WordTokenizer(VOCABULARIES["scenes"])
 SMALL = {"tokenizer": TOKENIZER, "batch_size": 4, "image_size": 16}
 LINES = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("ring", "star", "cross")]
 

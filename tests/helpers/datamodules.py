@@ -8,10 +8,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 from coca_lit.data.batch import Batch
-from coca_lit.data.scenes.render import VOCABULARY
+from coca_lit.models.presets import VOCABULARIES
 from coca_lit.tokenizer import WordTokenizer
 
-TOKENIZER = WordTokenizer(VOCABULARY)
+TOKENIZER = WordTokenizer(VOCABULARIES["scenes"])
 
 
 class Recorder(LightningModule):

@@ -12,13 +12,14 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from coca_lit.data.datasets.classification import Classification, image_folder, scene_classes
-from coca_lit.data.scenes.render import VOCABULARY, decode, scene_records
+from coca_lit.data.scenes.render import decode, scene_records
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.evals import Settings
 from coca_lit.evals.classification import ZeroShotScores
 from coca_lit.metrics.classification import class_features, classification_scores
 from coca_lit.models import create_model
+from coca_lit.models.presets import VOCABULARIES
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -198,7 +199,7 @@ def test_scene_classes(tmp_path):
             scenes.class_names[scenes.labels[record.id]]
         }
     words = {word for template in scenes.templates for word in template.replace("{}", "red star").split()}
-    assert words <= set(VOCABULARY)
+    assert words <= set(VOCABULARIES["scenes"])
     torch.manual_seed(0)
     scores = ZeroShotScores("scenes", scenes).evaluate(create_model("coca_tiny"), Settings(tmp_path, images=30))
     assert scores.keys() == {"scenes/top1", "scenes/top5", "scenes/mean_per_class_recall"}

@@ -1,20 +1,39 @@
 """The word lists of the presets match the data that they are for, and the sizes of a study its publication."""
 
+from itertools import product
+
 import pytest
 import torch
 
-from coca_lit.data.scenes import facts, motion, places, render, statements
+from coca_lit.data.scenes.facts import PLURALS
+from coca_lit.data.scenes.places import BINS
+from coca_lit.data.scenes.render import AXES, COLOURS, SHAPES, WORDINGS
+from coca_lit.data.scenes.render import SIZES as THING_SIZES
+from coca_lit.data.scenes.statements import LABELS, TRUTHS
 from coca_lit.models import create_model
 from coca_lit.models.presets import VOCABULARIES
 from helpers.slow import slow
 from helpers.study import PROFILE, SIZES, SMALL, millions
 
-SCENES = {"": render, "_vqa": facts, "_places": places, "_motion": motion, "_statements": statements}
+FRAMES = ((w.first + w.more).format(thing="", **phrases) for w, phrases in product(WORDINGS, AXES.values()))
+CAPTIONS = sorted({"a", *THING_SIZES, *COLOURS, *SHAPES, *" ".join(FRAMES).split()})
+ASKING = {"what", "colour", "shape", "is", "the", "thing", "things", "how", "many", "are", "there", "where"}
+ASKING |= {"0", "1", "2", "left", "right", "top", "bottom", *PLURALS.values()}
+# Words of captions first, so that they keep the ids of the tokenizer "scenes".
+QUESTIONS = [*CAPTIONS, *sorted(ASKING - {*CAPTIONS})]
+STATING = {"at", "both", "in", "least", "middle", "more", "one", "only", "pictures", "show", "two", *LABELS, *TRUTHS}
+SCENES = {
+    "": CAPTIONS,
+    "_vqa": QUESTIONS,
+    "_places": [*QUESTIONS, *(edge for edge in map(str, range(BINS + 1)) if edge not in QUESTIONS)],
+    "_motion": [*CAPTIONS, "enters", "leaves", "moves", "passes"],
+    "_statements": [*QUESTIONS, *sorted(STATING - {*QUESTIONS})],
+}
 
 
 @pytest.mark.parametrize("kind", SCENES)
 def test_vocabulary_of_the_scenes(kind: str) -> None:
-    words = list(SCENES[kind].VOCABULARY)
+    words = SCENES[kind]
     assert VOCABULARIES[f"scenes{kind}"] == words
     assert create_model("coca_tiny", tokenizer=f"scenes{kind}").tokenizer.spec == words
 

@@ -27,7 +27,6 @@ from coca_lit.data.scenes.render import (
     decode,
     scene_records,
 )
-from coca_lit.data.scenes.render import VOCABULARY as CAPTION_VOCABULARY
 
 _THING = re.compile(rf"\ba ((?:(?:{'|'.join([*SIZES, *COLOURS])}) )*)({'|'.join(SHAPES)})\b")
 
@@ -147,10 +146,6 @@ def scene_choice_records(split: str, size: int = 32, count: int | None = None) -
 KINDS = ("colour", "shape", "count", "place")
 PEOPLE = 10  # identical answers to each question, for the accuracy of VQA
 PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
-_WORDS = {"what", "colour", "shape", "is", "the", "thing", "things", "how", "many", "are", "there", "where"}
-_WORDS |= {"0", "1", "2", "left", "right", "top", "bottom", *PLURALS.values()}
-# Words of captions first, so that they keep the ids of the tokenizer "scenes".
-VOCABULARY: tuple[str, ...] = (*CAPTION_VOCABULARY, *sorted(_WORDS - set(CAPTION_VOCABULARY)))
 
 
 def scene_question_records(split: str, size: int = 32, count: int | None = None) -> list[Record]:

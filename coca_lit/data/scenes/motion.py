@@ -16,17 +16,16 @@ from PIL import Image
 
 from coca_lit.data.records import Clip, Record
 from coca_lit.data.scenes.render import COLOURS, SHAPES, stamp
-from coca_lit.data.scenes.render import VOCABULARY as CAPTION_VOCABULARY
 
-EVENTS = ("moves", "passes", "enters", "leaves")
 SIDES = ("left", "right")
 COUNTS = {"train": 9_000, "val": 512, "test": 512}
-VOCABULARY = (*CAPTION_VOCABULARY, *sorted(EVENTS))
 DIAMETER = 0.4  # of a shape, as a share of the picture
 
 
 class Motion(NamedTuple):
-    """What happens in a clip. `side`: to which it moves, passes or leaves, and from which it enters."""
+    """What happens in a clip: something moves, passes, enters or leaves. `side`: to which it does, and from which it
+    enters.
+    """
 
     event: str
     side: str

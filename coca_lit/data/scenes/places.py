@@ -5,17 +5,11 @@ the name of the thing in a box. The model reads and writes boxes as words, the e
 import re
 
 from coca_lit.data.records import Record
-from coca_lit.data.scenes.facts import VOCABULARY as QUESTION_VOCABULARY
 from coca_lit.data.scenes.render import boxes, decode, scene_records
 from coca_lit.distributed import stable_seed
 
 BINS = 32
 KINDS = ("caption", "where", "what")
-# Words of captions and questions first, so that they keep the ids of the tokenizer "scenes_vqa".
-VOCABULARY: tuple[str, ...] = (
-    *QUESTION_VOCABULARY,
-    *(edge for edge in map(str, range(BINS + 1)) if edge not in QUESTION_VOCABULARY),
-)
 
 Edges = tuple[float, float, float, float]
 """Left, top, right and bottom edge of a box."""

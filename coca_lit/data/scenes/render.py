@@ -114,9 +114,6 @@ WORDINGS = (
     Wording("at the {end} is {thing}", " preceded by {thing}", backwards=True),
 )
 STYLES = {"standard": WORDINGS[:5], "narrated": WORDINGS[5:]}
-_FRAMES = ((w.first + w.more).format(thing="", **phrases) for w, phrases in product(WORDINGS, AXES.values()))
-_WORDS = {"a", *SIZES, *COLOURS, *SHAPES, *" ".join(_FRAMES).split()}
-VOCABULARY: tuple[str, ...] = tuple(sorted(_WORDS))  # every word of every caption
 
 
 def space_size(objects: int) -> int:

@@ -15,7 +15,6 @@ from PIL import Image
 
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.facts import PLURALS
-from coca_lit.data.scenes.facts import VOCABULARY as QUESTION_VOCABULARY
 from coca_lit.data.scenes.render import AXES, COLOURS, SHAPES, SIZES, Scene, Thing, decode, encode, render
 from coca_lit.distributed import stable_seed
 
@@ -31,9 +30,6 @@ _PLACES = {
     "column": ("at the top", "in the middle", "at the bottom"),
 }
 _SIDES = ("on the left", "on the right")
-_NEW = ("at", "both", "in", "least", "middle", "more", "one", "only", "pictures", "show", "two", *LABELS, *TRUTHS)
-# Words of captions and questions first, so that they keep the ids of the tokenizer "scenes_vqa".
-VOCABULARY = (*QUESTION_VOCABULARY, *sorted({*_NEW} - {*QUESTION_VOCABULARY}))
 
 
 class Shown(NamedTuple):

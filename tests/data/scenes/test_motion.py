@@ -7,7 +7,6 @@ import pytest
 
 from coca_lit.data.scenes.motion import (
     COUNTS,
-    EVENTS,
     Motion,
     MotionClip,
     motion_choice_records,
@@ -53,7 +52,7 @@ def test_what_happens(event: str, side: str, begin: float | None, end: float | N
 
 
 def test_texts() -> None:
-    assert {Motion(event, "left", RED, BLUE).text() for event in EVENTS} == {
+    assert {Motion(event, "left", RED, BLUE).text() for event in ("moves", "passes", "enters", "leaves")} == {
         "a red circle moves to the left",
         "a red circle passes a blue square to the left",
         "a red circle enters from the left below a blue square",

@@ -9,14 +9,14 @@ from PIL import Image
 
 from coca_lit.data.datamodule import RootDataModule, SceneQuestionsDataModule
 from coca_lit.data.datasets.vqa import frequent_answers, vqa_records
-from coca_lit.data.scenes.facts import KINDS, VOCABULARY, questions, scene_question_records
+from coca_lit.data.scenes.facts import KINDS, questions, scene_question_records
 from coca_lit.data.scenes.render import AXES, decode, scene_records
-from coca_lit.data.scenes.render import VOCABULARY as CAPTION_VOCABULARY
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.metrics.vqa import blind_answers, vqa_scores
+from coca_lit.models.presets import VOCABULARIES
 from coca_lit.tokenizer import WordTokenizer
 
-TOKENIZER = WordTokenizer(VOCABULARY, 24)
+TOKENIZER = WordTokenizer(VOCABULARIES["scenes_vqa"], 24)
 
 
 def write_vqa(root: Path) -> None:
@@ -107,8 +107,9 @@ def test_questions_of_a_scene_are_always_the_same_and_their_words_are_known() ->
     assert [(r.id, r.question, r.captions) for r in records] == [(r.id, r.question, r.captions) for r in again]
     assert len({record.id for record in records}) == len(records)
     words = {word for record in records for word in f"{record.question} {record.captions[0]}".split()}
-    assert words <= set(VOCABULARY)
-    assert VOCABULARY[: len(CAPTION_VOCABULARY)] == CAPTION_VOCABULARY
+    captions = VOCABULARIES["scenes"]
+    assert words <= set(VOCABULARIES["scenes_vqa"])
+    assert VOCABULARIES["scenes_vqa"][: len(captions)] == captions
 
 
 def test_who_does_not_look_is_seldom_right() -> None:

@@ -18,7 +18,6 @@ from coca_lit.data.scenes.render import (
     COLOURS,
     HELD_OUT,
     SHAPES,
-    VOCABULARY,
     WORDINGS,
     Scene,
     Thing,
@@ -28,6 +27,7 @@ from coca_lit.data.scenes.render import (
     scene_records,
     space_size,
 )
+from coca_lit.models.presets import VOCABULARIES
 from coca_lit.tools.prepare.scenes import WRITERS, export_scenes, write_shards
 from helpers.running import ROOT
 
@@ -111,9 +111,10 @@ def test_every_caption_belongs_to_one_scene_and_names_all_objects(objects):
 def test_vocabulary_is_exactly_the_words_of_the_captions():
     numbers = range(0, space_size(2), 3)
     words = {word for number in numbers for text in captions(decode(number), WORDINGS) for word in text.split(" ")}
-    assert words == set(VOCABULARY)
-    assert list(VOCABULARY) == sorted(VOCABULARY)
-    assert all(word.isascii() and word.isalpha() and word.islower() for word in VOCABULARY)
+    vocabulary = VOCABULARIES["scenes"]
+    assert words == set(vocabulary)
+    assert vocabulary == sorted(vocabulary)
+    assert all(word.isascii() and word.isalpha() and word.islower() for word in vocabulary)
 
 
 DIGEST = """

@@ -16,11 +16,11 @@ from coca_lit.data.scenes.statements import (
     BOARD,
     LABELS,
     TRUTHS,
-    VOCABULARY,
     comparison_records,
     entailment_records,
     show,
 )
+from coca_lit.models.presets import VOCABULARIES
 
 COUNT = 120
 PLACES = {"left": 0, "top": 0, "middle": 1, "right": 2, "bottom": 2}
@@ -136,8 +136,9 @@ def test_numbers_and_scenes_are_one_to_one() -> None:
 def test_words_are_known() -> None:
     records = [*entailment_records("train", count=600), *comparison_records("train", count=600)]
     words = {word for record in records for text in (record.question, *record.captions) for word in text.split()}
-    assert words <= set(VOCABULARY)
-    assert len(VOCABULARY) == len(set(VOCABULARY))
+    vocabulary = VOCABULARIES["scenes_statements"]
+    assert words <= set(vocabulary)
+    assert len(vocabulary) == len(set(vocabulary))
 
 
 @pytest.mark.parametrize(
