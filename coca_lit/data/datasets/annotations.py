@@ -3,7 +3,7 @@
 import csv
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path, PurePosixPath
@@ -152,6 +152,13 @@ def find_file(what: str, candidates: Sequence[Path], how: str) -> Path:
         if path.is_file():
             return path
     raise not_found(what, candidates, how)
+
+
+def named_split(split: str, names: Mapping[str, str], data: str) -> str:
+    """What the files of a data set call a split; raises `DataError` for one that it lacks."""
+    if split not in names:
+        raise DataError(f"{data} has the splits {', '.join(names)}, not {printable(split)!r}")
+    return names[split]
 
 
 @contextmanager

@@ -7,13 +7,13 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from coca_lit.data.datasets.annotations import MAX_BYTES, find_file, listing, open_table, schema
+from coca_lit.data.datasets.annotations import MAX_BYTES, find_file, listing, named_split, open_table, schema
 from coca_lit.data.datasets.folder import folder_records
 from coca_lit.data.pixels import CLIPS
 from coca_lit.data.records import ImageFile, Listing, Record, records_on_disk
 from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
-from coca_lit.reading import printable, read_json
+from coca_lit.reading import read_json
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,7 @@ def msrvtt_records(root: str | Path, split: str, frames: int, one_thousand: bool
         DataError: a file is missing or malformed, or there is no such split.
     """
     root = Path(root)
-    if split not in _SPLITS:
-        raise DataError(f"MSR-VTT has the splits {', '.join(_SPLITS)}, not {printable(split)!r}")
+    official = named_split(split, _SPLITS, "MSR-VTT")
     if one_thousand and split in _TABLES:
         table = find_file("the split 1k-A of MSR-VTT", [root / _TABLES[split]], f"put {_TABLES[split]} into it")
         with schema(table, "1k-A's"):
@@ -71,7 +70,7 @@ def msrvtt_records(root: str | Path, split: str, frames: int, one_thousand: bool
                 "the validation clips of MSR-VTT are among the training clips of 1k-A: score such models on test"
             )
         source, found = _listings(root)
-        listings = [item for item, its in found if its == _SPLITS[split]]
+        listings = [item for item, its in found if its == official]
     if not listings:
         raise DataError(f"{source} has no clips of the split {split!r}: {_HOW}")
     return as_clips(records_on_disk(listings, [root / name for name in _FOLDERS], source, _HOW), frames)

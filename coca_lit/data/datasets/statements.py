@@ -13,6 +13,7 @@ from coca_lit.data.datasets.annotations import (
     column,
     find_file,
     listing,
+    named_split,
     read_json_lines,
     read_rows,
     schema,
@@ -20,7 +21,6 @@ from coca_lit.data.datasets.annotations import (
 from coca_lit.data.datasets.folder import files_inside, held_out_splits, no_split, split_of
 from coca_lit.data.records import ImageFile, Listing, Record, records_on_disk
 from coca_lit.errors import DataError
-from coca_lit.reading import printable
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def snli_ve_records(root: str | Path, split: str, images: str | Path | None = No
         split: "train", "val" (dev) or "test".
         images: folder of Flickr30k's photos; by default in `root`.
     """
-    root, name = Path(root), _named(split, {"train": "train", "val": "dev", "test": "test"}, "SNLI-VE")
+    root, name = Path(root), named_split(split, {"train": "train", "val": "dev", "test": "test"}, "SNLI-VE")
     file = f"snli_ve_{name}.jsonl"
     path = find_file("SNLI-VE", [root / file, root / "data" / file], _SNLI_VE)
     listings: list[Listing] = []
@@ -76,7 +76,7 @@ def nlvr2_records(root: str | Path, split: str) -> list[Record]:
             test1/, as they are unpacked.
         split: "train", "val" (dev) or "test" (test1).
     """
-    root, name = Path(root), _named(split, {"train": "train", "val": "dev", "test": "test1"}, "NLVR2")
+    root, name = Path(root), named_split(split, {"train": "train", "val": "dev", "test": "test1"}, "NLVR2")
     candidates = [folder / f"{name}.json" for folder in (root / "data", root / "nlvr2" / "data", root)]
     path = find_file("NLVR2", candidates, _NLVR2)
     listings: list[Listing] = []
@@ -167,12 +167,6 @@ def _pairs(root: Path) -> tuple[Path, list[tuple[Listing, str | None]]]:
     if not rows:
         raise DataError(f"{path} holds no rows: {_HOW}")
     return path, rows
-
-
-def _named(split: str, names: dict[str, str], data: str) -> str:
-    if split not in names:
-        raise DataError(f"{data} has the splits {', '.join(names)}, not {printable(split)!r}")
-    return names[split]
 
 
 def _expect_texts(listings: list[Listing], path: Path) -> None:

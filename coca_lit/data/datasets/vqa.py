@@ -8,11 +8,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from coca_lit.data.datasets.annotations import MAX_BYTES, check_id, find_file, listing, schema
+from coca_lit.data.datasets.annotations import MAX_BYTES, check_id, find_file, listing, named_split, schema
 from coca_lit.data.datasets.captions import FOLDERS, names_on_disk
 from coca_lit.data.records import Record, records_on_disk
 from coca_lit.data.scenes.facts import scene_question_records
-from coca_lit.errors import DataError
 from coca_lit.metrics.vqa import normalize_answer
 from coca_lit.reading import read_json
 
@@ -62,10 +61,8 @@ def frequent_answers(root: str | Path | None = None, count: int = 3129) -> list[
 
 
 def _file(root: Path, kind: str, split: str) -> Path:
-    if split not in SPLITS:
-        raise DataError(f"VQA v2 has the splits {', '.join(SPLITS)}, not {split!r}")
     task = "OpenEnded_mscoco" if kind == "questions" else "mscoco"
-    name = f"v2_{task}_{SPLITS[split]}_{kind}.json"
+    name = f"v2_{task}_{named_split(split, SPLITS, 'VQA v2')}_{kind}.json"
     return find_file(f"the {kind} of VQA v2", [root / name, root / "annotations" / name], _HOW)
 
 
