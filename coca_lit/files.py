@@ -276,13 +276,20 @@ def whole_lines(path: Path) -> Iterator[str]:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def state_of(file: Path | int) -> tuple[int, int] | tuple[()]:
-    """Size in bytes and time of change in ns of a file, by its path or descriptor; nothing if it cannot be read."""
-    try:
-        about = os.stat(file)
-    except (OSError, ValueError):  # or it is no path
-        return ()
+def size_and_time(file: str | Path | int) -> tuple[int, int]:
+    """Size in bytes and time of change in ns of a file, by its path or descriptor. Raises `OSError` if it cannot be
+    read, `ValueError` for what is no path.
+    """
+    about = os.stat(file)
     return about.st_size, about.st_mtime_ns
+
+
+def state_of(file: Path | int) -> tuple[int, int] | tuple[()]:
+    """`size_and_time` of a file, or nothing if it cannot be read."""
+    try:
+        return size_and_time(file)
+    except (OSError, ValueError):
+        return ()
 
 
 def csv_line(row: Iterable[Any]) -> str:

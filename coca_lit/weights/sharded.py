@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coca_lit.errors import CheckpointError, DataError
+from coca_lit.files import size_and_time
 from coca_lit.reading import open_regular, read_json
 
 if TYPE_CHECKING:  # a wrong path is found before torch is imported
@@ -79,8 +80,8 @@ def check_shards(folder: Path) -> None:
 
 def facts(path: Path) -> dict[str, int]:
     """Size and CRC-32 of a file. It is read once as long as it does not change: resuming asks several times."""
-    about = path.stat()
-    return {"bytes": about.st_size, "crc32": _crc32(path, about.st_size, about.st_mtime_ns)}
+    size, changed = size_and_time(path)
+    return {"bytes": size, "crc32": _crc32(path, size, changed)}
 
 
 @lru_cache(maxsize=4096)

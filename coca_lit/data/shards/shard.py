@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple
 
 from coca_lit.errors import DataError
-from coca_lit.files import atomic_write
+from coca_lit.files import atomic_write, size_and_time
 from coca_lit.reading import MAX_JSON, is_int64, open_regular, parse_json, printable, read_bounded
 
 if TYPE_CHECKING:
@@ -86,8 +86,7 @@ class Shard:
         return self.entry.samples if self.entry else None
 
     def stamp(self) -> Stamp:
-        status = os.stat(self.name)
-        return Stamp(INDEX_VERSION, status.st_size, status.st_mtime_ns, self.entry.sha256 if self.entry else "")
+        return Stamp(INDEX_VERSION, *size_and_time(self.name), self.entry.sha256 if self.entry else "")
 
     def open(self, stamp: Stamp) -> BinaryIO:
         """Raises `ChangedError` if the shard is not in that state, `OSError` if it cannot be read."""

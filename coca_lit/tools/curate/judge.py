@@ -24,7 +24,7 @@ from coca_lit.data.shards.shard import Shard, read_manifest
 from coca_lit.data.transforms import Transform, build_transform
 from coca_lit.errors import DataError, error_context
 from coca_lit.evals.inference import evaluating
-from coca_lit.files import claim
+from coca_lit.files import claim, size_and_time
 from coca_lit.machine import best_device
 from coca_lit.models import DualEncoder, text_lengths
 from coca_lit.models.inputs import Images, stack_images
@@ -98,9 +98,8 @@ def judge_shard(shard: Path, judgement: Judgement) -> JudgedShard:
         DataError: the scores in that folder are made by another model or otherwise, or cannot be written; or the shard
             is not what its manifest records.
     """
-    path, settings, status = scores_path(shard, judgement.output), _settings(judgement), shard.stat()
+    path, settings, stamp = scores_path(shard, judgement.output), _settings(judgement), [*size_and_time(shard)]
     claim(path.parent / SETTINGS, settings)  # again: the checkpoint may have changed since the command began
-    stamp = [status.st_size, status.st_mtime_ns]
     if path.exists():
         known = read_about(path)
         if not settings.items() <= known.about.items():

@@ -23,7 +23,7 @@ from coca_lit.data.transforms import Box, as_tensor, random_box, resized
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.evals.inference import evaluating
-from coca_lit.files import claim
+from coca_lit.files import claim, size_and_time
 from coca_lit.machine import best_device
 from coca_lit.models import DualEncoder
 from coca_lit.tools.curate.judge import JudgedShard, ShardSamples, index_of, load_judge
@@ -75,9 +75,9 @@ def teach_shard(shard: Path, teaching: Teaching) -> JudgedShard:
     Raises:
         DataError: the file cannot be written or is made otherwise; or the shard is not what its manifest records.
     """
-    path, status = reinforced_path(str(shard), teaching.output or shard.parent), shard.stat()
+    path = reinforced_path(str(shard), teaching.output or shard.parent)
+    stamp = dict(zip(("bytes", "modified"), size_and_time(shard), strict=True))
     claim(path.parent / SETTINGS, _settings(teaching))  # again: a checkpoint may have changed since the command began
-    stamp = {"bytes": status.st_size, "modified": status.st_mtime_ns}
     about = {**_settings(teaching), **stamp}
     if path.exists():
         known = Reinforced(path).about

@@ -11,7 +11,7 @@ from coca_lit.data.shards.indexed import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.shard import MANIFEST, ManifestEntry, Shard, entry_of, read_manifest, sha256_of
 from coca_lit.errors import DataError
-from coca_lit.files import append_lines, whole_lines
+from coca_lit.files import append_lines, size_and_time, whole_lines
 from coca_lit.reading import counts_of, is_int64, parse_json, texts_of
 from coca_lit.tools.prepare import Run
 
@@ -59,8 +59,7 @@ def check_shards(paths: Sequence[Path], caption_key: str, run: Run) -> Iterator[
     todo = []
     for path in paths:
         report = known.get(str(path))
-        state = path.stat().st_mtime_ns, path.stat().st_size
-        if report and not report.broken and (report.changed_at, report.entry.bytes) == state:
+        if report and not report.broken and (report.entry.bytes, report.changed_at) == size_and_time(path):
             yield report
         else:
             todo.append(path)

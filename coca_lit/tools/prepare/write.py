@@ -8,7 +8,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from coca_lit.data.shards.reader import read_fields
 from coca_lit.data.shards.shard import ManifestEntry, Shard, entry_of, sha256_of
 from coca_lit.data.shards.tar import tar_writer
 from coca_lit.errors import DataError, DataNotFoundError
-from coca_lit.files import append_lines, atomic_write, is_leftover, remove_leftovers, whole_lines
+from coca_lit.files import append_lines, atomic_write, is_leftover, remove_leftovers, size_and_time, whole_lines
 from coca_lit.reading import counts_of, may_pass, open_regular, parse_json, printable, texts_of
 from coca_lit.tools.prepare import Run
 
@@ -76,12 +75,6 @@ class Written(NamedTuple):
 
 
 Found = tuple[int, str, bytes, tuple[str, ...], dict[str, Any]]  # place, name, image, captions, further data
-
-
-class Sample(NamedTuple):
-    image: bytes
-    captions: tuple[str, ...]
-    meta: dict[str, Any]
 
 
 def plan_pairs(pairs: Sequence[Pair], per_shard: int | None) -> list[Task]:
@@ -128,8 +121,7 @@ def _state(task: Task) -> tuple[str, int]:
     for path in [task.content] if isinstance(task.content, Path) else [pair.image for pair in task.content]:
         state = None
         try:
-            about = os.stat(path)
-            state = about.st_size, about.st_mtime_ns
+            state = size_and_time(path)
         except (OSError, ValueError) as error:  # ValueError: it is no path
             gone += may_pass(error)
         digest.update(repr(state).encode())
@@ -144,17 +136,17 @@ def write_shard(task: Task, output: Path) -> Written:
     path = output / task.name
     count = 0
     with tar_writer(path) as tar:
-        for place, sample in _samples(task, bad):
+        for sample in _samples(task, bad):
             count += 1
-            tar.write(_members(f"{task.number:0{DIGITS}d}{place:05d}", sample))
+            tar.write(sample)
     entry = ManifestEntry(count, path.stat().st_size, sha256_of(path))
     if not count:
         path.unlink()
     return Written(task.name, entry, dict(bad.reasons), bad.examples(), sources)
 
 
-def _samples(task: Task, bad: BadSamples) -> Iterator[tuple[int, Sample]]:
-    """The usable samples, with their places among all; each image is decoded once."""
+def _samples(task: Task, bad: BadSamples) -> Iterator[dict[str, Any]]:
+    """The members of the usable samples; each image is decoded once."""
     content = task.content
     source = _from_shard(content, bad) if isinstance(content, Path) else _from_pairs(content, bad)
     for place, name, image, captions, meta in source:
@@ -172,7 +164,7 @@ def _samples(task: Task, bad: BadSamples) -> Iterator[tuple[int, Sample]]:
             buffer = io.BytesIO()
             picture.save(buffer, "JPEG", quality=95)
             image = buffer.getvalue()
-        yield place, Sample(image, captions, {**meta, **size})
+        yield _members(f"{task.number:0{DIGITS}d}{place:05d}", image, captions, {**meta, **size})
 
 
 def _from_pairs(pairs: Iterable[Pair], bad: BadSamples) -> Iterator[Found]:
@@ -209,13 +201,13 @@ def _from_shard(path: Path, bad: BadSamples) -> Iterator[Found]:
         bad.add(reason, "", str(path), details[reason], count)
 
 
-def _members(key: str, sample: Sample) -> dict[str, Any]:
-    suffix = next(suffix for start, suffix in _KNOWN if sample.image.startswith(start))
-    meta = {**sample.meta, "key": key, "caption": sample.captions[0], "captions": sample.captions}
+def _members(key: str, image: bytes, captions: tuple[str, ...], meta: dict[str, Any]) -> dict[str, Any]:
+    suffix = next(suffix for start, suffix in _KNOWN if image.startswith(start))
+    meta = {**meta, "key": key, "caption": captions[0], "captions": captions}
     text = _json(meta)
     if len(text) > MAX_TEXT:  # more than is read of it: without what the source said
         text = _json({name: value for name, value in meta.items() if name in _OWN})
-    return {"__key__": key, suffix: sample.image, "txt": sample.captions[0].encode(), "json": text}
+    return {"__key__": key, suffix: image, "txt": captions[0].encode(), "json": text}
 
 
 def _json(content: dict[str, Any]) -> bytes:

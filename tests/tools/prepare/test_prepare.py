@@ -248,11 +248,11 @@ def killed_in_the_middle(source: Path, output: Path) -> None:
     """Dies while the third shard is written."""
     members = prepare._members
 
-    def slow(key: str, sample: prepare.Sample) -> dict[str, Any]:
+    def slow(key: str, *sample: Any) -> dict[str, Any]:
         if key == "0000200000":
             (output / "here").touch()
             time.sleep(60)
-        return members(key, sample)
+        return members(key, *sample)
 
     prepare._members = slow
     run(source, output, "--samples-per-shard", "2")
