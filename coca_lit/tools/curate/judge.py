@@ -102,10 +102,10 @@ def judge_shard(shard: Path, judgement: Judgement) -> JudgedShard:
     claim(path.parent / SETTINGS, settings)  # again: the checkpoint may have changed since the command began
     if path.exists():
         known = read_about(path)
-        if not settings.items() <= known.about.items():
+        if not settings.items() <= known.items():
             raise DataError(f"{path} was made with other settings: choose another output, or remove it")
-        if known.about["shard"] == stamp:
-            return JudgedShard(path, known.rows, known.about["bad"], known.about["examples"], skipped=True)
+        if known["shard"] == stamp:
+            return JudgedShard(path, known["samples"], known["bad"], known["examples"], skipped=True)
     model, _ = load_judge(judgement.checkpoint, judgement.bf16)
     model.to(best_device())
     bad = BadSamples(1.0, quiet=True)

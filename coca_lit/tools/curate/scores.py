@@ -18,7 +18,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -32,13 +32,6 @@ log = logging.getLogger(__name__)
 SUFFIX = ".scores.parquet"
 SETTINGS = "scores.settings.json"  # beside them: what made all scores of a folder
 ABOUT = b"coca_lit"  # key of the metadata
-
-
-class About(NamedTuple):
-    """What a file records about itself."""
-
-    rows: int
-    about: dict[str, Any]  # settings; "shard": its size and modification time; "bad", "examples": what was left out
 
 
 def scores_path(shard: Path, folder: Path | None = None) -> Path:
@@ -81,19 +74,22 @@ def write_scores(path: Path, shard: str, columns: Mapping[str, Any], about: Mapp
         parquet.write_table(table, temporary, compression="zstd")
 
 
-def read_about(path: Path, foreign: bool = False) -> About:
-    """Raises `DataError` unless `coca-data score` wrote the file; a `foreign` one may also say nothing about itself."""
+def read_about(path: Path, foreign: bool = False) -> dict[str, Any]:
+    """What a file records about itself: settings; "shard": its size and modification time; "bad", "examples": what was
+    left out; "samples": the number of its rows. Raises `DataError` unless `coca-data score` wrote it; a `foreign` one
+    may also say nothing.
+    """
     with open_parquet(path) as file:
         metadata = file.schema_arrow.metadata or {}
         if foreign and ABOUT not in metadata:
-            return About(file.metadata.num_rows, {})
+            return {}
         try:
             about = parse_json(metadata[ABOUT], str(path), dict)
             size, changed_at = about["shard"]
             counts_of({"size": size, "changed_at": changed_at})
             counts_of(about["bad"])
             texts_of(about["examples"])
-            return About(file.metadata.num_rows, about)
+            return {**about, "samples": file.metadata.num_rows}
         except (DataError, LookupError, TypeError, ValueError) as error:
             raise DataError(
                 f"{path} exists and coca-data score did not write it: choose another output, or remove it"
@@ -135,7 +131,7 @@ def check_current(path: Path) -> dict[str, Any]:
     has changed since: its keys may name other samples. A copy that has lost its time is read as a whole and known by
     its digest, if it had a manifest when it was scored.
     """
-    about = read_about(path, foreign=True).about
+    about = read_about(path, foreign=True)
     shard = path.with_name(path.name.removesuffix(SUFFIX) + ".tar")
     if about and shard.exists() and [*state_of(shard)] != about["shard"]:
         same_size = shard.stat().st_size == about["shard"][0]

@@ -114,21 +114,13 @@ def _teachers(teaching: Teaching) -> list[DualEncoder]:
     return [load_judge(checkpoint, teaching.bf16)[0] for checkpoint in teaching.teachers]
 
 
-class _Row(NamedTuple):
-    """What is stored of a sample."""
-
-    key: str
-    captions: list[str]
-    boxes: list[Box]
-    images: list[Tensor]  # (V, E) of each teacher
-    texts: list[Tensor]  # (C, E) of each teacher
-
-
 class _Sample(NamedTuple):
     key: str
     captions: list[str]
     boxes: list[Box]
-    crops: dict[int, Tensor]  # (V, 3, size, size) by size
+    crops: dict[int, Tensor]  # (V, 3, size, size) by size, until it is embedded
+    images: Sequence[Tensor] = ()  # (V, E) of each teacher
+    texts: Sequence[Tensor] = ()  # (C, E) of each teacher
 
 
 def _cropped(
@@ -146,7 +138,7 @@ def _cropped(
 
 def _embedded(
     models: Sequence[DualEncoder], index: TarIndex, teaching: Teaching, bad: BadSamples
-) -> Iterator[list[_Row]]:
+) -> Iterator[list[_Sample]]:
     sizes = [int(model.preprocessing["size"]) for model in models]
     samples = ShardSamples(index, teaching.caption_keys, partial(_cropped, teaching, sorted({*sizes})))
     options = worker_options(teaching.num_workers)
@@ -164,7 +156,7 @@ def _embedded(
             images.append(_embed(model, pixels).split(teaching.views))
             texts.append(_embed(model, captions).split(counts))
         yield [
-            _Row(sample.key, sample.captions, sample.boxes, [of[i] for of in images], [of[i] for of in texts])
+            sample._replace(crops={}, images=[of[i] for of in images], texts=[of[i] for of in texts])
             for i, sample in enumerate(good)
         ]
 
@@ -179,7 +171,7 @@ def _embed(model: DualEncoder, inputs: Tensor | list[str]) -> Tensor:
     return found.half().cpu()
 
 
-def _tensors(rows: Sequence[_Row]) -> dict[str, Tensor]:
+def _tensors(rows: Sequence[_Sample]) -> dict[str, Tensor]:
     """As `write_reinforced` takes them; captions are padded to the most that a sample has."""
     most = max(len(row.captions) for row in rows)
     known = [[*map(stable_seed, row.captions)] for row in rows]
