@@ -19,7 +19,6 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import RecordsDataModule
 from coca_lit.data.examples import CaptionDataset
 from coca_lit.data.loader import Schedule
-from coca_lit.data.mixture import Source
 from coca_lit.data.records import Record
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.indexed import IndexedBatches
@@ -170,7 +169,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Shard]:
 def test_batches_of_shards(shards: list[Shard]) -> None:
     """The same on any number of ranks, and after a resume."""
     data = LAIONDataModule([shard.name for shard in shards], None, tokenizer=TOKENIZER, batch_size=2, patches=BUDGETS)
-    schedule, sources = data.schedule(40), [Source("", data.indexes[""])]
+    schedule, sources = data.schedule(40), data.sources
     assert data.steps_per_epoch == len(schedule)
     whole = list(IndexedBatches(sources, schedule, 0, 0, 12))
     planned = [schedule.at(number) for number in range(12)]

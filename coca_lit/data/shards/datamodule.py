@@ -20,7 +20,6 @@ from coca_lit.data.shards.indexed import (
     IndexedBatches,
     IndexedShards,
     Preprocess,
-    TarIndex,
 )
 from coca_lit.data.shards.indexing import count_faults, tar_indexes
 from coca_lit.data.shards.listing import find_shards
@@ -193,29 +192,25 @@ class LAIONDataModule(CaptionDataModule):
         return 2 * self.num_workers
 
     @cached_property
-    def indexes(self) -> dict[str, list[TarIndex]]:
-        """By the name of their source; raises `DataError` when too much is missing in the shards."""
+    def sources(self) -> list[Source]:
+        """Weighted by their numbers of samples, if nothing else is said; raises `DataError` when too much is missing in
+        the shards.
+        """
         _ = self.windows  # first, as it refuses what cannot be read
         found = tar_indexes(self._all_shards, self.cache.folder / "indexes")
-        rest = iter(found)
-        indexes = {name: [*islice(rest, len(shards))] for name, shards in self.shards.items()}
         bad = BadSamples(self.max_bad_fraction)
         count_faults(self._all_shards, found, bad)
         bad.end_of_pass()
         images, clips = (any(index.places[:, kind].any() for index in found) for kind in (0, 3))
         if clips and not images and not self.frames:
             raise DataError("the shards hold clips and no images: set data.frames, the number of frames of each")
-        return indexes
-
-    @cached_property
-    def sources(self) -> list[Source]:
-        """Weighted by their numbers of samples, if nothing else is said."""
-        found = [Source(name, shards) for name, shards in self.indexes.items()]
-        if empty := [source.name for source in found if not source.samples]:
+        rest = iter(found)
+        sources = [Source(name, [*islice(rest, len(shards))]) for name, shards in self.shards.items()]
+        if empty := [source.name for source in sources if not source.samples]:
             raise DataError(f"the shards of {empty[0]!r} hold no samples: check them, or leave them out of the mixture")
-        one = len(found) == 1
-        weights = self.weights or {source.name: 1.0 if one else source.samples for source in found}
-        return [source._replace(weight=weights[source.name]) for source in found]
+        one = len(sources) == 1
+        weights = self.weights or {source.name: 1.0 if one else source.samples for source in sources}
+        return [source._replace(weight=weights[source.name]) for source in sources]
 
     @property
     def epoch_samples(self) -> int:
@@ -266,7 +261,7 @@ class LAIONDataModule(CaptionDataModule):
     def _read_at(self, commits: dict[str, str]) -> None:
         if commits != self.commits:
             self.commits = commits
-            for name in ("shards", "windows", "indexes", "sources"):  # what was listed before
+            for name in ("shards", "windows", "sources"):  # what was listed before
                 self.__dict__.pop(name, None)
 
     def training_examples(self) -> IndexedShards:
@@ -286,7 +281,7 @@ class LAIONDataModule(CaptionDataModule):
                 raise DataError("data.teachers has square crops: it does not work with images of any shape")
             replay = Replay(Path(self.teachers), transform.size)
             files: dict[Path, str] = {}
-            for index in (index for indexes in self.indexes.values() for index in indexes):
+            for index in (index for source in self.sources for index in source.shards):
                 path, shard = reinforced_path(index.shard.name, replay.folder), index.shard.name
                 if (other := files.setdefault(path, shard)) != shard:
                     raise DataError(

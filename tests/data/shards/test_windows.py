@@ -207,7 +207,7 @@ def test_global_batches_are_equal_on_other_ranks_and_workers_and_after_a_resume(
     data = laion(tmp_path, epoch_samples=48)
     whole = [contents(batch) for batch in read(data)]
     assert len({key for keys, *_ in whole for key in keys}) == 48
-    order = WindowedBatches([Source("", data.indexes[""])], Schedule(48, 4), SEED, 0, 12, windows=Windows(12, 1e6, 2))
+    order = WindowedBatches(data.sources, Schedule(48, 4), SEED, 0, 12, windows=Windows(12, 1e6, 2))
     keys = [f"memory://set/{i:05d}.tar/{i}{row:04d}" for i in range(12) for row in range(4)]
     assert [found for found, *_ in whole] == [[keys[i] for _, i, _ in batch] for batch in order]
     ranks = [read(laion(tmp_path / "other", epoch_samples=48, num_workers=workers), 5, rank, 2) for rank in range(2)]
@@ -238,7 +238,7 @@ def test_an_index_is_shipped_or_made_of_what_is_fetched(store, tmp_path, monkeyp
     def arrays(indexes: list[TarIndex]) -> list:
         return [(found.keys.tolist(), found.key_ends.tolist(), found.places.tolist()) for found in indexes]
 
-    assert arrays(laion(tmp_path).indexes[""]) == arrays(expected)
+    assert arrays(laion(tmp_path).sources[0].shards) == arrays(expected)
     assert {name for name, _ in fetched(tmp_path)} == {f".{i:05d}.tar.index" for i in range(12)}
     for path in local.glob(".*.index"):
         filesystem.rm_file(f"/set/{path.name}")
@@ -246,11 +246,11 @@ def test_an_index_is_shipped_or_made_of_what_is_fetched(store, tmp_path, monkeyp
     if not whole:
         monkeypatch.setattr("coca_lit.data.shards.remote.store.BLOCK", 512)
     data = laion(tmp_path / "new", cache_gb=(12 if whole else 11.9) * size_of(filesystem) / 1e9, window_gb=1e-6)
-    assert arrays(data.indexes[""]) == arrays(expected)
+    assert arrays(data.sources[0].shards) == arrays(expected)
     sizes = [size for _, size in fetched(tmp_path / "new")]
     assert len(sizes) == 12
     assert sum(sizes) == 12 * size_of(filesystem) if whole else sum(sizes) < 9 * size_of(filesystem)
-    assert arrays(laion(tmp_path / "new").indexes[""]) == arrays(expected)
+    assert arrays(laion(tmp_path / "new").sources[0].shards) == arrays(expected)
     assert len(fetched(tmp_path / "new")) == 12
 
 
@@ -262,7 +262,7 @@ def test_an_index_of_other_content_is_not_believed(store, tmp_path):
     assert other.stamp.bytes == size_of(filesystem)
     filesystem.pipe_file("/set/.00000.tar.index", (tmp_path / "other" / ".00000.tar.index").read_bytes())
     filesystem.pipe_file("/set/.00001.tar.index", b"junk")
-    indexes = laion(tmp_path).indexes[""]
+    indexes = laion(tmp_path).sources[0].shards
     assert [found.key(0) for found in indexes] == [f"{i}0000" for i in range(12)]
     assert {"00000.tar", "00001.tar"} <= {name for name, _ in fetched(tmp_path)}
 
