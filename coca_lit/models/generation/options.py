@@ -7,6 +7,7 @@ Type checkers read its annotations. The defaults, the checks and the documentati
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_args, get_origin
 
 from coca_lit.errors import check_choice, check_number, suggest
@@ -136,16 +137,8 @@ def describe(name: str) -> str:
     return f"{only}{option.help}{default}"
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(SimpleNamespace):
     """Complete options: what was given, checked, and the defaults. `options.num_beams` reads one."""
-
-    values: Mapping[str, Any]
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in OPTIONS:
-            raise AttributeError(name)
-        return self.values[name]
 
     @property
     def captions(self) -> int:
@@ -197,7 +190,7 @@ def complete(options: Mapping[str, Any]) -> Options:
             bounds = {"at_least": option.at_least, "above": option.above, "at_most": option.at_most}
             check_number(name, value, whole=kind is int, **bounds)
     given = PRESETS.get(given.get("preset", ""), {}) | given
-    found = Options({name: given.get(name, option.default) for name, option in OPTIONS.items()})
+    found = Options(**{name: given.get(name, option.default) for name, option in OPTIONS.items()})
     _check_combination(found, given)
     return found
 
