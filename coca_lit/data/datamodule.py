@@ -18,6 +18,11 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index, TrainingExamples
 from coca_lit.data.loader import Schedule, TrainLoader, epoch_batches, per_rank, training_loader, validation_loader
 from coca_lit.data.records import Clip, Record, drawn, trainable
+from coca_lit.data.scenes.facts import scene_question_records
+from coca_lit.data.scenes.motion import motion_records
+from coca_lit.data.scenes.places import scene_place_records
+from coca_lit.data.scenes.render import scene_records
+from coca_lit.data.scenes.statements import LABELS, TRUTHS, comparison_records, entailment_records
 from coca_lit.data.transforms import (
     RandomCrop,
     TrainTransform,
@@ -375,8 +380,6 @@ class ScenesDataModule(RecordsDataModule):
         style: str = "standard",
         **shared: Unpack[SharedArguments],
     ) -> None:
-        from coca_lit.data.scenes.render import scene_records
-
         super().__init__(self._render, **shared)
         self.train_count = None if train_count is None else whole_number("train_count", train_count)
         self._scenes: Callable[..., list[Record]] = partial(
@@ -399,8 +402,6 @@ class SceneQuestionsDataModule(ScenesDataModule):
     """
 
     def __init__(self, train_count: int | None = None, **shared: Unpack[SharedArguments]) -> None:
-        from coca_lit.data.scenes.facts import scene_question_records
-
         super().__init__(train_count, **shared)
         self._scenes = scene_question_records
 
@@ -414,8 +415,6 @@ class ScenePlacesDataModule(ScenesDataModule):
     """
 
     def __init__(self, train_count: int | None = None, **shared: Unpack[SharedArguments]) -> None:
-        from coca_lit.data.scenes.places import scene_place_records
-
         super().__init__(train_count, **shared)
         if self.cached_augmentations > 1:
             raise ValueError("cached_augmentations must be 0 or 1 for places: mirror images would keep their boxes")
@@ -438,8 +437,6 @@ class SceneStatementsDataModule(ScenesDataModule):
         train_count: int | None = None,
         **shared: Unpack[SharedArguments],
     ) -> None:
-        from coca_lit.data.scenes.statements import LABELS, TRUTHS, comparison_records, entailment_records
-
         super().__init__(train_count, **shared)
         tasks = {"entailment": (entailment_records, len(LABELS)), "comparison": (comparison_records, len(TRUTHS) ** 2)}
         if task not in tasks:
@@ -461,7 +458,5 @@ class MovingScenesDataModule(ScenesDataModule):
     """
 
     def __init__(self, frames: int, train_count: int | None = None, **shared: Unpack[SharedArguments]) -> None:
-        from coca_lit.data.scenes.motion import motion_records
-
         super().__init__(train_count, **shared)
         self._scenes = partial(motion_records, frames=frames)
