@@ -26,7 +26,7 @@ def init_projection(linear: nn.Linear) -> None:
 def init_pooler(pooler: AttentionalPooler) -> None:
     nn.init.normal_(pooler.query, std=1.0)
     _init_attention(pooler.attention, out_std=pooler.attention.out.in_features**-0.5)
-    for norm in (pooler.norm_query, pooler.norm_context, pooler.norm_out):
+    for norm in (m for m in pooler.children() if isinstance(m, nn.LayerNorm)):
         norm.reset_parameters()
 
 

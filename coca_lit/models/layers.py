@@ -171,21 +171,22 @@ def normalize_once(context: Tensor) -> Tensor:
     return normed
 
 
-class QueryPooler(nn.Module):
+class AttentionalPooler(nn.Module):
     """Learned queries that attend to a sequence of any length and return one token each: no residual, no MLP
-    (CoCa, arXiv 2205.01917).
+    (CoCa, arXiv 2205.01917). The tokens pass a norm unless `norm_out` is off.
     """
 
-    def __init__(self, context_width: int, width: int, queries: int, heads: int) -> None:
+    def __init__(self, context_width: int, width: int, queries: int, heads: int, norm_out: bool = True) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.empty(queries, width))
         self.norm_query = nn.LayerNorm(width)
         self.norm_context = nn.LayerNorm(context_width)
         self.attention = CrossAttention(width, context_width, heads)
+        self.norm_out = nn.LayerNorm(width) if norm_out else nn.Identity()
 
     def forward(self, context: Tensor, queries: slice = slice(None), mask: Tensor | None = None) -> Tensor:
         """context (B, S, C) -> (B, Q, E), for the given slice of the queries; `mask` as of `CrossAttention`."""
-        return self.attention(*self._inputs(context, queries), mask=mask)
+        return self.norm_out(self.attention(*self._inputs(context, queries), mask=mask))
 
     def weights(self, context: Tensor, queries: slice = slice(None), mask: Tensor | None = None) -> Tensor:
         """Attention of each query: (B, Q, S) over the context (B, S, C), the mean over heads; rows add up to 1."""
@@ -195,17 +196,6 @@ class QueryPooler(nn.Module):
         """The queries (B, Q, E), and keys and values of the context."""
         query = self.norm_query(self.query[queries]).expand(context.shape[0], -1, -1)
         return query, self.attention.keys_values(self.norm_context(context))
-
-
-class AttentionalPooler(QueryPooler):
-    """A `QueryPooler` with a norm on its tokens."""
-
-    def __init__(self, context_width: int, width: int, queries: int, heads: int) -> None:
-        super().__init__(context_width, width, queries, heads)
-        self.norm_out = nn.LayerNorm(width)
-
-    def forward(self, context: Tensor, queries: slice = slice(None), mask: Tensor | None = None) -> Tensor:
-        return self.norm_out(super().forward(context, queries, mask))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

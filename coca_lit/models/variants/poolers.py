@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from coca_lit.models.init import init_projection
 from coca_lit.models.inputs import EncodedFrames, EncodedPatches
-from coca_lit.models.layers import Pooling, QueryPooler
+from coca_lit.models.layers import AttentionalPooler, Pooling
 
 
 class OpenClipPooling(Pooling):
@@ -24,8 +24,8 @@ class OpenClipPooling(Pooling):
         self.vector_width = self.token_width = width
         self.parallel = parallel
         self.norm = nn.LayerNorm(context_width)
-        self.generative = QueryPooler(context_width, width, queries, heads)
-        self.contrastive = QueryPooler(context_width if parallel else width, width, 1, heads)
+        self.generative = AttentionalPooler(context_width, width, queries, heads, norm_out=False)
+        self.contrastive = AttentionalPooler(context_width if parallel else width, width, 1, heads, norm_out=False)
 
     def parts_of_loss(self, loss: str) -> list[str]:
         if loss == "contrastive":
@@ -106,7 +106,7 @@ def _rows(tokens: Tensor | EncodedPatches) -> tuple[Tensor, Tensor | None]:
     return (tokens.rows, tokens.key_mask()) if isinstance(tokens, EncodedPatches) else (tokens, None)
 
 
-def _init(pooler: QueryPooler) -> None:
+def _init(pooler: AttentionalPooler) -> None:
     """OpenCLIP 4's values: its attention starts as `nn.MultiheadAttention` does, with queries of deviation 1.
 
     That layer keeps q, k and v in one matrix where they have the same input width, and Xavier's bound follows from the
