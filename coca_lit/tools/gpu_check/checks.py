@@ -13,19 +13,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from coca_lit.cli.command import compose
+from coca_lit.cli.train import run
+from coca_lit.losses import caption, loss_terms
+from coca_lit.models import CoCa, create_model
+from coca_lit.models.generation.static import CompiledGenerator
+from coca_lit.tools.plan.estimate import GPUS, Recipe, measure, memory, per_sample
+from coca_lit.tools.plan.trace import cost, on_gpu
 from coca_lit.tools.report.tables import Table, markdown
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from coca_lit.models import CoCa
 
 SIMULATED = "simulated GPU"  # the name of the device of tests/gpu
 CAPTIONS = [5, 9, 17, 6, 7, 12, 24, 4]  # tokens of the captions of a small batch
@@ -55,8 +59,6 @@ def check_gpu(output: Path, quick: bool = False) -> int:
         output: folder for JSON and Markdown, which exists.
         quick: measure the smallest model alone.
     """
-    from coca_lit.models import create_model
-
     simulated = torch.cuda.get_device_name() == SIMULATED
     lines = list(_checks(simulated))
     rows: list[dict[str, Any]] = []
@@ -140,7 +142,7 @@ def _checks(simulated: bool) -> Iterator[Line]:
 # Equality
 
 
-def _batch(net: "CoCa", device: str, lengths: Sequence[int] = CAPTIONS) -> tuple["Tensor", "Tensor", "Tensor"]:
+def _batch(net: CoCa, device: str, lengths: Sequence[int] = CAPTIONS) -> tuple[Tensor, Tensor, Tensor]:
     """Images and tokens on the device, lengths on the host."""
     generator = torch.Generator().manual_seed(0)
     shape = (len(lengths), 3, net.image_size, net.image_size)
@@ -151,21 +153,17 @@ def _batch(net: "CoCa", device: str, lengths: Sequence[int] = CAPTIONS) -> tuple
     return images.to(device), tokens.to(device), rows
 
 
-def _small(**overrides: Any) -> "CoCa":
-    from coca_lit.models import create_model
-
+def _small(**overrides: Any) -> CoCa:
     torch.manual_seed(0)
     vit = {"patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2}
     return create_model("coca_tiny", image_encoder="vit_tiny_patch16_224", image_encoder_args=vit, **overrides).train()
 
 
-def _loss(net: "CoCa", batch: tuple["Tensor", ...]) -> "Tensor":
-    from coca_lit.losses import loss_terms
-
+def _loss(net: CoCa, batch: tuple[Tensor, ...]) -> Tensor:
     return torch.stack(list(loss_terms(net(*batch)).values())).sum()
 
 
-def _step(net: nn.Module, loss: Callable[[], "Tensor"]) -> Callable[[], None]:
+def _step(net: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
     """A training step in bf16 as a run makes it."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
 
@@ -180,7 +178,7 @@ def _step(net: nn.Module, loss: Callable[[], "Tensor"]) -> Callable[[], None]:
     return step
 
 
-def _difference(found: "Tensor", expected: "Tensor", largest: float | None = None) -> float:
+def _difference(found: Tensor, expected: Tensor, largest: float | None = None) -> float:
     """The largest difference, as a share of the largest expected value or of `largest`."""
     expected = expected.detach().cpu().float()
     scale = expected.abs().max().item() if largest is None else largest
@@ -259,8 +257,6 @@ def same_captions() -> str:
 
 
 def fused_loss() -> str:
-    from coca_lit.losses import caption
-
     if importlib.util.find_spec("liger_kernel") is None:
         raise SkippedError("pip install 'coca_lit[kernels]' installs it")
     torch.manual_seed(0)
@@ -296,8 +292,6 @@ def no_synchronisation() -> str:
 
 
 def collectives() -> str:
-    import torch.distributed as dist
-
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
@@ -333,9 +327,6 @@ class StopAt(L.Callback):
 
 def _run(folder: str | Path, *overrides: str) -> dict[str, Any]:
     """A training in the folder; returns its last checkpoint."""
-    from coca_lit.cli.command import compose
-    from coca_lit.cli.train import run
-
     with contextlib.redirect_stdout(io.StringIO()):
         run(compose("train", [*TINY, "name=gpu_check", f"output_dir={folder}", *overrides]))
     return torch.load(Path(folder) / "checkpoints/last.ckpt", map_location="cpu", weights_only=True)
@@ -370,8 +361,6 @@ def _lengths(size: int, longest: int) -> list[int]:
 
 def _timed(step: Callable[[], None], steps: int = 5) -> dict[str, Any]:
     """Seconds and memory of a step, and the share of them in which the device computes nothing."""
-    from torch.profiler import ProfilerActivity, profile
-
     torch.cuda.reset_peak_memory_stats()
     began = 0.0
     for number in range(steps + 2):
@@ -391,7 +380,7 @@ def _timed(step: Callable[[], None], steps: int = 5) -> dict[str, Any]:
     return found | {"idle": round(max(0.0, 1 - busy / seconds), 2)}
 
 
-def open_clip_loss(net: Any, images: "Tensor", tokens: "Tensor") -> "Tensor":
+def open_clip_loss(net: Any, images: Tensor, tokens: Tensor) -> Tensor:
     """The same losses of OpenCLIP's CoCa. Its images are normalised before they come, its texts padded (B, 76)."""
     open_clip = importlib.import_module("open_clip")
     loss = open_clip.CoCaLoss(caption_loss_weight=2, clip_loss_weight=1, pad_id=0)
@@ -416,10 +405,7 @@ def _open_clip_speed(name: str, size: int) -> dict[str, Any]:
     return {f"open_clip, {key}": value for key, value in found.items()}
 
 
-def _step_speed(net: "CoCa", size: int) -> dict[str, Any]:
-    from coca_lit.tools.plan.estimate import GPUS, Recipe, measure, memory, per_sample
-    from coca_lit.tools.plan.trace import cost, on_gpu
-
+def _step_speed(net: CoCa, size: int) -> dict[str, Any]:
     lengths = _lengths(size, net.config["context_length"])
     batch = _batch(net, "cuda", lengths)
     measured = _timed(_step(net, lambda: _loss(net, batch)))
@@ -442,9 +428,7 @@ def _step_speed(net: "CoCa", size: int) -> dict[str, Any]:
     }
 
 
-def _caption_speed(net: "CoCa", count: int = 16) -> dict[str, Any]:
-    from coca_lit.models.generation.static import CompiledGenerator
-
+def _caption_speed(net: CoCa, count: int = 16) -> dict[str, Any]:
     writers: dict[str, Any] = {"eager": net}
     if torch.cuda.get_device_name() != SIMULATED:
         writers["reduce-overhead"] = CompiledGenerator(net, mode="reduce-overhead")
