@@ -6,9 +6,10 @@ Shapes: N training images, I images to classify, S tokens, C width of the encode
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -174,8 +175,9 @@ class TokenMaps:
         """(positions, tokens (B, S, C) fp32) of all images, in their order or in another one."""
         order = range(len(self.records)) if order is None else order
         parts = [list(order[start : start + size]) for start in range(0, len(order), size)]
-        items = _Items(self.records, self.path, self.stored, self.transform)
-        loader = DataLoader(items, batch_sampler=parts, collate_fn=list, **worker_options(self.workers))
+        load = partial(_items, self.records, self.path, self.stored, self.transform)  # without the encoder
+        every = cast(Dataset[int], range(len(self.records)))
+        loader = DataLoader(every, batch_sampler=parts, collate_fn=load, **worker_options(self.workers))
         for positions, batch in zip(parts, loader, strict=True):
             pixels = [i for i, item in enumerate(batch) if item.ndim > 2]
             if pixels:
@@ -185,21 +187,14 @@ class TokenMaps:
             yield positions, torch.stack([item.to(self.device) for item in batch]).float()
 
 
-class _Items(Dataset[Tensor]):
-    """Tokens (S, C) of the stored images, pixels (3, H, W) of the others, (F, 3, H, W) of clips."""
-
-    def __init__(self, records: Sequence[Record], path: Path | None, stored: int, transform: Transform) -> None:
-        self.records, self.path, self.stored, self.transform = records, path, stored, transform
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, i: int) -> Tensor:
-        if self.path is not None and i < self.stored:
-            return read_features(self.path, i)
-        pixels = loaded(self.records[i].image, self.transform)
-        assert isinstance(pixels, Tensor)
-        return pixels
+def _items(
+    records: Sequence[Record], path: Path | None, stored: int, transform: Transform, positions: Sequence[int]
+) -> list[Any]:
+    """Tokens (S, C) of the stored images, pixels (3, H, W) of the others, (F, 3, H, W) of clips; in a worker."""
+    return [
+        read_features(path, i) if path is not None and i < stored else loaded(records[i].image, transform)
+        for i in positions
+    ]
 
 
 @contextmanager
