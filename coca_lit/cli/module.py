@@ -2,14 +2,14 @@
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from coca_lit.cli.assembly import build, data_place
-from coca_lit.cli.schema import AUTO, unresolved, written
+from coca_lit.cli.schema import AUTO, leaves, unresolved, written
 from coca_lit.errors import ConfigError, error_context
 
 if TYPE_CHECKING:
@@ -263,15 +263,6 @@ def with_recipe(cfg: DictConfig, source: "DualEncoder | None" = None, resumed: b
             shown = "…" if isinstance(value, dict) else written(value)
             print_rank_zero(f"  {key}={shown}  # {why}")
     return cfg
-
-
-def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, value) of all values in nested dictionaries."""
-    if not isinstance(node, dict) or not node:
-        yield path, node
-        return
-    for key, value in node.items():
-        yield from leaves(value, f"{path}.{key}" if path else key)
 
 
 def _fill(cfg: DictConfig, key: str, value: Any) -> bool:

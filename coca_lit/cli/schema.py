@@ -302,6 +302,15 @@ def targets(node: Any) -> list[str]:
     return [*own, *(name for child in children for name in targets(child))]
 
 
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of all values in nested dictionaries, of which an empty one is a value."""
+    if not isinstance(node, dict) or not node:
+        yield path, node
+        return
+    for key, value in node.items():
+        yield from leaves(value, f"{path}.{key}" if path else str(key))
+
+
 def written(value: Any) -> str:
     """A value as it would be typed."""
     if isinstance(value, float):

@@ -56,17 +56,17 @@ def report(arguments: Sequence[str] | None = None) -> None:
             from coca_lit.tools.report.scaling import write_scaling
 
             output = options.output or first
-            print(write_scaling(options.folders, output, options.objective, options.hold_out, options.published))
+            print(write_scaling(runs, output, objective, options.hold_out, options.published))
             print(printable(str(output / "scaling.png")))
             return
-        if len(options.folders) > 1:
-            page = write_comparison(options.folders, options.output or Path("outputs/comparison"), options.objective)
-        elif (first / "results.json").is_file():
+        several = len(options.folders) > 1
+        if not several and (first / "results.json").is_file():
             if options.output is not None:
                 parser.error("--output is the folder of a comparison; the report of one run is written into its folder")
             page = write_report(first)
         else:
-            page = write_comparison([first], options.output or first, options.objective)
-        print(f"{summary(runs, failed, options.objective)}\n\n{printable(str(page))}".lstrip())
+            output = options.output or (Path("outputs/comparison") if several else first)
+            page = write_comparison(runs, failed, output, objective)
+        print(f"{summary(runs, failed, objective)}\n\n{printable(str(page))}".lstrip())
     except UserError as error:
         sys.exit(f"error: {printable(str(error))}")

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from coca_lit.files import atomic_write
 from coca_lit.runs.scores import cell, data_name, headline, score_name
 from coca_lit.tools.report.figures import comparison_figure, curves_figures, curves_of_runs, gap_figure, side_by_side
-from coca_lit.tools.report.runs import Run, find_runs, obstacles, read_run
+from coca_lit.tools.report.runs import Run, obstacles, read_run
 from coca_lit.tools.report.tables import (
     APART,
     PUBLISHED_SCORES,
@@ -102,17 +102,15 @@ def write_report(folder: Path) -> Path:
     return _write(folder, title, sections, tables, facts, {"not run": run.not_run}, pictures, links)
 
 
-def write_comparison(folders: Sequence[Path], output: Path, objective: str | None = None) -> Path:
-    """Writes a report that compares runs, or the jobs in the folder of a sweep, failed ones included; returns the
-    page's path.
+def write_comparison(
+    runs: Sequence[Run], failed: Mapping[str, str], output: Path, objective: str | None = None
+) -> Path:
+    """Writes a report that compares runs, or the jobs of a sweep; returns the page's path.
 
     Args:
+        runs, failed: see `coca_lit.tools.report.runs.find_runs`.
         objective: the score that decides which run is the best; None takes the first headline score.
-
-    Raises:
-        DataError: no run is finished.
     """
-    runs, failed = find_runs(folders)
     score = objective or headline(dict.fromkeys(name for run in runs for name in run.results))
     table = runs_table(runs, failed, score)
     overview = [table] if len(runs) + len(failed) > 2 or PUBLISHED_SCORES in table.note else []

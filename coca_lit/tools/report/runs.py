@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from coca_lit.cli.schema import argument_defaults
+from coca_lit.cli.schema import argument_defaults, leaves
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.metrics import uncertainty
 from coca_lit.metrics.uncertainty import Conditions, Draws, obstacle
 from coca_lit.reading import printable, read_run_file, read_run_json, read_run_yaml
 from coca_lit.runs.results import read_conditions, read_draws
+from coca_lit.runs.scores import cell, interval_cell
 
 Curves = dict[str, list[tuple[int, float]]]  # name -> (step, value)
 BOOKKEEPING = ("name", "output_dir", "evals.", "report.")  # keys that differ between equal runs
@@ -66,6 +67,14 @@ class Run(NamedTuple):
     def images(self, score: str) -> int | None:
         """On how many images a score was computed; None if that is unknown."""
         return self.conditions[score].images if score in self.conditions else None
+
+    def cell(self, score: str) -> str:
+        """The score as papers print it; empty if the run lacks it."""
+        return cell(score, self.results.get(score), self.images(score))
+
+    def interval(self, score: str) -> str:
+        """Its interval in the same form; empty if there is none."""
+        return interval_cell(score, self.draws[score].interval(), self.images(score)) if score in self.draws else ""
 
 
 def read_run(folder: Path) -> Run:
@@ -198,12 +207,9 @@ def same_data(runs: Sequence[Run], score: str) -> bool:
     return uncertainty.same_data(run.conditions.get(score) for run in runs if score in run.results)
 
 
-def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    if not isinstance(node, dict):
-        return {prefix: node}
-    parts = (flatten(child, f"{prefix}.{key}" if prefix else str(key)) for key, child in node.items())
-    return {key: value for part in parts for key, value in part.items()}
+def flatten(node: Any) -> dict[str, Any]:
+    """{"a": {"b": 1, "c": {}}} -> {"a.b": 1}"""
+    return {key: value for key, value in leaves(node) if value != {}}
 
 
 def read_curves(folder: Path) -> Curves:

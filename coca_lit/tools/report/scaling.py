@@ -23,7 +23,7 @@ from coca_lit.metrics import is_share, lower_is_better
 from coca_lit.reading import open_parquet
 from coca_lit.runs.scores import headlines, in_print_units, score_name
 from coca_lit.tools.report.figures import png_of
-from coca_lit.tools.report.runs import Run, find_runs, obstacles
+from coca_lit.tools.report.runs import Run, obstacles
 
 Numbers = NDArray[np.float64]
 # Keys of a run that decide what a sample costs.
@@ -215,14 +215,13 @@ def published_points(path: Path) -> dict[str, list[Point]]:
 
 
 def write_scaling(
-    folders: Sequence[Path], output: Path, score: str | None, hold_out: float, published: Path | None = None
+    runs: Sequence[Run], output: Path, score: str | None, hold_out: float, published: Path | None = None
 ) -> str:
     """Writes scaling.png and scaling.csv into `output`, and returns what there is to say.
 
     Raises:
         DataError: there are too few runs, or they lack what a law needs.
     """
-    runs, _ = find_runs(folders)
     score = score or next((name for run in runs for name in headlines(run.results) if is_share(name)), None)
     if score is None:
         raise DataError("the runs have no headline score that is a share: name one, --objective scenes/CIDEr")

@@ -133,13 +133,11 @@ def score_tables(run: Run) -> list[Table]:
             rows[s] = [_own_name([run], s), *cells, *(cell(s, column.get(s)) for column in published.values())]
         scales = [text for end, text in SCALES.items() if any(score.endswith(end) for score in scores)]
         header, notes = ["", *(WAYS.get(column, column) for column in columns)], [*scales, *sources]
-        intervals = {s: run.draws[f"{name}/{s}"].interval() for s in scores if f"{name}/{s}" in run.draws}
-        if THIS_RUN in columns and intervals:
+        if THIS_RUN in columns and any(f"{name}/{s}" in run.draws for s in scores):
             place = header.index(THIS_RUN) + 1
             header.insert(place, INTERVAL)
             for s, row in rows.items():
-                limits = intervals.get(s, (math.nan, math.nan))
-                row.insert(place, interval_cell(s, limits, run.images(f"{name}/{s}")))
+                row.insert(place, run.interval(f"{name}/{s}"))
             notes = [INTERVALS_NOTE, *notes]
         title = data_name(name) + (f", {images:,} images" if images is not None else "")
         tables.append(Table(title, header, _grouped(rows), " ".join(notes)))
@@ -206,15 +204,8 @@ def published_scores(runs: Sequence[Run], score: str) -> tuple[list[float], list
 
 def headline_cells(run: Run) -> list[tuple[str, str, str, str]]:
     """Value, interval, name and data set of the scores that say most about a run."""
-    return [
-        (
-            cell(s, run.results[s], run.images(s)),
-            interval_cell(s, run.draws[s].interval(), run.images(s)) if s in run.draws else "",
-            score_name(s),
-            with_images([run], s),
-        )
-        for s in headlines_of(run.results, TILES) or own_scores(run.results)
-    ]
+    shown = headlines_of(run.results, TILES) or own_scores(run.results)
+    return [(run.cell(s), run.interval(s), score_name(s), with_images([run], s)) for s in shown]
 
 
 def runs_table(runs: Sequence[Run], failed: Collection[str], objective: str | None) -> Table:
@@ -241,7 +232,7 @@ def runs_table(runs: Sequence[Run], failed: Collection[str], objective: str | No
         columns[score] = len(header)
         header.append(_full_name(score))
         for row, run, why_not in zip(rows, runs, marked[score], strict=True):
-            row.append(_marked_cell(run, score, why_not))
+            row.append(run.cell(score) + (MARK if why_not else ""))
         values, sources = published_scores(runs, score)
         if sources:
             header.append(f"{_full_name(score)}, published")
@@ -260,12 +251,6 @@ def runs_table(runs: Sequence[Run], failed: Collection[str], objective: str | No
     notes += [MARK_NOTE] if any(map(any, marked.values())) else []
     notes += [f"{PUBLISHED_SCORES}: {', '.join(dict.fromkeys(origins))}."] if origins else []
     return Table("runs", header, rows, " ".join(notes), best)
-
-
-def _marked_cell(run: Run, score: str, why_not: str) -> str:
-    """The score of a run, with a mark if it cannot be compared."""
-    text = cell(score, run.results.get(score), run.images(score))
-    return text + MARK if why_not else text
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
@@ -296,7 +281,7 @@ def all_scores(runs: Sequence[Run]) -> Table:
         rows.append([heading])
         for score in scores:
             marked = obstacles(runs, score)
-            row = [_marked_cell(run, score, why) for run, why in zip(runs, marked, strict=True)]
+            row = [run.cell(score) + (MARK if why else "") for run, why in zip(runs, marked, strict=True)]
             marks |= any(marked)
             best += [(len(rows), column) for column in ([] if any(marked) else _best(score, row))]
             rows.append([_own_name(runs, score), *row])
@@ -433,9 +418,7 @@ def difference_table(first: Run, second: Run) -> Table:
         for score in scores:
             row = [_own_name(runs, score)]
             for run in runs:
-                interval = run.draws[score].interval() if score in run.draws else (math.nan, math.nan)
-                text = cell(score, run.results.get(score), run.images(score))
-                row += [text, interval_cell(score, interval, run.images(score))]
+                row += [run.cell(score), run.interval(score)]
             if score in first.results and score in second.results:
                 found = compared(first, second, score)
                 row += [*difference_cells(first, second, score, found.difference), found.verdict]

@@ -74,9 +74,9 @@ def _two(first: Run, second: Run, objective: str | None) -> Iterator[str]:
         reasons: list[str] = []
         for score in scores:
             found = compared(first, second, score)
-            values = [cell(score, run.results[score], run.images(score)) for run in (first, second)]
             change, _, p = difference_cells(first, second, score, found.difference)
             verdict = found.verdict if found.better is None else f"{('first', 'second')[found.better]} is better"
+            values = [first.cell(score), second.cell(score)]
             rows.append([f"  {score_name(score)}", *values, change, p and f"p {p}", verdict])
             reasons += [found.why_not] if found.why_not else []
         yield from _aligned(rows)
@@ -128,8 +128,8 @@ def report_sweep(folder: Path, rows: Sequence[Mapping[str, Any]], objective: str
     elif score is not None and (best := best_run(scores, score)) is not None:
         print(f"best {score}: {cell(score, scores[best][score], images.get(score))} in {folder / best}")
     if scored:
-        failed = [row["job"] for row in rows if row["status"] != "ok"]
-        print(f"compared in {write_comparison([folder / job for job in (*scored, *failed)], folder, score)}")
+        failed = {row["job"]: row.get("error") or row["status"] for row in rows if row["status"] != "ok"}
+        print(f"compared in {write_comparison(runs, failed, folder, score)}")
 
 
 def print_jobs(

@@ -220,7 +220,7 @@ def test_two_runs_are_compared_by_the_paired_test(tmp_path):
     assert difference_table(a, a).best == []
     assert difference_table(a, c).rows[1][5:] == ["", "", "", "not comparable"]
     assert difference_table(a, c).best == []
-    page = write_comparison([a.folder, b.folder], tmp_path / "both").read_text()
+    page = write_comparison(*find_runs([a.folder, b.folder]), tmp_path / "both").read_text()
     assert "paired bootstrap" in page
     assert json.loads((a.folder / "intervals.json").read_text())["intervals"].keys() == {"x/SPICE"}
 
@@ -261,7 +261,7 @@ def test_seeds_are_a_mean_with_a_deviation(tmp_path):
     columns = dict(zip(table.header[1:], table.rows[0][1:], strict=True))
     assert columns == {"lr=1, 3 seeds": "60.00 ± 10.00", "lr=2, 2 seeds": "15.00 ± 7.07"}
     assert seed_tables([run for run in runs if run.config["model.lr"] == 3]) == []
-    assert "60.00 ± 10.00" in write_comparison([tmp_path], tmp_path).read_text()
+    assert "60.00 ± 10.00" in write_comparison(*find_runs([tmp_path]), tmp_path).read_text()
     (tmp_path / "21" / "results.json").write_text('{"x/SPICE": 0.2}')  # without CIDEr
     (table,) = seed_tables(find_runs([tmp_path])[0])
     assert table.rows[0][1] == "55.00 ± 7.07 (2 seeds)"
@@ -277,7 +277,7 @@ def test_settings_that_follow_the_seed_do_not_tell_runs_apart(tmp_path):
     assert differences(runs) == {"seed": [0, 1, 2]}
     assert swept_value(runs) is None
     assert seed_tables(runs)[0].rows == [["built-in scenes CIDEr", "60.00 ± 10.00"]]
-    assert "60.00 ± 10.00" in write_comparison([tmp_path], tmp_path).read_text()
+    assert "60.00 ± 10.00" in write_comparison(*find_runs([tmp_path]), tmp_path).read_text()
 
 
 class Evil:
@@ -336,7 +336,7 @@ def test_checkpoints_are_drawn_over_what_is_known_of_them(tmp_path):
         "parameters": [85, 85, 183],
         "GFLOP per pair": [13, 13, 27],
     }
-    page = write_comparison([tmp_path], tmp_path).read_text()
+    page = write_comparison(*find_runs([tmp_path]), tmp_path).read_text()
     assert "epoch_3" in page
     assert (tmp_path / "comparison.png").read_bytes().startswith(PNG)
     assert swept_value(runs[:2]) is None
@@ -362,7 +362,7 @@ def test_published_scores_stand_beside_those_of_a_list_of_models(tmp_path, secon
     assert len([name for name in table.header if "published" in name]) == 1
     unnamed = [run._replace(config=run.config | {"checkpoint": run.name}) for run in runs]
     assert comparison_figure(runs) != comparison_figure(unnamed)
-    page = write_comparison([tmp_path / "0", tmp_path / "1"], tmp_path).read_text()
+    page = write_comparison(*find_runs([tmp_path / "0", tmp_path / "1"]), tmp_path).read_text()
     assert "45.65" in page
     rows = [{"job": f"{i}", "status": "ok", "mscoco/t2i_recall@1": i / 8} for i in range(3)]
     report_sweep(tmp_path, rows, None)
@@ -386,7 +386,7 @@ def test_runs_of_one_name_are_told_apart_by_the_folder_above(tmp_path):
     assert [run.name for run in runs] == ["a/seed=0", "b/seed=0"]
     assert failed == {"a/seed=1": "disk is full", "b/seed=1": "out of memory"}
     make_run(tmp_path / "c" / "seed=0", {"scenes/CIDEr": 0.7})
-    write_comparison([tmp_path / "a", tmp_path / "b", tmp_path / "c"], tmp_path)
+    write_comparison(*find_runs([tmp_path / "a", tmp_path / "b", tmp_path / "c"]), tmp_path)
     assert "best built-in scenes CIDEr: 90.00 (b/seed=0)" in (tmp_path / "report.md").read_text()
 
 
@@ -420,12 +420,12 @@ def test_failed_jobs_are_on_the_comparison_page(tmp_path):
     for name, record in (("lr=1", {"status": "ok"}), ("lr=9", {"status": "failed", "error": "loss is not finite"})):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "job.json").write_text(json.dumps(record))
-    page = write_comparison([tmp_path], tmp_path).read_text()
+    page = write_comparison(*find_runs([tmp_path]), tmp_path).read_text()
     assert "<b>lr=9</b>: loss is not finite" in page
     assert "## failed\n\n- lr=9: loss is not finite" in (tmp_path / "report.md").read_text()
     (tmp_path / "lr=1" / "job.json").write_text('{"status": "failed", "error": "disk is full"}')
     with pytest.raises(DataError, match="lr=1: disk is full"):
-        write_comparison([tmp_path], tmp_path)
+        write_comparison(*find_runs([tmp_path]), tmp_path)
 
 
 def test_the_page_names_things_as_users_know_them(tmp_path):
@@ -578,7 +578,7 @@ def test_scores_of_other_conditions_are_never_won(tmp_path, what):
     assert bool(table.rows[1][5]) == testable
     assert not_comparable(runs[:2]).keys() == {"x"}
     for folders in (runs[:2], runs):
-        page = write_comparison([run.folder for run in folders], tmp_path / "compared")
+        page = write_comparison(*find_runs([run.folder for run in folders]), tmp_path / "compared")
         assert 'class="best"' not in page.read_text()
         assert "not comparable" in page.read_text()
         assert "best x" not in page.read_text()
@@ -602,7 +602,7 @@ def test_scores_come_before_settings_and_defaults_are_no_difference(tmp_path):
     make_run(tmp_path / "b", {"x/CIDEr": 0.6}, f"s: {{_target_: {target}, rerank: 4}}\nseed: 1\n")
     runs, _ = find_runs([tmp_path])
     assert settings_table(runs).rows == [["s.rerank", "0", "4"]]
-    page = write_comparison([tmp_path], tmp_path / "both").read_text()
+    page = write_comparison(*find_runs([tmp_path]), tmp_path / "both").read_text()
     assert page.index(">scores<") < page.index('alt="comparison"') < page.index("settings that differ")
     assert "_target_" not in page
 
