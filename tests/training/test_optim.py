@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from coca_lit.callbacks.checkpoint import keep_settings
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa
@@ -245,6 +246,21 @@ def test_an_optimizer_goes_on_from_its_state(name: str) -> None:
     after.load_state_dict(before.state_dict())
     steps(second, after, range(3, 5))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
+
+
+def test_a_resumed_optimizer_has_the_arguments_of_this_run(tiny_model: Build) -> None:
+    def trained(momentum: float) -> tuple[CoCaLit, Any]:
+        module = CoCaLit(tiny_model(), Timm("muon", lr=1e-3, arguments={"momentum": momentum}))
+        module.trainer = SimpleNamespace(estimated_stepping_batches=4)  # type: ignore[assignment]
+        return module, module.configure_optimizers()
+
+    (_, before), (module, now) = trained(0.7), trained(0.8)
+    now["optimizer"].load_state_dict(before["optimizer"].state_dict())
+    trainer: Any = SimpleNamespace(
+        optimizers=[now["optimizer"]], lr_scheduler_configs=[SimpleNamespace(**now["lr_scheduler"])]
+    )
+    keep_settings(trainer, module.configured)
+    assert {group["momentum"] for group in now["optimizer"].param_groups} == {0.8}
 
 
 @pytest.mark.parametrize(
