@@ -11,6 +11,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import build_transform
 from coca_lit.distributed import rank, world_size
+from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.metrics.cider import END, CiderD
 from coca_lit.models import CoCa, create_model
@@ -136,6 +137,14 @@ def test_a_mirror_image_is_rewarded_as_the_image_itself() -> None:
         found[side, answers] = made.measures["reward"]
     plain, same, mirrored, other = found.values()
     assert plain == same == mirrored > other
+
+
+def test_questions_are_refused() -> None:
+    net = network()
+    tokens = net.tokenizer([REFERENCES[key][0] for key in KEYS])
+    batch = Batch(pixels(), tokens, (tokens > 0).sum(1), KEYS, prefix_lengths=torch.full((4,), 2))
+    with pytest.raises(ConfigError, match=r"model\.self_critical"):
+        ready()(net, batch)
 
 
 def test_the_share_of_scoring_is_that_of_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:

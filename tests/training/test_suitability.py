@@ -85,6 +85,13 @@ def test_pairs_of_images_have_no_caption_each() -> None:
         check_data(data, net, of_pairs=True)
 
 
+def test_questions_of_unknown_words() -> None:
+    net = create_model("coca_tiny", tokenizer=["a", "dog"])
+    records = [Record(i, partial(render, i), "a dog", question="what eats a dog") for i in range(4)]
+    with pytest.raises(DataError, match="50%"):
+        check_data(RecordsDataModule({"train": records}, tokenizer=net.tokenizer, batch_size=2), net)
+
+
 def test_photos_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for i in range(6):
         render(i, size=48).save(tmp_path / f"{i}.png")
