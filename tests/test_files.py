@@ -98,6 +98,14 @@ def test_links_where_the_system_has_none(tmp_path: Path, monkeypatch: pytest.Mon
     assert len([*tmp_path.iterdir()]) == 3
 
 
+def test_a_file_is_written_where_the_system_has_no_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "chmod", refuse)
+    with replacing(tmp_path / "weights") as temporary:
+        temporary.unlink()
+        os.close(os.open(temporary, os.O_CREAT, 0o600))  # as a library does that lets its owner alone read it
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
 def test_a_claim_holds_where_the_system_has_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "link", refuse)
     for _ in range(2):

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import os
 import random
 import shutil
 from collections import Counter
@@ -144,6 +145,21 @@ def test_check_goes_on_after_a_fault(shards, capsys):
     path.write_bytes(whole)
     check(str(shards))
     assert {entry.samples for entry in read_manifest(shards).values()} == {6}
+
+
+def test_check_decodes_nothing_again_that_was_stopped_at_an_index(shards):
+    """What a second one would find broken has its old time and size."""
+    index, decoded = shards / ".00000.tar.index", shards / "00001.tar"
+    index.unlink()
+    index.mkdir()
+    with pytest.raises(SystemExit, match="1 of 1 shards failed"):
+        check(str(shards))
+    index.rmdir()
+    content, times = decoded.read_bytes(), decoded.stat()
+    decoded.write_bytes(content.replace(b"\xff\xd8\xff", b"xxx"))
+    os.utime(decoded, ns=(times.st_atime_ns, times.st_mtime_ns))
+    check(str(shards))
+    assert index.is_file()
 
 
 # Photos of a list that is read in random order
