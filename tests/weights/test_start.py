@@ -193,6 +193,13 @@ def test_a_clip_of_our_own_keeps_its_features(
     assert "; random: decoder\n" in capsys.readouterr().out
 
 
+def test_towers_start_a_model_with_tied_embeddings(tiny_model: Callable[..., CoCa]) -> None:
+    clip, model = tiny_model(decoder_layers=0, pooler_queries=1), create_model("coca_tiny", tied_embeddings=True)
+    copy_weights(clip, model, "file")
+    assert torch.equal(model.decoder.vocabulary.weight, clip.text.token_embedding.weight)
+    assert model.text.token_embedding.weight is model.decoder.vocabulary.weight
+
+
 def test_parts_are_as_short_as_they_can_be(tiny_model: Callable[..., CoCa]) -> None:
     model = tiny_model()
     names = list(model.state_dict())
