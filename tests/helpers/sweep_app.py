@@ -1,5 +1,5 @@
-"""A stand-in for train.py whose jobs take no time: the learning rate is the score, above 1 it is an error, and 109
-is signal 9 to its own process, 209 only the first time; a training answers SIGTERM with `SystemExit`.
+"""A stand-in for train.py whose jobs take no time: the learning rate is the score, above 1 it is an error, 0 is a
+bug, and 109 is signal 9 to its own process, 209 only the first time; a training answers SIGTERM with `SystemExit`.
 """
 
 import json
@@ -25,6 +25,8 @@ def job(cfg: DictConfig) -> float:
         (folder / "killed").touch()
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         os.kill(os.getpid(), int(rate) % 100)
+    if rate == 0:
+        raise RuntimeError(f"no model learns at {rate}")
     if rate > 1:
         raise ConfigError(f"no model survives {rate}")
     with (folder / f"rank{os.environ.get('SLURM_PROCID', '')}.txt").open("a") as file:

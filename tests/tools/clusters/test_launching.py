@@ -116,6 +116,13 @@ def test_processes_side_by_side_of_which_one_is_killed(run: Run, tmp_path: Path)
     assert len({path.read_text() for path in tmp_path.rglob("rank.txt")}) == 2
 
 
+@pytest.mark.slow
+def test_a_process_that_fails_beside_the_first_one_says_why(run: Run) -> None:
+    done = run(APP, "-m", "model.optimizer.lr=0", RANK="1")
+    assert "Traceback" in done.stderr
+    assert "RuntimeError: no model learns at 0.0" in done.stderr
+
+
 def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launchers, "find_spec", lambda name: None)
     for plugin, group, extra in (
