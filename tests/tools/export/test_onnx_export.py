@@ -1,6 +1,7 @@
 """Graphs in ONNX Runtime compute what the model does, and write its captions token for token without PyTorch."""
 
 import copy
+import json
 import math
 import re
 import shutil
@@ -103,6 +104,12 @@ def test_graphs_of_other_models(name: str, tmp_path: Path, monkeypatch: pytest.M
     assert [captioner.decode(row) for row in ids] == [model.tokenizer.decode(row) for row in captions]
     if name.startswith("modern"):
         assert {*programs(tmp_path, images[0], about.usage)} == {model.tokenizer.decode(captions[0])}
+
+
+def test_the_config_has_the_bias_of_a_sigmoid_model(tmp_path: Path) -> None:
+    model = create_model("coca_tiny", **CONVOLUTIONAL | {"decoder_layers": 0}, contrastive="siglip").eval()
+    onnx.write_onnx(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["logit_bias"] == -10  # where SigLIP begins
 
 
 def programs(folder: Path, clip: torch.Tensor, usage: str) -> Iterator[str]:
