@@ -178,7 +178,7 @@ class Evaluation:
         """The settings that a score depends on, by name; here the options of `CoCa.generate` that are not the defaults,
         if the evaluation `generates`.
         """
-        options = complete(settings.generate or {}).values if self.generates else {}
+        options = vars(complete(settings.generate or {})) if self.generates else {}
         return {f"generate.{key}": value for key, value in options.items() if value != OPTIONS[key].default}
 
     def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:
