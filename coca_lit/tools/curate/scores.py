@@ -40,17 +40,14 @@ def scores_path(shard: Path, folder: Path | None = None) -> Path:
 
 
 def check_shards(shards: Sequence[Path], folder: Path | None = None) -> None:
-    """Raises `DataError` for a shard that is not an uncompressed .tar, and for two whose scores would be one file."""
+    """Raises `DataError` for a shard that is not an uncompressed .tar, and for two whose outputs would be one file."""
     owners: dict[Path, Path] = {}
     for shard in shards:
         if shard.suffix != ".tar":
-            raise DataError(f"{shard} is not an uncompressed .tar file: decompress it before scoring")
+            raise DataError(f"{shard} is not an uncompressed .tar file: decompress it first")
         path = scores_path(shard, folder)
         if owners.setdefault(path, shard) != shard:
-            raise DataError(
-                f"the scores of {owners[path]} and {shard} would both become {path}: score each set with an output of "
-                "its own"
-            )
+            raise DataError(f"{owners[path]} and {shard} have one name: give each set an output of its own")
 
 
 def write_scores(path: Path, shard: str, columns: Mapping[str, Any], about: Mapping[str, Any]) -> None:
