@@ -21,7 +21,7 @@ from coca_lit.metrics.uncertainty import Draws, Parts, Ratios, Units, bootstrap
 from coca_lit.metrics.vqa import blind_answers, enough_people, questions_by_score, vqa_accuracy, vqa_scores
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.inputs import Images
-from coca_lit.tokenizer import CLIPTokenizer, Tokenizer
+from coca_lit.tokenizer import Tokenizer
 
 MAX_ANSWER = 10  # tokens, the end included
 LEAST_OVERLAP = 0.5  # intersection over union of a box that counts as right
@@ -148,6 +148,7 @@ def generate_answers(
     tokenizer = model.tokenizer
     questions = {record.id: fitting(tokenizer, record.question) for record in records}
     begun = {id: len(tokenizer.encode(question)) - 1 for id, question in questions.items()}
+    apart = tokenizer.decode(tokenizer.encode("10")) == "1 0"
     most = options.get("max_length") or MAX_ANSWER
 
     def write(part: Sequence[Record], images: Images) -> Iterator[str]:
@@ -157,7 +158,7 @@ def generate_answers(
             prompts = {"prompt": [questions[part[row].id] for row in rows]}
             for ids in model.generate(images[rows], **dict(options) | room | prompts):
                 written = tokenizer.decode(ids[start:])
-                yield as_people_write(written) if isinstance(tokenizer, CLIPTokenizer) else written
+                yield as_people_write(written) if apart else written
 
     by_length = sorted(records, key=lambda record: begun[record.id])  # so that a batch has few lengths
     answers = write_texts(model, by_length, write, batch_size, num_workers)
@@ -166,11 +167,13 @@ def generate_answers(
 
 def as_people_write(text: str) -> str:
     """A text without the blanks that CLIP's byte pairs put between digits, and around signs within a word: its 1 0 is
-    10, 1 . 5 is 1.5, 1 0 : 3 0 is 10:30, $ 2 0 is $20, t - shirt is t-shirt and men 's is men's.
+    10, 1 . 5 is 1.5, $ 2 0 is $20, 1 0 0 % is 100%, t - shirt is t-shirt, men 's is men's and 3 o ' clock 3 o'clock.
     """
     text = re.sub(r"(?<=\d) (?=\d)", "", text)
-    text = re.sub(r"(?<=\d) [.,:/] (?=\d)|(?<=\w) - (?=\w)|\$ (?=\d)", lambda sign: sign[0].strip(), text)
-    return re.sub(r"(?<=\w) (?='(?:s|t|re|ve|m|ll|d)\b)", "", text)
+    signs = r"(?<=\d) [.:/] (?=\d)|(?<=\d) , (?=\d{3}\b)|(?<=\w) - (?=\w)|[$#] (?=\d)|\bo ' (?=clock\b)"
+    text = re.sub(signs, lambda sign: sign[0].replace(" ", ""), text)
+    text = re.sub(r"\b(\w) \. (\w) \.", r"\1.\2.", text)
+    return re.sub(r"(?<=\d) (?=(?:[%°]|st|nd|rd|th|am|pm)(?!\w))|(?<=\w) (?='(?:s|t|re|ve|m|ll|d)\b)", "", text)
 
 
 def fitting(tokenizer: Tokenizer, question: str) -> str:
@@ -201,7 +204,7 @@ class PlaceScores(Evaluation):
             self.not_run[f"{self.name} places"] = "the model has no decoder, so it writes no answers"
             return {}
         boxes = [record.captions[0] for record in records if read_box(record.captions[0])]
-        if boxes and read_box(model.tokenizer.decode(model.tokenizer.encode(boxes[0]))) != read_box(boxes[0]):
+        if any(read_box(model.tokenizer.decode(model.tokenizer.encode(box))) != read_box(box) for box in {*boxes}):
             self.not_run[f"{self.name} places"] = "the tokenizer takes boxes apart: train with a vocabulary of words"
             return {}
         answers = generate_answers(model, records, settings.batch_size, settings.workers, settings.generate or {})

@@ -4,11 +4,14 @@ Nothing else of coca_lit is imported here. The classes (`CaptionMetric`, `ZeroSh
 or training loop; several processes may hold any part of the samples, and each sample counts once.
 """
 
+import re
+
 
 def lower_is_better(score: str) -> bool:
     """Whether a smaller value of the score of this name is the better one; of your own scores the last word says it."""
-    own = ("loss", "error", "perplexity", "mse", "mae", "wer", "fid")
-    return score.endswith(("median_rank", "CHAIRi", "CHAIRs", "cut_captions", *own))
+    own = ("loss", "error", "perplexity", "mse", "rmse", "mae", "wer", "fid")
+    last = re.split("[^a-z]+", score.lower())[-1]
+    return score.endswith(("median_rank", "CHAIRi", "CHAIRs", "cut_captions")) or last in own
 
 
 def is_share(score: str) -> bool:

@@ -151,7 +151,7 @@ def test_workers_live_on_in_the_next_epoch(records):
     assert_equal(list(loader), expected[1][3:])
     assert opened == [(0, 0), (1, 3)]
     loader.close()
-    assert multiprocessing.active_children() == before
+    assert {*multiprocessing.active_children()} <= {*before}
 
 
 @pytest.mark.parametrize(("count", "batch_size", "world", "expected"), [(23, 4, 1, 5), (23, 4, 2, 5), (3, 8, 2, 1)])

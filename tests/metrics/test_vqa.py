@@ -141,7 +141,13 @@ def test_a_question_without_blanks_loses_its_last_characters() -> None:
     assert kept == long[:longest] != ""
 
 
-@pytest.mark.parametrize("answer", ["10", "2009", "1.5", "1,000", "10:30", "9/11", "$20", "t-shirt", "men's", "2 dogs"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("10", "2009", "1.5", "1,000", "10:30", "9/11", "$20", "100%", "#1", "1st", "5:30pm", "10 p.m.", "u.s."),
+        *("t-shirt", "men's", "2 dogs", "3 o'clock", "red , white"),
+    ],
+)
 def test_answers_in_byte_pairs_are_those_of_people(answer: str) -> None:
     tokenizer = get_tokenizer("clip")
     assert as_people_write(tokenizer.decode(tokenizer.encode(answer))) == answer

@@ -63,6 +63,7 @@ CURVES_NOTE = (
     "Lines: scores during training, of the first few images only. Star: the score of all images at the end. Retrieval "
     "among fewer images is easier, so its line may end above its star."
 )
+PARTS = re.compile(r"[^\W\d_]+|\d")  # of a word, alike in "t-shirt" and in "t - shirt", in "10" and in "1 0"
 HIT = {True: "hit", False: "miss"}  # classes of answers
 MARKS_NOTE = "✓: it equals a reference. Underlined: words that no reference has, or none has there."
 MANY = 5  # runs, whose captions are too many for a card
@@ -395,17 +396,15 @@ def unlike(caption: str, references: Sequence[str]) -> list[tuple[str, bool]]:
     """The words of a caption, each with whether it is unlike all references: none has the word, or none has it beside
     one of its neighbours here. Case and punctuation do not count.
     """
-    known = [[_bare(word) for word in text.split()] for text in references]
+    known = [PARTS.findall(text.lower()) for text in references]
     words = {word for text in known for word in text}
     pairs = {pair for text in known for pair in pairwise(text)}
     shown = caption.split()
-    own = [_bare(word) for word in shown]
-    fits = [pair in pairs for pair in pairwise(own)]
-    return [
-        (word, own[i] not in words or (len(own) > 1 and not any(fits[max(i - 1, 0) : i + 1])))
-        for i, word in enumerate(shown)
-    ]
-
-
-def _bare(word: str) -> str:
-    return word.strip(".,;:!?\"'()").lower()
+    own = [(part, i) for i, word in enumerate(shown) for part in PARTS.findall(word.lower())]
+    fits = [(one, other) in pairs for (one, _), (other, _) in pairwise(own)]
+    odd = {
+        i
+        for n, (part, i) in enumerate(own)
+        if part not in words or (len(own) > 1 and not any(fits[max(n - 1, 0) : n + 1]))
+    }
+    return [(word, i in odd) for i, word in enumerate(shown)]

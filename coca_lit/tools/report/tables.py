@@ -38,6 +38,7 @@ GROUPS = {  # by how the names of scores begin, with a / behind them; all others
     "retrieval re-ranked by the decoder": (RERANKED,),
     "classification": ("top", "mean_per_class", "accuracy", "p/"),
 }
+SHARES_RIGHT = ("_accuracy", "consistency", "miou")  # ends of names of scores
 SCALES = {  # ends of names of scores -> what their numbers mean
     "CIDEr": "CIDEr goes from 0 to 1,000 and is no percentage. Published models have 100 to 145 on MSCOCO; built-in "
     "scenes give several hundred, as their few words and fixed sentences are easy to repeat.",
@@ -123,7 +124,7 @@ def score_tables(run: Run) -> list[Table]:
     for (name, images), own in of_data.items():
         scores = list(dict.fromkeys(score for column in own.values() for score in column))
         # Beside a probe, of which the whole data set has other scores, zero-shot accuracies would mislead.
-        published, sources = _published(run, name, [*own.get(THIS_RUN, {})])
+        published, sources = _published(run, name, [*own.get(THIS_RUN, {})], images)
         columns = own | published
         whole_names = {column: name if column == THIS_RUN else f"{name}/{column}" for column in own}
         rows: dict[str, list[str]] = {}
@@ -162,16 +163,21 @@ def _own_name(runs: Sequence[Run], score: str) -> str:
     return f"{score_name(score)} by the model itself" if own else score_name(score)
 
 
-def _published(run: Run, name: str, scores: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[str]]:
+def _published(
+    run: Run, name: str, scores: Sequence[str], images: int | None = None
+) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Columns of published scores of a data set, if one of them is among `scores`, and a sentence about their sources.
 
-    Some may stand only beside scores of the same split: they come from tables that compare models on that split.
+    Some may stand only beside scores of the same split: they come from tables that compare models on that split. None
+    stands beside scores of fewer images, among which retrieval is easier.
     """
     split = run.config.get("scoring.split")
     columns: dict[str, dict[str, float]] = {}
     sources: dict[str, list[str]] = {}
     for row in json.loads(PUBLISHED.read_text()).get(name, []):
         if not row["scores"].keys() & set(scores) or (row.get("only_beside_its_split") and row["split"] != split):
+            continue
+        if images is not None and images < row.get("images", 0):
             continue
         title = f"{row['name']}, {row['split']} split" if "split" in row else row["name"]
         columns[title] = row["scores"]
@@ -471,7 +477,8 @@ def _grouped(rows: Mapping[str, list[str]]) -> list[list[str]]:
     """Rows of scores, under the names of their groups if there are several."""
     groups: dict[str, list[list[str]]] = {}
     for score, row in rows.items():
-        group = next((name for name, starts in GROUPS.items() if f"{score}/".startswith(starts)), "captions")
+        rest = "classification" if score.endswith(SHARES_RIGHT) else "captions"
+        group = next((name for name, starts in GROUPS.items() if f"{score}/".startswith(starts)), rest)
         groups.setdefault(group, []).append(row)
     if len(groups) == 1:
         return list(rows.values())

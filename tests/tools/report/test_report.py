@@ -163,13 +163,21 @@ def test_published_recalls_equal_their_source():
 @pytest.mark.parametrize("data", REPORTED)
 def test_published_scores_stand_beside_ours(tmp_path, data):
     ours = {f"{data}/{score}": 0.5 for score in REPORTED[data]}
-    (table,) = score_tables(read_run(make_run(tmp_path / "run", ours, "scoring: {split: test}\n")))
+    whole = USUAL._replace(images=50_000)  # no fewer than ImageNet has
+    (table,) = score_tables(read_run(make_run(tmp_path / "run", ours, "scoring: {split: test}\n", whole)))
     assert len(set(table.header)) == len(table.header)
     columns = list(zip(*[row for row in table.rows if len(row) > 1], strict=True))
     for expected in (REPORTED[data], OTHERS[data]):
         shown = tuple(f"{expected[score]:.2f}" if score in expected else "" for score in REPORTED[data])
         assert shown in columns
     assert "Published: " in table.note
+
+
+def test_published_scores_of_a_whole_set_do_not_stand_beside_those_of_a_few_images(tmp_path):
+    for images, shown in ((64, False), (5000, True)):
+        few = USUAL._replace(images=images)
+        folder = make_run(tmp_path / str(images), {"mscoco/t2i_recall@1": 0.5}, conditions=few)
+        assert ("OpenCLIP CoCa B/32" in str(score_tables(read_run(folder)))) is shown
 
 
 def test_zero_shot_scores_do_not_stand_beside_those_of_a_probe(tmp_path):
@@ -181,8 +189,9 @@ def test_zero_shot_scores_do_not_stand_beside_those_of_a_probe(tmp_path):
 
 
 def test_scores_of_classifiers_have_one_heading(tmp_path):
-    (table,) = score_tables(read_run(make_run(tmp_path / "run", {"x/accuracy": 0.7, "x/top5": 0.6})))
-    assert len(table.rows) == 2
+    scores = {"x/accuracy": 0.7, "x/top5": 0.6, "x/macro_accuracy": 0.5, "x/consistency": 0.4, "x/miou": 0.3}
+    (table,) = score_tables(read_run(make_run(tmp_path / "run", scores)))
+    assert len(table.rows) == len(scores)
 
 
 def test_scores_of_a_test_split_stand_beside_those_of_a_test_split_alone(tmp_path):
@@ -620,4 +629,6 @@ def test_words_that_no_reference_bears_out_are_marked():
     assert not any(odd for _, odd in unlike("square", references))
     assert not any(odd for _, odd in unlike("A small red circle, left of a blue square", references))
     assert unlike("dog", references) == [("dog", True)]
+    spelt = ["A man in a T-shirt by men's shoes and 10 cars."]
+    assert not any(odd for _, odd in unlike("a man in a t - shirt by men 's shoes and 1 0 cars .", spelt))
     assert unlike("", references) == []
