@@ -23,8 +23,8 @@ _TEXT = re.compile(
 )
 _RANGE = r"\{\d+\.\.\d+\}"
 _PRIMITIVE = re.compile(rf"""(?P<quoted>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(?:{_RANGE}|[^\[\]{{}}(),"'])+""")
-_NUMBER = re.compile(r"[\d_]+")
-_NUMBERS = re.compile(r"\[?[\d_]+(?:,\s*[\d_]+)+\]?")
+_FLAT = re.compile(r"\[[^\[\](){}\"']*\]|[^\[\](){}\"']*,[^\[\](){}\"']*")
+_NUMBER = re.compile(r"(?:(?<=[\[,\s])|^)[\d_.]+(?=\s*(?:[,\]]|$))")
 _HOME = re.compile(r"(?:^|(?<=[\[,]))~(?=/)")  # of the value, or of one in a list or a sweep
 _OVERRIDE = re.compile(r"[+~]*(?:hydra/)?[A-Za-z_][\w.@:-]*=", re.ASCII)
 
@@ -94,7 +94,7 @@ def to_override(word: str) -> str:
             parsed = OverridesParser.create().parse_override(form).value()
             if not _TEXT.fullmatch(key):
                 return form
-            if _NUMBERS.fullmatch(value):  # also in a list or a sweep
+            if _FLAT.fullmatch(value):  # a list or a sweep
                 return f"{key}={_NUMBER.sub(lambda number: quote(number[0]), value)}"
             other = isinstance(parsed, int | float) if key == "name" else type(parsed) in (int, float)
             return f"{key}={quote(value)}" if other or (key == "name" and parsed is None) else form

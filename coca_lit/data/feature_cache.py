@@ -14,6 +14,7 @@ import pickle
 import random
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
@@ -45,7 +46,13 @@ log = logging.getLogger(__name__)
 
 BATCH = 32  # images that are encoded at a time
 BYTES = 2  # of a number in fp16
-STABLE = ("coca_lit", "timm", "torch", "torchvision")  # packages whose modules do not change between two commands
+STABLE = (
+    "builtins",
+    "coca_lit",
+    "timm",
+    "torch",
+    "torchvision",
+)  # packages whose modules do not change between two commands
 SIDES = {"left": "right", "right": "left"}
 OF_PLACES = re.compile(  # "on the left", "left of it", "left and right", but not "he left the room", "right behind him"
     r"\b((?:the|his|her|its|their|my|your|our|far|upper|lower|top|bottom|front|back|rear|on|at|to|from|facing|looking"
@@ -119,7 +126,9 @@ class FeatureCache:
         name = broadcast_object(stable_seed("records", *(pickle.dumps(source).hex() for source in files)))
         views = view_numbers(records, count)
         if count > 1 and views[1] > 1:
-            print_rank_zero("no mirror images, since the captions are not in English: left and right stay as they are")
+            print_rank_zero(
+                "no mirror images: the captions are no English sentences, or name sides that cannot be swapped"
+            )
         paths = [self.folder / f"{name:016x}_{view}.npy" for view in views]
         missing = [path for path in paths if not path.exists()]
         reason = None
@@ -258,11 +267,14 @@ def _write_header(file: IO[bytes], folder: Path, shape: tuple[int, ...]) -> None
 
 
 def _foreign_code(encoder: nn.Module) -> tuple[str, ...]:
-    """The sources of its parts that are registered from outside: they may be edited."""
-    kinds = {type(part) for part in encoder.modules() if type(part).__module__.split(".")[0] not in STABLE}
-    with suppress(OSError, TypeError):  # of a notebook
-        return tuple(sorted(map(inspect.getsource, kinds)))
-    return ()
+    """The sources of its classes from outside and of their modules: they may be edited."""
+    kinds = {kind for part in encoder.modules() for kind in type(part).__mro__}
+    foreign = {kind for kind in kinds if kind.__module__.split(".")[0] not in STABLE}
+    sources: list[str] = []
+    for of in (*foreign, *(sys.modules[name] for name in {kind.__module__ for kind in foreign})):
+        with suppress(OSError, TypeError):  # of a notebook
+            sources.append(inspect.getsource(of))
+    return tuple(sorted(sources))
 
 
 def _describe(transform: Transform | TrainTransform) -> str:

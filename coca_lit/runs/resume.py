@@ -225,6 +225,7 @@ def start_run_folder(cfg: DictConfig, start: Start | None = None, **facts: Any) 
         rewind_run(folder, start)
     if (folder / RESULTS).exists():  # of other weights: until the run ends, it has no scores
         os.replace(folder / RESULTS, folder / EARLIER)
+        print_rank_zero(f"the scores so far are in {folder / EARLIER}")
     atomic_write(folder / CONFIG, masked_yaml(cfg).encode())
     write_json(folder / ENVIRONMENT, environment() | facts)
 

@@ -178,7 +178,7 @@ def _own_model(path: Path, state: Mapping[str, Tensor], config: Any) -> CoCa:
         model = None
         try:
             shapes = without_memory(lambda: CoCa(**arguments), tensors).state_dict()
-        except (NotImplementedError, RuntimeError) as error:
+        except (NotImplementedError, RuntimeError, TypeError) as error:
             if "meta" not in str(error) or not _of_guests(arguments):
                 raise
             model = CoCa(**arguments)  # a constructor from outside needs the values of tensors, as many do

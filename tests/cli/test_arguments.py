@@ -139,6 +139,9 @@ def test_years_in_a_list_and_in_a_sweep_are_folders() -> None:
     ]
     (sweep,) = OverridesParser.create().parse_overrides([to_override("data.root=2023,2024")])
     assert [place.text for place in sweep.value().list] == ["2023", "2024"]
+    cfg = compose("train", ["experiment=pretrain_b32", to_override("data.shards=[2024]")])
+    assert cfg.data.shards == ["2024"]
+    assert to_override("data.shards=[2023,a/1.tar]") == 'data.shards=["2023",a/1.tar]'
     assert to_override("seed=2023,2024") == "seed=2023,2024"
     assert to_override("init_from=false") == "init_from=false"
 

@@ -32,6 +32,7 @@ from coca_lit.reading import may_pass, open_regular, parse_json
 SHARD = ".tar"
 FILES = (*SUFFIXES, *CLIPS)
 EXPECTED = f"expected images ({', '.join(SUFFIXES)}), clips ({', '.join(CLIPS)}), folders, or shards ({SHARD})"
+OF_THE_SYSTEM = ("lost+found", "System Volume Information")  # folders of a disk that nobody but it may list
 ORIGINAL = "original_caption"  # key of KEY.json that keeps what KEY.txt said
 ALL = "generated_captions"  # key of KEY.json with all new captions, if several were requested
 
@@ -145,6 +146,8 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path
         raise DataError(f"there is no folder '{folder}'")
 
     def refuse(error: OSError) -> None:
+        if Path(error.filename).name in OF_THE_SYSTEM:
+            return
         raise DataError(f"the folder '{error.filename}' cannot be listed: {error.strerror}") from error
 
     found = []

@@ -128,7 +128,7 @@ class JsonLines(Writer):
 
     def write(self, captions: Mapping[Source, Captions]) -> None:
         rows = [
-            {self.key: self._id(source), "path": source.name, **self._texts(found), "file": source.state}
+            {self.key: self._id(source), **self._texts(found), **self._origin(source), "file": source.state}
             for source, found in captions.items()
         ]
         append_lines(self.journal, map(json.dumps, rows))
@@ -176,6 +176,10 @@ class JsonLines(Writer):
     def _id(self, source: Source) -> Any:
         return source.name
 
+    def _origin(self, source: Source) -> dict[str, str]:
+        """What the rows say of the file besides."""
+        return {}
+
     def _texts(self, captions: Captions) -> dict[str, Any]:
         return {"caption": captions[0]} | ({"captions": list(captions)} if len(captions) > 1 else {})
 
@@ -220,6 +224,9 @@ class CocoResults(JsonLines):
         number = re.fullmatch(r"(?:COCO_\w+_)?(\d+)", stem, re.ASCII)
         return int(number[1]) if number and is_int64(int(number[1])) else stem
 
+    def _origin(self, source: Source) -> dict[str, str]:
+        return {"path": str(source.path.resolve())}
+
 
 class Recaptioned(Writer):
     """A folder of shards for training, each a copy of an input with the new captions, see
@@ -249,12 +256,16 @@ class Recaptioned(Writer):
         if not isinstance(unit, Shard) or not (self.folder / unit.path.name).exists():
             return False
         made = self._made_of(unit.path)
-        return made is None or made["file"] == list(state_of(unit.path))
+        return made is None or made.get("file") == list(state_of(unit.path))
 
     def _made_of(self, source: Path) -> dict[str, Any] | None:
         """Of which file the existing shard of this name was made."""
         mark = self._mark(source)
-        return read_json(mark) if mark.exists() and (self.folder / source.name).exists() else None
+        return (
+            read_json(mark, dict, keep_surrogates=True)
+            if mark.exists() and (self.folder / source.name).exists()
+            else None
+        )
 
     def _mark(self, source: Path) -> Path:
         return self.folder / f".{source.name}.source.json"

@@ -137,7 +137,7 @@ def build_without_weights(cfg: DictConfig) -> "CoCaLit":
         with torch.device("meta"):
             module = make_module(cfg, node)
             add_adapters(cfg, module)
-    except (NotImplementedError, RuntimeError) as error:
+    except (NotImplementedError, RuntimeError, TypeError) as error:
         if "meta" not in str(error):
             raise
         raise ConfigError(

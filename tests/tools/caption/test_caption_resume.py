@@ -171,7 +171,7 @@ def test_another_shard_of_the_same_name_is_captioned(folder: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(("output", "kind"), [("c.json", "photos/*.png"), ("new/", "shards/*.tar")])
 def test_another_folder_with_the_same_names_replaces_nothing(
-    output: str, kind: str, folder: Path, tmp_path: Path
+    output: str, kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other, *_ = sorted(folder.glob(kind))
     places = [tmp_path / name / one.name for name in ("a", "b")]
@@ -179,10 +179,13 @@ def test_another_folder_with_the_same_names_replaces_nothing(
         place.parent.mkdir()
         shutil.copy(source, place)
     words = (f"checkpoint={folder}/tiny.safetensors", f"output={tmp_path}/{output}")
-    caption(*words, f"images=[{places[0]}]")
+    monkeypatch.chdir(places[0].parent)
+    caption(*words, f"images=[{places[0].name}]")
     before = contents(tmp_path / output)
-    with pytest.raises(DataError, match=re.escape(str(places[0]))):
-        caption(*words, f"images=[{places[1]}]")
+    monkeypatch.chdir(places[1].parent)  # by a name that also the first one had
+    for name in (places[1], places[1].name):
+        with pytest.raises(DataError, match=re.escape(str(places[0]))):
+            caption(*words, f"images=[{name}]")
     assert contents(tmp_path / output) == before
     places[0].rename(places[0].with_name("moved"))  # whose captions these are is unknown then
     caption(*words, f"images=[{places[1]}]")
