@@ -46,13 +46,7 @@ log = logging.getLogger(__name__)
 
 BATCH = 32  # images that are encoded at a time
 BYTES = 2  # of a number in fp16
-STABLE = (
-    "builtins",
-    "coca_lit",
-    "timm",
-    "torch",
-    "torchvision",
-)  # packages whose modules do not change between two commands
+STABLE = ("builtins", "coca_lit", "timm", "torch", "torchvision")  # packages that nobody edits between two runs
 SIDES = {"left": "right", "right": "left"}
 OF_PLACES = re.compile(  # "on the left", "left of it", "left and right", but not "he left the room", "right behind him"
     r"\b((?:the|his|her|its|their|my|your|our|far|upper|lower|top|bottom|front|back|rear|on|at|to|from|facing|looking"
@@ -126,9 +120,7 @@ class FeatureCache:
         name = broadcast_object(stable_seed("records", *(pickle.dumps(source).hex() for source in files)))
         views = view_numbers(records, count)
         if count > 1 and views[1] > 1:
-            print_rank_zero(
-                "no mirror images: the captions are no English sentences, or name sides that cannot be swapped"
-            )
+            print_rank_zero("no mirror images: the captions are not in English, or name sides that cannot be swapped")
         paths = [self.folder / f"{name:016x}_{view}.npy" for view in views]
         missing = [path for path in paths if not path.exists()]
         reason = None
@@ -270,8 +262,10 @@ def _foreign_code(encoder: nn.Module) -> tuple[str, ...]:
     """The sources of its classes from outside and of their modules: they may be edited."""
     kinds = {kind for part in encoder.modules() for kind in type(part).__mro__}
     foreign = {kind for kind in kinds if kind.__module__.split(".")[0] not in STABLE}
+    modules = {kind.__module__ for kind in foreign}
+    found: list[Any] = [*foreign, *(sys.modules[name] for name in modules)]
     sources: list[str] = []
-    for of in (*foreign, *(sys.modules[name] for name in {kind.__module__ for kind in foreign})):
+    for of in found:
         with suppress(OSError, TypeError):  # of a notebook
             sources.append(inspect.getsource(of))
     return tuple(sorted(sources))

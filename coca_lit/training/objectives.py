@@ -68,8 +68,8 @@ class Objective(nn.Module):
         """
 
     def begin(self, net: CoCa) -> None:
-        """Called once when the network has its first weights, such as those of `init_from`. An objective that keeps some
-        of them registers buffers in `build` and fills them here: a resumed run has them in its checkpoint.
+        """Called once when the network has its first weights, such as those of `init_from`. To keep some of them,
+        register buffers in `build` and fill them here: a resumed run has them in its checkpoint.
         """
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:

@@ -261,11 +261,8 @@ class Recaptioned(Writer):
     def _made_of(self, source: Path) -> dict[str, Any] | None:
         """Of which file the existing shard of this name was made."""
         mark = self._mark(source)
-        return (
-            read_json(mark, dict, keep_surrogates=True)
-            if mark.exists() and (self.folder / source.name).exists()
-            else None
-        )
+        is_made = mark.exists() and (self.folder / source.name).exists()
+        return read_json(mark, dict, keep_surrogates=True) if is_made else None
 
     def _mark(self, source: Path) -> Path:
         return self.folder / f".{source.name}.source.json"
