@@ -35,6 +35,8 @@ _OWN = re.compile(r"evals\.[\w-]+(\._target_=.*|=\{.*)", re.DOTALL)
 # What evaluations read as the training does: frames of a clip, the split 1k-A of MSR-VTT, Karpathy's file of MS-COCO,
 # names of classes, the folder of SNLI-VE's photos.
 FOLLOWING = ("frames", "one_thousand", "karpathy", "classes", "images")
+# How the names of evaluations of data begin that rarely have a test split: one's own, and Kinetics.
+RARELY_TESTED = ("my_photos_", "my_clips_", "kinetics_", "classes_", "pairs_")
 # How the names of evaluations end.
 KINDS = ("captions", "retrieval", "zeroshot", "choice", "probe", "answers", "judgments", "labels")
 
@@ -137,11 +139,11 @@ def _generate(config: Mapping[str, Any]) -> str | None:
 
 
 def _places(config: Mapping[str, Any], evals: Sequence[str]) -> Iterator[tuple[str, str | int]]:
-    """Keys of what a run scored: the folders of data, the split of own photos, which rarely have a test split, and what
-    follows the training data.
+    """Keys of what a run scored: the folders of data, the split of data that rarely have a test split, and what follows
+    the training data.
     """
     split = _node(config, "scoring").get("split")
-    if split in ("train", "val") and all(name.startswith("my_photos_") for name in evals):
+    if split in ("train", "val") and all(name.startswith(RARELY_TESTED) for name in evals):
         yield "scoring.split", split
     roots, data = _node(config, "roots"), _node(config, "data")
     found = {"data_dir": config.get("data_dir")}

@@ -3,6 +3,7 @@
 How an image becomes the pixels that a model was trained on, `Preprocessing`, travels with the weights.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NotRequired, Self, TypedDict, get_args
@@ -28,6 +29,17 @@ class Preprocessing(TypedDict):
     resize_mode: ResizeMode
     patch_size: NotRequired[int]  # of a model for images of any shape
     max_patches: NotRequired[int]
+
+
+def largest_shape(preprocessing: Preprocessing) -> tuple[int, int]:
+    """Height and width of the largest image that a model takes; of any shape, one as near to a square as the number of
+    its patches allows.
+    """
+    if "max_patches" not in preprocessing:
+        return preprocessing["size"], preprocessing["size"]
+    most, side = preprocessing["max_patches"], preprocessing["patch_size"]
+    rows = next(n for n in range(math.isqrt(most), 0, -1) if most % n == 0)
+    return rows * side, most // rows * side
 
 
 def expect_pixels(images: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from coca_lit.errors import check_choice
 from coca_lit.models import kernels
+from coca_lit.models.inputs import largest_shape
 
 if TYPE_CHECKING:
     from coca_lit.models.image import ImageEncoder
@@ -41,8 +42,7 @@ def forward_flops(model: Any) -> int:
     """FLOPs of one image with one text of full length, with the logits of its caption if the model has a decoder; a
     multiply-add counts twice. Of a CoCa or a CLIP, which computes them once.
     """
-    size = model.image_size
-    images = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=model.device)
+    images = torch.zeros(1, 3, *largest_shape(model.preprocessing), dtype=torch.uint8, device=model.device)
     tokens = torch.ones(1, model.tokenizer.context_length, dtype=torch.long, device=model.device)
     tokens[:, -1] = model.tokenizer.eot_id
     counter = FlopCounterMode(display=False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coca_lit.data.batch import Batch, padded
 from coca_lit.data.feature_cache import swap_sides
 from coca_lit.data.records import Record
-from coca_lit.errors import DataError, check_number
+from coca_lit.errors import ConfigError, DataError, check_number
 from coca_lit.evals.inference import rows_of
 from coca_lit.losses import caption_loss
 from coca_lit.metrics.vqa import enough_people, normalize_answer, vqa_accuracy
@@ -268,6 +268,11 @@ class PoolerClassifier(Classifier):
     def build(self, net: CoCa) -> None:
         if net.image_encoder.takes_patches:
             raise ValueError("the classifier takes images of one shape: use another image encoder than naflex")
+        if net.config["frame_positions"] or net.config["frame_pooling"] == "mean":
+            raise ValueError(
+                "this classifier sees the tokens of all frames at once and without their order: leave out "
+                "model.net.frame_positions and frame_pooling, or take model=coca_labels"
+            )
         self.pooler = AttentionalPooler(net.image_encoder.width, net.image_encoder.width, 1, self.heads)
         init_pooler(self.pooler)
         super().build(net)
@@ -291,6 +296,8 @@ class PoolerClassifier(Classifier):
             return super().forward(net, batch)
         share = float(torch.distributions.Beta(self.mixup, self.mixup).sample())
         pixels = batch.images
+        if pixels.ndim < 4:
+            raise ConfigError("mixup mixes pixels, and data.cached_augmentations keeps features: set one of them to 0")
         if not pixels.is_floating_point():
             pixels = net.image_encoder.normalise(pixels.flatten(0, -4)).view(pixels.shape)  # frames as images
         mixed = batch._replace(images=share * pixels + (1 - share) * pixels.flip(0))

@@ -234,7 +234,9 @@ def test_a_path_that_no_system_takes_is_one_that_is_not_there(path, monkeypatch)
         evaluate()
 
 
-@pytest.mark.parametrize(("evals", "split"), [(["my_photos_captions"], ["val"]), (["scenes_captions"], [])])
+@pytest.mark.parametrize(
+    ("evals", "split"), [(["my_photos_captions"], ["val"]), (["kinetics_labels"], ["val"]), (["scenes_captions"], [])]
+)
 def test_own_photos_are_scored_on_the_split_of_the_run(tmp_path, evals, split):
     config = {"evals": {name: {"_target_": ""} for name in evals}, "scoring": {"split": "val"}}
     words = with_evals([run_folder(tmp_path, config)])

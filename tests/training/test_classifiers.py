@@ -426,3 +426,13 @@ def test_forged_classifiers_are_refused_in_one_sentence(forged: Any, tmp_path: P
     with pytest.raises(ValueError, match=r"the classifier in .* is damaged") as caught:
         load_classifier(path, net)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pooler_of_the_encoder_takes_no_order_of_frames_and_mixes_pixels_alone(net: CoCa, classified: Batch) -> None:
+    for given in ({"frame_positions": 4}, {"frame_pooling": "mean"}):
+        with pytest.raises(ValueError, match="frame_pooling"):
+            pooler_classifier(create_model("coca_tiny", **given))
+    with torch.no_grad():
+        features = net.image_encoder(classified.images)
+    with pytest.raises(ConfigError, match="mixup"):
+        pooler_classifier(net, mixup=0.4).train()(net, classified._replace(images=features))

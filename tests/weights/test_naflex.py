@@ -12,6 +12,7 @@ from torch import Tensor
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.inputs import Patches, stack_images
+from coca_lit.models.parts import forward_flops
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
 from helpers import coca2, oracle
@@ -216,3 +217,17 @@ def test_initial_values() -> None:
     model = create_model(NAME, **SMALL | {"embed_dim": 64, "text_width": 64, "pooler_queries": 64})
     assert model.pooling.generative.query.std().item() == pytest.approx(1 / 8, rel=0.05)
     assert model.image_encoder.trunk.blocks[0].ls1.gamma.unique().tolist() == [pytest.approx(1e-5)]
+
+
+def test_flops_are_of_as_many_patches_as_an_image_may_have() -> None:
+    """Also where no square has as many, or the image size is no multiple of a patch."""
+    arguments = SMALL["image_encoder_args"]
+    few, many = (create_model(NAME, **SMALL | {"image_encoder_args": arguments | {"max_patches": n}}) for n in (9, 18))
+    assert forward_flops(many) > forward_flops(few)
+    assert forward_flops(create_model(NAME, **SMALL | {"image_size": 28})) == forward_flops(few)
+
+
+def test_what_the_config_does_not_say_of_the_encoder_is_not_exported() -> None:
+    arguments = SMALL["image_encoder_args"] | {"pos_embed_ar_preserving": True}
+    with pytest.raises(ValueError, match="pos_embed_ar_preserving"):
+        open_clip_config(create_model(NAME, **SMALL | {"image_encoder_args": arguments}), "4")

@@ -64,6 +64,8 @@ def msrvtt_records(root: str | Path, split: str, frames: int, one_thousand: bool
         if split == "train":
             source, found = _listings(root)
             listings = [item for item, _ in found if item.id in rows]
+            if lacking := rows.keys() - {str(item.id) for item in listings}:
+                raise DataError(f"{source} lacks {len(lacking)} clips of {table.name}, e.g. {min(lacking)}: {_HOW}")
     else:
         if one_thousand:
             log.warning(

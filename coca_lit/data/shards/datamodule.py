@@ -176,7 +176,8 @@ class LAIONDataModule(CaptionDataModule):
 
         windows = Windows(self.window, self.window_bytes, self.readers)
         needed = windows.cache_bytes(max(remote, default=0), len(self.shards))
-        behind = self._behind * self.batch_size
+        most = self.batch_size * (max(self.patches) // min(self.patches) if self.patches else 1)  # samples of a batch
+        behind = self._behind * most
         counted = [(s.stamp().bytes / s.samples, s.samples) for s in shards if s.is_remote and s.samples]
         for each, samples in sorted(counted, reverse=True):  # at worst they are those with the largest samples
             needed, behind = needed + each * min(behind, samples), max(0, behind - samples)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from coca_lit.models import CoCa
+from coca_lit.models.inputs import largest_shape
 from coca_lit.tools.export.folder import Exported
 from coca_lit.weights.intact import save_tensors
 from coca_lit.weights.load import OPEN_CLIP_CONFIG, load_model, unshared_copies
@@ -30,6 +31,7 @@ NEEDS_LINE = (
     "Text features need the line about the mask in the code above: without it OpenCLIP computes them with the legacy"
     f" CLS mask, and they are other numbers. {ADVICE}"
 )
+MEAN = "OpenCLIP has no clips. The model pools the frames of one by itself: give coca-evaluate frame_pooling=mean."
 GENERATE = (
     "`model.generate` of OpenCLIP 3.3 needs transformers up to 4.56. coca_lit writes captions with these files"
     f' without it: `coca_lit.load_model("{{folder}}/{WEIGHTS}")`.'
@@ -89,6 +91,7 @@ def write_open_clip(model: CoCa, folder: Path, correct_cls_mask: bool = False, v
             'OpenCLIP takes id 0 for padding everywhere, also inside a run of punctuation such as "!#$", so the text'
             " features of such texts differ from coca_lit's.",
             *([GENERATE] if model.decoder is not None and version == "3.3" else []),
+            *([MEAN] if model.config["frame_pooling"] == "mean" else []),
         ],
         warning=NEEDS_LINE if corrected else None,
     )
@@ -97,8 +100,8 @@ def write_open_clip(model: CoCa, folder: Path, correct_cls_mask: bool = False, v
 @torch.no_grad()
 def _difference(model: CoCa, again: CoCa) -> float:
     """Largest difference of features and caption logits between two models, on images of noise."""
-    size, noise = model.image_size, torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=noise)
+    noise, shape = torch.Generator().manual_seed(0), (2, 3, *largest_shape(model.preprocessing))
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=noise)
     tokens = model.tokenizer(["a photo of a dog", "two"])
     results = (
         [out.image_features, out.text_features, *([out.logits] if model.decoder is not None else [])]

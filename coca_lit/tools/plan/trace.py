@@ -25,6 +25,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.losses import loss_terms
 from coca_lit.losses.caption import CHUNK, GPU_CHUNK
 from coca_lit.models import CoCa, kernels
+from coca_lit.models.inputs import largest_shape
 from coca_lit.training.classifiers import Classifier
 
 BATCHES = (64, 128)  # the difference of their peaks is the memory per sample; both exceed a chunk of the losses
@@ -185,7 +186,6 @@ def _inputs(step: _Step, caption_tokens: int, batch: int, frames: int) -> tuple[
     The parameters and buffers of the step are replaced by fake tensors on the CPU, which has all operators, with
     gradients.
     """
-    size = step.net.image_size
     count = batch * max((getattr(made, "images", 1) for made in step.classifiers), default=1)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in step.train().modules():
@@ -196,7 +196,9 @@ def _inputs(step: _Step, caption_tokens: int, batch: int, frames: int) -> tuple[
                     module._parameters[name] = fake
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
-        images = torch.empty(count, *([frames] if frames else []), 3, size, size, dtype=torch.uint8)
+        images = torch.empty(
+            count, *([frames] if frames else []), 3, *largest_shape(step.net.preprocessing), dtype=torch.uint8
+        )
     return images, torch.zeros(batch, caption_tokens, dtype=torch.long), torch.full((batch,), caption_tokens)
 
 

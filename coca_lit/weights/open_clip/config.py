@@ -12,6 +12,7 @@ from torch import nn
 
 from coca_lit.models.coca import CoCa
 from coca_lit.models.image import CLIP_NORMALISATION
+from coca_lit.models.registry import NORMALISATION
 from coca_lit.models.variants.mammut import TwoPassDecoder, TwoPassTower, TwoPassTowerWithPads
 from coca_lit.models.variants.modern import Style
 from coca_lit.models.variants.naflex import DEFAULTS
@@ -130,6 +131,10 @@ def obstacle_to_open_clip(model: CoCa, version: str = "3.3") -> str | None:
             f"its image encoder is {ours['image_encoder']}, and OpenCLIP's CoCa only has CLIP's vision transformer"
             " (vit_*_clip_*, without QuickGELU and without parts that CLIP lacks), and with version=4 naflex"
         )
+    known = {*DEFAULTS, "pre_norm", "pos_embed_grid_size", "max_patches", NORMALISATION}
+    others = {name for name in ours["image_encoder_args"] if name not in known and "drop" not in name}
+    if model.image_encoder.takes_patches and others:
+        return f"OpenCLIP's config does not say {', '.join(sorted(others))} of an image encoder for any shape"
     if model.decoder is not None and ours["embed_dim"] != ours["text_width"]:
         return (
             f"OpenCLIP's decoder reads image tokens of its own width, and this one reads tokens of {ours['embed_dim']}"

@@ -68,6 +68,10 @@ def test_the_two_files_of_the_challenge(root: Path) -> None:
     (root / "train_val_videodatainfo.json").write_text(json.dumps(content(["video0", "video1", "video2"])))
     (root / "test_videodatainfo.json").write_text(json.dumps(content(["video3", "video4"])))
     assert [found(root, split) for split in ("train", "val", "test")] == expected
+    (root / "test_videodatainfo.json").unlink()
+    (root / "MSRVTT_train.9k.csv").write_text("video_id\nvideo0\nvideo4\n")
+    with pytest.raises(DataError, match=r"lacks 1 clips .*video4"):
+        found(root, "train", one_thousand=True)
 
 
 def test_what_is_missing_or_malformed(root: Path, caplog: pytest.LogCaptureFixture) -> None:
