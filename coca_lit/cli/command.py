@@ -47,6 +47,7 @@ from coca_lit.runs.launch import (
     run_id,
 )
 from coca_lit.runs.redaction import masked_yaml, redact
+from coca_lit.runs.run_folder import CHECKPOINTS
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # In a checkout the configs lie beside the package, in a wheel inside it.
@@ -155,7 +156,9 @@ def _answered(config: str, options: argparse.Namespace, words: Sequence[str]) ->
         cfg = compose(config, words, with_hydra=True)
         HydraConfig.instance().set_config(cfg)
         keys = [str(key) for key in cfg if options.cfg == "all" or (key == "hydra") == (options.cfg == "hydra")]
-        print(masked_yaml(OmegaConf.masked_copy(cfg, keys), options.resolve), end="")
+        shown = OmegaConf.masked_copy(cfg, keys)
+        shown._set_parent(cfg)  # what references lead to
+        print(masked_yaml(shown, options.resolve), end="")
     else:
         announce(f"coca-{config}")
         return False
@@ -214,7 +217,9 @@ def _prepare(config: str, cfg: DictConfig) -> None:
     if isinstance(net, DictConfig) and net.get("_target_") == "coca_lit.models.create_model" and net.name != AUTO:
         with error_context("model.net.name"):
             preset(net.name)
-    for key in FILES if config != "plan" else ():
+    # A run that goes on has its weights: the file that it began with may be gone.
+    resumes = cfg.get("ckpt_path") == AUTO and any(Path(cfg.output_dir, CHECKPOINTS).glob("step_*"))
+    for key in FILES if config != "plan" and not resumes else ():
         file = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
         if isinstance(file, str) and file not in NAMES and not os.path.exists(os.path.expanduser(file)):
             from coca_lit.weights.hub import PREFIX, hint, released
@@ -257,6 +262,8 @@ def explain(error: Exception) -> str:
         return str(error.__cause__)
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key}: {str(error).splitlines()[0]}"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"'{error.name}', position {error.position}: {error.reason}"
     message = str(error).strip().splitlines()[-1]  # from a worker process it comes after a traceback and a name
     return message.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
 

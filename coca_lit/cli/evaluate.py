@@ -183,7 +183,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     from coca_lit.distributed import process_group, rank
     from coca_lit.metrics.java.spice import JARS_VARIABLE
     from coca_lit.models import CoCa, part_sizes
-    from coca_lit.models.generation.options import complete
+    from coca_lit.models.generation.state import check_options
     from coca_lit.models.parts import forward_flops
     from coca_lit.runs.results import Found, finish_run
     from coca_lit.runs.resume import start_run_folder
@@ -199,7 +199,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         model = _load(cfg).to(device, chosen_dtype(cfg.precision))
         settings = build_settings(cfg)
         with error_context("scoring.generate"):
-            complete(settings.generate or {}).lengths(model.tokenizer.context_length)
+            check_options(model, settings.generate or {})
         evals, not_run = build_evals(cfg)
         report = build_report(cfg)
         if isinstance(model, CoCa) and any(evaluation.classified for evaluation in evals):

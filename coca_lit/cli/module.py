@@ -216,7 +216,7 @@ def with_start(cfg: DictConfig) -> DictConfig:
     """
     if cfg.init_from != REQUIRED:
         return cfg
-    if not 0 < cfg.trainer.max_steps <= SMOKE_STEPS:
+    if not 0 < (cfg.trainer.max_steps or -1) <= SMOKE_STEPS:
         raise ConfigError(
             "this experiment trains a model further: name it, such as init_from=outputs/my_run, or say init_from=null "
             "to start from random weights"

@@ -70,8 +70,13 @@ class SweepCallback(Callback):
         wanted = "minimize" if objective is not None and lower_is_better(objective) else "maximize"
         if isinstance(direction, str) and direction != wanted:  # a sweeper that searches, such as Optuna's
             raise ConfigError(f"scoring.objective={objective} needs hydra.sweeper.direction={wanted}, got {direction}")
+        given = OverridesParser.create().parse_overrides([*config.hydra.overrides.task])
+        if params := config.hydra.sweeper.get("params"):  # those of the command line stand in place of these
+            with flag_override(config.hydra, ["struct", "readonly"], [False, False]):
+                named = {_key(override) for override in given}
+                config.hydra.sweeper.params = {key: value for key, value in params.items() if key not in named}
         parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-        overrides = OverridesParser.create().parse_overrides([*parameters, *config.hydra.overrides.task])
+        overrides = [*OverridesParser.create().parse_overrides(parameters), *given]
         fixed = [override for override in overrides if not override.is_sweep_override()]
         left_out = set(config.hydra.job.config.override_dirname.exclude_keys) - {
             o.key_or_group for o in overrides if o.is_sweep_override()

@@ -44,7 +44,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         from coca_lit.data.prefetch import worker_errors
         from coca_lit.distributed import print_rank_zero
         from coca_lit.models import part_sizes
-        from coca_lit.models.generation.options import complete
+        from coca_lit.models.generation.state import check_options
         from coca_lit.runs.results import finish_run, read_conditions, read_draws
         from coca_lit.runs.resume import (
             AUTO,
@@ -94,7 +94,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
             check_held_out(data.train_records, held_out)
         scoring = build_scoring(cfg, evals)
         with error_context("scoring.generate"):
-            complete(scoring.settings.generate or {}).lengths(module.net.tokenizer.context_length)
+            check_options(module.net, scoring.settings.generate or {})
         if cfg.scoring.objective is not None:
             scoring.check_score("scoring.objective", cfg.scoring.objective, at_end=True)
         report = build_report(cfg)

@@ -24,7 +24,7 @@ _TEXT = re.compile(
 _RANGE = r"\{\d+\.\.\d+\}"
 _PRIMITIVE = re.compile(rf"""(?P<quoted>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(?:{_RANGE}|[^\[\]{{}}(),"'])+""")
 _FLAT = re.compile(r"\[[^\[\](){}\"']*\]|[^\[\](){}\"']*,[^\[\](){}\"']*")
-_NUMBER = re.compile(r"(?:(?<=[\[,\s])|^)[\d_.]+(?=\s*(?:[,\]]|$))")
+_NUMBER = re.compile(r"(?P<before>^\s*|[\[,]\s*)(?P<number>[\d_.]+)(?=\s*(?:[,\]]|$))")  # as a whole value
 _HOME = re.compile(r"(?:^|(?<=[\[,]))~(?=/)")  # of the value, or of one in a list or a sweep
 _OVERRIDE = re.compile(r"[+~]*(?:hydra/)?[A-Za-z_][\w.@:-]*=", re.ASCII)
 
@@ -95,7 +95,7 @@ def to_override(word: str) -> str:
             if not _TEXT.fullmatch(key):
                 return form
             if _FLAT.fullmatch(value):  # a list or a sweep
-                return f"{key}={_NUMBER.sub(lambda number: quote(number[0]), value)}"
+                return f"{key}={_NUMBER.sub(lambda found: found['before'] + quote(found['number']), value)}"
             other = isinstance(parsed, int | float) if key == "name" else type(parsed) in (int, float)
             return f"{key}={quote(value)}" if other or (key == "name" and parsed is None) else form
     return word

@@ -263,7 +263,7 @@ def _foreign_code(encoder: nn.Module) -> tuple[str, ...]:
     kinds = {kind for part in encoder.modules() for kind in type(part).__mro__}
     foreign = {kind for kind in kinds if kind.__module__.split(".")[0] not in STABLE}
     modules = {kind.__module__ for kind in foreign}
-    found: list[Any] = [*foreign, *(sys.modules[name] for name in modules)]
+    found: list[Any] = [*foreign, *map(sys.modules.get, modules)]
     sources: list[str] = []
     for of in found:
         with suppress(OSError, TypeError):  # of a notebook

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from coca_lit.data.records import Record
 from coca_lit.data.transforms import build_transform
-from coca_lit.evals.inference import evaluating
+from coca_lit.evals.inference import evaluating, seeded_by
 from coca_lit.evals.samples import spread, thumbnail
 from coca_lit.models import CoCa
 from coca_lit.models.inputs import Images, Patches
@@ -37,7 +37,7 @@ def attention_samples(
     samples = []
     for record in spread(records, count):
         pixels = transform(record.image())  # (3, H, W) uint8, or patches
-        words, maps = word_maps(model, pixels, options)
+        words, maps = word_maps(model, pixels, seeded_by([record], options, model.device))
         picture = picture_of(pixels)
         drawn = [thumbnail(overlay(picture, part)) for part in maps]
         rows = [{"word": word, "map": image} for word, image in zip(words, drawn, strict=True)]

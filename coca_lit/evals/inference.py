@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from coca_lit.data.prefetch import worker_options
 from coca_lit.data.records import Record
 from coca_lit.data.transforms import Transform, build_transform, loaded
-from coca_lit.distributed import gather_objects, rank, world_size
+from coca_lit.distributed import gather_objects, rank, stable_seed, world_size
 from coca_lit.models import CoCa, DualEncoder
+from coca_lit.models.generation.options import complete
 from coca_lit.models.inputs import Images, stack_images
 from coca_lit.models.likelihood import ReadTexts, image_keys_values
 
@@ -35,13 +36,22 @@ def caption_images(
 ) -> dict[int | str, str]:
     """One generated caption per image, by image id, in the order of the records. Every rank gets all of them.
 
-    `options` are passed to `CoCa.generate`.
+    `options` are passed to `CoCa.generate`. Captions that are drawn depend on the batches, and so on the number of
+    processes.
     """
 
-    def write(_: Sequence[Record], images: Images) -> Iterable[str]:
-        return map(model.tokenizer.decode, model.generate(images, **options))
+    def write(part: Sequence[Record], images: Images) -> Iterable[str]:
+        return map(model.tokenizer.decode, model.generate(images, **seeded_by(part, options, model.device)))
 
     return write_texts(model, records, write, batch_size, num_workers)
+
+
+def seeded_by(records: Sequence[Record], options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The options of `CoCa.generate`, with random numbers of their own for these records where captions are drawn."""
+    if complete(options).strategy != "sample":
+        return dict(options)
+    seed = stable_seed("captions", *(record.id for record in records))
+    return {**options, "generator": torch.Generator(device).manual_seed(seed)}
 
 
 def write_texts(

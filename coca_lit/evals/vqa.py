@@ -15,7 +15,7 @@ from coca_lit.data.scenes.places import overlap, read_box
 from coca_lit.distributed import rank
 from coca_lit.errors import DataError
 from coca_lit.evals.base import Evaluation, Settings
-from coca_lit.evals.inference import write_texts
+from coca_lit.evals.inference import seeded_by, write_texts
 from coca_lit.evals.samples import caption_samples, sample_sheet
 from coca_lit.metrics.uncertainty import Draws, Parts, Ratios, Units, bootstrap
 from coca_lit.metrics.vqa import blind_answers, enough_people, questions_by_score, vqa_accuracy, vqa_scores
@@ -156,7 +156,8 @@ def generate_answers(
             rows = list(group)
             room = {"max_length": min(start + most, tokenizer.context_length), "min_length": None}
             prompts = {"prompt": [questions[part[row].id] for row in rows]}
-            for ids in model.generate(images[rows], **dict(options) | room | prompts):
+            drawn = seeded_by([part[row] for row in rows], options, model.device)
+            for ids in model.generate(images[rows], **drawn | room | prompts):
                 written = tokenizer.decode(ids[start:])
                 yield as_people_write(written) if apart else written
 
@@ -172,8 +173,8 @@ def as_people_write(text: str) -> str:
     text = re.sub(r"(?<=\d) (?=\d)", "", text)
     signs = r"(?<=\d) [.:/] (?=\d)|(?<=\d) , (?=\d{3}\b)|(?<=\w) - (?=\w)|[$#] (?=\d)|\bo ' (?=clock\b)"
     text = re.sub(signs, lambda sign: sign[0].replace(" ", ""), text)
-    text = re.sub(r"\b(\w) \. (\w) \.", r"\1.\2.", text)
-    return re.sub(r"(?<=\d) (?=(?:[%°]|st|nd|rd|th|am|pm)(?!\w))|(?<=\w) (?='(?:s|t|re|ve|m|ll|d)\b)", "", text)
+    text = re.sub(r"\b\w \.(?: \w \.)+", lambda initials: initials[0].replace(" ", ""), text)
+    return re.sub(r"(?<=\d) (?=(?:[%°]|st|nd|rd|th)(?!\w))|(?<=\w) (?='(?:s|t|re|ve|m|ll|d)\b)", "", text)
 
 
 def fitting(tokenizer: Tokenizer, question: str) -> str:
@@ -207,6 +208,8 @@ class PlaceScores(Evaluation):
         if any(read_box(model.tokenizer.decode(model.tokenizer.encode(box))) != read_box(box) for box in {*boxes}):
             self.not_run[f"{self.name} boxes"] = "the tokenizer takes boxes apart: train with a vocabulary of words"
             records = [record for record in records if read_box(record.captions[0]) is None]
+        if not records:
+            return {}
         answers = generate_answers(model, records, settings.batch_size, settings.workers, settings.generate or {})
         right = np.array([is_right(answers[record.id], record.captions[0]) for record in records])
         asks_box = np.array([read_box(record.captions[0]) is not None for record in records])

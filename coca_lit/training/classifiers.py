@@ -268,11 +268,6 @@ class PoolerClassifier(Classifier):
     def build(self, net: CoCa) -> None:
         if net.image_encoder.takes_patches:
             raise ValueError("the classifier takes images of one shape: use another image encoder than naflex")
-        if net.config["frame_positions"] or net.config["frame_pooling"] == "mean":
-            raise ValueError(
-                "this classifier sees the tokens of all frames at once and without their order: leave out "
-                "model.net.frame_positions and frame_pooling, or take model=coca_labels"
-            )
         self.pooler = AttentionalPooler(net.image_encoder.width, net.image_encoder.width, 1, self.heads)
         init_pooler(self.pooler)
         super().build(net)
@@ -291,7 +286,16 @@ class PoolerClassifier(Classifier):
         return self.pooler(joined(net.image_encoder(images)).to(self.head.weight.dtype))[:, 0]
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy in nats per image; in training of mixtures of the first image with the last, and so on."""
+        """Cross-entropy in nats per image; in training of mixtures of the first image with the last, and so on.
+
+        Raises:
+            ConfigError: clips are to be pooled frame by frame, or stored features to be mixed.
+        """
+        of_clips = isinstance(batch.images, Tensor) and batch.images.ndim == 5
+        if self.training and of_clips and net.config["frame_pooling"] == "mean":
+            raise ConfigError(
+                "this classifier sees the tokens of all frames at once: set model.net.frame_pooling=tokens"
+            )
         if not self.training or not self.mixup or not isinstance(batch.images, Tensor):
             return super().forward(net, batch)
         share = float(torch.distributions.Beta(self.mixup, self.mixup).sample())

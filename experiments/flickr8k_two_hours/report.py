@@ -35,6 +35,14 @@ NAMES = {
     "long_mixed_rewards_5e-5": "40 epochs, longer mixed SCST",
     "long_mixed_rewards_8beams_weight0.1": f"40 epochs, mixed SCST, {BEAMS}",
     "long_mixed_rewards_288px_8beams_weight0.1": f"40 epochs, mixed SCST, {BEAMS}, 288 px",
+    "long_again": "40 epochs again",
+    "long_again_mixed_rewards": "40 epochs again, mixed SCST",
+    "long_again_mixed_rewards_8beams_neighbours": f"40 epochs again, mixed SCST, {CONSENSUS}",
+    "long_again_mixed_rewards_288px_8beams_neighbours": f"40 epochs again, mixed SCST, {CONSENSUS}, 288 px",
+    "short": "10 epochs",
+    "short_subwords": "10 epochs, sub-words",
+    "short_modern": "10 epochs, modern text tower",
+    "short_paraphrases": "10 epochs, paraphrased captions",
 }
 SEARCHES = {name: title for name, title in NAMES.items() if "8beams" not in name} | {
     "captions_reranked": "20 epochs, re-ranked",
@@ -48,6 +56,8 @@ SEARCHES = {name: title for name, title in NAMES.items() if "8beams" not in name
     "long_rewards_reranked": "40 epochs, SCST, re-ranked",
     "long_mixed_rewards_weight0.1": "40 epochs, mixed SCST, re-ranked",
     "long_mixed_rewards_288px_weight0.1": "40 epochs, mixed SCST, 16 re-ranked, 288 px",
+    "long_again_mixed_rewards_neighbours": "40 epochs again, mixed SCST, normalised, re-ranked",
+    "long_again_mixed_rewards_288px_neighbours": "40 epochs again, mixed SCST, normalised, 16 re-ranked, 288 px",
 }
 CAPTIONS = {f"flickr8k/{score}": score_name(score) for score in ("Bleu_1", "Bleu_4", "METEOR", "CIDEr")}
 WORDS = {"flickr8k/mean_length": "words per caption", "flickr8k/vocabulary": "different words"}
@@ -101,6 +111,18 @@ LEVERS = {  # name: runs without and with it, and the scores that it can change
     "16 candidates at weight 0.7 instead of 8 at 0.5, and 288 px, after SCST with the mixed reward": (
         ("long_mixed_rewards_weight0.1", "long_mixed_rewards_288px_weight0.1", FINDING)
     ),
+    "the mixed reward, after 40 epochs again": ("long_again", "long_again_mixed_rewards", SHOWN),
+    "consensus of 8 beams, after 40 epochs again and mixed SCST": (
+        ("long_again_mixed_rewards", "long_again_mixed_rewards_8beams_neighbours", WRITING)
+    ),
+    "288 px instead of 256 with the consensus, after 40 epochs again and mixed SCST": (
+        "long_again_mixed_rewards_8beams_neighbours",
+        "long_again_mixed_rewards_288px_8beams_neighbours",
+        WRITING,
+    ),
+    "sub-words in place of words, over 10 epochs": ("short", "short_subwords", SHOWN),
+    "a modern text tower, over 10 epochs": ("short", "short_modern", SHOWN),
+    "paraphrased captions, over 10 epochs": ("short", "short_paraphrases", SHOWN),
 }
 
 

@@ -44,6 +44,8 @@ for seed in ${SEEDS:-0 1 2}; do
   # The same with a reward that favours short captions less
   train long_mixed_rewards "$seed" scst_flickr8k init_from="$runs/long_seed$seed/checkpoints/last.ckpt" "$mixed"
   rerank long_mixed_rewards long_mixed_rewards_8beams_weight0.1 "$seed" 0.1 "${searches[@]}"
+  neighbours long_mixed_rewards long_mixed_rewards "$seed"
+  neighbours long_mixed_rewards long_mixed_rewards_288px "$seed" image_size=288 scoring.rerank=16
   rerank long_mixed_rewards long_mixed_rewards_288px_8beams_weight0.1 "$seed" 0.1 image_size=288 "${searches[@]}" scoring.rerank=16 \
     evals.flickr8k_retrieval.rerank_weight=0.7
 done
@@ -69,6 +71,15 @@ done
 train muon_mixed_rewards 0 scst_flickr8k init_from=$runs/muon_seed0/checkpoints/last.ckpt "$mixed"
 rerank muon_mixed_rewards muon_mixed_rewards_8beams_reranked 0 0.1 "${searches[@]}" evals.flickr8k_retrieval.rerank_weight=0.7
 neighbours muon_mixed_rewards muon_mixed_rewards 0
+
+# A quarter of the steps of the long recipe, for what else might help
+short() { # NAME OVERRIDES…
+  train "$1" 0 flickr8k_two_hours trainer.max_epochs=10 ema=0.98 "${@:2}"
+}
+short short
+short short_subwords vocabulary=null model.net.context_length=40 "model.net.tokenizer=$(python -m experiments.flickr8k_two_hours.subwords "$root")"
+short short_modern model.net.text_tower=modern
+short short_paraphrases data.records._target_=experiments.flickr8k_two_hours.paraphrases.paraphrased_records
 
 # The first attempt, with all of a smaller encoder frozen
 train frozen_captions 0 flickr8k_frozen

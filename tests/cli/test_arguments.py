@@ -142,6 +142,7 @@ def test_years_in_a_list_and_in_a_sweep_are_folders() -> None:
     cfg = compose("train", ["experiment=pretrain_b32", to_override("data.shards=[2024]")])
     assert cfg.data.shards == ["2024"]
     assert to_override("data.shards=[2023,a/1.tar]") == 'data.shards=["2023",a/1.tar]'
+    assert to_override("data.shards=[Photos 2024,DCIM 100]") == "data.shards=[Photos 2024,DCIM 100]"
     assert to_override("seed=2023,2024") == "seed=2023,2024"
     assert to_override("init_from=false") == "init_from=false"
 

@@ -491,3 +491,22 @@ def test_a_users_folder(tmp_path: Path) -> None:
     done = train_py(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [line for line in ("imported", "data: green", "callback: step 2") if line not in done.stdout] == []
+
+
+def test_a_run_that_goes_on_does_not_need_the_file_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[str] = []
+    monkeypatch.setattr("sys.argv", ["coca-train", f"output_dir={tmp_path}", "name=x", "init_from=/gone.pt"])
+    with pytest.raises(SystemExit, match="init_from"):
+        command.command("train", lambda cfg: began.append(cfg.init_from))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_1.ckpt").touch()
+    command.command("train", lambda cfg: began.append(cfg.init_from))
+    assert began == ["/gone.pt"]
+
+
+def test_hydras_own_part_is_shown_resolved(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["coca-train", "--cfg", "hydra", "--resolve", "name=mine"])
+    command.command("train", lambda cfg: None)
+    assert "dir: outputs/mine" in capsys.readouterr().out

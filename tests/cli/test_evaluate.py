@@ -99,6 +99,16 @@ def test_an_open_clip_clip(tmp_path):
         run(compose(tmp_path, f"checkpoint={tmp_path}/clip.pt", "quick_gelu=false", "frame_pooling=tokens", evals))
 
 
+def test_a_prompt_without_room_for_a_caption_is_refused_before_anything_is_scored(checkpoint, tmp_path):
+    with pytest.raises(ConfigError, match=r"^scoring\.generate: .*prompt"):
+        run(
+            compose(
+                tmp_path, f"checkpoint={checkpoint}", "evals=[scenes_captions]", f"scoring.generate.prompt={'a_' * 40}"
+            )
+        )
+    assert not (tmp_path / "config.yaml").exists()
+
+
 def test_a_coca_has_the_activations_of_its_file(checkpoint, tmp_path):
     with pytest.raises(ConfigError, match="checkpoint: quick_gelu"):
         run(compose(tmp_path, f"checkpoint={checkpoint}", "quick_gelu=true", "evals=[scenes_retrieval]"))

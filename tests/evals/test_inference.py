@@ -61,6 +61,13 @@ def test_scores_do_not_need_collectives_of_the_host(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
+def test_captions_that_are_drawn_are_drawn_again() -> None:
+    model, options = make_model(), {"strategy": "sample"}
+    first, again = (caption_images(model, records(), batch_size=2, options=options) for _ in range(2))
+    assert first == again
+    assert len(set(first.values())) > 1
+
+
 def test_one_by_one_gives_the_same(alone: dict[str, Any]) -> None:
     model = make_model().eval()
     texts = [caption for record in records() for caption in record.captions]

@@ -22,10 +22,15 @@ def state_at_end(model: CoCa, images: Tensor, tokens: Tensor, lengths: Tensor) -
 
 
 @torch.no_grad()
-def next_scores(model: CoCa, seen: Tensor, ids: Sequence[int]) -> Tensor:
-    """Log-probabilities (V,) after a beginning, from one pass over all of it; `seen` are image tokens (1, S, E)."""
+def next_logits(model: CoCa, seen: Tensor, ids: Sequence[int]) -> Tensor:
+    """Logits (V,) after a beginning, from one pass over all of it; `seen` are image tokens (1, S, E)."""
     states, _, _ = model.text(torch.tensor([ids]), torch.tensor([len(ids)]), contrastive=False)
-    return model.decoder.vocabulary(model.decoder(states[:, : len(ids)], seen))[0, -1].log_softmax(-1)
+    return model.decoder.vocabulary(model.decoder(states[:, : len(ids)], seen))[0, -1]
+
+
+def next_scores(model: CoCa, seen: Tensor, ids: Sequence[int]) -> Tensor:
+    """Log-probabilities (V,) in place of the logits."""
+    return next_logits(model, seen, ids).log_softmax(-1)
 
 
 def constrain(
@@ -45,7 +50,7 @@ def constrain(
 def greedy(model: CoCa, image: Tensor, start: Sequence[int], length: int, **rules: float) -> list[int]:
     ids, end, seen = list(start), model.tokenizer.eot_id, image_tokens(model, image)
     while len(ids) < length and ids[-1] != end:
-        values = constrain(next_scores(model, seen, ids), ids, end, len(ids) == length - 1, **rules)
+        values = constrain(next_logits(model, seen, ids), ids, end, len(ids) == length - 1, **rules)
         ids.append(max(range(len(values)), key=values.__getitem__))
     return ids
 

@@ -428,10 +428,11 @@ def test_forged_classifiers_are_refused_in_one_sentence(forged: Any, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
-def test_a_pooler_of_the_encoder_takes_no_order_of_frames_and_mixes_pixels_alone(net: CoCa, classified: Batch) -> None:
-    for given in ({"frame_positions": 4}, {"frame_pooling": "mean"}):
-        with pytest.raises(ValueError, match="frame_pooling"):
-            pooler_classifier(create_model("coca_tiny", **given))
+def test_a_pooler_of_the_encoder_sees_all_frames_at_once_and_mixes_pixels_alone(net: CoCa, classified: Batch) -> None:
+    clips = classified._replace(images=classified.images[:, None].expand(-1, 2, -1, -1, -1))
+    mean = create_model("coca_tiny", frame_pooling="mean")
+    with pytest.raises(ConfigError, match="frame_pooling=tokens"):
+        pooler_classifier(mean).train()(mean, clips)
     with torch.no_grad():
         features = net.image_encoder(classified.images)
     with pytest.raises(ConfigError, match="mixup"):

@@ -156,7 +156,8 @@ def _order(
     if options.cut_at:  # captions end before the first token that contains it
         text, tokenizer = options.cut_at.encode(), model.tokenizer
         stops = torch.tensor([i for i, token in enumerate(tokenizer.token_bytes) if text in token], device=ids.device)
-        written = torch.arange(ids.shape[-1], device=ids.device) >= prompts.lengths[:, None, None]
+        places = torch.arange(ids.shape[-1], device=ids.device)  # padding may be a token of the text
+        written = (places >= prompts.lengths[:, None, None]) & (places < lengths[:, :, None])  # (B, N, L)
         stop = torch.isin(ids, stops) & written  # (B, N, L)
         after = stop.cumsum(dim=-1)
         ids = ids.where(after == 0, tokenizer.pad_id).where(~stop | (after > 1), tokenizer.eot_id)

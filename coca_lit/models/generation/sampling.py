@@ -47,7 +47,8 @@ class Constraints:
 def penalize_repetition(scores: Tensor, ids: Tensor, penalty: float) -> Tensor:
     """Makes tokens that occur in ids less likely (CTRL, arXiv 1909.05858).
 
-    Negative scores are multiplied by the penalty, positive ones divided by it.
+    Negative scores are multiplied by the penalty, positive ones divided by it. They are logits, and of beams
+    log-probabilities, as in Transformers.
     """
     seen = scores.gather(1, ids)  # (R, t)
     return scores.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
@@ -139,7 +140,7 @@ def decode(
     logits = decoding.begin(ids[::count, :start], count)
     for position in range(start, length):
         model_scores = logits.log_softmax(dim=-1)  # (R, V)
-        scores = constraints(model_scores, ids[active, :position])
+        scores = constraints(logits, ids[active, :position])  # beams add log-probabilities, and penalise these
         chosen = choose(scores) if position < length - 1 else torch.full_like(active, end_id)
         forced_here = forced[active, position]
         free = (forced_here == UNFORCED) & unfinished

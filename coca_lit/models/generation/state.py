@@ -5,17 +5,19 @@ it: the captions of an image are the queries of one attention. Each step runs on
 tower and the decoder.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from coca_lit.models.generation.options import complete
 from coca_lit.models.packing import KVCache, to_device
 from coca_lit.models.text import expect_decoder
 from coca_lit.tokenizer import WordTokenizer
 
 if TYPE_CHECKING:
+    from coca_lit.models import DualEncoder
     from coca_lit.models.coca import CoCa
 
 UNFORCED = -1  # marks a token that is chosen freely
@@ -76,7 +78,15 @@ def look(mask: Tensor, position: int) -> Tensor | None:
     return None if not mask.is_cpu and position % LOOK_EVERY else mask.cpu()
 
 
-def encode_prompts(model: "CoCa", prompt: str | Sequence[str] | None, count: int, max_length: int) -> Prompts:
+def check_options(model: "DualEncoder", options: Mapping[str, Any]) -> None:
+    """Raises `TypeError` or `ValueError` for options with which the model writes no caption: unknown or wrong ones, and
+    a prompt that leaves no room.
+    """
+    found = complete(options)
+    encode_prompts(model, found.prompt, 1, found.lengths(model.tokenizer.context_length)[1])
+
+
+def encode_prompts(model: "DualEncoder", prompt: str | Sequence[str] | None, count: int, max_length: int) -> Prompts:
     """The beginnings of `count` captions.
 
     Raises:

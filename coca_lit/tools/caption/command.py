@@ -150,15 +150,13 @@ _loaded = lru_cache(maxsize=1)(_load)
 
 def _options(cfg: DictConfig, model: "CoCa") -> dict[str, Any]:
     """Of `CoCa.generate`; raises `ConfigError` for wrong ones, before any image is read."""
-    from coca_lit.models.generation.state import encode_prompts
+    from coca_lit.models.generation.state import check_options
 
     options = _given(cfg)
     with error_context("generate"):
         if not isinstance(options.get("prompt", ""), str):
             raise ValueError(f"prompt must be one text, with which every caption begins, got {options['prompt']}")
-        found = complete(options)
-        _, most = found.lengths(model.tokenizer.context_length)
-        encode_prompts(model, found.prompt, 1, most)
+        check_options(model, options)
     return options
 
 

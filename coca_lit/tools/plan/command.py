@@ -157,7 +157,7 @@ def read_recipe(cfg: DictConfig, settings: "Settings", weights: Mapping[str, flo
     devices = settings.devices or trainer.num_nodes * (trainer.devices if given else fitting)
     samples, epoch = settings.samples, cfg.data.get("epoch_samples")
     limits: list[float] = []  # the first one that is reached ends the run
-    if trainer.max_steps > 0:
+    if (trainer.max_steps or -1) > 0:
         limits.append(trainer.max_steps * cfg.data.batch_size * trainer.accumulate_grad_batches)
     if epoch is not None and (trainer.max_epochs or -1) > 0:
         limits.append(trainer.max_epochs * epoch)

@@ -3,6 +3,7 @@ a sweep a table of its jobs, beside `results.csv` and a page, and the best run.
 """
 
 import csv
+import io
 import math
 import shutil
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from coca_lit.files import atomic_write
 from coca_lit.reading import printable
 from coca_lit.runs.scores import RERANKED, cell, headline, headlines, own_scores, score_name
 from coca_lit.tools.report.page import write_comparison
@@ -105,10 +107,11 @@ def report_sweep(folder: Path, rows: Sequence[Mapping[str, Any]], objective: str
         objective: the score that ranks them; None for the first headline score.
     """
     columns = dict.fromkeys(key for row in rows for key in row)
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, sorted(columns, key=lambda name: name == "error"))  # which comes last
-        writer.writeheader()
-        writer.writerows(rows)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, sorted(columns, key=lambda name: name == "error"))  # which comes last
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(folder / "results.csv", table.getvalue().encode(errors="backslashreplace"))
     ok = [row for row in rows if row["status"] == "ok"]
     scores = {row["job"]: {name: value for name, value in row.items() if isinstance(value, float)} for row in ok}
     score = objective or headline(list(dict.fromkeys(name for job in scores.values() for name in job)))

@@ -76,6 +76,7 @@ def test_scores_are_shares_of_questions(monkeypatch: pytest.MonkeyPatch, tmp_pat
     of_pairs = evaluation.evaluate(create_model("coca_tiny", tokenizer="clip"), Settings(tmp_path))
     assert of_pairs == {"places/name_accuracy": 1.0}
     assert "vocabulary" in evaluation.not_run["places boxes"]
+    assert PlaceScores("boxes", where).evaluate(create_model("coca_tiny", tokenizer="clip"), Settings(tmp_path)) == {}
 
 
 @pytest.mark.slow

@@ -187,6 +187,18 @@ def test_one_process_launchers_refuse_large_jobs(monkeypatch: pytest.MonkeyPatch
         check_processes(8)
 
 
+def test_values_of_the_command_line_stand_in_place_of_a_grid(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "scaling").mkdir(parents=True)
+    grid = "# @package _global_\nhydra: {sweeper: {params: {model.optimizer.lr: '0.1,0.2,0.3', seed: '1,2'}}}\n"
+    (tmp_path / "mine" / "scaling" / "rates.yaml").write_text(grid)
+    done = run(APP, "-m", "--config-dir", "mine", "scaling=rates", "model.optimizer.lr=0.5")
+    assert done.returncode == 0, done.stderr
+    (table,) = (tmp_path / "outputs" / "sweeps").glob("*/results.csv")
+    rows = rows_of(table.parent)
+    assert [row["seed"] for row in rows] == ["1", "2"]
+    assert {float(row["scenes/CIDEr"]) for row in rows} == {0.5}
+
+
 # Optuna
 
 
