@@ -248,6 +248,8 @@ def build_trainer(
         precision = best_precision("cpu" if accelerator == "cpu" else best_device())
     parts = trainer_parts(callbacks, loggers, accelerator, strategy, precision)
     node = _without(cfg.trainer, "micro_batch_size")  # an argument of the module
+    if node.get("max_steps") is None:
+        node.max_steps = -1  # Lightning's word for no limit
     defaults = {"default_root_dir": cfg.output_dir, "use_distributed_sampler": not splits, **DEFAULTS}
     try:
         trainer: L.Trainer = build(node, "trainer", defaults, **parts)

@@ -74,7 +74,8 @@ class SweepCallback(Callback):
         if params := config.hydra.sweeper.get("params"):  # those of the command line stand in place of these
             with flag_override(config.hydra, ["struct", "readonly"], [False, False]):
                 named = {_key(override) for override in given}
-                config.hydra.sweeper.params = {key: value for key, value in params.items() if key not in named}
+                kept = {key: value for key, value in params.items() if key.lstrip("+") not in named}
+                config.hydra.sweeper.params = kept
         parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
         overrides = [*OverridesParser.create().parse_overrides(parameters), *given]
         fixed = [override for override in overrides if not override.is_sweep_override()]

@@ -48,7 +48,7 @@ def caption_images(
 
 def seeded_by(records: Sequence[Record], options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The options of `CoCa.generate`, with random numbers of their own for these records where captions are drawn."""
-    if complete(options).strategy != "sample":
+    if complete(options).strategy != "sample" or options.get("generator") is not None:
         return dict(options)
     seed = stable_seed("captions", *(record.id for record in records))
     return {**options, "generator": torch.Generator(device).manual_seed(seed)}

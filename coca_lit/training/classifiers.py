@@ -283,6 +283,8 @@ class PoolerClassifier(Classifier):
         return self.features_of(net, (), batch.images)
 
     def features_of(self, net: CoCa, records: Sequence[Record], images: Images) -> Tensor:
+        if isinstance(images, Tensor) and images.ndim == 5 and net.config["frame_pooling"] == "mean":
+            raise ConfigError("this classifier sees the tokens of all frames at once: set frame_pooling=tokens")
         return self.pooler(joined(net.image_encoder(images)).to(self.head.weight.dtype))[:, 0]
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
@@ -291,11 +293,6 @@ class PoolerClassifier(Classifier):
         Raises:
             ConfigError: clips are to be pooled frame by frame, or stored features to be mixed.
         """
-        of_clips = isinstance(batch.images, Tensor) and batch.images.ndim == 5
-        if self.training and of_clips and net.config["frame_pooling"] == "mean":
-            raise ConfigError(
-                "this classifier sees the tokens of all frames at once: set model.net.frame_pooling=tokens"
-            )
         if not self.training or not self.mixup or not isinstance(batch.images, Tensor):
             return super().forward(net, batch)
         share = float(torch.distributions.Beta(self.mixup, self.mixup).sample())

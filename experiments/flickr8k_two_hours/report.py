@@ -35,6 +35,8 @@ NAMES = {
     "long_mixed_rewards_5e-5": "40 epochs, longer mixed SCST",
     "long_mixed_rewards_8beams_weight0.1": f"40 epochs, mixed SCST, {BEAMS}",
     "long_mixed_rewards_288px_8beams_weight0.1": f"40 epochs, mixed SCST, {BEAMS}, 288 px",
+    "long_mixed_rewards_8beams_neighbours": f"40 epochs, mixed SCST, {CONSENSUS}",
+    "long_mixed_rewards_288px_8beams_neighbours": f"40 epochs, mixed SCST, {CONSENSUS}, 288 px",
     "long_again": "40 epochs again",
     "long_again_mixed_rewards": "40 epochs again, mixed SCST",
     "long_again_mixed_rewards_8beams_neighbours": f"40 epochs again, mixed SCST, {CONSENSUS}",
@@ -56,6 +58,8 @@ SEARCHES = {name: title for name, title in NAMES.items() if "8beams" not in name
     "long_rewards_reranked": "40 epochs, SCST, re-ranked",
     "long_mixed_rewards_weight0.1": "40 epochs, mixed SCST, re-ranked",
     "long_mixed_rewards_288px_weight0.1": "40 epochs, mixed SCST, 16 re-ranked, 288 px",
+    "long_mixed_rewards_neighbours": "40 epochs, mixed SCST, normalised, re-ranked",
+    "long_mixed_rewards_288px_neighbours": "40 epochs, mixed SCST, normalised, 16 re-ranked, 288 px",
     "long_again_mixed_rewards_neighbours": "40 epochs again, mixed SCST, normalised, re-ranked",
     "long_again_mixed_rewards_288px_neighbours": "40 epochs again, mixed SCST, normalised, 16 re-ranked, 288 px",
 }
@@ -110,6 +114,9 @@ LEVERS = {  # name: runs without and with it, and the scores that it can change
     ),
     "16 candidates at weight 0.7 instead of 8 at 0.5, and 288 px, after SCST with the mixed reward": (
         ("long_mixed_rewards_weight0.1", "long_mixed_rewards_288px_weight0.1", FINDING)
+    ),
+    "consensus of 8 beams, after SCST with the mixed reward": (
+        ("long_mixed_rewards", "long_mixed_rewards_8beams_neighbours", WRITING)
     ),
     "the mixed reward, after 40 epochs again": ("long_again", "long_again_mixed_rewards", SHOWN),
     "consensus of 8 beams, after 40 epochs again and mixed SCST": (

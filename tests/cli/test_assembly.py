@@ -193,6 +193,11 @@ def test_lightning_gives_ranks_their_samples_where_the_data_do_not(tmp_path: Pat
     assert connector.use_distributed_sampler is not splits
 
 
+def test_no_limit_of_steps_is_no_limit(tmp_path: Path) -> None:
+    cfg = compose(f"output_dir={tmp_path}", "trainer=cpu", "trainer.max_steps=null", "trainer.max_epochs=2")
+    assert build_trainer(cfg, build_scoring(cfg, [])).max_steps == -1
+
+
 def test_a_run_on_the_cpu_has_its_precision_and_not_that_of_the_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

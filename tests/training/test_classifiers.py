@@ -431,8 +431,9 @@ def test_forged_classifiers_are_refused_in_one_sentence(forged: Any, tmp_path: P
 def test_a_pooler_of_the_encoder_sees_all_frames_at_once_and_mixes_pixels_alone(net: CoCa, classified: Batch) -> None:
     clips = classified._replace(images=classified.images[:, None].expand(-1, 2, -1, -1, -1))
     mean = create_model("coca_tiny", frame_pooling="mean")
-    with pytest.raises(ConfigError, match="frame_pooling=tokens"):
-        pooler_classifier(mean).train()(mean, clips)
+    for classifier in (pooler_classifier(mean).train(), pooler_classifier(mean).eval()):
+        with pytest.raises(ConfigError, match="frame_pooling=tokens"):
+            classifier(mean, clips)
     with torch.no_grad():
         features = net.image_encoder(classified.images)
     with pytest.raises(ConfigError, match="mixup"):

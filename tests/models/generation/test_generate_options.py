@@ -11,7 +11,7 @@ from torch import Tensor
 
 import coca_lit.models
 from coca_lit.cli.command import compose
-from coca_lit.models import CoCa
+from coca_lit.models import CoCa, create_model
 from coca_lit.models.generation.options import OPTIONS, describe
 from coca_lit.models.generation.sampling import Sampling, caption_lengths, keep_top_k, keep_top_p
 from coca_lit.tools.caption.command import generate_help
@@ -296,3 +296,13 @@ def test_a_preset_of_options_and_where_captions_are_cut(model: CoCa) -> None:
         model.generate(images, cut_at=1)
     with pytest.raises(ValueError, match=r"preset.*'mobileclip2'"):
         model.generate(images, preset="apple")
+
+
+def test_a_cut_at_a_token_that_is_also_padding_leaves_one_end() -> None:
+    """Id 0 of CLIP's byte pairs is "!", and what captions are padded with."""
+    torch.manual_seed(0)
+    model = create_model("coca_tiny", tokenizer="clip").eval()
+    end = torch.zeros(model.tokenizer.vocab_size).index_fill(0, torch.tensor(model.tokenizer.eot_id), 100.0)
+    model.decoder.vocabulary.register_forward_hook(lambda _module, _inputs, logits: logits + end)  # as soon as it may
+    ids = model.generate(torch.zeros(2, 3, 32, 32), strategy="greedy", min_length=4, cut_at="!")
+    assert ((ids == model.tokenizer.eot_id).sum(dim=-1) == 1).all()
