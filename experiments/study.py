@@ -143,7 +143,12 @@ def draw_variants(rows: Sequence[Row], scores: Mapping[str, str], path: Path) ->
 
     groups = variants(rows)
     shape: dict[str, Any] = {"squeeze": False, "layout": "constrained"}
-    figure, axes = plt.subplots(1, len(scores), figsize=(2.2 + 2.4 * len(scores), 1 + 0.25 * len(groups)), **shape)
+    longest = 0.06 * max(
+        map(len, groups)
+    )  # inches of a label, of which the first panel and those with other rows have one
+    figure, axes = plt.subplots(
+        1, len(scores), figsize=(2 * longest + 1.6 * len(scores), 1 + 0.25 * len(groups)), **shape
+    )
     labels: list[str] = []  # of the panel to the left
     for axis, (score, title) in zip(axes[0], scores.items(), strict=True):
         scored = {name: values for name, runs in groups.items() if (values := numbers(runs, score))}
@@ -152,7 +157,7 @@ def draw_variants(rows: Sequence[Row], scores: Mapping[str, str], path: Path) ->
             axis.vlines(statistics.mean(values), place - 0.3, place + 0.3, color="tab:blue")
         axis.set_yticks(range(len(scored)), [""] * len(scored) if labels == [*scored] else [*scored], fontsize=8)
         axis.invert_yaxis()
-        axis.set_title(textwrap.fill(unit(score, title), 28), fontsize=10)
+        axis.set_title(textwrap.fill(unit(score, title), 16), fontsize=10)
         axis.grid(alpha=0.3)
         labels = [*scored]
     figure.savefig(path, dpi=110)

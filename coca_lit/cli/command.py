@@ -117,7 +117,8 @@ def job_command(
         with hydra.initialize_config_dir(str(CONF), job_name=config, version_base="1.3"):
             machine: Any = GlobalHydra.instance().hydra
             try:
-                (machine.multirun if options.multirun else machine.run)(config, job, overrides)
+                with _configs_as_text():
+                    (machine.multirun if options.multirun else machine.run)(config, job, overrides)
             except HydraException:  # some of them are an OSError, too
                 raise
             except OSError as error:
@@ -144,6 +145,11 @@ def _as_command(config: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except Exception as error:  # a bug, whose traceback may name a secret
+        text = "".join(traceback.format_exception(error))
+        if (masked := redact(text)) == text:
+            raise
+        sys.exit(masked)
 
 
 def _answered(config: str, options: argparse.Namespace, words: Sequence[str]) -> bool:
@@ -165,6 +171,15 @@ def _answered(config: str, options: argparse.Namespace, words: Sequence[str]) ->
     return True
 
 
+@contextmanager
+def _configs_as_text() -> Iterator[None]:
+    """Hydra reads configs as UTF-8, and does not say which one is something else."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"a config is no text in UTF-8 ({error}): save it as UTF-8") from error
+
+
 def _template(config: str) -> str:
     return str(compose(config, with_hydra=True).hydra.help.template)
 
@@ -176,7 +191,7 @@ def compose(config: str, words: Sequence[str] = (), with_hydra: bool = False) ->
         with_hydra: with Hydra's own part.
     """
     overrides = _overrides(config, words)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"), _configs_as_text():
         cfg = hydra.compose(config, overrides, return_hydra_config=with_hydra)
     _check(cfg, shipped(config), options_of(config, "", words))
     return cfg

@@ -67,6 +67,8 @@ def find_demo_model(outputs: Path) -> Path | None:
     """The checkpoint of the run in `outputs` with the best captions of unseen scenes; None if none is good."""
     good = []
     for results in (*outputs.glob("*/results.json"), *outputs.glob("*/*/results.json")):
+        if results.parent.name.startswith("earlier_"):  # of a run that was started afresh
+            continue
         checkpoint = results.parent / "checkpoints" / "last.ckpt"
         if checkpoint.is_file() and (score := read_json(results, dict).get(SCORE, 0.0)) >= GOOD:
             good.append((score, checkpoint))

@@ -506,6 +506,39 @@ def test_a_run_that_goes_on_does_not_need_the_file_that_it_began_with(
     assert began == ["/gone.pt"]
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("# größer\nseed: 1\n".encode("latin-1"), "error: a config is no text in UTF-8"),
+        (b"# @package _global_\nseed: 1\x01\n", r"error: '.*mine.yaml', position \d+: special characters"),
+    ],
+    ids=["latin-1", "a control character"],
+)
+def test_a_config_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, said: str
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_bytes(content)
+    words = ["coca-train", "--config-dir", str(tmp_path), "experiment=mine", f"output_dir={tmp_path}/run", "name=x"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as ended:
+        command.command("train", lambda cfg: None)
+    assert re.match(said, str(ended.value.code))
+
+
+def test_a_traceback_names_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(cfg: DictConfig) -> None:
+        raise RuntimeError(f"cannot reach https://me:{'x' * 12}@example.com/a")
+
+    monkeypatch.setattr("sys.argv", ["coca-train", "name=x"])
+    with pytest.raises(SystemExit) as ended:
+        command.command("train", broken)
+    said = str(ended.value.code)
+    assert said.startswith("Traceback")
+    assert "example.com/a" in said
+    assert "x" * 12 not in said
+
+
 def test_hydras_own_part_is_shown_resolved(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["coca-train", "--cfg", "hydra", "--resolve", "name=mine"])
     command.command("train", lambda cfg: None)

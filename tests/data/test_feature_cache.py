@@ -1,6 +1,7 @@
 """Cached image tokens against the encoder itself, file by file and in whole runs."""
 
 import errno
+import importlib
 import os
 import random
 import signal
@@ -130,6 +131,17 @@ def test_arguments_and_code_from_outside_make_another_encoder(tmp_path: Path) ->
     plain, crop = build_transform(size=SIZE), RandomCrop(SIZE)
     folders = [FeatureCache(tmp_path, twice(), plain, crop, 0, arguments={"layer": n}).folder for n in (1, 1, 3)]
     assert folders[0] == folders[1] != folders[2]
+
+
+def test_code_that_an_encoder_inherits_is_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for factor in (2, 3):
+        source = f"from torch import nn\nclass Base(nn.Module):\n    def forward(self, x): return {factor} * x\n"
+        (tmp_path / f"base{factor}.py").write_text(source)
+        (tmp_path / f"own{factor}.py").write_text(f"from base{factor} import Base\nclass Own(Base): pass\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        found.append(views(tmp_path, importlib.import_module(f"own{factor}").Own()).folder)
+    assert found[0] != found[1]
 
 
 def test_another_photo_of_the_same_name_is_encoded(tmp_path: Path) -> None:

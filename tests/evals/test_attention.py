@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from coca_lit.evals.attention import overlay, word_maps, words_of
+from coca_lit.data.scenes.render import scene_records
+from coca_lit.evals.attention import attention_samples, overlay, word_maps, words_of
 from coca_lit.models import create_model
 from coca_lit.models.layers import CrossAttention
 from coca_lit.models.variants.modern import ImageAttention
@@ -93,3 +94,9 @@ def test_overlay_is_bright_where_it_looked():
     quarter = len(drawn) // 4
     corner = drawn[:quarter, -quarter:].mean()
     assert corner > drawn[-quarter:, :quarter].mean() + 50
+
+
+def test_captions_that_are_drawn_are_the_same_each_time(tiny_model):
+    model, records = tiny_model(), scene_records("val", count=2)
+    first, again = (attention_samples(model, records, 2, {"strategy": "sample"}) for _ in range(2))
+    assert [sample["caption"] for sample in first] == [sample["caption"] for sample in again]

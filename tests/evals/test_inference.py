@@ -61,7 +61,7 @@ def test_scores_do_not_need_collectives_of_the_host(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
-def test_captions_that_are_drawn_are_drawn_again() -> None:
+def test_captions_that_are_drawn_are_the_same_each_time() -> None:
     model, options = make_model(), {"strategy": "sample"}
     first, again = (caption_images(model, records(), batch_size=2, options=options) for _ in range(2))
     assert first == again

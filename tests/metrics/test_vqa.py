@@ -113,6 +113,13 @@ def _greedy(model, record: Record, tokens: int) -> list[int]:
     return written
 
 
+def test_answers_that_are_drawn_are_the_same_each_time(model) -> None:
+    records = scene_question_records("val", count=4)
+    first, again = (generate_answers(model, records, options={"strategy": "sample"}) for _ in range(2))
+    assert first == again
+    assert len(set(first.values())) > 1
+
+
 @pytest.mark.parametrize("strategy", ["greedy", "beam"])
 def test_an_answer_does_not_depend_on_the_other_questions(model, strategy: str) -> None:
     """The model never ends an answer by itself. A prompt is of captions."""

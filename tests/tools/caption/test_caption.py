@@ -208,13 +208,15 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path: Path, monkeypa
     scandir = os.scandir
 
     def refused(path: str) -> object:
-        if Path(path).name == "a":
+        if Path(path).name in ("a", "lost+found"):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(DataError, match="a' cannot be listed: Permission denied"):
         inputs.find_images(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "lost+found")  # of a disk, which only the system may list
+    assert inputs.find_images(tmp_path) == []
 
 
 @pytest.mark.slow
