@@ -205,7 +205,7 @@ def test_killed_meteor_costs_meteor_alone():
     shared.score([["a dog"]], ["a dog"])  # it is loaded and waits
     pid = shared._process._java.pid
     os.kill(pid, signal.SIGSTOP)
-    end = threading.Timer(3, os.kill, (pid, signal.SIGKILL))  # it has been asked by then, and cannot answer
+    end = threading.Timer(10, os.kill, (pid, signal.SIGKILL))  # it has been asked by then, and cannot answer
     end.start()
     references, predictions = {0: ["a red dog"], 1: ["a cat"]}, {0: "a red dog", 1: "a dog"}
     scores, not_run, draws = caption_table(references, predictions, metrics=("Bleu", "METEOR", "CIDEr"), tokenize=list)
