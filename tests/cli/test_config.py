@@ -526,11 +526,11 @@ def test_a_config_that_cannot_be_read(
     assert re.match(said, str(ended.value.code))
 
 
-def test_a_traceback_names_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_traceback_names_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(cfg: DictConfig) -> None:
         raise RuntimeError(f"cannot reach https://me:{'x' * 12}@example.com/a")
 
-    monkeypatch.setattr("sys.argv", ["coca-train", "name=x"])
+    monkeypatch.setattr("sys.argv", ["coca-train", "name=x", f"output_dir={tmp_path}"])
     with pytest.raises(SystemExit) as ended:
         command.command("train", broken)
     said = str(ended.value.code)
