@@ -66,6 +66,8 @@ def test_captions_that_are_drawn_are_the_same_each_time() -> None:
     first, again = (caption_images(model, records(), batch_size=2, options=options) for _ in range(2))
     assert first == again
     assert len(set(first.values())) > 1
+    given = [options | {"generator": torch.Generator().manual_seed(seed)} for seed in (1, 2)]
+    assert len({str(caption_images(model, records(), batch_size=2, options=own)) for own in given}) == 2
 
 
 def test_one_by_one_gives_the_same(alone: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.listing import find_shards
+from coca_lit.data.shards.listing import find_shards, local_shards
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.shard import Shard
 from coca_lit.errors import DataError, DataNotFoundError
@@ -85,6 +85,14 @@ def test_read_shard(tmp_path):
     assert (sample.id, sample.image.content, sample.captions) == ("00000", jpeg(0), ("a dog number",))
     assert [s.captions for s in read_shard(Shard(str(path)), ["recaption"], BadSamples(0))] == [("a dog",)] * 2
     assert read(path, "nothing") == ([], {"no caption in the JSON under nothing": 2})
+
+
+def test_two_stars_are_folders_of_any_depth(tmp_path):
+    places = [tmp_path / "0.tar", tmp_path / "a" / "1.tar", tmp_path / "a" / "b" / "2.tar"]
+    for place in places:
+        place.parent.mkdir(exist_ok=True)
+        place.touch()
+    assert local_shards(f"{tmp_path}/**/*.tar") == places
 
 
 def test_incomplete_samples_are_counted_by_reason(tmp_path):
