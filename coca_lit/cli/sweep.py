@@ -71,7 +71,7 @@ class SweepCallback(Callback):
         if isinstance(direction, str) and direction != wanted:  # a sweeper that searches, such as Optuna's
             raise ConfigError(f"scoring.objective={objective} needs hydra.sweeper.direction={wanted}, got {direction}")
         given = OverridesParser.create().parse_overrides([*config.hydra.overrides.task])
-        if params := config.hydra.sweeper.get("params"):  # those of the command line stand in place of these
+        if params := config.hydra.sweeper.get("params"):  # keys on the command line replace them
             with flag_override(config.hydra, ["struct", "readonly"], [False, False]):
                 named = {_key(override) for override in given}
                 kept = {key: value for key, value in params.items() if key.lstrip("+") not in named}

@@ -25,6 +25,7 @@ from coca_lit.reading import read_json
 from coca_lit.runs.redaction import redact
 
 CONFIG, ENVIRONMENT, RESULTS = "config.yaml", "environment.json", "results.json"
+ARCHIVED = re.compile(r"earlier_\d+")  # the folders of earlier runs in the folder of one that was started afresh
 METRICS, BAD_STEPS, CHECKPOINTS = "metrics.csv", "bad_steps.jsonl", "checkpoints"
 LOCK, HOLDER = ".lock", ".lock.json"
 SLURM_JOB = "slurm_job"  # in `environment.json`: the number of the job that began or resumed the run last

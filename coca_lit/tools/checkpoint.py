@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from coca_lit.errors import ConfigError
 from coca_lit.reading import read_json
+from coca_lit.runs.run_folder import ARCHIVED
 
 if TYPE_CHECKING:
     from coca_lit.models import CoCa
@@ -67,10 +68,8 @@ def find_demo_model(outputs: Path) -> Path | None:
     """The checkpoint of the run in `outputs` with the best captions of unseen scenes; None if none is good."""
     good = []
     for results in (*outputs.glob("*/results.json"), *outputs.glob("*/*/results.json")):
-        if results.parent.name.startswith("earlier_"):  # of a run that was started afresh
-            continue
-        checkpoint = results.parent / "checkpoints" / "last.ckpt"
-        if checkpoint.is_file() and (score := read_json(results, dict).get(SCORE, 0.0)) >= GOOD:
+        checkpoint, is_archived = results.parent / "checkpoints" / "last.ckpt", ARCHIVED.fullmatch(results.parent.name)
+        if checkpoint.is_file() and not is_archived and (score := read_json(results, dict).get(SCORE, 0.0)) >= GOOD:
             good.append((score, checkpoint))
     return max(good)[1] if good else None
 

@@ -68,7 +68,7 @@ class Objective(nn.Module):
         """
 
     def begin(self, net: CoCa) -> None:
-        """Called once when the network has its first weights, such as those of `init_from`. To keep some of them,
+        """Called once when the network has its first weights, for example from `init_from`. To keep some of them,
         register buffers in `build` and fill them here: a resumed run has them in its checkpoint.
         """
 

@@ -41,7 +41,7 @@ def paraphrased_records(
 
 
 def paraphrases(phrases: set[Phrase], likelihood: float) -> dict[Phrase, list[Phrase]]:
-    """Of each phrase those of METEOR's paraphrases that have other words, not other forms of the same ones."""
+    """METEOR's paraphrases of each phrase that use other words, not other forms of the same words."""
     (package,) = find_spec("pycocoevalcap").submodule_search_locations  # type: ignore[union-attr,misc]
     found = defaultdict(list)
     with gzip.open(Path(package) / "meteor/data/paraphrase-en.gz", "rt") as file:

@@ -14,13 +14,13 @@ from coca_lit.metrics import uncertainty
 from coca_lit.metrics.uncertainty import Conditions, Draws, obstacle
 from coca_lit.reading import printable, read_run_file, read_run_json, read_run_yaml
 from coca_lit.runs.results import read_conditions, read_draws
+from coca_lit.runs.run_folder import ARCHIVED
 from coca_lit.runs.scores import cell, interval_cell
 
 Curves = dict[str, list[tuple[int, float]]]  # name -> (step, value)
 BOOKKEEPING = ("name", "output_dir", "evals.", "report.")  # keys that differ between equal runs
 EVALUATED = "checkpoint"  # a key that only evaluations have
 KNOWN = re.compile(r"(coca_lit|lightning)(\.\w+)+")  # constructors whose defaults are looked up, in their sources
-ARCHIVE = re.compile(r"earlier_\d+")  # of what a run that was started afresh had left, see `coca_lit.runs.resume`
 RESULTS, JOB = "results.json", "job.json"  # of a finished run; of a job of a sweep, see `coca_lit.cli.sweep`
 MAX_CURVES, MAX_SHEET = 2**28, 2**25  # bytes of metrics.csv and of a sheet of samples
 MAX_STEP, MAX_SECONDS = 2**53, 1e10
@@ -134,7 +134,7 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
     places: list[Path] = []
     for folder in folders:
         inside = [] if is_run(folder) else sorted(filter(is_run, folder.glob("*")))
-        places += [place for place in inside if not ARCHIVE.fullmatch(place.name)] or [folder]
+        places += [place for place in inside if not ARCHIVED.fullmatch(place.name)] or [folder]
     runs: list[Run] = []
     failed: dict[str, str] = {}
     parts, depth = [place.absolute().parts for place in places], 1

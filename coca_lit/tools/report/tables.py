@@ -169,7 +169,7 @@ def _published(
     """Columns of published scores of a data set, if one of them is among `scores`, and a sentence about their sources.
 
     Some may stand only beside scores of the same split: they come from tables that compare models on that split. None
-    stands beside scores of fewer images, among which retrieval is easier.
+    is shown with scores of fewer images, among which retrieval is easier.
     """
     split = run.config.get("scoring.split")
     columns: dict[str, dict[str, float]] = {}

@@ -55,7 +55,7 @@ def test_official_files(tmp_path: Path) -> None:
 
 
 def test_photos_of_2015_keep_their_names(tmp_path: Path) -> None:
-    """Beside those of 2017 for training, whose names lost a prefix."""
+    """Also beside the training photos of 2017, whose names lost a prefix."""
     for folder in ("train2017", "test2015"):
         (tmp_path / folder).mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "test2015" / "COCO_test2015_000000000001.jpg")
