@@ -276,6 +276,12 @@ def test_missing_data_are_one_sentence(error_of: Callable[..., str], tmp_path: P
     assert "data.shards=PLACE" in said
 
 
+def test_a_prompt_that_leaves_no_room_is_told_before_the_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^scoring\.generate.*leaves no room for a caption"):
+        run(tmp_path / "run", *TINY, "evals=[]", f"scoring.generate.prompt={'a red cube ' * 40}")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_a_word_that_evaluates_is_no_code(error_of: Callable[..., str], target: Path) -> None:
     said = error_of(f"""threads=${{eval:'__import__("pathlib").Path("{target}").touch()'}}""")
     assert re.match(r"error: .*Unsupported interpolation type eval", said)

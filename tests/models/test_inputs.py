@@ -8,6 +8,7 @@ from torch import Tensor
 from coca_lit.errors import DataError
 from coca_lit.models import CLIP, CoCa, create_model
 from coca_lit.models.coca import Pooler
+from coca_lit.models.inputs import largest_shape, preprocessing
 from coca_lit.training.classifiers import PoolerClassifier
 from coca_lit.weights.start import copy_weights
 
@@ -25,6 +26,15 @@ def build(pooler: Pooler = "single", **arguments) -> CoCa:
 def clips(frames: int = 4) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, (3, frames, 3, 16, 16), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("patches", [1, 2, 7, 12, 36, 48, 100, 240, 256])
+def test_the_largest_shape_is_the_nearest_to_a_square_of_all_that_fill_the_patches(patches: int) -> None:
+    plain = preprocessing(30, "bicubic", "shortest")
+    shape = largest_shape({**plain, "patch_size": 16, "max_patches": patches})
+    whole = [(16 * a, 16 * b) for a in range(1, patches + 1) for b in range(a, patches + 1) if a * b == patches]
+    assert shape == min(whole, key=lambda sides: sides[1] - sides[0])
+    assert largest_shape(plain) == (30, 30)
 
 
 def both(model: CoCa, images: Tensor) -> tuple[Tensor, Tensor]:

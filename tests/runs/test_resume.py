@@ -580,7 +580,7 @@ def test_finished_means_that_everything_is_there(tmp_path: Path, lost: str) -> N
 @pytest.mark.parametrize(
     "change", ["trainer.max_epochs=9", "trainer.max_time='00:01:00:00'", "scoring.images=7", "evals=[]"]
 )
-def test_a_changed_run_is_not_finished(tmp_path: Path, change: str) -> None:
+def test_a_changed_run_is_not_finished(tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither before it starts nor, if it is killed before its first new checkpoint, after that."""
     cfg = compose(f"output_dir={tmp_path}", "+trainer.max_time=00:00:01:00")
     path = save(tmp_path, 3, finished=True)
@@ -592,6 +592,8 @@ def test_a_changed_run_is_not_finished(tmp_path: Path, change: str) -> None:
     start_run_folder(changed, start_at(path))
     assert finished_results(changed, start_at(path)) is None
     assert not (tmp_path / "results.json").exists()  # they would stand for other weights
+    assert f"the scores so far are in {tmp_path / 'earlier_results.json'}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "earlier_results.json").read_text()) == {"scenes/CIDEr": 1.0}
     finish_run(tmp_path, Found({"scenes/CIDEr": 2.0}), report=write_report)
     assert finished_results(changed, start_at(path)) == {"scenes/CIDEr": 2.0}
 

@@ -42,7 +42,7 @@ def clip_shard_records(
         frames: of each clip that a model gets.
 
     Raises:
-        DataError: too many samples lack one, or too much of the shards is damaged.
+        DataError: too many samples lack one, too many clips cannot be decoded, or too much of the shards is damaged.
     """
     cache, bad, records = CacheSettings(), BadSamples(max_bad_fraction), list[Record]()
     found = find_shards(shards, cache)
@@ -52,9 +52,12 @@ def clip_shard_records(
     for index in indexes:
         for row in range(len(index)):
             try:
-                _, captions = pair_of(index.read(row, CLIP_SUFFIXES), caption_keys, index.shard.name, CLIP_SUFFIXES)
+                clip, captions = pair_of(index.read(row, CLIP_SUFFIXES), caption_keys, index.shard.name, CLIP_SUFFIXES)
+                next(EncodedClip(clip, index.key(row), 1).frames())  # else it would end the evaluation later
             except BadSampleError as error:
                 bad.catch(error)
+            except DataError as error:
+                bad.add("unreadable clip", index.shard.name, index.key(row), str(error))
             else:
                 shard = index.shard.name if alike else index.shard.file_name
                 records.append(

@@ -126,20 +126,32 @@ def test_samples_without_a_clip_are_counted(clips: dict[str, Path], tmp_path: Pa
     assert len(clip_shard_records(str(path), frames=3, max_bad_fraction=0.5)) == 4
 
 
-def test_one_faulty_shard_of_many_does_not_end_an_evaluation(tmp_path: Path) -> None:
-    good = {f"{key}.{end}": b"a dog" for key in "ab" for end in ("mp4", "txt")}
+def test_clips_that_cannot_be_decoded_are_counted(clips: dict[str, Path], tmp_path: Path) -> None:
+    torn = tmp_path / "torn.mp4"
+    torn.write_bytes(clips["a.mp4"].read_bytes()[:-400])
+    path = shard(clips | {"torn.mp4": torn}, tmp_path, *GOOD, "sound.mp4", "torn.mp4")
+    with pytest.raises(DataError, match=r"2 of 6 samples \(2 x unreadable clip"):
+        clip_shard_records(str(path), frames=3)
+    records = clip_shard_records(str(path), frames=3, max_bad_fraction=0.5)
+    assert [record.id for record in records] == [f"00000.tar/{key}" for key in SHADES]
+
+
+def test_one_faulty_shard_of_many_does_not_end_an_evaluation(clips: dict[str, Path], tmp_path: Path) -> None:
+    clip = clips["a.mp4"].read_bytes()
+    good = {f"{key}.{end}": content for key in "ab" for end, content in (("mp4", clip), ("txt", b"a dog"))}
     for i in range(25):
         write_tar(tmp_path / f"{i:05d}.tar", good | ({"b.MP4": b"twice"} if i == 7 else {}))
     torn = tmp_path / "00009.tar"
-    torn.write_bytes(torn.read_bytes()[:2600])  # within its second sample
+    # within the clip of its second sample: a header for each file, and the files in blocks of 512 bytes
+    torn.write_bytes(torn.read_bytes()[: 4 * 512 + len(clip) // 512 * 512 + 512])
     records = clip_shard_records(str(tmp_path), frames=3)
     wanted = {f"{i:05d}.tar/{key}" for i in range(25) for key in "ab"} - {"00007.tar/b", "00009.tar/b"}
     assert {record.id for record in records} == wanted
 
 
-def test_clips_of_two_folders_have_ids_of_their_own(tmp_path: Path) -> None:
+def test_clips_of_two_folders_have_ids_of_their_own(clips: dict[str, Path], tmp_path: Path) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-        write_tar(tmp_path / folder / "00000.tar", {"a.mp4": b"a clip", "a.txt": b"a dog"})
+        shard(clips, tmp_path / folder, "a.mp4")
     records = clip_shard_records(str(tmp_path / "{one,two}"), frames=3)
     assert [record.id for record in records] == [f"{tmp_path}/{folder}/00000.tar/a" for folder in ("one", "two")]
