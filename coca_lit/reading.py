@@ -69,6 +69,12 @@ def open_regular(path: str | Path, follow: bool = True) -> BufferedReader:
     return BufferedReader(file)
 
 
+def refuse_unlisted(error: OSError) -> None:
+    """As `os.walk(onerror=…)`: a folder that cannot be listed is a `DataError`, unless only the disk may list it."""
+    if Path(error.filename).name not in ("lost+found", "System Volume Information"):
+        raise DataError(f"the folder '{error.filename}' cannot be listed: {error.strerror}") from error
+
+
 @contextmanager
 def open_data(path: Path) -> Iterator[BinaryIO]:
     """The content of a regular file, decompressed if it is named .gz, .tgz or .bz2. Reading raises `UnsafeError` where

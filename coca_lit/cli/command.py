@@ -233,7 +233,9 @@ def _prepare(config: str, cfg: DictConfig) -> None:
         with error_context("model.net.name"):
             preset(net.name)
     # A run that goes on has its weights: the file that it began with may be gone.
-    resumes = config == "train" and cfg.ckpt_path == AUTO and any(Path(cfg.output_dir, CHECKPOINTS).glob("step_*"))
+    repeated = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"  # then the run need not begin at `ckpt_path` again
+    resumes = config == "train" and (cfg.ckpt_path == AUTO or repeated)
+    resumes = resumes and any(Path(cfg.output_dir, CHECKPOINTS).glob("step_*"))
     for key in FILES if config != "plan" and not resumes else ():
         file = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
         if isinstance(file, str) and file not in NAMES and not os.path.exists(os.path.expanduser(file)):

@@ -24,7 +24,7 @@ _TEXT = re.compile(
 _RANGE = r"\{\d+\.\.\d+\}"
 _PRIMITIVE = re.compile(rf"""(?P<quoted>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(?:{_RANGE}|[^\[\]{{}}(),"'])+""")
 _FLAT = re.compile(r"\[[^\[\](){}\"']*\]|[^\[\](){}\"']*,[^\[\](){}\"']*")
-_NUMBER = re.compile(r"(?P<before>^\s*|[\[,]\s*)(?P<number>[\d_.]+)(?=\s*(?:[,\]]|$))")  # as a whole value
+_NUMBER = re.compile(r"(?P<before>^\s*|(?<!\\)[\[,]\s*)(?P<number>[\d_.]+)(?=\s*(?:[,\]]|$))")  # as a whole value
 _HOME = re.compile(r"(?:^|(?<=[\[,]))~(?=/)")  # of the value, or of one in a list or a sweep
 _OVERRIDE = re.compile(r"[+~]*(?:hydra/)?[A-Za-z_][\w.@:-]*=", re.ASCII)
 
@@ -87,15 +87,17 @@ def to_override(word: str) -> str:
     if "," in value and (_TEXT.fullmatch(key) or "/" in value) and os.path.lexists(value):  # no sweep over its parts
         return f"{key}={quote(value)}"
     forms = [word, f"{key}={_PRIMITIVE.sub(_quote_primitive, value)}"]
-    if re.match(rf"[^\[{{\"']|{_RANGE}", value):  # neither a list, a dictionary nor quoted: text as a whole
-        forms.append(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
+    whole = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
+    if re.match(rf"[^\[{{\"']|{_RANGE}", value):  # neither a list, a dictionary nor quoted
+        forms.append(whole)
     for form in forms:
         with suppress(HydraException):
             parsed = OverridesParser.create().parse_override(form).value()
-            if not _TEXT.fullmatch(key):
+            if not _TEXT.fullmatch(key) or form == whole:
                 return form
             if _FLAT.fullmatch(value):  # a list or a sweep
-                return f"{key}={_NUMBER.sub(lambda found: found['before'] + quote(found['number']), value)}"
+                values = form.partition("=")[2]
+                return f"{key}={_NUMBER.sub(lambda found: found['before'] + quote(found['number']), values)}"
             other = isinstance(parsed, int | float) if key == "name" else type(parsed) in (int, float)
             return f"{key}={quote(value)}" if other or (key == "name" and parsed is None) else form
     return word

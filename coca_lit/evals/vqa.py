@@ -169,12 +169,14 @@ def generate_answers(
 def as_people_write(text: str) -> str:
     """A text without the blanks that CLIP's byte pairs put between digits, and around signs within a word: its 1 0 is
     10, 1 . 5 is 1.5, $ 2 0 is $20, 1 0 0 % is 100%, t - shirt is t-shirt, men 's is men's and 3 o ' clock 3 o'clock.
+    Other signs stay apart, as in dr . pepper, and two numbers beside each other become one.
     """
     text = re.sub(r"(?<=\d) (?=\d)", "", text)
-    signs = r"(?<=\d) [.:/] (?=\d)|(?<=\d) , (?=\d{3}\b)|(?<=\w) - (?=\w)|[$#] (?=\d)|\bo ' (?=clock\b)"
+    of_numbers = r"(?<=\d) [.:/'] (?=\d)|(?<=\d) , (?=\d{3}\b)|[$#] (?=\d)"
+    signs = rf"{of_numbers}|(?<=\w) - (?=\w)|(?<=\b\w) & (?=\w\b)|\bo ' (?=clock\b)"
     text = re.sub(signs, lambda sign: sign[0].replace(" ", ""), text)
     text = re.sub(r"\b\w \.(?: \w \.)+", lambda initials: initials[0].replace(" ", ""), text)
-    return re.sub(r"(?<=\d) (?=(?:[%°]|st|nd|rd|th)(?!\w))|(?<=\w) (?='(?:s|t|re|ve|m|ll|d)\b)", "", text)
+    return re.sub(r"(?<=\d) (?=(?:[%°]|s|st|nd|rd|th)(?!\w))|(?<=\w) (?='(?:s|t|re|ve|m|ll|d)\b)", "", text)
 
 
 def fitting(tokenizer: Tokenizer, question: str) -> str:

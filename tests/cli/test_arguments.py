@@ -145,6 +145,20 @@ def test_years_in_a_list_and_in_a_sweep_are_folders() -> None:
     assert to_override("data.shards=[Photos 2024,DCIM 100]") == "data.shards=[Photos 2024,DCIM 100]"
     assert to_override("seed=2023,2024") == "seed=2023,2024"
     assert to_override("init_from=false") == "init_from=false"
+    cfg = compose("caption", [to_override("images=[größe,2024]")])
+    assert cfg.images == ["größe", "2024"]
+    (sweep,) = OverridesParser.create().parse_overrides([to_override("init_from=größe/a,2024")])
+    assert [place.text for place in sweep.value().list] == ["größe/a", "2024"]
+
+
+@pytest.mark.parametrize("text", ["lr=0.1,seed=1", "two dogs, running!", "a man & a woman, 2 dogs"])
+def test_a_text_with_a_comma_that_no_list_could_hold_is_one_text(text: str) -> None:
+    assert compose("search", [to_override(f"query={text}")]).query == text
+    assert compose("train", [to_override(f"name={text}")]).name == text
+
+
+def test_an_escaped_comma_is_one() -> None:
+    assert compose("train", [to_override("name=a\\,5")]).name == "a,5"
 
 
 @pytest.mark.parametrize(("word", "said"), [("[a", "query='\"[a\"'"), ("{a: 1", "query='\"{a: 1\"'")])

@@ -504,6 +504,12 @@ def test_a_run_that_goes_on_does_not_need_the_file_that_it_began_with(
     (tmp_path / "checkpoints" / "step_1.ckpt").touch()
     command.command("train", lambda cfg: began.append(cfg.init_from))
     assert began == ["/gone.pt"]
+    monkeypatch.setattr("sys.argv", ["coca-train", f"output_dir={tmp_path}", "name=x", "ckpt_path=/gone.ckpt"])
+    with pytest.raises(SystemExit, match="ckpt_path"):
+        command.command("train", lambda cfg: began.append(cfg.ckpt_path))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    command.command("train", lambda cfg: began.append(cfg.ckpt_path))
+    assert began == ["/gone.pt", "/gone.ckpt"]
 
 
 @pytest.mark.parametrize(

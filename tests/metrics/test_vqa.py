@@ -152,7 +152,7 @@ def test_a_question_without_blanks_loses_its_last_characters() -> None:
     "answer",
     [
         *("10", "2009", "1.5", "1,000", "10:30", "9/11", "$20", "100%", "#1", "1st", "5:30 pm", "10 p.m.", "u.s.a."),
-        *("t-shirt", "men's", "2 dogs", "3 o'clock", "red , white"),
+        *("t-shirt", "men's", "2 dogs", "3 o'clock", "red , white", "1990s", "5'6", "a&w", "salt & pepper"),
     ],
 )
 def test_answers_in_byte_pairs_are_those_of_people(answer: str) -> None:

@@ -34,7 +34,7 @@ from coca_lit.data.near_duplicates import hash_files, held_out
 from coca_lit.data.pixels import SUFFIXES
 from coca_lit.data.records import MAX_MISSING, ImageFile, Record, not_found
 from coca_lit.errors import DataError
-from coca_lit.reading import encoding_of, printable, read_bounded, read_json
+from coca_lit.reading import encoding_of, printable, read_bounded, read_json, refuse_unlisted
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ def split_of(row: Mapping[str, Any], path: Path) -> str | None:
 def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...], None]]:
     """(file, captions, no split) of every photo that is not hidden, with the lines of the .txt of the same name."""
     inside, unread = root.resolve(), list[str]()
-    for folder, folders, files in os.walk(root):  # follows no links to folders
+    for folder, folders, files in os.walk(root, onerror=refuse_unlisted):  # follows no links to folders
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(folder, name) for name in folders):
             _check_inside(path, inside, path)

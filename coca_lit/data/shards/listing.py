@@ -172,7 +172,7 @@ def _matches(name: str, folders: Callable[[str], "Folder"]) -> list[str]:
     elif glob.has_magic(folder):
         if is_remote(folder):
             raise DataError(f"{name}: only the last part of a URL may hold * and ?")
-        parents = sorted(glob.glob(folder, recursive=True))
+        parents = sorted({*glob.glob(folder, recursive=True), *(["."] if folder == "**" else [])})
         return [match for parent in parents for match in _matches(f"{parent.rstrip('/')}/{last}", folders)]
     found = folders(folder)
     listed = [entry for entry in found.manifest if fnmatch(entry, last)]

@@ -27,12 +27,11 @@ from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
 from coca_lit.files import state_of
 from coca_lit.models.inputs import Images, Preprocessing, stack_images
-from coca_lit.reading import may_pass, open_regular, parse_json
+from coca_lit.reading import may_pass, open_regular, parse_json, refuse_unlisted
 
 SHARD = ".tar"
 FILES = (*SUFFIXES, *CLIPS)
 EXPECTED = f"expected images ({', '.join(SUFFIXES)}), clips ({', '.join(CLIPS)}), folders, or shards ({SHARD})"
-OF_THE_SYSTEM = ("lost+found", "System Volume Information")  # folders of a disk that nobody but it may list
 ORIGINAL = "original_caption"  # key of KEY.json that keeps what KEY.txt said
 ALL = "generated_captions"  # key of KEY.json with all new captions, if several were requested
 
@@ -144,14 +143,8 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder '{folder}'")
-
-    def refuse(error: OSError) -> None:
-        if Path(error.filename).name in OF_THE_SYSTEM:
-            return
-        raise DataError(f"the folder '{error.filename}' cannot be listed: {error.strerror}") from error
-
     found = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
+    for parent, folders, names in os.walk(folder, onerror=refuse_unlisted):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
     return sorted(found)

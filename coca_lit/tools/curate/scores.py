@@ -103,7 +103,7 @@ def find_scores(words: Sequence[str | Path]) -> list[Path]:
     found: dict[str, Path] = {}
     for word in map(str, words):
         pattern = os.path.join(glob.escape(word), f"*{SUFFIX}") if os.path.isdir(word) else word
-        paths = [word] if os.path.isfile(word) else sorted(glob.glob(pattern))
+        paths = [word] if os.path.isfile(word) else sorted(glob.glob(pattern, recursive=True))
         tars = sorted(glob.glob(os.path.join(glob.escape(word), "*.tar")))  # of a folder
         bare = [tar for tar in tars if f"{tar.removesuffix('.tar')}{SUFFIX}" not in paths]
         if bare and paths:

@@ -143,10 +143,13 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
     for place, own in zip(places, parts, strict=True):
         name = "/".join(own[-depth:])
         job = _read(place, JOB, {"status?": str, "error?": str})
-        if job.get("status", "ok") == "ok":
+        status = job.get("status", "ok")
+        if status == "ok" and job and not (place / RESULTS).is_file():
+            failed[name] = "it goes on after its sweep and has not ended"
+        elif status == "ok":
             runs.append(read_run(place)._replace(name=name))
         else:
-            failed[name] = job.get("error") or job["status"]
+            failed[name] = job.get("error") or status
     if failed and not runs:
         name, reason = next(iter(failed.items()))
         raise DataError(f"no run is finished; {name}: {reason}")

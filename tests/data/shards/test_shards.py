@@ -87,12 +87,14 @@ def test_read_shard(tmp_path):
     assert read(path, "nothing") == ([], {"no caption in the JSON under nothing": 2})
 
 
-def test_two_stars_are_folders_of_any_depth(tmp_path):
+def test_two_stars_are_folders_of_any_depth(tmp_path, monkeypatch):
     places = [tmp_path / "0.tar", tmp_path / "a" / "1.tar", tmp_path / "a" / "b" / "2.tar"]
     for place in places:
         place.parent.mkdir(exist_ok=True)
         place.touch()
     assert local_shards(f"{tmp_path}/**/*.tar") == places
+    monkeypatch.chdir(tmp_path)
+    assert sorted(map(Path.resolve, local_shards("**/*.tar"))) == places
 
 
 def test_incomplete_samples_are_counted_by_reason(tmp_path):

@@ -19,6 +19,7 @@ from coca_lit.cli.words import quote
 from coca_lit.data import pixels
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.datasets.annotations import read_results
+from coca_lit.data.datasets.folder import captions_beside
 from coca_lit.data.scenes.render import render
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.shard import Shard as ShardFile
@@ -215,6 +216,8 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(DataError, match="a' cannot be listed: Permission denied"):
         inputs.find_images(tmp_path)
+    with pytest.raises(DataError, match="a' cannot be listed: Permission denied"):
+        [*captions_beside(tmp_path, (".jpg",))]
     (tmp_path / "a").rename(tmp_path / "lost+found")  # of a disk, which only the system may list
     assert inputs.find_images(tmp_path) == []
 

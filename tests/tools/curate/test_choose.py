@@ -142,6 +142,18 @@ def test_nothing_of_another_set_stays(rows, tmp_path, distance, cosine):
     assert chosen(output) == names(expected)
 
 
+def test_two_stars_are_folders_of_any_depth(tmp_path):
+    places = [
+        tmp_path / "0.scores.parquet",
+        tmp_path / "a" / "1.scores.parquet",
+        tmp_path / "a" / "b" / "2.scores.parquet",
+    ]
+    for place in places:
+        place.parent.mkdir(exist_ok=True)
+        place.touch()
+    assert find_scores([f"{tmp_path}/**/*.scores.parquet"]) == places
+
+
 def test_a_duplicate_of_a_duplicate_stays(tmp_path):
     """At angles of 0, 10 and 20 degrees: the second goes, and the third is near nothing that stays."""
     angles = np.deg2rad([0, 10, 20])

@@ -432,6 +432,11 @@ def test_failed_jobs_are_on_the_comparison_page(tmp_path):
     page = write_comparison(*find_runs([tmp_path]), tmp_path).read_text()
     assert "<b>lr=9</b>: loss is not finite" in page
     assert "## failed\n\n- lr=9: loss is not finite" in (tmp_path / "report.md").read_text()
+    make_run(tmp_path / "lr=2", {"scenes/CIDEr": 0.6})
+    (tmp_path / "lr=2" / "job.json").write_text('{"status": "ok"}')
+    (tmp_path / "lr=2" / "results.json").unlink()
+    runs, others = find_runs([tmp_path])
+    assert ([run.name for run in runs], others["lr=2"]) == (["lr=1"], "it goes on after its sweep and has not ended")
     (tmp_path / "lr=1" / "job.json").write_text('{"status": "failed", "error": "disk is full"}')
     with pytest.raises(DataError, match="lr=1: disk is full"):
         write_comparison(*find_runs([tmp_path]), tmp_path)
