@@ -38,7 +38,7 @@ class CoCaLit(L.LightningModule):
         contrastive_weight: factor of the contrastive loss; 0 skips it and freezes what only it trains.
         caption_weight: factor of the caption loss; 0 skips it and freezes what only it trains, the decoder.
         text_weight: factor of the caption loss on batches of texts without images.
-        label_smoothing: in the caption loss, see `Pairs`.
+        label_smoothing: in the caption loss of pairs and of texts, see `Pairs`; `objectives` have their own.
         self_critical: trains captions by their CIDEr-D; replaces the caption loss and takes its weight.
         freeze: further parts of the network to freeze, see `CoCa.freeze`; or a single one.
         grad_checkpointing: trade time for activation memory: none | cross_attention | blocks, see

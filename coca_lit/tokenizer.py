@@ -27,7 +27,7 @@ from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 
-from coca_lit.errors import check_number
+from coca_lit.errors import DataError, check_number
 from coca_lit.reading import MAX_JSON, read_bounded
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ ASSETS = Path(__file__).parent / "assets"
 CLIP_MERGES, GPT2_MERGES = ASSETS / "clip_merges.txt.gz", ASSETS / "gpt2_merges.txt.gz"
 CONTEXT_LENGTH = 76  # tokens of a text; OpenCLIP's CoCa has 77 positions, the last of which is its CLS token's
 _DECODERS = ("ByteLevel", "Metaspace", "ByteFallback", "WordPiece", "BPEDecoder")
+MAX_PACKED = 3 * 2**20  # bytes of a packed tokenizer.json; files of weights describe a model in at most 4 MiB
 MAX_GROWTH = 10_000  # times as long as a text may become in a tokenizer.json
 # Characters that a step of it makes of one, at most: NFKC writes U+FDFA with 18.
 _GROWTH = {
@@ -269,7 +270,7 @@ class JsonTokenizer(Tokenizer):
         if self.vocab_size > 2 * len(ids) + 1024:
             raise ValueError(f"the tokenizer has {len(ids):,} tokens with ids up to {self.vocab_size - 1:,}")
         special = {token.content for token in self.bpe.get_added_tokens_decoder().values() if token.special}
-        read = _reader(described.get("decoder") or {})
+        read = _reader(described.get("decoder") or {}, model.get("end_of_word_suffix") or "")
         self.token_bytes = [b""] * self.vocab_size
         for token, i in ids.items():
             if token not in special and i not in (self.sot_id, self.eot_id, self.pad_id, self.unk_id):
@@ -280,9 +281,16 @@ class JsonTokenizer(Tokenizer):
 
 
 def pack(file: Path) -> str:
-    """A `tokenizer.json` as a checkpoint stores it: compressed, in base64; raises `DataError` if it cannot be read."""
+    """A `tokenizer.json` as a checkpoint stores it: compressed, in base64; raises `DataError` if it cannot be read, or
+    takes more than `MAX_PACKED` bytes then.
+    """
     content = read_bounded(file, MAX_JSON, "is not a readable tokenizer.json")
-    return base64.b64encode(zlib.compress(content, 9)).decode()
+    packed = base64.b64encode(zlib.compress(content, 9)).decode()
+    if len(packed) > MAX_PACKED:
+        raise DataError(
+            f"{file} takes {len(packed):,} bytes in a checkpoint, where {MAX_PACKED:,} are read: take a smaller one"
+        )
+    return packed
 
 
 def _growth(step: Mapping[str, Any]) -> float:
@@ -304,12 +312,12 @@ def _growth(step: Mapping[str, Any]) -> float:
     return _GROWTH.get(kind, 1)
 
 
-def _reader(decoder: Mapping[str, Any]) -> Callable[[str], bytes]:
-    """What turns a token of a file into the bytes that it stands for."""
+def _reader(decoder: Mapping[str, Any], end_of_word: str) -> Callable[[str], bytes]:
+    """What turns a token of a file into the bytes that it stands for; a blank follows the end of a word."""
     kinds = {part.get("type") for part in (decoder, *decoder.get("decoders", []))}
     byte_of = _byte_of_symbol()
     if "ByteLevel" in kinds:
-        return lambda token: b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode() for c in token)
+        return lambda token: _token_bytes(token, byte_of, end_of_word)
     if kinds & {"Metaspace", "ByteFallback"}:  # SentencePiece's
         byte = re.compile("<0x([0-9A-F]{2})>")
         return lambda token: (
@@ -399,9 +407,10 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     return [(left, right) for left, right in map(str.split, lines)]
 
 
-def _token_bytes(token: str, byte_of: dict[str, int]) -> bytes:
-    symbols = token.removesuffix("</w>")
-    return bytes(byte_of[s] for s in symbols) + (b" " if symbols != token else b"")
+def _token_bytes(token: str, byte_of: dict[str, int], end_of_word: str = "</w>") -> bytes:
+    symbols = token.removesuffix(end_of_word)
+    content = b"".join(bytes([byte_of[s]]) if s in byte_of else s.encode() for s in symbols)
+    return content + (b" " if symbols != token else b"")
 
 
 def _byte_of_symbol() -> dict[str, int]:

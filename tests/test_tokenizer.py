@@ -315,6 +315,19 @@ def test_the_end_is_a_label_where_it_is_the_unknown_token_of_bytes(tmp_path: Pat
             get_tokenizer({"packed": pack(tmp_path / "words.json"), **SPECIAL})
 
 
+def test_a_file_of_clip_writes_words_with_blanks_between_them(clip: Tokenizer, tmp_path: Path) -> None:
+    """Its tokens end in </w> at the end of a word, and its decoder is the one of GPT-2's bytes."""
+    file = HFTokenizer.from_str(clip.bpe.to_str())
+    file.decoder = decoders.ByteLevel()
+    special = {"start": "<|startoftext|>", "end": "<|endoftext|>", "pad": "<pad>"}
+    file.add_special_tokens([*special.values()])
+    file.save(str(tmp_path / "clip.json"))
+    read = get_tokenizer({"packed": pack(tmp_path / "clip.json"), **special})
+    text = "a dog on the beach, naïve and 3 o'clock"
+    assert read.encode(text)[1:-1] == clip.encode(text)[1:-1]
+    assert read.decode(read.encode(text)) == clip.decode(clip.encode(text))
+
+
 @pytest.mark.parametrize(
     ("steps", "text"),
     [
@@ -380,6 +393,11 @@ def test_a_tokenizer_file_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "far.json").write_text(json.dumps(described))
     with pytest.raises(ValueError, match=r"has 601 tokens with ids up to 5,000,000"):
         get_tokenizer({"packed": pack(tmp_path / "far.json"), **SPECIAL})
+    noise = {f"{random.Random(i).getrandbits(256):x}": 1000 + i for i in range(120_000)}
+    described["model"]["vocab"] = noise
+    (tmp_path / "large.json").write_text(json.dumps(described))
+    with pytest.raises(DataError, match=r"large\.json takes .* bytes in a checkpoint, where 3,145,728 are read"):
+        pack(tmp_path / "large.json")
     source = HFTokenizer.from_file(str(file))
     source.decoder = decoders.CTC()
     source.save(str(file))

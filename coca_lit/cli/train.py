@@ -86,15 +86,16 @@ def run(cfg: DictConfig) -> dict[str, float]:
         elif start is not None:
             print_rank_zero(f"note: {type(data).__name__} begins its epoch again, as it does not keep its place")
         evals, not_run = build_evals(cfg)
-        if start is None and isinstance(data, CaptionDataModule):
-            of_pairs = any(module.pairs.weights.values()) or bool(module.pairs.joined)
-            check_data(data, module.net, module.reads_captions, of_pairs)
         if start is None and isinstance(data, RecordsDataModule):
             held_out = {evaluation.name: evaluation.records for evaluation in evals}
             check_held_out(data.train_records, held_out)
         scoring = build_scoring(cfg, evals)
+        generate = scoring.settings.generate or {}
         with error_context("scoring.generate"):
-            check_options(module.net, scoring.settings.generate or {})
+            check_options(module.net, generate)
+        if start is None and isinstance(data, CaptionDataModule):
+            of_pairs = any(module.pairs.weights.values()) or bool(module.pairs.joined)
+            check_data(data, module.net, generate, module.reads_captions, of_pairs)
         if cfg.scoring.objective is not None:
             scoring.check_score("scoring.objective", cfg.scoring.objective, at_end=True)
         report = build_report(cfg)

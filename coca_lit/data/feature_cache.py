@@ -172,7 +172,7 @@ class FeatureCache:
                 if batch[i].may_pass:
                     raise DataError(f"{name}: {batch[i].reason}")
                 if view == 0:
-                    log.warning("%s is left out: %s", name, batch[i].reason)
+                    log.warning("%s is left out of training: %s", name, batch[i].reason)
             images = torch.stack([image if isinstance(image, Tensor) else blank for image in batch])  # (b, 3, H, W)
             layout = torch.channels_last if images.ndim == 4 else torch.preserve_format
             with self.precision():
@@ -232,7 +232,7 @@ def read_features(path: Path, i: int) -> Tensor:
     """Features (S, C) of record i, fp16; raises `DataError` if its image could not be decoded."""
     features = torch.from_numpy(np.array(_map(path)[i]))
     if features[0, 0].isnan():
-        raise DataError(f"image {i} could not be decoded when {path} was written")
+        raise DataError(f"image {i} could not be decoded when {path} was written: repair it, or leave it out")
     return features
 
 

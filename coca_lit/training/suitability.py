@@ -8,6 +8,8 @@ from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
+from typing import Any
 
 from PIL import Image
 
@@ -16,19 +18,28 @@ from coca_lit.data.records import ImageFile, Record, drawn
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import DataError
 from coca_lit.models import CoCa
+from coca_lit.models.generation.options import complete
 from coca_lit.tokenizer import Tokenizer, unknown_words
 
 CAPTIONS, IMAGES = 1000, 8  # that are looked at
 ALIKE = 64  # images that are looked at where the first `IMAGES` are equal: they may be by chance
 SOME, MOST = 0.05, 0.25  # share of unknown words or cut captions worth a warning; of unknown words: an error
+SPACED = 12  # characters; longer texts should be several words
 FAR = 2  # times that the model's input is larger than an image
 FILES, COMPARED = 20_000, 200  # training photos up to which contents are compared, and photos held out that are
 
 
-def check_data(data: CaptionDataModule, net: CoCa, read_captions: bool = True, of_pairs: bool = False) -> None:
+def check_data(
+    data: CaptionDataModule,
+    net: CoCa,
+    generate: Mapping[str, Any] = MappingProxyType({}),
+    read_captions: bool = True,
+    of_pairs: bool = False,
+) -> None:
     """Compares the training data with the network that is to learn them.
 
     Args:
+        generate: the options with which captions are generated for scores.
         read_captions: whether a loss reads the captions, which may be labels alone; questions are always read.
         of_pairs: whether a loss takes one text for each image.
 
@@ -45,6 +56,20 @@ def check_data(data: CaptionDataModule, net: CoCa, read_captions: bool = True, o
     for texts in (captions, [record.question for record in records if record.question]):
         if texts:
             check_captions(texts, net.tokenizer)
+    joined = sum(len(text) > SPACED and len(text.split()) == 1 for text in captions)
+    if joined > len(captions) / 2:
+        _warn(
+            "half of the training captions have no blanks between words: BLEU, METEOR, ROUGE-L and CIDEr take each for "
+            "one word; retrieval scores do not depend on it"
+        )
+    context = net.tokenizer.context_length
+    lengths = [min(length, context) for length in net.tokenizer.lengths(captions)]
+    written = complete(generate).lengths(context)[1]
+    if lengths and net.decoder is not None and median(lengths) > written:  # such as Chinese in CLIP's byte pairs
+        _warn(
+            f"half of the training captions have more than the {written} tokens of a generated one: set "
+            f"scoring.generate.max_length={max(lengths)}, and later generate.max_length={max(lengths)} for coca-caption"
+        )
     if records and not records[0].question:  # an image has several
         check_images(drawn(records, ALIKE), net.image_size, net.image_encoder.takes_patches)
 

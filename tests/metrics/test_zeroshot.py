@@ -96,6 +96,16 @@ def test_class_features_by_hand():
     assert torch.allclose(class_features(prompts), expected)
 
 
+def test_what_is_not_read_in_folders_of_classes_is_told(tmp_path, caplog):
+    for name in ("cat/1.JPG", "cat/2.heic", "cat/inner/3.jpg", "dog/inner/4.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [record.id for record in image_folder(tmp_path).records] == ["cat/1.JPG"]
+    empty, left_out = caplog.messages
+    assert empty == f"1 of 2 classes in {tmp_path} have no image, e.g. dog"
+    assert left_out == f"left out 3 files or folders of classes in {tmp_path}, e.g. cat/2.heic"
+
+
 def test_folders(digits, tmp_path):
     plain = image_folder(digits)
     assert plain.class_names == tuple(f"d{i}" for i in range(10))

@@ -76,6 +76,20 @@ def test_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         check(*[(0, "a black cat runs")] * 4)
 
 
+def test_captions_longer_than_generated_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["一个穿着红色上衣的女人站在街道上", "a dog", "两个孩子在海滩上玩一个黄色的大球"]
+    records = [Record(i, partial(render, i), text) for i, text in enumerate(texts)]
+    net = create_model("coca_tiny", tokenizer="clip", context_length=76)
+    data = RecordsDataModule({"train": records}, tokenizer=net.tokenizer, batch_size=2)
+    need = max(net.tokenizer.lengths(texts))
+    check_data(data, net)
+    assert f"scoring.generate.max_length={need}" in (text := said(capsys))
+    assert "no blanks between words" in text
+    for given in ({"max_length": need}, {"max_length": need + 3}):
+        check_data(data, net, given)
+        assert "max_length" not in said(capsys)
+
+
 def test_pairs_of_images_have_no_caption_each() -> None:
     pairs = [Record(i, partial(render, i), "true", question="?", further=[partial(render, i + 1)]) for i in range(4)]
     net = create_model("coca_tiny", tokenizer=["true"])

@@ -3,7 +3,7 @@
 The captions of a record are the right text and then the wrong ones; the kind of the case is its domain.
 """
 
-from collections.abc import Sequence
+import random
 from pathlib import Path
 
 from coca_lit.data.datasets.annotations import MAX_BYTES, find_file, listing, read_json_lines, schema
@@ -58,7 +58,8 @@ def sugarcrepe_pp_records(root: str | Path, images: str | Path | None = None) ->
     return _with_images(listings, root, images)
 
 
-def _with_images(listings: Sequence[Listing], root: Path, images: str | Path | None) -> list[Record]:
+def _with_images(listings: list[Listing], root: Path, images: str | Path | None) -> list[Record]:
+    random.Random(0).shuffle(listings)  # so that the first few, which quick scores take, are of all kinds
     places = [Path(images)] if images is not None else []
     folders = [base / name for base in (*places, root) for name in ("val2017", ".")]
     return records_on_disk(listings, folders, root, "name COCO's val2017 by records.images")

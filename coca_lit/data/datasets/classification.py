@@ -3,6 +3,7 @@
 Class names and prompt templates are data: a JSON file {"classes": {folder: name}, "templates": ["a photo of a {}."]}.
 """
 
+import logging
 import os
 import random
 from collections import Counter
@@ -32,7 +33,9 @@ from coca_lit.data.scenes.render import (
 )
 from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
-from coca_lit.reading import read_json
+from coca_lit.reading import printable, read_json
+
+log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parents[2] / "assets"
 TEMPLATES, CLIP_TEMPLATES = ("a photo of a {}.",), ("a video of {}.",)
@@ -85,6 +88,12 @@ def image_folder(
     images = [(folder, file) for folder, file in files if file.lower().endswith(CLIPS if frames else SUFFIXES)]
     if not images:
         raise not_found("classified images", [root / folders[0]], how)
+    with_images = {folder for folder, _ in images}
+    if empty := [folder for folder in folders if folder not in with_images]:
+        of = f"{len(empty)} of {len(folders)} classes in {root}"
+        log.warning("%s have no image, e.g. %s", of, printable(empty[0]))
+    if unread := [file for _, file in files if not file.lower().endswith(CLIPS if frames else SUFFIXES)]:
+        log.warning("left out %d files or folders of classes in %s, e.g. %s", len(unread), root, printable(unread[0]))
     random.Random(0).shuffle(images)
     number = {folder: i for i, folder in enumerate(names)}
     records = [Record(file, image_file(root / file, frames)) for _, file in images]

@@ -199,11 +199,12 @@ def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str
         for path in (Path(folder, name) for name in folders):
             _check_inside(path, inside, path)
         shown = {Path(name).stem for name in files if Path(name).suffix.lower() in suffixes}
-        described = {Path(name).stem for name in files if name.endswith(".txt")} - shown
-        unread += [name for name in sorted(files) if not name.endswith(".txt") and Path(name).stem in described]
+        texts = {Path(name).stem: name for name in sorted(files) if name.lower().endswith(".txt")}
+        described = texts.keys() - shown
+        unread += [n for n in sorted(files) if not n.lower().endswith(".txt") and Path(n).stem in described]
         for path in (Path(folder, name) for name in sorted(files) if not name.startswith(".")):
             if path.suffix.lower() in suffixes:
-                text, content = path.with_suffix(".txt"), b""
+                text, content = path.with_name(texts.get(path.stem, f"{path.stem}.txt")), b""
                 if text.is_file():
                     for file in (path, text):
                         if file.is_symlink():  # what else is found in the folder lies there

@@ -33,7 +33,7 @@ from coca_lit.data.transforms import TrainTransform, as_tensor, augmented
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
 from coca_lit.models.inputs import Images
-from coca_lit.reading import parse_json
+from coca_lit.reading import encoding_of, parse_json
 from coca_lit.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -113,7 +113,8 @@ def pair_of(
         with suppress(DataError):
             content = parse_json(whole.get("json", b""), "the JSON", dict)
     for name in caption_keys:
-        text = whole.get("txt", b"").decode(errors="replace") if name == "txt" else content.get(name)
+        of_file = whole.get("txt", b"")
+        text = of_file.decode(encoding_of(of_file), errors="replace") if name == "txt" else content.get(name)
         texts = text if isinstance(text, list) else [text]
         if fitting := clean_captions(text for text in texts if isinstance(text, str)):
             captions[name] = fitting

@@ -248,7 +248,9 @@ def scan_shard(path: Path) -> tuple[list[Sample], str]:
             sample = Sample(fields["__key__"], places)
             if not sample.image and kind_of(places, CLIP_SUFFIXES):
                 raise DataError(f"{path} holds clips: only clips in files of their own are captioned")
-            if sample.image and sample.key in samples:  # captions are kept by key
+            if not sample.image and sample.key in samples:
+                problem = f"the members of {sample.key!r} do not follow each other"
+            elif sample.image and sample.key in samples:  # captions are kept by key
                 problem = f"two samples have the key {sample.key!r}"
             elif sample.image:
                 samples[sample.key] = sample

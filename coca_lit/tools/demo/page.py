@@ -261,7 +261,7 @@ def _banner(model: CoCa, checkpoint: str, builtin: bool, vocabulary: Sequence[st
         size += f", OpenCLIP's weights, downloaded once from {known.repo}"
         notes += [escape(known.note)] if known.note else []
     if vocabulary is None:
-        notes.append("It knows photos, and English text of any words.")
+        notes.append("It reads texts of any words, in the languages that it was trained on.")
     elif knows_only_scenes(model):
         notes.append("It knows coloured shapes, one beside or above the other, and <b>nothing about photos</b>.")
     else:

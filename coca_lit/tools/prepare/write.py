@@ -33,7 +33,7 @@ from coca_lit.data.shards.shard import ManifestEntry, Shard, entry_of, sha256_of
 from coca_lit.data.shards.tar import tar_writer
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.files import append_lines, atomic_write, is_leftover, remove_leftovers, size_and_time, whole_lines
-from coca_lit.reading import counts_of, may_pass, open_regular, parse_json, printable, texts_of
+from coca_lit.reading import counts_of, encoding_of, may_pass, open_regular, parse_json, printable, texts_of
 from coca_lit.tools.prepare import Run
 
 JOURNAL = ".prepare.journal"  # digest of the plan, then a line per shard; kept, so that a repetition finds all done
@@ -190,7 +190,8 @@ def _from_shard(path: Path, bad: BadSamples) -> Iterator[Found]:
             meta = parse_json(fields.get("json", b"{}")[: MAX_TEXT + 1], "the JSON", dict)
         except DataError:
             meta = {}
-        caption = fields.get("txt", b"")[:MAX_TEXT].decode("utf-8", errors="replace")
+        text = fields.get("txt", b"")[:MAX_TEXT]
+        caption = text.decode(encoding_of(text), errors="replace")
         more = meta.get("captions")
         captions = tuple(dict.fromkeys(clean([caption, *(more if isinstance(more, list) else ())])))
         meta = {**meta, "source_key": fields["__key__"]}

@@ -148,6 +148,23 @@ def test_texts_of_windows_are_read_and_others_refused(tmp_path: Path) -> None:
         folder_records(tmp_path, "train")
 
 
+def test_suffixes_may_be_upper_case(tmp_path: Path) -> None:
+    fill(tmp_path, ("a.PNG", "b.png"))
+    (tmp_path / "a.TXT").write_text("a dog")
+    (tmp_path / "b.txt").write_text("a cat")
+    found = captions_beside(tmp_path, (".png",))
+    assert [(name, captions) for name, captions, _ in found] == [("a.PNG", ("a dog",)), ("b.png", ("a cat",))]
+
+
+def test_several_captions_go_before_one(tmp_path: Path) -> None:
+    """As `coca-caption` writes them."""
+    row = {"path": "0.jpg", "caption": "one", "captions": ["one", "two"], "file": [1, 2]}
+    (fill(tmp_path, CAPTIONS) / "captions.jsonl").write_text(
+        "\n".join(json.dumps(row | {"path": name}) for name in CAPTIONS)
+    )
+    assert {record.captions for record in folder_records(tmp_path, "train")} == {("one", "two")}
+
+
 def test_a_quote_that_is_not_closed_is_refused(tmp_path: Path) -> None:
     rows = [name + "\t" + '"' * (name == "3.jpg") + "a dog" for name in CAPTIONS]
     (fill(tmp_path) / "captions.tsv").write_text("\n".join(["file\tcaption", *rows]))

@@ -14,6 +14,7 @@ from coca_lit.data.shards.listing import find_shards, local_shards
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.shard import Shard
 from coca_lit.errors import DataError, DataNotFoundError
+from coca_lit.tools.prepare.write import _from_shard
 from helpers.running import ROOT
 from helpers.shards import TOKENIZER, jpeg, read, spoil, write_shards, write_tar
 
@@ -85,6 +86,16 @@ def test_read_shard(tmp_path):
     assert (sample.id, sample.image.content, sample.captions) == ("00000", jpeg(0), ("a dog number",))
     assert [s.captions for s in read_shard(Shard(str(path)), ["recaption"], BadSamples(0))] == [("a dog",)] * 2
     assert read(path, "nothing") == ([], {"no caption in the JSON under nothing": 2})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_texts_of_windows_are_read(tmp_path, encoding):
+    files = {
+        f"{i}.{end}": content for i in (0, 1) for end, content in (("jpg", jpeg(i)), ("txt", "größe".encode(encoding)))
+    }
+    path = write_tar(tmp_path / "x.tar", files)
+    assert [s.captions for s in read_shard(Shard(str(path)), ["txt"], BadSamples(0))] == [("größe",)] * 2
+    assert [captions for *_, captions, _ in _from_shard(path, BadSamples(0))] == [("größe",)] * 2
 
 
 def test_two_stars_are_folders_of_any_depth(tmp_path, monkeypatch):

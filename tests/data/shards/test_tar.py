@@ -10,7 +10,7 @@ from webdataset.tariterators import base_plus_ext
 
 from coca_lit.data.shards.tar import Member, group_members, tar_members, tar_writer
 from coca_lit.tools.caption.inputs import Shard, scan_shard, write_shard
-from helpers.shards import members, read, write_shards, write_tar
+from helpers.shards import jpeg, members, read, write_shards, write_tar
 
 
 def sparse(name: str, stored: bytes, claimed: int) -> bytes:
@@ -69,6 +69,13 @@ def test_a_truncated_tar_is_recaptioned_up_to_its_last_complete_sample(tmp_path)
     samples, problem = scan_shard(path)
     assert [sample.key for sample in samples] == ["00000", "00001"]
     assert problem
+
+
+def test_members_that_do_not_follow_each_other_are_a_problem(tmp_path):
+    path = write_tar(tmp_path / "x.tar", {"0.jpg": jpeg(0), "1.jpg": jpeg(1), "0.txt": b"a dog", "1.txt": b"a cat"})
+    samples, problem = scan_shard(path)
+    assert [sample.key for sample in samples] == ["0", "1"]
+    assert problem == "the members of '1' do not follow each other"
 
 
 def test_a_recaptioned_shard_holds_no_code(tmp_path):
