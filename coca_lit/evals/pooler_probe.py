@@ -6,9 +6,9 @@ Shapes: N training images, I images to classify, S tokens, C width of the encode
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from coca_lit.data.feature_cache import FeatureCache, read_features
+from coca_lit.data.feature_cache import BYTES, FeatureCache, read_features
 from coca_lit.data.prefetch import worker_options
 from coca_lit.data.records import Record
 from coca_lit.data.transforms import Transform, build_transform, loaded, whole
@@ -27,8 +27,6 @@ from coca_lit.models.image import ImageEncoder
 from coca_lit.models.init import init_pooler
 from coca_lit.models.inputs import joined
 from coca_lit.models.layers import AttentionalPooler
-
-BYTES = 2  # of a number in fp16
 
 
 class Probed(NamedTuple):
@@ -41,6 +39,7 @@ class Probed(NamedTuple):
     means: Tensor
 
 
+@dataclass(frozen=True)
 class PoolerProbe:
     """A learned query that attends to all tokens of the frozen encoder, and a linear layer on what it gathers, trained
     with AdamW and half a cosine (CoCa, arXiv 2205.01917, section 4.1: "frozen").
@@ -59,26 +58,22 @@ class PoolerProbe:
         seed: of initial values and order.
     """
 
-    def __init__(
-        self,
-        cache_dir: str,
-        epochs: int = 20,
-        lr: float = 1e-3,
-        weight_decay: float = 0.01,
-        batch_size: int = 256,
-        heads: int = 8,
-        label_smoothing: float = 0.0,
-        max_gb: float = 20.0,
-        seed: int = 0,
-    ) -> None:
-        for name, value, lowest in (("epochs", epochs, 0), ("batch_size", batch_size, 1), ("heads", heads, 1)):
-            check_number(name, value, whole=True, at_least=lowest)
-        for name, number in (("lr", lr), ("weight_decay", weight_decay), ("max_gb", max_gb)):
-            check_number(name, number, at_least=0)
-        check_number("label_smoothing", label_smoothing, at_least=0, at_most=1)
-        self.cache_dir, self.epochs, self.lr, self.weight_decay = cache_dir, epochs, lr, weight_decay
-        self.batch_size, self.heads, self.label_smoothing = batch_size, heads, label_smoothing
-        self.max_gb, self.seed = max_gb, seed
+    cache_dir: str
+    epochs: int = 20
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    batch_size: int = 256
+    heads: int = 8
+    label_smoothing: float = 0.0
+    max_gb: float = 20.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("epochs", 0), ("batch_size", 1), ("heads", 1)):
+            check_number(name, getattr(self, name), whole=True, at_least=lowest)
+        for name in ("lr", "weight_decay", "max_gb"):
+            check_number(name, getattr(self, name), at_least=0)
+        check_number("label_smoothing", self.label_smoothing, at_least=0, at_most=1)
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -160,8 +155,8 @@ class TokenMaps:
         cache_dir: str | Path,
         stored: int,
         device: torch.device,
-        workers: int = 0,
-        arguments: Mapping[str, Any] = MappingProxyType({}),
+        workers: int,
+        arguments: Mapping[str, Any],
     ) -> None:
         self.encoder, self.transform, self.records = encoder, transform, records
         self.stored, self.device, self.workers = stored, device, workers
