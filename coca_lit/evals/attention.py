@@ -38,17 +38,12 @@ def attention_samples(
     for record in spread(records, count):
         pixels = transform(record.image())  # (3, H, W) uint8, or patches
         words, maps = word_maps(model, pixels, seeded_by([record], options, model.device))
-        picture = picture_of(pixels)
+        seen = pixels.pixels() if isinstance(pixels, Patches) else pixels  # (3, H, W)
+        picture = Image.fromarray(seen.permute(1, 2, 0).cpu().numpy())
         drawn = [thumbnail(overlay(picture, part)) for part in maps]
         rows = [{"word": word, "map": image} for word, image in zip(words, drawn, strict=True)]
         samples.append({"image": thumbnail(picture), "caption": " ".join(words), "words": rows})
     return samples
-
-
-def picture_of(image: Images) -> Image.Image:
-    """As the model sees it."""
-    pixels = image.pixels() if isinstance(image, Patches) else image  # (3, H, W)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def word_maps(model: CoCa, pixels: Images, options: Mapping[str, Any]) -> tuple[list[str], Tensor]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -185,8 +185,8 @@ def test_meteor_of_empty_captions():
 
 @pytest.mark.slow
 def test_killed_meteor_is_an_error_not_a_hang():
-    with Meteor() as meteor:
-        process = meteor._process
+    with closing(Meteor()) as meteor:
+        process = meteor.start()
         os.kill(process._java.pid, signal.SIGSTOP)  # it cannot answer
         threading.Timer(0.5, process._java.kill).start()
         start = time.monotonic()

@@ -10,7 +10,7 @@ import functools
 import re
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Meteor:
     """Scores captions as the COCO caption evaluation does: METEOR 1.5, English, normalised, default weights.
 
     The process starts at ``start`` or at the first ``score``, and again when it has died. Threads may share an
-    instance; ``with Meteor() as meteor`` closes it.
+    instance.
     """
 
     def __init__(self) -> None:
@@ -85,13 +85,6 @@ class Meteor:
         """End the process, if any; a pending ``score`` then fails."""
         if self._process is not None:
             self._process.kill()
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def _scores(process: Conversation, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> MeteorScores:
