@@ -161,14 +161,7 @@ class _Tensors(dict[str, Tensor]):
 
 
 def _load(model: CoCa | CLIP, theirs: Mapping[str, Tensor], names: Names) -> None:
-    """Fills a model with all of the tensors.
-
-    Args:
-        names: of our tensors in OpenCLIP.
-
-    Raises:
-        ValueError: tensors are missing, left over or of the wrong shape.
-    """
+    """Fills a model with all of the tensors; raises ValueError if some are missing, left over or of the wrong shape."""
     theirs, ours = _Tensors(theirs), {}
     for name, target in model.state_dict().items():
         if match := _CROSS_ATTENTION.fullmatch(name):
