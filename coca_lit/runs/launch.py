@@ -7,12 +7,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from coca_lit.errors import ConfigError
+from coca_lit.errors import ConfigError, UserError
 from coca_lit.machine import is_first_process
+from coca_lit.reading import printable
 from coca_lit.runs.redaction import redact
 
 RUN_ID = "COCA_LIT_RUN_ID"  # tells the processes that Lightning starts
@@ -87,6 +89,21 @@ def announce(command: str) -> None:
     """The first line of a command on a terminal, before the seconds that its config and libraries take."""
     if sys.stderr.isatty() and is_first_process():
         print(f"{command}: starting …", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def started(command: str, *mistakes: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
+    """Around a command without Hydra, which is announced: a `UserError`, and what else counts as a mistake of the user,
+    is one sentence on standard error and exit code 1.
+    """
+    announce(command)
+    told: tuple[type[Exception], ...] = (UserError, *mistakes)
+    try:
+        yield
+    except told as error:
+        sys.exit(f"error: {printable(str(error))}")
+    except KeyboardInterrupt:
+        sys.exit(interrupted)
 
 
 def job_folder(overrides: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coca_lit.runs.launch import isolate
+from coca_lit.runs.launch import isolate, started
 from coca_lit.tools.curate.command import Words, add_dedup, add_filter, add_score, add_teach, positive, print_faults
 
 if TYPE_CHECKING:
@@ -64,20 +64,9 @@ def data(arguments: Sequence[str] | None = None) -> None:
     if engine and "engine" not in options:
         parser.error(f"unrecognized arguments: {' '.join(engine)}")
     options.engine = engine
-
-    from coca_lit.runs.launch import announce
-
-    announce("coca-data")
-    from coca_lit.errors import UserError
-    from coca_lit.reading import printable
-
-    try:
+    how = "begins again" if options.command in ("filter", "dedup") else "resumes from here"
+    with started("coca-data", FileNotFoundError, PermissionError, interrupted=f"interrupted: the same command {how}"):
         options.run(options)
-    except (UserError, FileNotFoundError, PermissionError) as error:
-        sys.exit(printable(f"error: {error}"))
-    except KeyboardInterrupt:
-        how = "begins again" if options.command in ("filter", "dedup") else "resumes from here"
-        sys.exit(f"interrupted: the same command {how}")
 
 
 def _add_check(commands: "Commands") -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from coca_lit.runs.launch import isolate
+from coca_lit.runs.launch import isolate, started
 
 EXAMPLE = "for example: coca-report outputs/demo   or, to compare: coca-report outputs/a outputs/b"
 
@@ -37,16 +37,13 @@ def report(arguments: Sequence[str] | None = None) -> None:
     if not options.folders:
         sys.exit(f"error: name the folder of a run; {EXAMPLE}   (more: coca-report --help)")
 
-    from coca_lit.runs.launch import announce
+    with started("coca-report"):
+        from coca_lit.errors import DataError, suggest
+        from coca_lit.reading import printable
+        from coca_lit.tools.report.page import write_comparison, write_report
+        from coca_lit.tools.report.runs import find_runs
+        from coca_lit.tools.report.terminal import summary
 
-    announce("coca-report")
-    from coca_lit.errors import DataError, UserError, suggest
-    from coca_lit.reading import printable
-    from coca_lit.tools.report.page import write_comparison, write_report
-    from coca_lit.tools.report.runs import find_runs
-    from coca_lit.tools.report.terminal import summary
-
-    try:
         first = options.folders[0]
         runs, failed = find_runs(options.folders)
         scores = [*dict.fromkeys(name for run in runs for name in run.results)]
@@ -68,5 +65,3 @@ def report(arguments: Sequence[str] | None = None) -> None:
             output = options.output or (Path("outputs/comparison") if several else first)
             page = write_comparison(runs, failed, output, objective)
         print(f"{summary(runs, failed, objective)}\n\n{printable(str(page))}".lstrip())
-    except UserError as error:
-        sys.exit(f"error: {printable(str(error))}")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coca_lit.runs.launch import isolate
+from coca_lit.runs.launch import isolate, started
 
 if TYPE_CHECKING:
     from coca_lit.data.records import Listing
@@ -80,15 +80,12 @@ def score(arguments: Sequence[str] | None = None) -> None:
     if options.output and options.output.is_dir():
         parser.error(f"--output must name a file, but {options.output} is a folder")
 
-    from coca_lit.runs.launch import announce
+    with started("coca-score", ValueError, RuntimeError, FileNotFoundError):
+        from coca_lit.errors import error_context
+        from coca_lit.files import write_json
+        from coca_lit.reading import printable, read_json
+        from coca_lit.runs.scores import print_scores
 
-    announce("coca-score")
-    from coca_lit.errors import UserError, error_context
-    from coca_lit.files import write_json
-    from coca_lit.reading import printable, read_json
-    from coca_lit.runs.scores import print_scores
-
-    try:
         if options.output:
             with error_context("--output"):  # now, as SPICE can take hours
                 options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -114,10 +111,6 @@ def score(arguments: Sequence[str] | None = None) -> None:
                 print(printable(line))
         if options.output:
             write_json(options.output, {name: None if math.isnan(score) else score for name, score in scores.items()})
-    except (UserError, ValueError, RuntimeError, FileNotFoundError) as error:
-        sys.exit(f"error: {printable(str(error))}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
 
 
 Captions = Mapping[int | str, str]
