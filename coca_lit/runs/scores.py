@@ -1,7 +1,7 @@
 """The scores of a run: which ones lead, which direction is better, how they are named and printed."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -231,15 +231,27 @@ def print_scores(
     """
     if results:
         print("results" + (", with 95 % intervals" if draws else ""))
-    groups: dict[str, list[tuple[str, str, str]]] = {}
+    groups: dict[str, list[list[str]]] = {}
     for score, value in results.items():
         count = images.get(score)
         interval = interval_cell(score, draws[score].interval(), count) if score in draws else ""
         heading = data_name(score.rpartition("/")[0]) or "all images"
         heading += f", {count:,} images" if count is not None else ""
-        groups.setdefault(heading, []).append((score_name(score), cell(score, value, count), interval))
+        groups.setdefault(heading, []).append([printable(score_name(score)), cell(score, value, count), interval])
     for heading, rows in groups.items():
-        print(f"\n{printable(heading)}")
-        widths = [max(len(printable(row[column])) for row in rows) for column in (0, 1)]
-        for name, text, interval in rows:
-            print(f"  {printable(name):<{widths[0]}}  {text:>{widths[1]}}  {interval}".rstrip())
+        print(f"\n{printable(heading)}", *aligned(rows, right=[1]), sep="\n  ")
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Lines of columns, as wide as they must be.
+
+    Args:
+        right: the columns whose texts end below each other.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        texts = enumerate(zip(row, widths, strict=True))
+        cells = [text.rjust(width) if column in right else text.ljust(width) for column, (text, width) in texts]
+        lines.append("  ".join(cells).rstrip())
+    return lines

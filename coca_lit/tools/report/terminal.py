@@ -14,7 +14,7 @@ from typing import Any
 
 from coca_lit.files import atomic_write
 from coca_lit.reading import printable
-from coca_lit.runs.scores import RERANKED, cell, headline, headlines, own_scores, score_name
+from coca_lit.runs.scores import RERANKED, aligned, cell, headline, headlines, own_scores, score_name
 from coca_lit.tools.report.page import write_comparison
 from coca_lit.tools.report.runs import RESULTS, Run, read_run, same_data
 from coca_lit.tools.report.tables import (
@@ -45,14 +45,14 @@ def summary(runs: Sequence[Run], failed: Collection[str] = (), objective: str | 
         objective: score that comes first.
     """
     if len(runs) == 1 and not failed:
-        lines = [*_aligned([[name, value, interval, data] for value, interval, name, data in headline_cells(runs[0])])]
+        lines = aligned([[name, value, interval, data] for value, interval, name, data in headline_cells(runs[0])])
     elif len(runs) == 2 and not failed:
         lines = [*_two(runs[0], runs[1], objective)]
     else:
         table = runs_table(runs, failed, objective)
         rows = [[*map(str, row)] for row in (table.header, *table.rows)]
         # Of the columns that would not fit, those of the first score stay.
-        lines = _aligned(_fitting(rows, table.header.index("status") + 2, WIDTH))
+        lines = aligned(_fitting(rows, table.header.index("status") + 2, WIDTH))
         lines += [table.note] if table.note else []
         lines += [f"{name}: {APART}: {reason}" for name, reason in not_comparable(runs).items()]
     return "\n".join(printable(line) for line in lines)
@@ -81,22 +81,16 @@ def _two(first: Run, second: Run, objective: str | None) -> Iterator[str]:
             values = [first.cell(score), second.cell(score)]
             rows.append([f"  {score_name(score)}", *values, change, p and f"p {p}", verdict])
             reasons += [found.why_not] if found.why_not else []
-        yield from _aligned(rows)
+        yield from aligned(rows)
         yield from (f"  {APART}: {reason}" for reason in dict.fromkeys(reasons))
 
 
 def _fitting(rows: Sequence[Sequence[str]], least: int, width: float) -> list[Sequence[str]]:
     """As many columns as fit, but the first `least` in any case."""
     shown = least
-    while shown < len(rows[0]) and max(map(len, _aligned([row[: shown + 1] for row in rows]))) <= width:
+    while shown < len(rows[0]) and max(map(len, aligned([row[: shown + 1] for row in rows]))) <= width:
         shown += 1
     return [row[:shown] for row in rows]
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of columns, as wide as they must be."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def report_sweep(folder: Path, rows: Sequence[Mapping[str, Any]], objective: str | None) -> None:
@@ -163,7 +157,7 @@ def print_jobs(
         lines.append([*settings, row["status"], *cells])
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
     shown = _fitting([[*map(printable, line)] for line in lines], len(varied) + 2, width)
-    print(title, *_aligned(shown), sep="\n")
+    print(title, *aligned(shown), sep="\n")
     if left_out := lines[0][len(shown[0]) :]:
         print(f"results.csv has also {', '.join(map(printable, left_out))}")
     for line, row in zip(lines[1:], rows, strict=True):

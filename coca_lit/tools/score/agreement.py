@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from scipy.sparse import csr_array
@@ -26,7 +26,7 @@ from coca_lit.metrics.java.spice import Progress, shared_spice
 from coca_lit.metrics.uncertainty import Draws, Resampled, bootstrap, difference
 from coca_lit.progress import ProgressBar
 from coca_lit.reading import printable
-from coca_lit.runs.scores import score_name
+from coca_lit.runs.scores import aligned, score_name
 from coca_lit.tools.score.judgments import Judged, read_judgments
 
 MAX_UNITS = 4096  # drawn; of more images, some are drawn together
@@ -249,11 +249,7 @@ def reference_scores(judged: Judged, progress: Progress | None = None) -> tuple[
     captions = [tokens[candidate.caption] for candidate in judged.candidates]
     numbered = dict(enumerate(references))
     hypotheses = {number: [text] for number, text in enumerate(captions)}
-
-    bleu = BleuScorer(n=4)
-    for own, caption in zip(references, captions, strict=True):
-        bleu += caption, own
-    _, of_order = bleu.compute_score(option="closest", verbose=0)
+    _, of_order = Bleu(4).compute_score(numbered, hypotheses, verbose=0)
     scores: Scores = {"Bleu_1": np.array(of_order[0]), "Bleu_4": np.array(of_order[3])}
     scores["ROUGE_L"] = np.array(Rouge().compute_score(numbered, hypotheses)[1])
     not_run: dict[str, str] = {}
@@ -326,15 +322,7 @@ def _table(of: Agreement, measure: str) -> list[str]:
         rows.append((*row, f"{100 * gap.value:+.1f}", f"[{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]", f"{gap.p:.3f}"))
     if measure in of.people:
         rows.append(("people with each other", *_cells(of.people[measure]), "", "", ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return ["", *(f"  {line.rstrip()}" for line in lines)]
+    return ["", *(f"  {line}" for line in aligned(rows, right=range(1, len(rows[0]))))]
 
 
 def _cells(draws: Draws) -> tuple[str, str]:
