@@ -8,11 +8,11 @@ the zip archive that PyTorch writes has a CRC, which PyTorch itself never checks
 import logging
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from coca_lit.errors import CheckpointError, DataError, why_unreadable
 from coca_lit.files import replacing
@@ -40,7 +40,8 @@ def save(checkpoint: dict[str, Any], target: Path) -> None:
         target = target / REST
     try:
         with replacing(target) as temporary:
-            storages = {(own := t.untyped_storage()).data_ptr(): own.nbytes() for t in _tensors(checkpoint)}
+            tensors = (leaf for leaf in tree_leaves(checkpoint) if isinstance(leaf, torch.Tensor))
+            storages = {(own := t.untyped_storage()).data_ptr(): own.nbytes() for t in tensors}
             needed, free = sum(storages.values()), shutil.disk_usage(target.parent).free
             if free < needed + SPARE:
                 raise OSError(f"it needs {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free")
@@ -111,11 +112,3 @@ def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]]:
     raise CheckpointError(
         f"none of the {len(files)} checkpoints in {folder} can be read; ckpt_path=null starts fresh and keeps them"
     )
-
-
-def _tensors(content: Any) -> Iterator[torch.Tensor]:
-    if isinstance(content, torch.Tensor):
-        yield content
-    elif isinstance(content, dict | list | tuple):
-        for part in content.values() if isinstance(content, dict) else content:
-            yield from _tensors(part)
