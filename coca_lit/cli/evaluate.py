@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from coca_lit.cli.assembly import build_evals, build_report, build_settings
 from coca_lit.cli.command import job_command, options_of
 from coca_lit.cli.runtime import chosen_dtype, configure_libraries
-from coca_lit.cli.schema import written
+from coca_lit.cli.schema import part_of, written
 from coca_lit.cli.words import quote
 from coca_lit.errors import ConfigError, error_context
 from coca_lit.machine import is_first_process
@@ -78,7 +78,7 @@ def with_evals(words: list[str]) -> list[str]:
             return words  # a mistake, which is reported with the others
         folder = next((place for place in (path, *path.parents[:2]) if os.path.isfile(place / CONFIG)), None)
         config = read_run_yaml(folder, CONFIG) if folder is not None else {}
-        evals = _node(config, "evals")
+        evals = part_of(config, "evals")
         scored = [name for name in evals if name in known and evals[name]]
         own = [name for name in evals if name not in known and name not in built and evals[name]]
         if own:
@@ -98,7 +98,7 @@ def with_evals(words: list[str]) -> list[str]:
         places |= dict(_places(config, scored))
         if not decoding_given:
             generates.add(generate := _generate(config))
-            if generate is None and _node(config, "scoring").get("generate"):
+            if generate is None and part_of(config, "scoring").get("generate"):
                 notes.append(f"{checkpoint}: scoring.generate holds more than plain options and is not taken over")
     added = [f"evals=[{','.join(dict.fromkeys(names))}]"]
     if len(generates) > 1:
@@ -127,7 +127,7 @@ def _values(override: str) -> list[str]:
 
 def _generate(config: Mapping[str, Any]) -> str | None:
     """How a run wrote captions, in Hydra's grammar; None for the default, and where a value is no plain option."""
-    options = _node(config, "scoring").get("generate")
+    options = part_of(config, "scoring").get("generate")
     if not isinstance(options, dict) or not options:
         return None
     for name, value in options.items():  # `_target_` begins with no letter
@@ -142,10 +142,10 @@ def _places(config: Mapping[str, Any], evals: Sequence[str]) -> Iterator[tuple[s
     """Keys of what a run scored: the folders of data, the split of data that rarely have a test split, and what follows
     the training data.
     """
-    split = _node(config, "scoring").get("split")
+    split = part_of(config, "scoring").get("split")
     if split in ("train", "val") and all(name.startswith(RARELY_TESTED) for name in evals):
         yield "scoring.split", split
-    roots, data = _node(config, "roots"), _node(config, "data")
+    roots, data = part_of(config, "roots"), part_of(config, "data")
     found = {"data_dir": config.get("data_dir")}
     found |= {f"roots.{name}": roots[name] for name in roots if any(own.startswith(f"{name}_") for own in evals)}
     for key, place in found.items():
@@ -153,18 +153,12 @@ def _places(config: Mapping[str, Any], evals: Sequence[str]) -> Iterator[tuple[s
         if isinstance(place, str) and os.path.isdir(place):
             yield key, place
     for name, part, key in product(evals, ("records", "images"), FOLLOWING):
-        follows = str(_node(_node(_node(config, "evals"), name), part).get(key))
+        follows = str(part_of(part_of(part_of(config, "evals"), name), part).get(key))
         if follows.startswith("${oc.select:data."):
-            value = (_node(data, "records") if follows.startswith("${oc.select:data.records.") else data).get(key)
+            value = (part_of(data, "records") if follows.startswith("${oc.select:data.records.") else data).get(key)
             is_place = isinstance(value, str) and (os.path.exists(value) or (key, value) == ("classes", "imagenet"))
             if is_place or isinstance(value, int):
                 yield f"evals.{name}.{part}.{key}", cast(str | int, value)
-
-
-def _node(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """A node of a config; empty where a stranger's config holds something else."""
-    node = config.get(key)
-    return node if isinstance(node, dict) else {}
 
 
 def _grouped(names: Sequence[str]) -> str:

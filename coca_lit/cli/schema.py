@@ -286,13 +286,11 @@ def _mistake(value: Any, argument: Argument) -> str | None:
     return None
 
 
-def check_complete(node: Mapping[str, Any], path: str = "") -> None:
+def check_complete(node: Mapping[str, Any]) -> None:
     """Raises `MissingValueError` for a value that is still to be given."""
-    for key, value in node.items():
+    for key, value in leaves(node):
         if value == "???":
-            raise MissingValueError(f"{path}{key} is missing: set {path}{key}=VALUE")
-        if isinstance(value, dict):
-            check_complete(value, f"{path}{key}.")
+            raise MissingValueError(f"{key} is missing: set {key}=VALUE")
 
 
 def targets(node: Any) -> list[str]:
@@ -309,6 +307,12 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, value in node.items():
         yield from leaves(value, f"{path}.{key}" if path else str(key))
+
+
+def part_of(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A part of a config; empty where a stranger's holds something else."""
+    found = config.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def written(value: Any) -> str:

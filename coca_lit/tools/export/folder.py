@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from coca_lit.cli.schema import part_of
 from coca_lit.errors import DataError, UserError
 from coca_lit.files import TEMPORARY, remove_leftovers
 from coca_lit.models import CoCa, part_sizes
@@ -282,7 +283,7 @@ def _scores(run: Path, config: Mapping[str, Any], checkpoint: str, mixture: Mixt
     note = [f"At the end of the run; `{checkpoint}` may be from another step."] if checkpoint != "last.ckpt" else []
     if mixture is not None:
         note.append(f"They are scores of `{checkpoint}` before interpolation; this model was not scored.")
-    if split := _section(config, "scoring").get("split"):
+    if split := part_of(config, "scoring").get("split"):
         note.append(f"On the split {code(str(split))} of data with several splits.")
     return _table("Scores", ("", *map(plain, data)), rows, " ".join(note))
 
@@ -290,7 +291,7 @@ def _scores(run: Path, config: Mapping[str, Any], checkpoint: str, mixture: Mixt
 def _training(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
     if not config:
         return "## Training\n\nUnknown: there was no `config.yaml` of a run next to the checkpoint."
-    data = _section(config, "data")
+    data = part_of(config, "data")
     source = str(data.get("_target_", "unknown")).rpartition(".")[2]
     where = next((str(data[key]) for key in ("shards", "root", "name") if key in data), None)
     settings = yaml.safe_dump({key: config[key] for key in TRAINING if key in config}, sort_keys=False)
@@ -325,9 +326,3 @@ def _table(title: str, header: Sequence[str], rows: Iterable[Iterable[Any]], not
     """The cells are Markdown; `check_output` finds the files of an earlier export by their backticks."""
     cells = [[printable(str(cell)) for cell in row] for row in rows]
     return "\n\n".join([f"## {title}", markdown(Table(title, header, cells)), *([note] if note else [])])
-
-
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A part of a run's configuration, empty if it is something else."""
-    found = config.get(name)
-    return found if isinstance(found, dict) else {}
