@@ -14,17 +14,10 @@ HEADLINES = ("/CIDEr", "_recall@1", "/exact_match", "/top1", "/accuracy")  # in 
 OWN_SCORES = 6  # shown where there is no headline score
 FACTS = ("object", "attribute", "relation")  # in captions of the built-in scenes
 NAMES = {
-    "Bleu_1": "BLEU-1",
-    "Bleu_2": "BLEU-2",
-    "Bleu_3": "BLEU-3",
-    "Bleu_4": "BLEU-4",
+    **{f"Bleu_{n}": f"BLEU-{n}" for n in range(1, 5)},
     "ROUGE_L": "ROUGE-L",
-    "SPICE_object": "SPICE of objects",
-    "SPICE_attribute": "SPICE of attributes",
-    "SPICE_relation": "SPICE of relations",
+    **{f"SPICE_{kind}": f"SPICE of {kind}s" for kind in (*FACTS, "count", "size")},
     "SPICE_color": "SPICE of colours",
-    "SPICE_count": "SPICE of counts",
-    "SPICE_size": "SPICE of sizes",
     "CIDEr_plain": "CIDEr without clipping and length penalty",
     "likelihood_per_token": "likelihood per token",
     "pmi": "gain in likelihood (PMI)",
