@@ -70,9 +70,7 @@ def parse(arguments: Sequence[str], positional: Positional = ()) -> tuple[argpar
         if not options.config_dir.is_dir():
             raise ConfigError(f"--config-dir: there is no folder '{options.config_dir}'")
         if any(override.startswith("hydra.searchpath=") for override in overrides):  # of which Hydra reads the last
-            raise ConfigError(
-                "--config-dir takes one folder: for several use 'hydra.searchpath=[file://A,file://B]' alone"
-            )
+            raise ConfigError("--config-dir takes one folder: for several use 'hydra.searchpath=[file://A,file://B]'")
         overrides.append(f"hydra.searchpath=[{quote(f'file://{options.config_dir.absolute()}')}]")
     return options, overrides
 

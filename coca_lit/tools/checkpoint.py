@@ -84,9 +84,7 @@ def train_demo_model(outputs: Path) -> Path:
     program = "import sys; sys.argv[0] = 'coca-train'; from coca_lit.cli import train_command; train_command()"
     done = subprocess.run([sys.executable, "-c", program, "experiment=demo", f"name={RUN}", f"hydra.run.dir={folder}"])
     if done.returncode:
-        raise ConfigError(
-            "the training of the built-in demo model failed, see above; to show another, set checkpoint=PATH"
-        )
+        raise ConfigError("the training of the demo model failed, see above; to show another, set checkpoint=PATH")
     return folder / "checkpoints" / "last.ckpt"
 
 

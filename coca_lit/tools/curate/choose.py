@@ -220,9 +220,7 @@ def _check_alike(scores: Mapping[Path, Any], *settings: str) -> None:
     makers = {repr([about.get(key) for key in settings]): path for path, about in scores.items() if about}
     if len(makers) > 1:
         one, other = [*makers.values()][:2]
-        raise DataError(
-            f"{one} and {other} were scored with a different {' or '.join(settings)}: score both with the same settings"
-        )
+        raise DataError(f"{one} and {other} were scored with a different {' or '.join(settings)}: score both alike")
 
 
 def _row(db: "DuckDBPyConnection", statement: str) -> tuple[Any, ...]:

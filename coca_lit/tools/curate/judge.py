@@ -144,9 +144,7 @@ class ShardSamples(Dataset[Any]):
             return self.of_sample(key, *pair_of(self.index.read(i), self.caption_keys, shard))
         except LostShardError as error:  # the file would lack the rest of the shard for ever
             lost = error.sample
-            raise DataError(
-                f"{lost.shard}: {lost.detail or lost.reason}: start again, or leave this shard out"
-            ) from error
+            raise DataError(f"{lost.shard}: {lost.detail or lost.reason}: start again, or leave it out") from error
         except BadSampleError as error:
             return error.sample
         except DataError as error:

@@ -115,9 +115,7 @@ def find_scores(words: Sequence[str | Path]) -> list[Path]:
             raise DataNotFoundError(f"no scores at {word}: write them with coca-data score")
         for path in map(Path, paths):
             if found.setdefault(path.name, path) != path:
-                raise DataError(
-                    f"{found[path.name]} and {path} are about shards of the same name: choose from one set at a time"
-                )
+                raise DataError(f"{found[path.name]} and {path} are of shards of the same name: choose from one set")
             if glob.has_magic(str(path)):
                 raise DataError(f"{path} could be a pattern of paths to DuckDB: rename it without *, ? and [")
     return list(found.values())

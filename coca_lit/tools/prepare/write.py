@@ -226,9 +226,7 @@ def _open_journal(output: Path, digest: str) -> dict[str, Written]:
         return {}
     first, *lines = [*whole_lines(journal)] or [""]
     if first.strip() != digest:
-        raise DataError(
-            f"{output} was begun from another source or with other options: give a new folder, or remove it first"
-        )
+        raise DataError(f"{output} was begun from another source or with other options: give a new one, or remove it")
     done = {}
     for line in lines:
         try:
