@@ -8,11 +8,12 @@ wait for its end: the resumed run begins with that validation.
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 LIMITS = ("max_epochs", "max_steps")
 BEST, BEST_SCORE = "best.ckpt", "best.json"
+EARLIER_BEST = "earlier_best.ckpt"  # by another score, or by one of other images
 MAX_FIRST = 0.05  # share of the weights of the first step in an average at the end
 TENTH = 10  # the average of about the last tenth of the steps has the decay 1 - 10 / steps
 
@@ -201,8 +203,8 @@ class Checkpoints(L.Callback):
             self._stop(trainer, int(stop))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Saves, so that broken data or a lack of memory do not cost the steps since the last checkpoint. On a single
-        process only: several would wait for each other.
+        """Saves, so that broken data do not cost the steps since the last checkpoint. An error within a step, such as a
+        lack of memory, does. On a single process only: several would wait for each other.
         """
         if not isinstance(exception, SystemExit):
             self.signals.release()
@@ -247,16 +249,20 @@ class Checkpoints(L.Callback):
             log.warning("%s; training continues", error)
         if score is not None and self._is_best(score):
             try:
+                if not self._best_so_far() and (self.folder / BEST).exists():  # by a score that does not compare
+                    os.replace(self.folder / BEST, self.folder / EARLIER_BEST)
                 atomic_link(self.folder / BEST, self._path(step))
                 content = {"score": self.best, "value": score, "step": step, "of": self.of}
                 write_json(self.folder / BEST_SCORE, content)
-            except DataError as error:
+            except (DataError, OSError) as error:
                 log.warning("%s; training continues without this best checkpoint", error)
         # The best stays, also where the score that chose it is another one by now, or where it is a copy and no link.
-        kept = {(self.folder / BEST).resolve(), self._path(self._best_so_far().get("step", -1)).resolve()}
+        kept = {(self.folder / name).resolve() for name in (BEST, EARLIER_BEST)}
+        kept.add(self._path(self._best_so_far().get("step", -1)).resolve())
         for path in step_files(self.folder)[self.keep_last :]:
             if path.resolve() not in kept:
-                remove(path)
+                with suppress(OSError):  # it goes next time
+                    remove(path)
 
     def _finish_saving(self, trainer: L.Trainer) -> None:
         if (saving := getattr(trainer.strategy, "saving", None)) is not None:  # of `FullySharded`
@@ -276,7 +282,8 @@ class Checkpoints(L.Callback):
             final: training is over, and the checkpoint of these weights is written.
         """
         if final:
-            self._unlinked = (trainer.global_step, value)
+            compared = self._best_so_far() or not (self.folder / BEST).exists()
+            self._unlinked = (trainer.global_step, value if compared else None)
             self._link()
         else:
             self._offered = value  # rank 0 decides, and tells all others before the next step
@@ -353,12 +360,13 @@ def keep_settings(trainer: L.Trainer, configured: Sequence[dict[str, Any]]) -> N
     rate that its schedule has at this step; where nothing was changed that changes nothing.
 
     Args:
-        configured: the settings of each group; empty for a module that is not `CoCaLit`, which stays as it is.
+        configured: the settings of each group; empty for a module that is not `CoCaLit`. Its groups, and those of a
+            subclass with a schedule of its own, stay as they were.
     """
-    if not configured:
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    if not configured or not schedulers or not isinstance(scheduler := schedulers[0], LambdaLR):
         return
     (optimizer,) = trainer.optimizers
-    scheduler = cast(LambdaLR, trainer.lr_scheduler_configs[0].scheduler)
     scheduler.base_lrs = [settings["initial_lr"] for settings in configured]
     for group, settings, factor in zip(optimizer.param_groups, configured, scheduler.lr_lambdas, strict=True):
         group |= settings | {"lr": settings["initial_lr"] * factor(scheduler.last_epoch)}

@@ -24,7 +24,7 @@ from coca_lit.callbacks.checkpoint import Checkpoints
 from coca_lit.data.bad_samples import BadSample
 from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import CaptionDataModule
-from coca_lit.distributed import Arriving, gather_objects, print_rank_zero, rank, stable_seed, step_exchange, world_size
+from coca_lit.distributed import Arriving, gather_objects, print_rank_zero, rank, step_exchange, world_size
 from coca_lit.errors import DataError, TrainingError, check_number
 from coca_lit.files import Waiting, append_lines, atomic_write, csv_line, whole_lines
 from coca_lit.runs.run_folder import BAD_STEPS, CONFIG, ENVIRONMENT, HOLDER
@@ -243,8 +243,8 @@ def read_bad_samples(folder: Path) -> set[BadSample]:
 
 
 class SameOnAllRanks(L.Callback):
-    """Refuses to train where processes are about to do different things: each has found its data by itself, perhaps on
-    another machine, and in a sweep its job.
+    """Refuses to train where processes are about to do different things: each has found its data, and the checkpoint
+    to resume from, by itself, perhaps on another machine, and in a sweep its job.
 
     Args:
         output_dir: the run folder, whose name must be the same.
@@ -256,12 +256,10 @@ class SameOnAllRanks(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if world_size() == 1:
             return
-        own: dict[str, Any] = {"run": self.name}
+        own: dict[str, Any] = {"run": self.name, "checkpoint": Path(trainer.ckpt_path or "none").name}
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, CaptionDataModule):
             own |= {"steps an epoch": data.steps_per_epoch, "data": data.state_dict()}
-            if data.texts is not None:
-                own["data.text"] = stable_seed(*data.texts.texts)
         first, *others = gather_objects(own)
         for process, other in enumerate(others, start=1):
             for name, value in first.items():

@@ -7,9 +7,11 @@ that they have is not sent again.
 """
 
 import csv
+import logging
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -28,6 +30,10 @@ from coca_lit.files import Waiting, append_lines, atomic_write, csv_line, whole_
 from coca_lit.models import part_sizes
 from coca_lit.runs.redaction import redact
 from coca_lit.runs.run_folder import METRICS, environment
+
+log = logging.getLogger(__name__)
+
+_told: set[str] = set()  # the trackers whose first error was told
 
 
 class MetricsLog(Logger):
@@ -81,6 +87,18 @@ class MetricsLog(Logger):
         append_lines(self.path, [csv_line(row.get(name, "") for name in self._columns) for row in rows])
 
 
+@contextmanager
+def _tolerated(tracker: str) -> Iterator[None]:
+    """What a full disk or a server that is away costs is rows of the tracker, and not the run."""
+    try:
+        yield
+    except Exception as error:
+        if tracker not in _told:
+            why = redact(str(error.__cause__ or error))
+            log.warning("%s: %s; the run continues, and metrics.csv has all rows", tracker, why)
+        _told.add(tracker)
+
+
 class TensorBoardLog(TensorBoardLogger):
     """Lightning's, whose readers drop everything that an earlier process wrote from the resumed step on.
 
@@ -101,8 +119,35 @@ class TensorBoardLog(TensorBoardLogger):
         self.experiment.add_text("config", "\n".join(f"    {line}" for line in lines))  # as code in Markdown
 
     @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        with self._rewritten():
+            super().log_metrics(metrics, step)
+
+    @rank_zero_only
     def log_picture(self, name: str, path: Path, step: int) -> None:
-        self.experiment.add_image(name, np.asarray(Image.open(path)), step, dataformats="HWC")
+        with self._rewritten():
+            self.experiment.add_image(name, np.asarray(Image.open(path)), step, dataformats="HWC")
+
+    @rank_zero_only
+    def save(self) -> None:
+        with self._rewritten():
+            super().save()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        with self._rewritten():
+            super().finalize(status)
+
+    @contextmanager
+    def _rewritten(self) -> Iterator[None]:
+        """After an error in its thread a writer takes nothing any more: the next row opens another file."""
+        with _tolerated("TensorBoard"):
+            try:
+                yield
+            except Exception:
+                self._experiment = None
+                self._kwargs["purge_step"] = None  # the rows before stay
+                raise
 
 
 class KeptName:
@@ -171,6 +216,8 @@ class WandbLog(WandbLogger):
             super().log_metrics(metrics)
         elif step >= self.first_step:
             self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
+        elif step == self.first_step - 1:  # scores that were made again, or added, after that row was sent
+            self.experiment.summary.update(dict(metrics))
 
     @rank_zero_only
     def log_picture(self, name: str, path: Path, step: int) -> None:
@@ -206,7 +253,8 @@ class MLflowLog(MLFlowLogger):
         same_run: bool = False,
     ) -> None:
         self.kept = KeptName(Path(output_dir) / "mlflow_run", same_run)
-        self.logged: set[tuple[int, str]] = set()  # (step, name of a metric) that earlier processes logged
+        self.last = -1  # the last step of them
+        self.logged: dict[tuple[int | None, str], float] = {}  # by step and name, what earlier processes logged
         super().__init__(
             experiment_name=experiment_name,
             run_name=run_name,
@@ -226,19 +274,31 @@ class MLflowLog(MLFlowLogger):
             return
         self.experiment.update_run(self.run_id, status="RUNNING")
         for name in self.experiment.get_run(self.run_id).data.metrics:
-            self.logged |= {(point.step, name) for point in self.experiment.get_metric_history(self.run_id, name)}
+            history = self.experiment.get_metric_history(self.run_id, name)
+            self.logged |= {(point.step, name): point.value for point in history}
+        self.last = max((step for step, _ in self.logged if step is not None), default=0)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         # MLflow takes no "@" in names: Lightning would drop it with a warning at every recall@1.
         named = {name.replace("@", "_at_"): value for name, value in metrics.items()}
-        if new := {name: value for name, value in named.items() if (step, name) not in self.logged}:
-            super().log_metrics(new, step)
+        known = {name for name in named if (step, name) in self.logged}
+        if step == self.last:  # scores may be made again, of other images
+            known = {name for name in known if self.logged[step, name] == named[name]}
+        if new := {name: value for name, value in named.items() if name not in known}:
+            with _tolerated("MLflow"):
+                super().log_metrics(new, step)
 
     @rank_zero_only
     def log_picture(self, name: str, path: Path, step: int) -> None:
         assert self.run_id is not None  # a repeated step replaces the picture
-        self.experiment.log_artifact(self.run_id, str(path), f"{Path(name).parent}/step_{step}")
+        with _tolerated("MLflow"):
+            self.experiment.log_artifact(self.run_id, str(path), f"{Path(name).parent}/step_{step}")
+
+    @rank_zero_only
+    def finalize(self, status: str = "success") -> None:
+        with _tolerated("MLflow"):
+            super().finalize(status)
 
 
 class LogRunFacts(L.Callback):

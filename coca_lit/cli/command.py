@@ -47,7 +47,7 @@ from coca_lit.runs.launch import (
     run_id,
 )
 from coca_lit.runs.redaction import masked_yaml, redact
-from coca_lit.runs.run_folder import CHECKPOINTS
+from coca_lit.runs.run_folder import CHECKPOINTS, restarted
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # In a checkout the configs lie beside the package, in a wheel inside it.
@@ -233,8 +233,7 @@ def _prepare(config: str, cfg: DictConfig) -> None:
         with error_context("model.net.name"):
             preset(net.name)
     # A run that goes on has its weights: the file that it began with may be gone.
-    repeated = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"  # then the run need not begin at `ckpt_path` again
-    resumes = config == "train" and (cfg.ckpt_path == AUTO or repeated)
+    resumes = config == "train" and (cfg.ckpt_path == AUTO or bool(restarted()))  # which obeyed `ckpt_path` before
     resumes = resumes and any(Path(cfg.output_dir, CHECKPOINTS).glob("step_*"))
     for key in FILES if config != "plan" and not resumes else ():
         file = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)

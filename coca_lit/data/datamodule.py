@@ -136,9 +136,14 @@ class CaptionDataModule(LightningDataModule):
         """At most `count` of the training records, to look at before the training; none where that is not cheap."""
         return []
 
+    def state_dict(self) -> dict[str, Any]:
+        if self.texts is None:
+            return {}
+        return {"texts": len(self.texts.texts), "digest of texts": stable_seed(*self.texts.texts)}
+
     def changed_since(self, state: Mapping[str, Any]) -> str:
         """What changed by itself since `state_dict` returned this state, in words; nothing if nothing did."""
-        return ""
+        return _change("texts", state, CaptionDataModule.state_dict(self))
 
     def schedule(self, samples: int) -> Schedule:
         """The batches of an epoch of that many samples."""
@@ -273,15 +278,13 @@ class RecordsDataModule(CaptionDataModule):
         return len(self.schedule(images))
 
     def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | self._counted()
+
+    def _counted(self) -> dict[str, Any]:
         return {"records": len(self.train_records), "ids": stable_seed(*(record.id for record in self.train_records))}
 
     def changed_since(self, state: Mapping[str, Any]) -> str:
-        now = self.state_dict()
-        if all(state.get(name, value) == value for name, value in now.items()):
-            return ""
-        before = state["records"]
-        others = "others" if before == now["records"] else now["records"]
-        return f"the run began with {before} records to train on, and now there are {others}"
+        return _change("records", state, self._counted()) or super().changed_since(state)
 
     def setup(self, stage: str) -> None:
         """Encodes what is to be cached and is not yet: now the network exists, still whole on every process."""
@@ -340,6 +343,15 @@ class RecordsDataModule(CaptionDataModule):
         else:
             dataset = FirstCaptionDataset(records, self.plain_transform(), self.tokenizer)
         return validation_loader(dataset, self.batch_size, *self.rank_and_world(), num_workers=self.num_workers)
+
+
+def _change(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In words, whether another number of `what` is there than before, or others."""
+    if all(before.get(name, value) == value for name, value in now.items()):
+        return ""
+    count = before.get(what, now[what])
+    others = "others" if count == now[what] else now[what]
+    return f"the run began with {count} {what} to train on, and now there are {others}"
 
 
 def _split_of(records: Mapping[str, Sequence[Record]], split: str) -> Sequence[Record]:

@@ -30,11 +30,12 @@ from coca_lit.runs.run_folder import (
     CHECKPOINTS,
     CONFIG,
     ENVIRONMENT,
+    JOBS,
     METRICS,
     RESULTS,
-    SLURM_JOB,
     command,
     environment,
+    restarted,
 )
 from coca_lit.weights.sharded import is_checkpoint
 
@@ -128,17 +129,17 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
 
 
 def is_requeued(folder: Path) -> bool:
-    """Whether SLURM has started this job again, and the run has checkpoints of its earlier starts: `ckpt_path`, which
-    the job repeats, was obeyed then. All processes find the same: the first one notes the job after it has moved away
-    what the run does not resume from.
+    """Whether SLURM or torchrun has started this job again, and the run has checkpoints of its earlier starts:
+    `ckpt_path`, which the job repeats, was obeyed then. All processes find the same: the first one notes the job after
+    it has moved away what the run does not resume from.
     """
-    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" or not step_files(folder / CHECKPOINTS):
+    if not (jobs := restarted()) or not step_files(folder / CHECKPOINTS):
         return False
     try:
-        begun_by = read_json(folder / ENVIRONMENT, dict).get(SLURM_JOB)
+        begun_by = read_json(folder / ENVIRONMENT, dict).get(JOBS)
     except DataError:  # there is none
         return False
-    return isinstance(begun_by, str) and begun_by == os.environ.get("SLURM_JOB_ID")
+    return isinstance(begun_by, dict) and any(name in begun_by and begun_by[name] == os.environ[name] for name in jobs)
 
 
 def check_same_run(

@@ -28,9 +28,16 @@ CONFIG, ENVIRONMENT, RESULTS = "config.yaml", "environment.json", "results.json"
 ARCHIVED = re.compile(r"earlier_\d+")  # the folders of earlier runs in the folder of one that was started afresh
 METRICS, BAD_STEPS, CHECKPOINTS = "metrics.csv", "bad_steps.jsonl", "checkpoints"
 LOCK, HOLDER = ".lock", ".lock.json"
-SLURM_JOB = "slurm_job"  # in `environment.json`: the number of the job that began or resumed the run last
+JOBS = "jobs"  # in `environment.json`: in which the run was begun or resumed last
+# What names a job that SLURM or torchrun may start again, with the same command: how often it did.
+RESTARTS = {"SLURM_JOB_ID": "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID": "TORCHELASTIC_RESTART_COUNT"}
 PATIENCE = 30.0  # seconds for the workers of a killed process to notice that it is gone
 _held: dict[Path, tuple[int | None, dict[str, Any]]] = {}  # by this process: inode of the lock, and holder
+
+
+def restarted() -> list[str]:
+    """The names of the jobs that have been started again, by their variables."""
+    return [name for name, count in RESTARTS.items() if os.environ.get(count, "0") != "0"]
 
 
 def add_facts(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -42,13 +49,13 @@ def add_facts(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """What a number depends on: command, commit, machine, versions; and the SLURM job, if any."""
+    """What a number depends on: command, commit, machine, versions; and the job, if any."""
     packages = ("torch", "lightning", "timm", "hydra-core")
     return {
         "command": command(),
         "commit": commit(),
         "machine": machine(),
-        **({SLURM_JOB: os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}),
+        **({JOBS: jobs} if (jobs := {name: os.environ[name] for name in RESTARTS if name in os.environ}) else {}),
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
         "started": time.time(),

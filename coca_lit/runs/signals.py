@@ -6,6 +6,8 @@ SIGINT             the same with 130; a second Ctrl-C stops at once
 SIGUSR1 on SLURM   save, `scontrol requeue`, exit with 143     (#SBATCH --signal=USR1@90)
 under submitit     save, then submitit's own handler, which requeues
 
+Scores may take longer than SLURM waits: after `LATE` seconds the job is requeued without another checkpoint.
+
 Before training there is nothing to save. SLURM's warning would end a process that is still importing packages, and the
 job with it, so it requeues the job from the first moment on.
 """
@@ -26,6 +28,8 @@ if TYPE_CHECKING:  # the commands import this file first
     import lightning.pytorch as L
 
 log = logging.getLogger(__name__)
+
+LATE = 60.0  # seconds after SLURM's warning until the job is requeued from the last checkpoint, as within long scores
 
 
 def slurm_signal() -> int | None:
@@ -66,6 +70,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.received = 0
+        self._late: threading.Timer | None = None  # requeues where no step ends in time
         self.nothing_to_save = False  # then a signal is handled at once
         numbers: set[int | None] = {signal.SIGTERM, signal.SIGINT, slurm_signal()}
         if "SUBMITIT_EXECUTOR" in os.environ:
@@ -79,6 +84,7 @@ class Signals:
 
     def release(self) -> None:
         """Restores the handlers."""
+        self._in_time()
         self._handle({n: other if other is not None else signal.SIG_DFL for n, other in self._others.items()})
 
     def _handle(self, handlers: dict[int, Any]) -> None:
@@ -89,6 +95,7 @@ class Signals:
     def answer(self, trainer: "L.Trainer", number: int) -> None:
         """Requeues or exits once all is saved, on all ranks at the same step. Returns if the run may continue."""
         self.received = 0
+        self._in_time()
         other = self._others[number]
         if callable(other) and other is not requeue_once and number not in (signal.SIGINT, signal.SIGTERM):
             other(number, None)  # submitit: its preemption signal requeues and exits
@@ -115,7 +122,16 @@ class Signals:
                 return other(number, frame)
             raise SystemExit(_exit_code(number))
         self.received = self.received or number
+        if number == slurm_signal() and self._others[number] is requeue_once and is_first_process() and not self._late:
+            self._late = threading.Timer(LATE, requeue)
+            self._late.daemon = True
+            self._late.start()
         return None
+
+    def _in_time(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 def _exit_code(number: int) -> int:

@@ -151,6 +151,7 @@ def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
         )
     with error_context("trainer"):
         check_number("accumulate_grad_batches", trainer.accumulate_grad_batches, whole=True, at_least=1)
+        check_number("limit_train_batches", trainer.limit_train_batches, above=0)
         if trainer.gradient_clip_val is not None:  # a negative norm would turn the gradients around
             check_number("gradient_clip_val", trainer.gradient_clip_val, at_least=0)
     trained = objectives if module.self_critical else {"model.caption_weight": module.pairs} | objectives

@@ -150,6 +150,45 @@ def test_mlflow_gets_what_the_csv_has_and_it_lacks_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_scores_that_are_made_again_replace_those_of_the_last_step(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    from coca_lit.callbacks.loggers import MLflowLog
+
+    for value in (1.0, 2.0, 2.0):
+        log = MLflowLog(
+            tmp_path, f"sqlite:///{tmp_path}/mlflow.db", "x", artifact_location=f"file://{tmp_path}", same_run=True
+        )
+        log.log_hyperparams({})
+        log.log_metrics({"loss": value}, 3)
+        log.log_metrics({"mine/CIDEr": value}, 4)
+    history = {name: log.experiment.get_metric_history(log.run_id, name) for name in ("loss", "mine/CIDEr")}
+    assert [point.value for point in history["loss"]] == [1.0]  # a step that is repeated has equal values
+    assert sorted(point.value for point in history["mine/CIDEr"]) == [1.0, 2.0]
+
+
+def test_a_tracker_that_fails_costs_its_rows_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("tensorboard")
+    from coca_lit.callbacks.loggers import TensorBoardLog
+
+    log = TensorBoardLog(tmp_path)
+    log.log_metrics({"loss": 1.0}, 0)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log.experiment, "add_scalar", full)
+        log.log_metrics({"loss": 2.0}, 1)
+    log.log_metrics({"loss": 3.0}, 2)
+    log.finalize("success")
+    assert [scalar.value for scalar in scalars(tmp_path).Scalars("loss")] == [1.0, 3.0]
+    (said,) = [message for message in caplog.messages if "No space left" in message]
+    assert said.startswith("TensorBoard: ")
+
+
+@pytest.mark.slow
 def test_a_new_start_is_a_new_run(killed: tuple[Path, list[str]]) -> None:
     folder, overrides = killed
     assert train(folder, *overrides, "ckpt_path=null", "trainer.max_epochs=1", environment=QUICK) == 0

@@ -82,6 +82,23 @@ def test_a_run_goes_on_with_the_records_that_it_began_with(root: Path, count: in
         resume_data(RecordsDataModule({"train": changed}, **shared), start, strict=True)
 
 
+def test_a_run_goes_on_with_the_texts_that_it_began_with(root: Path, tmp_path: Path) -> None:
+    def data(*texts: str) -> RecordsDataModule:
+        (tmp_path / "texts.txt").write_text("\n".join(texts))
+        shared = {"tokenizer": TOKENIZER, "batch_size": 2, "image_size": 8, "val_split": None}
+        return RecordsDataModule(
+            {"train": my_records("train", str(root))}, text=[str(tmp_path / "texts.txt")], **shared
+        )
+
+    start = Start(root / "step_1.ckpt", {"RecordsDataModule": data("a dog", "a cat").state_dict()})
+    resume_data(data("a dog", "a cat"), start, strict=True)
+    for texts, others in (("a dog", "a cow"), "others"), (("a dog", "a cat", "a cow"), "3"):
+        with pytest.raises(
+            DataError, match=f"^the run began with 2 texts to train on, and now there are {others}: restore"
+        ):
+            resume_data(data(*texts), start, strict=True)
+
+
 def test_records_in_yaml(root: Path) -> None:
     (root / "conf" / "data").mkdir(parents=True)
     (root / "conf" / "data" / "mine.yaml").write_text(

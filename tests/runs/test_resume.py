@@ -740,3 +740,9 @@ def test_a_requeued_job_goes_on_at_its_own_checkpoint(tmp_path: Path, monkeypatc
     assert not (folder / "earlier_1").exists()
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     assert not is_requeued(folder)
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")  # torchrun starts all its processes again where one has failed
+    start_run_folder(compose(*words, f"output_dir={folder}"), start_at(folder / "checkpoints" / "last.ckpt"))
+    assert not is_requeued(folder)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert is_requeued(folder)

@@ -261,6 +261,11 @@ def test_a_resumed_optimizer_has_the_arguments_of_this_run(tiny_model: Build) ->
     )
     keep_settings(trainer, module.configured)
     assert {group["momentum"] for group in now["optimizer"].param_groups} == {0.8}
+    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(before["optimizer"], 2)  # of a subclass
+    trainer.lr_scheduler_configs = [SimpleNamespace(scheduler=schedule)]
+    trainer.optimizers = [before["optimizer"]]
+    keep_settings(trainer, module.configured)
+    assert {group["momentum"] for group in before["optimizer"].param_groups} == {0.7}
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ class LAIONDataModule(CaptionDataModule):
     def state_dict(self) -> dict[str, Any]:
         digests = {name: chosen.digest for name, chosen in self.chosen.items()}
         state = {"commits": self.commits, "selections": digests, "found": self._found()}
-        return {name: value for name, value in state.items() if value}
+        return super().state_dict() | {name: value for name, value in state.items() if value}
 
     def _found(self) -> dict[str, list[int]]:
         """The numbers of shards and of samples in them, by the name of their source."""
@@ -250,7 +250,7 @@ class LAIONDataModule(CaptionDataModule):
                 of = f" of {name!r}" if name else ""
                 began, are = ("{} shards and {} samples".format(*n) for n in (before, now.get(name, (0, 0))))
                 return f"the run began with {began}{of}, and now there are {are}"
-        return ""
+        return super().changed_since(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises `DataError` if a selection is not the one that the run began with."""

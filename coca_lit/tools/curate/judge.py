@@ -220,11 +220,11 @@ def _scores(model: DualEncoder, pixels: Images, captions: Sequence[str]) -> dict
     if model.decoder is None:
         images: Tensor = evaluating(model, model.encode_image, pixels)
         texts = model.encode_text(tokens.to(model.device))
-        return {"similarity": (images * texts).sum(dim=1), "embedding": images}
+        return {"similarity": (images.float() * texts.float()).sum(dim=1), "embedding": images}
     lengths = text_lengths(tokens, model.tokenizer.pad_id)
     out = model(pixels, tokens.to(model.device), lengths)
     totals, counts = log_likelihoods(out, lengths)
-    similarity = (out.image_features * out.text_features).sum(dim=1)
+    similarity = (out.image_features.float() * out.text_features.float()).sum(dim=1)
     return {"similarity": similarity, "likelihood": totals / counts.clamp(min=1), "embedding": out.image_features}
 
 

@@ -172,7 +172,7 @@ def _search_tab(model: CoCa, index: ImageIndex | None, photo: gr.Image) -> None:
     if index is None:
         gr.Markdown("Start the page with a folder to search it: `coca-demo images=FOLDER`")
         return
-    label = f"search the {len(index):,} images of {index.folder.name}"
+    label = f"search the {len(index):,} images of {index.folder.absolute().name}"
     query = gr.Textbox(label=label, placeholder="describe a picture", elem_id="query")
     decoder = gr.Checkbox(
         label="re-rank by the decoder",

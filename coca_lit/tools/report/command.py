@@ -37,7 +37,7 @@ def report(arguments: Sequence[str] | None = None) -> None:
     if not options.folders:
         sys.exit(f"error: name the folder of a run; {EXAMPLE}   (more: coca-report --help)")
 
-    with started("coca-report"):
+    with started("coca-report", OSError):
         from coca_lit.errors import DataError, suggest
         from coca_lit.reading import printable
         from coca_lit.tools.report.page import write_comparison, write_report

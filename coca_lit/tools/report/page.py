@@ -135,7 +135,8 @@ def write_comparison(
         _side_by_side(runs),
         _tables([settings]),
     ]
-    title = " and ".join(run.name for run in runs) if len(runs) == 2 else f"{len(runs)} runs in {output.name}"
+    several = f"{len(runs)} runs in {output.absolute().name}"
+    title = " and ".join(run.name for run in runs) if len(runs) == 2 else several
     tables = [*overview, *scores, *([settings] if settings.rows else [])]
     return _write(output, title, sections, tables, facts, {"failed": failed, APART: apart}, list(pictures.values()))
 

@@ -91,7 +91,7 @@ def read_run(folder: Path) -> Run:
     config = read_run_yaml(folder, "config.yaml")
     return Run(
         folder=folder,
-        name=folder.name,
+        name=folder.absolute().name,
         results={score: float(value) for score, value in _read(folder, RESULTS, {str: Number}).items()},
         not_run=_read(folder, "not_run.json", {str: str}),
         config=flatten(config),

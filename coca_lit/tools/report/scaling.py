@@ -227,10 +227,12 @@ def write_scaling(
         raise DataError("the runs have no headline score that is a share: name one, --objective scenes/CIDEr")
     top = 0.0 if lower_is_better(score) else 1.0 if is_share(score) else np.inf
     panels = {score: {"": fit_scaling(points_of(runs, score), hold_out, top)}}
-    if published:
-        families = published_points(published)
-        panels[f"{BENCHMARK}/top1"] = {name: fit_scaling(points, hold_out, 1.0) for name, points in families.items()}
-    text, said = io.StringIO(), []
+    text, said = io.StringIO(), list[str]()
+    for family, points in published_points(published).items() if published else ():
+        try:
+            panels.setdefault(f"{BENCHMARK}/top1", {})[family] = fit_scaling(points, hold_out, 1.0)
+        except DataError as error:
+            said.append(f"{family} is not drawn: {error}")
     writer = csv.writer(text)
     writer.writerow(["score", "family", "run", "GFLOP", "value", "fitted", "expected", "low", "high"])
     for name, laws in panels.items():

@@ -4,6 +4,7 @@ they agree with people: `coca-score --judgments FILES`.
 
 import argparse
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,7 +78,7 @@ def score(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: name the files of the captions and of their references; {EXAMPLE} (more: coca-score --help)")
     if (options.synonyms is None) != (options.instances is None):
         parser.error("CHAIR needs both --synonyms and --instances")
-    if options.output and options.output.is_dir():
+    if options.output and os.path.isdir(options.output):
         parser.error(f"--output must name a file, but {options.output} is a folder")
 
     with started("coca-score", ValueError, RuntimeError, FileNotFoundError):
