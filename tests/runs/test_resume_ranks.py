@@ -154,6 +154,25 @@ def test_ranks_with_different_data_do_not_train(on_ranks, tmp_path: Path, epoch_
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
+def refused_elsewhere(folder: Path, overrides: tuple[str, ...]) -> str:
+    """The second machine has another run folder."""
+    with pytest.raises(DataError) as refused:
+        train(folder / str(rank()) / "run", overrides)
+    return str(refused.value)
+
+
+def test_ranks_that_resume_beside_ranks_that_begin_do_not_train(on_ranks, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    source = shards(tmp_path / "data")
+    on_ranks(2, train, tmp_path / "0" / "run", (*source, *SIX, "trainer.max_epochs=1"))
+    step = state(tmp_path / "0" / "run")["global_step"]
+    said = on_ranks(2, refused_elsewhere, tmp_path, (*source, *SIX))
+    assert (
+        said
+        == [f"process 1 differs from the first in steps already trained (is the run folder shared?): 0, not {step}"] * 2
+    )
+
+
 class Trouble(L.Callback):
     """On one rank: gradients of some steps are not finite; after others an hour has passed. Notes all weights."""
 
