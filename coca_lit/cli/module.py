@@ -50,8 +50,9 @@ def build_module(cfg: DictConfig, start: "Start | None" = None, source: "DualEnc
             cfg = with_facts(cfg, theirs, start.path)
         source = None
     else:
-        cfg = with_vocabulary(cfg)
-        if (source := source or load_source(cfg)) is not None:
+        source = source or load_source(cfg)
+        cfg = with_vocabulary(cfg, source.tokenizer.spec if source is not None else None)
+        if source is not None:
             with error_context("init_from"):
                 cfg = with_facts(cfg, source, cfg.init_from)
     optimizer = build(cfg.model.optimizer, "model.optimizer")
@@ -172,7 +173,8 @@ def with_vocabulary(cfg: DictConfig, words: Any = None) -> DictConfig:
     """The config with the words of the training captions as the network's tokenizer, if `vocabulary` is set.
 
     Args:
-        words: of the checkpoint to resume from; the captions may have changed since.
+        words: of the checkpoint to resume from, or of the model in `init_from`, if it has words; the captions may have
+            changed since.
 
     Raises:
         ConfigError: the network has a tokenizer of its own.
@@ -183,7 +185,7 @@ def with_vocabulary(cfg: DictConfig, words: Any = None) -> DictConfig:
         raise ConfigError("vocabulary takes the place of model.net.tokenizer: for the latter set vocabulary=null")
     cfg = cfg.copy()
     with open_dict(cfg):
-        cfg.model.net.tokenizer = words or _counted_words(cfg)
+        cfg.model.net.tokenizer = words if isinstance(words, list) else _counted_words(cfg)
     return cfg
 
 

@@ -58,9 +58,11 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
 
 def use_global_batch_norms(module: nn.Module) -> None:
-    """Replaces every batch norm inside `module`."""
+    """Replaces every batch norm of PyTorch or timm inside `module`. One of another class may compute something else: it
+    stays as it is, with the statistics of its own process.
+    """
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
+        if isinstance(child, nn.BatchNorm2d) and type(child).__module__.startswith(("torch.", "timm.")):
             setattr(module, name, GlobalBatchNorm2d(child))
         else:
             use_global_batch_norms(child)

@@ -9,6 +9,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ class Registry:
         self.kind = kind
         self._own = own
         self._factories: dict[str, Factory] = {}
+        self._registrars: dict[str, str] = {}  # the modules that registered them
 
     def register(self, name: str) -> Callable[[Factory], Factory]:
         """A decorator that registers a factory, a function or a class.
@@ -49,15 +51,14 @@ class Registry:
         """
         if ":" in name:
             raise ValueError(f"the name of a {self.kind} must not contain a colon, got '{name}'")
+        registrar = sys._getframe(1).f_globals["__name__"]
 
         def decorate(factory: Factory) -> Factory:
             known = self.get(name)
-            if known is not None and (known.__module__, known.__qualname__) != (
-                factory.__module__,
-                factory.__qualname__,
-            ):
-                raise ValueError(f"a {self.kind} '{name}' is already registered by the module '{known.__module__}'")
-            self._factories[name] = factory
+            if known is not None and _origin(known) != _origin(factory):
+                known_by = self._registrar(name, known)
+                raise ValueError(f"the {self.kind} '{name}' is already registered by the module '{known_by}'")
+            self._factories[name], self._registrars[name] = factory, registrar
             return factory
 
         return decorate
@@ -70,9 +71,14 @@ class Registry:
         if name in self._own and name not in self._factories:
             self._factories[name] = pkgutil.resolve_name(self._own[name])
         factory = self._factories.get(name)
-        if factory is not None and module not in ("", "__main__") and _package(module) != _package(factory.__module__):
-            return None
+        if factory is not None and module not in ("", "__main__"):
+            places = {_package(factory.__module__), _package(self._registrar(name, factory))}
+            return factory if _package(module) in places else None
         return factory
+
+    def _registrar(self, name: str, factory: Factory) -> str:
+        """The module that registered it; a part of this package has its own."""
+        return self._registrars.get(name, factory.__module__)
 
     def is_guest(self, spec: str) -> bool:
         """Whether it is registered from outside this package."""
@@ -83,8 +89,8 @@ class Registry:
 
     def spec(self, spec: str) -> str:
         """A registered name in the form that checkpoints store, "module:name"; other names unchanged."""
-        factory = self.get(spec)
-        return spec if factory is None else f"{factory.__module__}:{spec.rpartition(':')[2]}"
+        factory, name = self.get(spec), spec.rpartition(":")[2]
+        return spec if factory is None else f"{self._registrar(name, factory)}:{name}"
 
     def build(
         self, spec: str, ours: Mapping[str, Any], given: Mapping[str, Any], known: Iterable[str] = ()
@@ -112,6 +118,12 @@ class Registry:
         names = list(dict.fromkeys([*self._own, *self._factories, *known]))
         close = difflib.get_close_matches(name, names, n=5) or names[:5]
         raise ValueError(f"there is no {self.kind} '{name}'; similar names: {', '.join(close)}")
+
+
+def _origin(factory: Factory) -> tuple[str, str]:
+    """Where it is defined; of a `functools.partial`, what it calls."""
+    factory = getattr(factory, "func", factory)
+    return factory.__module__, factory.__qualname__
 
 
 def _package(module: str) -> str:

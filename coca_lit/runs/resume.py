@@ -40,6 +40,7 @@ from coca_lit.runs.run_folder import (
 from coca_lit.weights.sharded import is_checkpoint
 
 RUN_KEY = "coca_lit_run"  # under which our checkpoints keep what resuming needs: see `coca_lit.callbacks.checkpoint`
+LOOPS = "loops"  # where Lightning's checkpoints keep how far a training has come
 AUTO = "auto"
 LAST = "last.ckpt"
 EARLIER = "earlier_results.json"  # of a run that went on
@@ -112,7 +113,13 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
         if not is_checkpoint(path):
             why = ": it is a folder; name the checkpoint in it" if path.is_dir() else ""
             raise CheckpointError(f"ckpt_path: there is no checkpoint '{ckpt_path}'{why}")
-        return Start(path, inspect(path, checksums=first_process))
+        content = inspect(path, checksums=first_process)
+        if LOOPS not in content:  # weights alone, such as OpenCLIP's epoch_3.pt
+            raise CheckpointError(
+                f"ckpt_path: no training can resume from '{ckpt_path}', which is none of Lightning's checkpoints: "
+                f"init_from={ckpt_path} takes its weights"
+            )
+        return Start(path, content)
     last = folder / CHECKPOINTS / LAST
     if not step_files(last.parent):
         return None

@@ -235,7 +235,13 @@ def download(
     with _hub_errors(repo, revision):
         _expect_name(repo)
         offline = not _reachable()
-        sizes = _cached(repo, folder, revision) if offline else _listed(repo, folder, revision)
+        try:
+            sizes = _cached(repo, folder, revision) if offline else _listed(repo, folder, revision)
+        except HfHubHTTPError as error:
+            status = error.response.status_code if error.response is not None else 0
+            if not (status == 429 or status >= 500) or not (sizes := _cached(repo, folder, revision)):
+                raise
+            offline = True  # it is too busy to answer: what was fetched before is as good
         weights = {name for name, size in sizes.items() if size is not None and name.endswith(FILE_SUFFIXES)}
         if offline and not (f"{wanted}.pt" in weights or wanted in weights if wanted else weights):
             raise LocalEntryNotFoundError("no weights in the cache")

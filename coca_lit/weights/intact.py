@@ -68,6 +68,10 @@ def check_archive(path: Path, checksums: bool = True) -> bool:
             size = file.seek(0, 2)
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
+                if any("/code/__torch__" in member.filename for member in members):
+                    raise ContentError(
+                        "it is a program of TorchScript: save its state_dict(), or name a released model"
+                    )
                 if packed := [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]:
                     raise ValueError(f"its part '{packed[0]}' is compressed: expected a file of torch.save")
                 if sum(member.file_size for member in members) > size:
@@ -166,7 +170,8 @@ def check_stored(tensors: Mapping[str, Tensor], path: Path) -> None:
     storages: dict[int, int] = {}
     claimed = 0
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.numel():
+        empty = not tensor.numel() and tensor.shape != (0,)  # such as (0, 10**18)
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or empty:
             raise ValueError(f"'{name}' is empty or no ordinary tensor")
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()

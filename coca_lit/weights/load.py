@@ -23,6 +23,7 @@ from coca_lit.weights.hub import CONFIGS, MAX_CONFIG, OPEN_CLIP_CONFIG, PREFIX, 
 from coca_lit.weights.intact import (
     MAX_CONTEXT,
     MAX_PATCHES,
+    ContentError,
     check_archive,
     check_plain,
     check_stored,
@@ -157,12 +158,15 @@ def save_model(model: CoCa, path: str | Path) -> None:
     """Writes weights and architecture into one safetensors file that `load_model` reads.
 
     Raises:
-        ValueError: the name does not end with ".safetensors".
+        ValueError: the name does not end with ".safetensors", or the tokenizer takes more than is read.
     """
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"'{path}' would be a safetensors file: give it a name that ends with .safetensors")
+    described = json.dumps(model.config, ensure_ascii=False)
+    if (size := len(described.encode())) > MAX_CONFIG:
+        raise ValueError(f"the model is described in {size:,} bytes, and {MAX_CONFIG:,} are read: use fewer words")
     state = unshared_copies(merged(model.state_dict()))
-    save_tensors(state, Path(path), {MODEL_KEY: json.dumps(model.config)})
+    save_tensors(state, Path(path), {MODEL_KEY: described})
 
 
 def unshared_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -254,6 +258,8 @@ def read_torch(path: Path) -> dict[str, Any]:
         return content
     try:
         check_archive(path)
+    except ContentError as error:
+        raise ValueError(f"'{path}': {error}") from error
     except ValueError as error:
         raise ValueError(f"'{path}' is not a whole checkpoint: {error}; fetch or write it again") from error
     try:

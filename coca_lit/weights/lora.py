@@ -84,13 +84,14 @@ def add_lora(net: CoCa, rank: int = 8, alpha: float = 16.0, parts: Sequence[str]
 
 def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of an ordinary model: the sum replaces W, A and B."""
-    found = {name: tensor for name, tensor in state.items() if _INSIDE not in name}
+    found = dict(state)
     for name in state:
-        module, inside, last = name.partition(_INSIDE)
-        if inside and last == "original":
-            a, b, scale = (state[f"{module}{_INSIDE}0.{part}"] for part in ("a", "b", "scale"))
+        module, _, last = name.partition(_INSIDE)
+        names = [f"{module}{_INSIDE}{part}" for part in ("original", "0.a", "0.b", "0.scale")]
+        if last == "original" and all(name in state for name in names):  # and no other parametrization
+            weight, a, b, scale = map(found.pop, names)
             matrices = (a.ndim, b.ndim, scale.ndim) == (2, 2, 0)
-            if not matrices or len(b) * a.shape[1] != state[name].numel():
+            if not matrices or len(b) * a.shape[1] != weight.numel():
                 raise ValueError(f"the low-rank update of '{module}' has another size")
-            found[f"{module}.weight"] = _sum(state[name], a, b, scale)
+            found[f"{module}.weight"] = _sum(weight, a, b, scale)
     return found

@@ -63,6 +63,13 @@ def test_a_resumed_run_keeps_the_words_of_its_checkpoint(capsys: pytest.CaptureF
     assert build_module(given, start).net.tokenizer.spec == ["a", "cat"]
 
 
+def test_a_model_that_trains_further_keeps_its_words(tmp_path: Path) -> None:
+    """The captions may have changed since, and other words would have its ids."""
+    save_model(build_module(compose(*TINY, "+model.net.tokenizer=[a,dog]")).net, tmp_path / "mine.safetensors")
+    cfg = compose(*TINY, "vocabulary=1", "data.train_count=8", f"init_from={tmp_path}/mine.safetensors")
+    assert build_module(cfg).net.tokenizer.spec == ["a", "dog"]
+
+
 def test_data_that_list_no_captions_have_no_vocabulary() -> None:
     cfg = compose("vocabulary=3")
     cfg.data = {"_target_": "lightning.pytorch.LightningDataModule"}

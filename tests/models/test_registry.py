@@ -2,11 +2,13 @@
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import coca_lit
 from coca_lit.errors import ConfigError
@@ -14,6 +16,7 @@ from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model, register_image_encoder, register_text_tower
 from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS, import_modules
 from coca_lit.tools.plan.command import build_without_weights
+from coca_lit.weights import MODEL_KEY
 from helpers.running import compose
 
 PACKAGE = '''
@@ -107,6 +110,57 @@ def test_a_file_stores_names_and_plain_arguments(tmp_path: Path) -> None:
     assert torch.equal(again.encode_image(images), model.encode_image(images))
     assert torch.equal(again.encode_text(tokens), model.encode_text(tokens))
     assert again.config == model.config
+
+
+class Unusual(nn.Module):
+    """Parametrized weights, a batch norm of one's own and a buffer that is still empty."""
+
+    mean = std = (0.5, 0.5, 0.5)
+    width = 48
+
+    def __init__(self, image_size: int) -> None:
+        super().__init__()
+        self.project = parametrizations.weight_norm(nn.Conv2d(3, 48, 8, 8))
+        self.mix = parametrizations.spectral_norm(nn.Conv2d(48, 48, 1))
+        self.norm = Rectified(48)
+        self.register_buffer("seen", torch.empty(0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(self.mix(self.project(images)))
+
+
+class Rectified(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def test_unusual_parts_train_and_are_read_again(tmp_path: Path) -> None:
+    register_image_encoder("unusual")(Unusual)
+    torch.manual_seed(0)
+    model = create_model("coca_tiny", image_encoder="unusual")
+    images, tokens = inputs(model)
+    for _ in range(2):
+        sum(loss_terms(model.train()(images, tokens)).values()).backward()
+    assert model.eval().image_encoder(images).min() == 0
+    coca_lit.save_model(model, tmp_path / "model.safetensors")
+    state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": state, MODEL_KEY: model.config}, tmp_path / "last.ckpt")
+    for file in ("model.safetensors", "last.ckpt"):
+        again = coca_lit.load_model(tmp_path / file).eval()
+        assert torch.equal(again.encode_image(images), model.encode_image(images))
+
+
+def test_whoever_registers_a_part_of_a_third_package_is_its_module() -> None:
+    import_modules(["their_package"])
+    patches = IMAGE_ENCODERS.get("patches")
+    register_image_encoder("theirs")(patches)
+    register_image_encoder("small")(partial(patches, width=8))
+    for name in ("theirs", "small"):
+        assert IMAGE_ENCODERS.spec(name) == f"{__name__}:{name}"
+        assert IMAGE_ENCODERS.get(f"{__name__}:{name}") is IMAGE_ENCODERS.get(name)
+    register_image_encoder("small")(partial(patches, width=16))  # once more, as when a module is reloaded
+    with pytest.raises(ValueError, match=f"'small' is already registered by the module '{__name__}'"):
+        register_image_encoder("small")(Unusual)
 
 
 def test_a_name_of_another_package_is_another_part(tmp_path: Path) -> None:
@@ -205,7 +259,7 @@ def test_reading_a_file_imports_nothing_by_itself(tmp_path: Path, kind: str) -> 
 def test_errors() -> None:
     register_image_encoder("other")(nn.Identity)
     register_image_encoder("other")(nn.Identity)  # the same once more, as after a reload
-    with pytest.raises(ValueError, match=r"'other'.*torch\.nn"):
+    with pytest.raises(ValueError, match=rf"'other'.*'{__name__}'"):
         register_image_encoder("other")(nn.Linear)
     with pytest.raises(ValueError, match="'a:b'"):
         register_image_encoder("a:b")

@@ -400,6 +400,7 @@ def checkpoint(step: int = 1, **run: Any) -> dict[str, Any]:
     return {
         "state_dict": {"w": torch.full((50_000,), float(step))},
         "global_step": step,
+        "loops": {},
         RUN_KEY: {"step": step, **run},
     }
 
@@ -659,6 +660,14 @@ def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match="other weights"):
             run(tmp_path / "other", *words, f"ckpt_path={tmp_path}/one/checkpoints/last.ckpt", word)
+
+
+def test_weights_alone_are_not_resumed_and_move_no_run_away(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "state_dict": {"w": torch.zeros(2)}}, tmp_path / "epoch_3.pt")
+    save(tmp_path / "run", 3)
+    with pytest.raises(CheckpointError, match=r"none of Lightning's checkpoints: init_from=.*epoch_3\.pt takes its"):
+        run(tmp_path / "run", *TINY, *MAP, f"ckpt_path={tmp_path}/epoch_3.pt")
+    assert not (tmp_path / "run" / "earlier_1").exists()
 
 
 def test_a_checkpoint_of_lightning_goes_on_with_the_next_batch(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import huggingface_hub
 import open_clip
 import open_clip.pretrained
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from safetensors.torch import save
 
@@ -28,6 +30,7 @@ from coca_lit.tools.checkpoint import chosen_checkpoint
 from coca_lit.tools.export import command as export_cli
 from coca_lit.tools.export import push_to_hub, save_pretrained
 from coca_lit.tools.export.open_clip import write_open_clip
+from coca_lit.weights import hub as hub_module
 from coca_lit.weights.hub import DEFAULT, PHOTOS_WEIGHTS, _say, download, list_models, locate, released_models
 from coca_lit.weights.load import load_model, save_model
 from coca_lit.weights.open_clip import to_open_clip
@@ -565,6 +568,23 @@ def test_without_a_network_commands_take_the_model_of_the_package(
     assert "photos" in said
     assert chosen_checkpoint(None, offline=False) == DEFAULT
     assert chosen_checkpoint("mine.ckpt") == "mine.ckpt"
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_hub_is_not_waited_for_where_a_model_is_cached(
+    hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    hub.repositories[L14] = Repository({SAFE: files[SAFE], "open_clip_config.json": files["open_clip_config.json"]})
+    cached = download(L14)
+
+    def busy(*_: object, **__: object) -> None:
+        answer = httpx.Response(status, request=httpx.Request("GET", hub.url))
+        raise HfHubHTTPError(f"{status}", response=answer)
+
+    monkeypatch.setattr(hub_module, "_listed", busy)
+    assert download(L14) == cached
+    with pytest.raises(CheckpointError, match=f"answered {status} for '{B32}': try again later"):
+        download(B32)
 
 
 def test_without_a_network_a_cached_model_is_taken(

@@ -139,3 +139,19 @@ def test_nothing_that_a_training_stores_is_taken_for_code(model: CoCa, tmp_path:
 
 def test_an_error_without_a_text_has_a_name() -> None:
     assert why_unreadable(RuntimeError()) == "RuntimeError"
+
+
+def test_programs_are_told_from_damaged_files(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.pt")
+    with pytest.raises(ValueError, match=r"program\.pt': it is a program of TorchScript"):
+        load_model(tmp_path / "program.pt")
+
+
+def test_what_nobody_reads_is_not_written(tmp_path: Path) -> None:
+    words = [f"слово{chr(1072 + i // 1024 % 32)}{chr(1072 + i // 32 % 32)}{chr(1072 + i % 32)}" for i in range(30_000)]
+    model = create_model("coca_tiny", tokenizer=words)
+    save_model(model, tmp_path / "model.safetensors")  # not six bytes for each letter
+    assert load_model(tmp_path / "model.safetensors").tokenizer.spec == words
+    model.config["tokenizer"] = [word * 20 for word in words]
+    with pytest.raises(ValueError, match=r"described in [\d,]+ bytes, and 4,194,304 are read: use fewer words"):
+        save_model(model, tmp_path / "large.safetensors")
