@@ -150,6 +150,8 @@ class Checkpoints(L.Callback):
         stop, late, better = max_over_ranks(self._flags()) if at_once else step_exchange.heard() or (0, 0, 0)
         if at_once:
             step_exchange.start()  # what is under way is known by now, and would delay all that comes after it
+        if stop:
+            self.signals.in_time()
         step = trainer.global_step
         by_steps = self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0
         if stop or late or by_steps or better or batch_idx == 0:
@@ -187,6 +189,7 @@ class Checkpoints(L.Callback):
             return
         (stop,) = max_over_ranks([self.signals.received])
         if stop:
+            self.signals.in_time()
             self._save(trainer, pl_module)
             self._stop(trainer, int(stop))
 
@@ -195,6 +198,7 @@ class Checkpoints(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._phase = "finished"
+        self.signals.in_time()
         self._save(trainer, pl_module)
         self._finish_saving(trainer)
         self.signals.nothing_to_save = True

@@ -11,7 +11,6 @@ import statistics
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -249,31 +248,24 @@ class SameOnAllRanks(L.Callback):
 
     Args:
         output_dir: the run folder, whose name must be the same.
+        begun: the step of the checkpoint from which this process resumes; 0 without one.
     """
 
-    def __init__(self, output_dir: str | Path) -> None:
-        self.name = Path(output_dir).name
+    def __init__(self, output_dir: str | Path, begun: int) -> None:
+        self.name, self.begun = Path(output_dir).name, begun
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if world_size() == 1:
             return
-        own: dict[str, Any] = {"run": self.name}
+        own: dict[str, Any] = {"run": self.name, "steps already trained (is the run folder shared?)": self.begun}
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, CaptionDataModule):
             own |= {"steps an epoch": data.steps_per_epoch, "data": data.state_dict()}
-        _compare(own)
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _compare({"steps already trained (is the run folder shared?)": trainer.global_step})
-
-
-def _compare(own: Mapping[str, Any]) -> None:
-    """Raises `DataError` on every process if any has another value than the first."""
-    first, *others = gather_objects(own)
-    for process, other in enumerate(others, start=1):
-        for name, value in first.items():
-            if other[name] != value:
-                raise DataError(f"process {process} differs from the first in {name}: {other[name]}, not {value}")
+        first, *others = gather_objects(own)
+        for process, other in enumerate(others, start=1):
+            for name, value in first.items():
+                if other[name] != value:
+                    raise DataError(f"process {process} differs from the first in {name}: {other[name]}, not {value}")
 
 
 class RunFolderGuard(L.Callback):

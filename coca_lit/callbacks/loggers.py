@@ -9,6 +9,7 @@ that they have is not sent again.
 import csv
 import logging
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +34,8 @@ from coca_lit.runs.run_folder import METRICS, environment
 
 log = logging.getLogger(__name__)
 
-_told: set[str] = set()  # the trackers whose first error was told
+AGAIN = 600.0  # seconds after an error until a server is asked again, which may take minutes to answer nothing
+_failed: dict[str, float] = {}  # when a tracker failed last
 
 
 class MetricsLog(Logger):
@@ -93,10 +95,10 @@ def _tolerated(tracker: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if tracker not in _told:
+        if tracker not in _failed:
             why = redact(str(error.__cause__ or error))
             log.warning("%s: %s; the run continues, and metrics.csv has all rows", tracker, why)
-        _told.add(tracker)
+        _failed[tracker] = time.monotonic()
 
 
 class TensorBoardLog(TensorBoardLogger):
@@ -285,15 +287,20 @@ class MLflowLog(MLFlowLogger):
         known = {name for name in named if (step, name) in self.logged}
         if step == self.last:  # scores may be made again, of other images
             known = {name for name in known if self.logged[step, name] == named[name]}
-        if new := {name: value for name, value in named.items() if name not in known}:
+        new = {name: value for name, value in named.items() if name not in known}
+        if new and not self._is_away():
             with _tolerated("MLflow"):
                 super().log_metrics(new, step)
+
+    def _is_away(self) -> bool:
+        return time.monotonic() - _failed.get("MLflow", -AGAIN) < AGAIN
 
     @rank_zero_only
     def log_picture(self, name: str, path: Path, step: int) -> None:
         assert self.run_id is not None  # a repeated step replaces the picture
-        with _tolerated("MLflow"):
-            self.experiment.log_artifact(self.run_id, str(path), f"{Path(name).parent}/step_{step}")
+        if not self._is_away():
+            with _tolerated("MLflow"):
+                self.experiment.log_artifact(self.run_id, str(path), f"{Path(name).parent}/step_{step}")
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:

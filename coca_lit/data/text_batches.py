@@ -19,6 +19,7 @@ from coca_lit.data.datasets.annotations import read_references
 from coca_lit.data.examples import Index
 from coca_lit.data.loader import Schedule, epoch_batches
 from coca_lit.data.records import clean_captions, not_found
+from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
 from coca_lit.reading import encoding_of, open_regular, parse_json, printable
 from coca_lit.tokenizer import Tokenizer
@@ -96,6 +97,10 @@ class TextBatches:
         if len(texts) < self.batch_size:
             raise DataError(f"data.text holds {len(texts)} texts, less than one batch of {self.batch_size}")
         return texts
+
+    @cached_property
+    def digest(self) -> int:
+        return stable_seed(*self.texts)
 
     def __len__(self) -> int:
         """Batches of one pass."""

@@ -36,8 +36,9 @@ _held: dict[Path, tuple[int | None, dict[str, Any]]] = {}  # by this process: in
 
 
 def restarted() -> list[str]:
-    """The names of the jobs that have been started again, by their variables."""
-    return [name for name, count in RESTARTS.items() if os.environ.get(count, "0") != "0"]
+    """The variables that name a job which has been started again; torchrun calls those without a name "none"."""
+    again = [name for name, count in RESTARTS.items() if os.environ.get(count, "0") != "0"]
+    return [name for name in again if os.environ.get(name, "none") != "none"]
 
 
 def add_facts(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ SIGINT             the same with 130; a second Ctrl-C stops at once
 SIGUSR1 on SLURM   save, `scontrol requeue`, exit with 143     (#SBATCH --signal=USR1@90)
 under submitit     save, then submitit's own handler, which requeues
 
-Scores may take longer than SLURM waits: after `LATE` seconds the job is requeued without another checkpoint.
+Scores may take longer than SLURM waits: if no step ends in `LATE` seconds, or until shortly before the end of the job,
+it is requeued without another checkpoint.
 
 Before training there is nothing to save. SLURM's warning would end a process that is still importing packages, and the
 job with it, so it requeues the job from the first moment on.
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # the commands import this file first
 log = logging.getLogger(__name__)
 
 LATE = 60.0  # seconds after SLURM's warning until the job is requeued from the last checkpoint, as within long scores
+BEFORE_END = 45.0  # seconds: not earlier than this before the end of the job, where SLURM tells it
 
 
 def slurm_signal() -> int | None:
@@ -84,7 +86,7 @@ class Signals:
 
     def release(self) -> None:
         """Restores the handlers."""
-        self._in_time()
+        self.in_time()
         self._handle({n: other if other is not None else signal.SIG_DFL for n, other in self._others.items()})
 
     def _handle(self, handlers: dict[int, Any]) -> None:
@@ -95,7 +97,7 @@ class Signals:
     def answer(self, trainer: "L.Trainer", number: int) -> None:
         """Requeues or exits once all is saved, on all ranks at the same step. Returns if the run may continue."""
         self.received = 0
-        self._in_time()
+        self.in_time()
         other = self._others[number]
         if callable(other) and other is not requeue_once and number not in (signal.SIGINT, signal.SIGTERM):
             other(number, None)  # submitit: its preemption signal requeues and exits
@@ -123,12 +125,14 @@ class Signals:
             raise SystemExit(_exit_code(number))
         self.received = self.received or number
         if number == slurm_signal() and self._others[number] is requeue_once and is_first_process() and not self._late:
-            self._late = threading.Timer(LATE, requeue)
+            end = float(os.environ.get("SLURM_JOB_END_TIME", 0))
+            self._late = threading.Timer(max(LATE, end - time.time() - BEFORE_END), requeue)
             self._late.daemon = True
             self._late.start()
         return None
 
-    def _in_time(self) -> None:
+    def in_time(self) -> None:
+        """Called when a step has ended, before what may take long is saved: then `answer` requeues."""
         if self._late is not None:
             self._late.cancel()
             self._late = None

@@ -239,9 +239,12 @@ def download(
             sizes = _cached(repo, folder, revision) if offline else _listed(repo, folder, revision)
         except HfHubHTTPError as error:
             status = error.response.status_code if error.response is not None else 0
-            if not (status == 429 or status >= 500) or not (sizes := _cached(repo, folder, revision)):
+            sizes = _cached(repo, folder, revision) if status == 429 or status >= 500 else {}
+            named = {wanted, f"{wanted}.pt"} if wanted else {*WEIGHTS}  # of epochs the last may be missing
+            if not sizes.keys() & named:
                 raise
-            offline = True  # it is too busy to answer: what was fetched before is as good
+            offline = True
+            _say(repo, f"{constants.ENDPOINT} answered {status}, so what was fetched before is taken")
         weights = {name for name, size in sizes.items() if size is not None and name.endswith(FILE_SUFFIXES)}
         if offline and not (f"{wanted}.pt" in weights or wanted in weights if wanted else weights):
             raise LocalEntryNotFoundError("no weights in the cache")

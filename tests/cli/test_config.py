@@ -507,6 +507,7 @@ def test_a_run_that_goes_on_does_not_need_the_file_that_it_began_with(
     monkeypatch.setattr("sys.argv", ["coca-train", f"output_dir={tmp_path}", "name=x", "ckpt_path=/gone.ckpt"])
     with pytest.raises(SystemExit, match="ckpt_path"):
         command.command("train", lambda cfg: began.append(cfg.ckpt_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     command.command("train", lambda cfg: began.append(cfg.ckpt_path))
     assert began == ["/gone.pt", "/gone.ckpt"]

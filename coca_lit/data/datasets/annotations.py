@@ -175,7 +175,7 @@ def schema(path: Path, name: str) -> Iterator[None]:
 
 # Tables of image files and captions: .csv, .tsv and .parquet. Usual names of columns and fields, the likeliest first.
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "filename", "file_name", "path", "file")
-CAPTION_COLUMNS = ("captions", "caption", "text", "title", "description")
+CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description")
 
 
 def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:

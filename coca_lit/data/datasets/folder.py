@@ -172,7 +172,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Iterable[str], str | None]]:
             if not image:
                 image = column(path, [*row.keys()], IMAGE_COLUMNS, COLUMNS)
                 caption = column(path, [*row.keys()], CAPTION_COLUMNS, COLUMNS)
-            name, texts = row[image], row[caption]
+            name, several = row[image], row.get("captions")  # beside the best one, as `coca-caption` writes them
+            texts = several if several and isinstance(several, list) else row[caption]
             if not isinstance(name, str):
                 raise TypeError(f"expected the name of a file, got {name!r:.80}")
             if name.strip():

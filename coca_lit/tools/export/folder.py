@@ -184,7 +184,7 @@ def write_card(
         mixture: what the weights of the checkpoint were interpolated with.
         repo: where the folder is pushed to.
     """
-    checkpoint = (checkpoint or folder / "model").absolute()
+    checkpoint = Path(os.path.abspath(checkpoint or folder / "model"))  # `last.ckpt` stays the link that it is
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     pictures = _copy_pictures(run, folder)
     files = exported.files | {picture: "captions of the run's evaluation" for picture in pictures}

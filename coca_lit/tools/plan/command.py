@@ -36,10 +36,11 @@ def run(cfg: DictConfig) -> None:
     from coca_lit.tools.plan.report import print_plan
 
     settings = read_settings(cfg)
+    source = load_source(cfg) if cfg.recipe is not None else None
     if cfg.recipe is not None:  # whose choices depend on the data
-        cfg = with_recipe(cfg, load_source(cfg))
+        cfg = with_recipe(cfg, source)
     try:
-        cfg = with_vocabulary(cfg)
+        cfg = with_vocabulary(cfg, source.tokenizer.spec if source is not None else None)
     except DataNotFoundError:
         print("vocabulary: the training captions are not there, so the tokenizer of the preset is counted.")
     model, spent, recipe = estimate(cfg, settings)

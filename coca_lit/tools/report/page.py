@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -135,7 +136,7 @@ def write_comparison(
         _side_by_side(runs),
         _tables([settings]),
     ]
-    several = f"{len(runs)} runs in {output.absolute().name}"
+    several = f"{len(runs)} runs in {Path(os.path.abspath(output)).name}"
     title = " and ".join(run.name for run in runs) if len(runs) == 2 else several
     tables = [*overview, *scores, *([settings] if settings.rows else [])]
     return _write(output, title, sections, tables, facts, {"failed": failed, APART: apart}, list(pictures.values()))

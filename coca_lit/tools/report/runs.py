@@ -3,6 +3,7 @@ writes it is named in one sentence.
 """
 
 import csv
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -91,7 +92,7 @@ def read_run(folder: Path) -> Run:
     config = read_run_yaml(folder, "config.yaml")
     return Run(
         folder=folder,
-        name=folder.absolute().name,
+        name=Path(os.path.abspath(folder)).name,
         results={score: float(value) for score, value in _read(folder, RESULTS, {str: Number}).items()},
         not_run=_read(folder, "not_run.json", {str: str}),
         config=flatten(config),

@@ -157,12 +157,14 @@ def test_suffixes_may_be_upper_case(tmp_path: Path) -> None:
 
 
 def test_several_captions_go_before_one(tmp_path: Path) -> None:
-    """As `coca-caption` writes them."""
-    row = {"path": "0.jpg", "caption": "one", "captions": ["one", "two"], "file": [1, 2]}
-    (fill(tmp_path, CAPTIONS) / "captions.jsonl").write_text(
-        "\n".join(json.dumps(row | {"path": name}) for name in CAPTIONS)
-    )
-    assert {record.captions for record in folder_records(tmp_path, "train")} == {("one", "two")}
+    """As `coca-caption` writes them, and where some rows have one alone."""
+    rows = {name: {"path": name, "caption": "one", "captions": ["one", "two"], "file": [1, 2]} for name in CAPTIONS}
+    for name, given in (("0.jpg", {}), ("1.jpg", {"captions": []})):
+        rows[name] = {"path": name, "caption": "mine"} | given
+    (fill(tmp_path, CAPTIONS) / "captions.jsonl").write_text("\n".join(map(json.dumps, rows.values())))
+    found = {Path(str(r.id)).name: r.captions for split in ("train", "val") for r in folder_records(tmp_path, split)}
+    assert {found.pop("0.jpg"), found.pop("1.jpg")} == {("mine",)}
+    assert {*found.values()} == {("one", "two")}
 
 
 def test_a_quote_that_is_not_closed_is_refused(tmp_path: Path) -> None:
