@@ -95,6 +95,7 @@ def read_run(folder: Path) -> Row:
     command = environment.get("command", "")
     # Hydra gets --config-dir as an absolute path. Other paths mean something on one machine only.
     command = re.sub(r"""'hydra\.searchpath=\["file://\S*/(experiments/\w+)"\]'""", r"--config-dir \1", command)
+    command = re.sub(r"packed: [^,]+", "packed: FILE", command)  # a tokenizer, tens of thousands of characters
     environment["command"] = re.sub(r"(\w: )/[^\s,}]+", r"\1PATH", re.sub(r"=/\S+", "=PATH", command))
     row = {key: str(environment.get(key, "")) for key in ABOUT} | {"run": folder.name, "seed": seed[1] if seed else ""}
     if speeds := numbers(read_rows(folder / "metrics.csv"), "samples/s"):
