@@ -47,7 +47,7 @@ def in_order(
     ema: float | None,
     output_dir: str,
     config: Callable[[], dict[str, Any]],
-    begun: int = 0,
+    resumes: bool = False,
 ) -> list[L.Callback]:
     """All callbacks of a run in the order in which they must act. Averaged weights replace the trained ones when
     training ends: after the last checkpoint, before the final scores.
@@ -56,10 +56,10 @@ def in_order(
         chosen: those of the configuration.
         ema: decay of averaged weights; None for none.
         config: returns the run's config, resolved and without secrets, for the loggers.
-        begun: the step of the checkpoint from which the run resumes.
+        resumes: whether the run resumes from a checkpoint.
     """
     checkpoints = [callback for callback in chosen if isinstance(callback, Checkpoints)]
     others = [callback for callback in chosen if callback not in checkpoints]
     averaging = [Averaging(ema)] if ema is not None else []
     always = [SamplesSeen(), SourceCounts(), LogRunFacts(config), RunSummary(output_dir)]
-    return [*checkpoints, *averaging, scoring, *others, SameOnAllRanks(output_dir, begun), *always]
+    return [*checkpoints, *averaging, scoring, *others, SameOnAllRanks(output_dir, resumes), *always]

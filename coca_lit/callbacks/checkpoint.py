@@ -103,6 +103,7 @@ class Checkpoints(L.Callback):
         self.signals = Signals()
         self._phase: Literal["training", "validating", "finished"] = "training"
         self._saved: tuple[int, str] | None = None  # step and phase of the last checkpoint
+        self._trained = False  # in this process
         self._between_steps = False  # while a checkpoint of ours is written
         self.due_at = math.inf  # by the clock
         self._loaded: dict[str, Any] = {}  # what the checkpoint held that the run resumes from
@@ -116,6 +117,7 @@ class Checkpoints(L.Callback):
         lightning_fixes.leave_sigterm_to_us(trainer)
         step_exchange.start()
         self._phase, self._unlinked, self._offered = "training", None, None  # also where it trains once more
+        self._trained = True
         self._saved = (trainer.global_step, self._phase)  # there is nothing to save before the first step
         self._set_clock()
         lost = not (self.folder / BEST).exists()  # moved away with the steps that are made again, or one of these
@@ -286,7 +288,7 @@ class Checkpoints(L.Callback):
             final: training is over, and the checkpoint of these weights is written.
         """
         if final:
-            compared = self._best_so_far() or not (self.folder / BEST).exists()
+            compared = self._trained or self._best_so_far() or not (self.folder / BEST).exists()
             self._unlinked = (trainer.global_step, value if compared else None)
             self._link()
         else:

@@ -248,24 +248,32 @@ class SameOnAllRanks(L.Callback):
 
     Args:
         output_dir: the run folder, whose name must be the same.
-        begun: the step of the checkpoint from which this process resumes; 0 without one.
+        resumes: whether this process resumes from a checkpoint.
     """
 
-    def __init__(self, output_dir: str | Path, begun: int) -> None:
-        self.name, self.begun = Path(output_dir).name, begun
+    def __init__(self, output_dir: str | Path, resumes: bool) -> None:
+        self.name, self.resumes = Path(output_dir).name, resumes
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if world_size() == 1:
             return
-        own: dict[str, Any] = {"run": self.name, "steps already trained (is the run folder shared?)": self.begun}
+        own: dict[str, Any] = {"run": self.name, "whether it resumes (is the run folder shared?)": self.resumes}
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, CaptionDataModule):
             own |= {"steps an epoch": data.steps_per_epoch, "data": data.state_dict()}
-        first, *others = gather_objects(own)
-        for process, other in enumerate(others, start=1):
-            for name, value in first.items():
-                if other[name] != value:
-                    raise DataError(f"process {process} differs from the first in {name}: {other[name]}, not {value}")
+        _compare(own)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _compare({"steps already trained": trainer.global_step})  # of what was loaded, after the first one's choice
+
+
+def _compare(own: dict[str, Any]) -> None:
+    """Raises `DataError` on every process if any has another value than the first."""
+    first, *others = gather_objects(own)
+    for process, other in enumerate(others, start=1):
+        for name, value in first.items():
+            if other[name] != value:
+                raise DataError(f"process {process} differs from the first in {name}: {other[name]}, not {value}")
 
 
 class RunFolderGuard(L.Callback):

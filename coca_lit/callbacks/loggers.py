@@ -11,8 +11,9 @@ import logging
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -34,8 +35,8 @@ from coca_lit.runs.run_folder import METRICS, environment
 
 log = logging.getLogger(__name__)
 
-AGAIN = 600.0  # seconds after an error until a server is asked again, which may take minutes to answer nothing
-_failed: dict[str, float] = {}  # when a tracker failed last
+SLOW, AGAIN = 5.0, 600.0  # seconds in vain after which a server is left alone, and for how long
+SOON = 60.0  # seconds until a disk that was full is tried again
 
 
 class MetricsLog(Logger):
@@ -89,19 +90,32 @@ class MetricsLog(Logger):
         append_lines(self.path, [csv_line(row.get(name, "") for name in self._columns) for row in rows])
 
 
-@contextmanager
-def _tolerated(tracker: str) -> Iterator[None]:
-    """What a full disk or a server that is away costs is rows of the tracker, and not the run."""
-    try:
-        yield
-    except Exception as error:
-        if tracker not in _failed:
-            why = redact(str(error.__cause__ or error))
-            log.warning("%s: %s; the run continues, and metrics.csv has all rows", tracker, why)
-        _failed[tracker] = time.monotonic()
+class Tolerant:
+    """A tracker for which a full disk, or a server that is away, costs rows of its own and not the run."""
+
+    _told = False
+    _away_until = 0.0
+
+    def attempt(self, send: Callable[[], object]) -> None:
+        """Calls `send`, unless it took long in vain a short while ago, as where a server does not answer."""
+        begun = time.monotonic()
+        if begun < self._away_until:
+            return
+        try:
+            send()
+        except Exception as error:
+            if not self._told:
+                why = redact(str(error.__cause__ or error))
+                log.warning("%s: %s; the run continues, and metrics.csv has all rows", type(self).__name__, why)
+            self._told, now = True, time.monotonic()
+            self._away_until = now + AGAIN if now - begun > SLOW else 0.0
+            self.failed()
+
+    def failed(self) -> None:
+        """What is left to do after an error."""
 
 
-class TensorBoardLog(TensorBoardLogger):
+class TensorBoardLog(Tolerant, TensorBoardLogger):
     """Lightning's, whose readers drop everything that an earlier process wrote from the resumed step on.
 
     Args:
@@ -122,34 +136,28 @@ class TensorBoardLog(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        with self._rewritten():
-            super().log_metrics(metrics, step)
+        self.attempt(partial(super().log_metrics, metrics, step))
 
     @rank_zero_only
     def log_picture(self, name: str, path: Path, step: int) -> None:
-        with self._rewritten():
-            self.experiment.add_image(name, np.asarray(Image.open(path)), step, dataformats="HWC")
+        picture = np.asarray(Image.open(path))
+        self.attempt(lambda: self.experiment.add_image(name, picture, step, dataformats="HWC"))
 
     @rank_zero_only
     def save(self) -> None:
-        with self._rewritten():
-            super().save()
+        self.attempt(super().save)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        with self._rewritten():
-            super().finalize(status)
+        self.attempt(partial(super().finalize, status))
 
-    @contextmanager
-    def _rewritten(self) -> Iterator[None]:
-        """After an error in its thread a writer takes nothing any more: the next row opens another file."""
-        with _tolerated("TensorBoard"):
-            try:
-                yield
-            except Exception:
-                self._experiment = None
-                self._kwargs["purge_step"] = None  # the rows before stay
-                raise
+    def failed(self) -> None:
+        """After an error in its thread a writer takes nothing any more: later rows go to another file."""
+        with suppress(Exception):
+            self.experiment.close()
+        self._experiment = None
+        self._kwargs["purge_step"] = None  # the rows before stay
+        self._away_until = time.monotonic() + SOON
 
 
 class KeptName:
@@ -236,7 +244,7 @@ class WandbLog(WandbLogger):
             self._experiment = None
 
 
-class MLflowLog(MLFlowLogger):
+class MLflowLog(Tolerant, MLFlowLogger):
     """Lightning's, in the same MLflow run after a kill.
 
     Args:
@@ -287,25 +295,18 @@ class MLflowLog(MLFlowLogger):
         known = {name for name in named if (step, name) in self.logged}
         if step == self.last:  # scores may be made again, of other images
             known = {name for name in known if self.logged[step, name] == named[name]}
-        new = {name: value for name, value in named.items() if name not in known}
-        if new and not self._is_away():
-            with _tolerated("MLflow"):
-                super().log_metrics(new, step)
-
-    def _is_away(self) -> bool:
-        return time.monotonic() - _failed.get("MLflow", -AGAIN) < AGAIN
+        if new := {name: value for name, value in named.items() if name not in known}:
+            self.attempt(partial(super().log_metrics, new, step))
 
     @rank_zero_only
     def log_picture(self, name: str, path: Path, step: int) -> None:
         assert self.run_id is not None  # a repeated step replaces the picture
-        if not self._is_away():
-            with _tolerated("MLflow"):
-                self.experiment.log_artifact(self.run_id, str(path), f"{Path(name).parent}/step_{step}")
+        place = f"{Path(name).parent}/step_{step}"
+        self.attempt(partial(self.experiment.log_artifact, self.run_id, str(path), place))
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        with _tolerated("MLflow"):
-            super().finalize(status)
+        self.attempt(partial(super().finalize, status))
 
 
 class LogRunFacts(L.Callback):

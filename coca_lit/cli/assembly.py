@@ -239,8 +239,8 @@ def build_trainer(
     offered = {"output_dir": cfg.output_dir, "identity": lambda: identity_of(plain(cfg))}
     chosen = [build(node, f"callbacks.{name}", offered) for name, node in cfg.callbacks.items() if node]
     with error_context("ema"):
-        begun = start.content.get("global_step", 0) if start is not None else 0
-        callbacks = in_order(chosen, scoring, cfg.ema, cfg.output_dir, partial(plain, cfg, resolve=True), begun)
+        config = partial(plain, cfg, resolve=True)
+        callbacks = in_order(chosen, scoring, cfg.ema, cfg.output_dir, config, resumes=start is not None)
     strategy = cfg.trainer.strategy
     if isinstance(strategy, DictConfig):
         strategy = build(strategy, "trainer.strategy")

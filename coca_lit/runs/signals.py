@@ -73,6 +73,7 @@ class Signals:
     def __init__(self) -> None:
         self.received = 0
         self._late: threading.Timer | None = None  # requeues where no step ends in time
+        self._requeued = False
         self.nothing_to_save = False  # then a signal is handled at once
         numbers: set[int | None] = {signal.SIGTERM, signal.SIGINT, slurm_signal()}
         if "SUBMITIT_EXECUTOR" in os.environ:
@@ -81,7 +82,8 @@ class Signals:
 
     def listen(self) -> None:
         """Called when training starts, after Lightning has set handlers of its own."""
-        self.received, self.nothing_to_save = 0, False  # also where the training before was stopped, in a notebook
+        self.received = 0
+        self.nothing_to_save = self._requeued = False  # also where the training before was stopped, in a notebook
         self._handle(dict.fromkeys(self._others, self._note))
 
     def release(self) -> None:
@@ -103,7 +105,7 @@ class Signals:
             other(number, None)  # submitit: its preemption signal requeues and exits
             return
         if number == slurm_signal() and trainer.is_global_zero:
-            requeue()
+            self._requeue()
         trainer.strategy.barrier("stop")
         from lightning.pytorch.plugins.environments import LightningEnvironment
 
@@ -126,10 +128,15 @@ class Signals:
         self.received = self.received or number
         if number == slurm_signal() and self._others[number] is requeue_once and is_first_process() and not self._late:
             end = float(os.environ.get("SLURM_JOB_END_TIME", 0))
-            self._late = threading.Timer(max(LATE, end - time.time() - BEFORE_END), requeue)
+            self._late = threading.Timer(max(LATE, end - time.time() - BEFORE_END), self._requeue)
             self._late.daemon = True
             self._late.start()
         return None
+
+    def _requeue(self) -> None:
+        if not self._requeued:
+            self._requeued = True
+            requeue()
 
     def in_time(self) -> None:
         """Called when a step has ended, before what may take long is saved: then `answer` requeues."""

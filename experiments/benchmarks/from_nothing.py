@@ -51,7 +51,7 @@ def measure(folder: Path, index_url: str) -> dict[str, float]:
             subprocess.run(command, cwd=folder / "coca_lit", env=environment, check=True, stdout=subprocess.DEVNULL)
         return time.monotonic() - start
 
-    pip = [".venv/bin/python", "-m", "pip", "install", "-q"]
+    pip = [".venv/bin/python", "-m", "pip", "install", "-q", "--no-compile"]
     torch = [*pip, "torch", "torchvision", *(["--index-url", index_url] if index_url else [])]
     install = seconds([sys.executable, "-m", "venv", ".venv"], torch, [*pip, "-e", "."])
     return {"install": install, "demo": seconds([".venv/bin/coca-train"])}

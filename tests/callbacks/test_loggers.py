@@ -14,6 +14,7 @@ import lightning.pytorch as L
 import pytest
 from lightning.pytorch.loggers import Logger
 
+from coca_lit.callbacks import loggers as loggers_module
 from coca_lit.runs.resume import is_same_run, start_run_folder
 from helpers.resuming import MAP, TINY, Die, train
 from helpers.running import compose, run, watched, without_java
@@ -170,10 +171,10 @@ def test_a_tracker_that_fails_costs_its_rows_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("tensorboard")
-    from coca_lit.callbacks.loggers import TensorBoardLog
-
-    log = TensorBoardLog(tmp_path)
+    monkeypatch.setattr(loggers_module, "SOON", 0.0)
+    log = loggers_module.TensorBoardLog(tmp_path)
     log.log_metrics({"loss": 1.0}, 0)
+    log.save()
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -183,9 +184,27 @@ def test_a_tracker_that_fails_costs_its_rows_alone(
         log.log_metrics({"loss": 2.0}, 1)
     log.log_metrics({"loss": 3.0}, 2)
     log.finalize("success")
-    assert [scalar.value for scalar in scalars(tmp_path).Scalars("loss")] == [1.0, 3.0]
+    assert {scalar.value for scalar in scalars(tmp_path).Scalars("loss")} == {1.0, 3.0}
     (said,) = [message for message in caplog.messages if "No space left" in message]
-    assert said.startswith("TensorBoard: ")
+    assert said.startswith("TensorBoardLog: ")
+
+
+def test_a_server_that_answers_nothing_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked = [0.0], []
+    monkeypatch.setattr(loggers_module.time, "monotonic", lambda: now[0])
+
+    def in_vain(seconds: float) -> None:
+        asked.append(seconds)
+        now[0] += seconds
+        raise OSError("no answer")
+
+    tracker = loggers_module.Tolerant()
+    for seconds in (1.0, 1.0, 240.0, 240.0):  # a short error costs its own row alone
+        tracker.attempt(lambda seconds=seconds: in_vain(seconds))
+    assert asked == [1.0, 1.0, 240.0]
+    now[0] += 601
+    tracker.attempt(lambda: in_vain(2.0))
+    assert asked[-1] == 2.0
 
 
 @pytest.mark.slow

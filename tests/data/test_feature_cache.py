@@ -186,7 +186,7 @@ def test_an_image_that_another_attempt_may_read_is_not_kept_as_broken(
         views(tmp_path, Encoder()).encode([*records(), Record("locked.jpg", locked, ("a",))], 1, 0, CPU)
     assert not [*tmp_path.rglob("*.npy")]
     views(tmp_path, Encoder()).encode([*records(), Record("torn.jpg", broken, ("a",))], 2, 0, CPU)
-    assert caplog.text.count("torn.jpg is left out: it is torn") == 1
+    assert caplog.text.count("torn.jpg is left out of training: it is torn") == 1
 
 
 def test_an_empty_split_is_refused(tmp_path: Path) -> None:

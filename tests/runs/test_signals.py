@@ -1,7 +1,7 @@
 """Signals that come while a process trains more than once."""
 
 import signal
-import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,13 +27,19 @@ def test_a_second_training_in_one_process_is_stopped_like_the_first() -> None:
         signals.release()
 
 
-@pytest.mark.parametrize("in_time", [False, True])
-def test_a_job_whose_step_does_not_end_is_requeued_all_the_same(monkeypatch: pytest.MonkeyPatch, in_time: bool) -> None:
-    """As within the scores of many images."""
-    asked = threading.Event()
+@pytest.mark.parametrize(("late", "end"), [(0.2, None), (0.2, 0.0), (600.0, None), (0.2, 600.0)])
+def test_a_job_whose_step_does_not_end_is_requeued_once(
+    monkeypatch: pytest.MonkeyPatch, late: float, end: float | None
+) -> None:
+    """As within the scores of many images: after a while, but not long before SLURM ends the job."""
+    asked: list[None] = []
+    for name in ("RANK", "SLURM_PROCID", "SLURM_JOB_END_TIME"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(module, "LATE", 0.2)
-    monkeypatch.setattr(module, "requeue", asked.set)
+    if end is not None:
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + end))
+    monkeypatch.setattr(module, "LATE", late)
+    monkeypatch.setattr(module, "requeue", lambda: asked.append(None))
     before = signal.getsignal(signal.SIGUSR1)
     requeue_while_starting()
     signals = Signals()
@@ -41,9 +47,20 @@ def test_a_job_whose_step_does_not_end_is_requeued_all_the_same(monkeypatch: pyt
         signals.listen()
         signal.raise_signal(signal.SIGUSR1)
         assert signals.received == signal.SIGUSR1
-        if in_time:
+        timer = signals._late
+        assert timer is not None
+        if max(late, end or 0) > 1:
+            assert timer.interval > 500
             signals.in_time()
-        assert asked.wait(0.5 if in_time else 30) == (not in_time)
+            timer.join(30)
+            assert not asked
+        else:
+            timer.join(30)
+            assert len(asked) == 1
+        trainer: Any = SimpleNamespace(strategy=SimpleNamespace(barrier=lambda name: None), is_global_zero=True)
+        with pytest.raises(SystemExit):
+            signals.answer(trainer, signal.SIGUSR1)
+        assert len(asked) == 1
     finally:
         signals.release()
         signal.signal(signal.SIGUSR1, before)

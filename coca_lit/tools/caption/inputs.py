@@ -27,7 +27,7 @@ from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
 from coca_lit.files import state_of
 from coca_lit.models.inputs import Images, Preprocessing, stack_images
-from coca_lit.reading import may_pass, open_regular, parse_json, refuse_unlisted
+from coca_lit.reading import encoding_of, may_pass, open_regular, parse_json, refuse_unlisted
 
 SHARD = ".tar"
 FILES = (*SUFFIXES, *CLIPS)
@@ -237,6 +237,7 @@ def _collate(items: list[Images | str]) -> ImageBatch:
 def scan_shard(path: Path) -> tuple[list[Sample], str]:
     """The complete samples of a tar that have an image, in order, and what is wrong with the rest of it, or ""."""
     samples: dict[str, Sample] = {}
+    begun: set[str] = set()
     problem = ""
     members = (member for member in tar_members(path) if not holds_code(member.name))
     try:
@@ -248,12 +249,13 @@ def scan_shard(path: Path) -> tuple[list[Sample], str]:
             sample = Sample(fields["__key__"], places)
             if not sample.image and kind_of(places, CLIP_SUFFIXES):
                 raise DataError(f"{path} holds clips: only clips in files of their own are captioned")
-            if not sample.image and sample.key in samples:
-                problem = f"the members of {sample.key!r} do not follow each other"
-            elif sample.image and sample.key in samples:  # captions are kept by key
+            if sample.image and sample.key in samples:  # captions are kept by key
                 problem = f"two samples have the key {sample.key!r}"
-            elif sample.image:
-                samples[sample.key] = sample
+            elif sample.key in begun:
+                problem = f"the members of {sample.key!r} do not follow each other"
+            if sample.image:
+                samples.setdefault(sample.key, sample)
+            begun.add(sample.key)
     except DataError:
         raise
     except Exception as error:  # Python's reader raises many types on damaged files
@@ -293,7 +295,8 @@ def _recaptioned(members: dict[str, bytes], captions: Sequence[str]) -> dict[str
     except DataError:
         fields = {"broken_json": content.decode("utf-8", errors="replace")}
     if "txt" in members:
-        fields.setdefault(ORIGINAL, members["txt"].decode("utf-8", errors="replace").strip())
+        text = members["txt"]
+        fields.setdefault(ORIGINAL, text.decode(encoding_of(text), errors="replace").strip())
     fields.pop(ALL, None)  # of the model before
     if len(captions) > 1:
         fields[ALL] = list(captions)

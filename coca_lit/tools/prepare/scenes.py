@@ -39,9 +39,11 @@ def export_scenes(format: str, out: Path, count: int = 1500, size: int = 32) -> 
         size: height and width of the images in pixels.
 
     Raises:
-        ValueError: more images than there are scenes.
+        ValueError: unknown format, or more images than there are scenes.
         FileExistsError: `out` is a file or holds something.
     """
+    if format not in WRITERS:
+        raise ValueError(f"unknown format {format!r}; known: {', '.join(WRITERS)}")
     if count < 1 or size < 1:
         raise ValueError(f"count and size must be at least 1, got count={count} and size={size}")
     out = out.resolve()

@@ -73,9 +73,11 @@ def test_a_truncated_tar_is_recaptioned_up_to_its_last_complete_sample(tmp_path)
 
 def test_members_that_do_not_follow_each_other_are_a_problem(tmp_path):
     path = write_tar(tmp_path / "x.tar", {"0.jpg": jpeg(0), "1.jpg": jpeg(1), "0.txt": b"a dog", "1.txt": b"a cat"})
-    samples, problem = scan_shard(path)
-    assert [sample.key for sample in samples] == ["0", "1"]
-    assert problem == "the members of '1' do not follow each other"
+    texts_first = write_tar(tmp_path / "y.tar", {"0.txt": b"a dog", "1.txt": b"a", "0.jpg": jpeg(0), "1.jpg": jpeg(1)})
+    for tar in (path, texts_first):
+        samples, problem = scan_shard(tar)
+        assert [sample.key for sample in samples] == ["0", "1"]
+        assert problem == "the members of '1' do not follow each other"
 
 
 def test_a_recaptioned_shard_holds_no_code(tmp_path):
