@@ -51,7 +51,7 @@ class Registry:
         """
         if ":" in name:
             raise ValueError(f"the name of a {self.kind} must not contain a colon, got '{name}'")
-        registrar = sys._getframe(1).f_globals["__name__"]
+        registrar = sys._getframe(1).f_globals.get("__name__", "__main__")
 
         def decorate(factory: Factory) -> Factory:
             known = self.get(name)
