@@ -89,9 +89,9 @@ def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module, _, last = name.partition(_INSIDE)
         names = [f"{module}{_INSIDE}{part}" for part in ("original", "0.a", "0.b", "0.scale")]
         if last == "original" and all(name in state for name in names):  # and no other parametrization
-            weight, a, b, scale = map(found.pop, names)
+            _, a, b, scale = map(found.pop, names)
             matrices = (a.ndim, b.ndim, scale.ndim) == (2, 2, 0)
-            if not matrices or len(b) * a.shape[1] != weight.numel():
+            if not matrices or len(b) * a.shape[1] != state[name].numel():
                 raise ValueError(f"the low-rank update of '{module}' has another size")
-            found[f"{module}.weight"] = _sum(weight, a, b, scale)
+            found[f"{module}.weight"] = _sum(state[name], a, b, scale)
     return found

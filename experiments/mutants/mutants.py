@@ -676,7 +676,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "weights/lora.py": [
         ("lora_rank", "torch.tensor(alpha / rank)", "torch.tensor(float(alpha))", "weights/test_lora.py -k rank"),
-        ("lora_merged", "_sum(weight, a, b, scale)", "weight", "weights/test_lora.py -k sum"),
+        ("lora_merged", "_sum(state[name], a, b, scale)", "state[name]", "weights/test_lora.py -k sum"),
     ],
     "weights/computation.py": [
         (
