@@ -366,8 +366,8 @@ def keep_settings(trainer: L.Trainer, configured: Sequence[dict[str, Any]]) -> N
     rate that its schedule has at this step; where nothing was changed that changes nothing.
 
     Args:
-        configured: the settings of each group; empty for a module that is not `CoCaLit`. Its groups, and those of a
-            subclass with a schedule of its own, stay as they were.
+        configured: the settings of each group; empty for a module that is not `CoCaLit`, whose groups stay as they
+            were. So do the groups of a subclass with its own schedule.
     """
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     if not configured or not schedulers or not isinstance(scheduler := schedulers[0], LambdaLR):

@@ -151,7 +151,7 @@ def test_years_in_a_list_and_in_a_sweep_are_folders() -> None:
     assert [place.text for place in sweep.value().list] == ["größe/a", "2024"]
 
 
-@pytest.mark.parametrize("text", ["lr=0.1,seed=1", "two dogs, running!", "a man & a woman, 2 dogs"])
+@pytest.mark.parametrize("text", ["lr=0.1,seed=1", "lr=0.1,5,x", "two dogs, running!", "a man & a woman, 2 dogs"])
 def test_a_text_with_a_comma_that_no_list_could_hold_is_one_text(text: str) -> None:
     assert compose("search", [to_override(f"query={text}")]).query == text
     assert compose("train", [to_override(f"name={text}")]).name == text
