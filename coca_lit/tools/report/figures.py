@@ -4,6 +4,7 @@ import io
 import math
 import re
 from collections.abc import Collection, Iterable, Sequence
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -167,7 +168,9 @@ def comparison_figure(runs: Sequence[Run], objective: str | None = None) -> byte
             axes.set(xlabel=_text(key), xscale="log" if wide else "linear")
         if sources:
             axes.legend(fontsize=8)
-        axes.set_title(f"{_text(data_name(score.rpartition('/')[0]))}\n{_text(score_name(score))}", fontsize=10)
+        axes.set_title(
+            f"{_text(data_name(score.rpartition('/')[0]))}\n{fill(_text(score_name(score)), 20)}", fontsize=10
+        )
         axes.grid(alpha=0.3)
     return png_of(figure)
 
