@@ -8,6 +8,7 @@ that they have is not sent again.
 
 import csv
 import logging
+import os
 import sys
 import time
 from argparse import Namespace
@@ -265,6 +266,8 @@ class MLflowLog(Tolerant, MLFlowLogger):
         self.kept = KeptName(Path(output_dir) / "mlflow_run", same_run)
         self.last = -1  # the last step of them
         self.logged: dict[tuple[int | None, str], float] = {}  # by step and name, what earlier processes logged
+        for name, value in (("MLFLOW_HTTP_REQUEST_TIMEOUT", "20"), ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")):
+            os.environ.setdefault(name, value)  # all other processes wait meanwhile, by default for 20 minutes
         super().__init__(
             experiment_name=experiment_name,
             run_name=run_name,

@@ -51,6 +51,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
             check_same_run,
             find_checkpoint,
             finished_results,
+            forget_jobs,
             identity_of,
             is_requeued,
             resume_command,
@@ -64,6 +65,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         with error_context("seed"):
             L.seed_everything(cfg.seed, workers=True, verbose=False)
         strict = cfg.ckpt_path == AUTO
+        forget_jobs(folder)
         if is_requeued(folder):
             cfg = cfg.copy()
             cfg.ckpt_path = AUTO

@@ -137,8 +137,8 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
 
 def is_requeued(folder: Path) -> bool:
     """Whether SLURM or torchrun has started this job again, and the run has checkpoints of its earlier starts:
-    `ckpt_path`, which the job repeats, was obeyed then. All processes find the same: the first one notes the job after
-    it has moved away what the run does not resume from.
+    `ckpt_path`, which the job repeats, was obeyed then. All processes of a machine find the same: the first one notes
+    the job after it has moved away what the run does not resume from.
     """
     if not (jobs := restarted()) or not step_files(folder / CHECKPOINTS):
         return False
@@ -147,6 +147,16 @@ def is_requeued(folder: Path) -> bool:
     except DataError:  # there is none
         return False
     return isinstance(begun_by, dict) and any(name in begun_by and begun_by[name] == os.environ[name] for name in jobs)
+
+
+def forget_jobs(folder: Path) -> None:
+    """At the first start of a job: an earlier one of its name was another, as torchrun's names are used again."""
+    if restarted() or not is_first_process():
+        return
+    with suppress(DataError):  # there is none
+        known = read_json(folder / ENVIRONMENT, dict)
+        if known.pop(JOBS, None) is not None:
+            write_json(folder / ENVIRONMENT, known)
 
 
 def check_same_run(

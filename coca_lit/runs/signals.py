@@ -52,8 +52,8 @@ def requeue_once(number: int, frame: FrameType | None) -> None:
         requeue()
 
 
-def requeue() -> None:
-    """Asks SLURM to run this job again under its number; called by one process of it."""
+def requeue() -> bool:
+    """Asks SLURM to run this job again under its number, and returns whether it will; called by one process of it."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
     try:
@@ -65,6 +65,7 @@ def requeue() -> None:
         log.warning("could not requeue job %s (%s): submit it again by hand, it will resume", job, problem)
     else:
         print(f"requeued job {job}", file=sys.stderr, flush=True)
+    return not problem
 
 
 class Signals:
@@ -135,8 +136,8 @@ class Signals:
 
     def _requeue(self) -> None:
         if not self._requeued:
-            self._requeued = True
-            requeue()
+            self._requeued = True  # meanwhile the other thread does not ask
+            self._requeued = requeue()
 
     def in_time(self) -> None:
         """Called when a step has ended, before what may take long is saved: then `answer` requeues."""

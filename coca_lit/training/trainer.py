@@ -165,8 +165,24 @@ def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
     if isinstance(data, CaptionDataModule):
         with error_context("data.batch_size"):
             check_batch_size(data.batch_size, trainer.world_size, size)
+        _check_interval(trainer, data)
     varies = trainer.accumulate_grad_batches > 1 or size is not None or bool(objectives)
     set_ddp_options(trainer, ddp_options(texts, same_graph=not varies))
+
+
+def _check_interval(trainer: L.Trainer, data: CaptionDataModule) -> None:
+    """Raises `ConfigError` for a validation that no epoch reaches: Lightning would, when the run has begun."""
+    interval, limit = trainer.val_check_interval, trainer.limit_train_batches
+    if type(interval) is not int or not trainer.check_val_every_n_epoch or not trainer.limit_val_batches:
+        return
+    steps = data.steps_per_epoch
+    steps = data.texts.steps(steps, data.text_every) if data.texts is not None else steps
+    steps = int(steps * limit) if isinstance(limit, float) else min(steps, limit)
+    if interval > steps:
+        raise ConfigError(
+            f"trainer.val_check_interval={interval} is more than the {steps} batches of an epoch: to count on over "
+            "epochs, set trainer.check_val_every_n_epoch=null too"
+        )
 
 
 def ddp_options(texts: bool, same_graph: bool) -> dict[str, bool]:

@@ -39,7 +39,7 @@ def test_a_job_whose_step_does_not_end_is_requeued_once(
     if end is not None:
         monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + end))
     monkeypatch.setattr(module, "LATE", late)
-    monkeypatch.setattr(module, "requeue", lambda: asked.append(None))
+    monkeypatch.setattr(module, "requeue", lambda: not asked.append(None))
     before = signal.getsignal(signal.SIGUSR1)
     requeue_while_starting()
     signals = Signals()

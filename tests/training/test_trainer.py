@@ -1,5 +1,6 @@
 """What does not go together in a training is refused, by the keys that chose it, before the run folder is made."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from coca_lit.callbacks import ScoreDuringTraining
-from coca_lit.cli.assembly import build_trainer
+from coca_lit.cli.assembly import build_data, build_trainer
 from coca_lit.cli.module import build_module
 from coca_lit.errors import ConfigError
 from coca_lit.evals import Settings
@@ -102,6 +103,24 @@ def test_fp16_and_micro_batches() -> None:
     found = features(trainer, create_model("coca_tiny"), {}, 4, texts=False)
     with pytest.raises(ConfigError, match=r"trainer.micro_batch_size .*trainer.precision=16-mixed"):
         check_together(found)
+
+
+def test_a_validation_that_no_epoch_reaches_is_refused(tmp_path: Path) -> None:
+    """Lightning would stop the run when it has begun."""
+    for words, refused in (
+        (["trainer.val_check_interval=5"], True),
+        (["trainer.val_check_interval=4"], False),
+        (["trainer.val_check_interval=4", "trainer.limit_train_batches=3"], True),
+        (["trainer.val_check_interval=3", "trainer.limit_train_batches=0.5"], True),
+        (["trainer.val_check_interval=5", "trainer.limit_val_batches=0"], False),
+        (["trainer.val_check_interval=5", "trainer.check_val_every_n_epoch=null"], False),
+    ):
+        batches = ("data.train_count=32", "data.batch_size=8", "trainer.limit_train_batches=1.0")
+        cfg = compose(*TINY, *batches, f"output_dir={tmp_path}", *words)
+        module, trainer = build_module(cfg), build_trainer(cfg, ScoreDuringTraining([], Settings(tmp_path)))
+        data = build_data(cfg, module.net.tokenizer)
+        with pytest.raises(ConfigError, match=r"trainer\.val_check_interval=\d") if refused else nullcontext():
+            prepare(trainer, module, data)
 
 
 def test_self_critical_training_needs_whole_weights(tmp_path: Path) -> None:

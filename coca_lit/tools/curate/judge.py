@@ -84,7 +84,7 @@ def _settings(judgement: Judgement) -> dict[str, Any]:
     """What a score depends on, beside the shard."""
     return {
         "model": load_judge(judgement.checkpoint, judgement.bf16)[1],
-        "precision": "bf16" if judgement.bf16 else "fp32",
+        "precision": "bf16, similarities in fp32" if judgement.bf16 else "fp32",
         "caption_key": judgement.caption_key,
         "embeddings": judgement.embeddings,
         "language": judgement.language,

@@ -57,6 +57,8 @@ def run(cfg: DictConfig) -> None:
     }
     if left_out := [key for key, given in not_counted.items() if given]:
         print(f"Not counted, so the run needs more: {' and '.join(left_out)}.")
+    if source is None and cfg.init_from not in (None, "required"):
+        print(f"Of the preset, not of init_from={cfg.init_from}: image encoder, pooler and vocabulary.")
     if cfg.data.get("text") is not None:
         print("Not counted: data.text, whose batches are steps of their own.")
 

@@ -330,6 +330,8 @@ def test_a_plan_says_that_batches_of_texts_are_not_counted(
     monkeypatch.setattr("coca_lit.tools.plan.report.print_plan", lambda *_: None)
     cli.run(compose("plan", ["data.text=texts.txt"]))
     assert capsys.readouterr().out == "Not counted: data.text, whose batches are steps of their own.\n"
+    cli.run(compose("plan", ["init_from=outputs/mine"]))
+    assert "not of init_from=outputs/mine: image encoder" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("told", [True, False])
