@@ -22,7 +22,7 @@ from coca_lit.cli.command import job_command, options_of
 from coca_lit.cli.runtime import chosen_dtype, configure_libraries
 from coca_lit.cli.schema import part_of, written
 from coca_lit.cli.words import quote
-from coca_lit.errors import ConfigError, error_context
+from coca_lit.errors import ConfigError, DataError, error_context
 from coca_lit.machine import is_first_process
 from coca_lit.reading import printable, read_run_yaml
 from coca_lit.runs.run_folder import CHECKPOINTS, CONFIG, in_use
@@ -174,7 +174,7 @@ def _grouped(names: Sequence[str]) -> str:
 def run(cfg: DictConfig) -> dict[str, float]:
     """Scores as configured and returns the scores; the run folder is `cfg.output_dir`."""
     from coca_lit.data.prefetch import worker_errors
-    from coca_lit.distributed import process_group, rank
+    from coca_lit.distributed import process_group, rank, world_size
     from coca_lit.metrics.java.spice import JARS_VARIABLE
     from coca_lit.models import CoCa, part_sizes
     from coca_lit.models.generation.state import check_options
@@ -200,12 +200,19 @@ def run(cfg: DictConfig) -> dict[str, float]:
             with error_context("checkpoint"):
                 settings = replace(settings, classifier=load_classifier(cfg.checkpoint, model))
         start_run_folder(cfg)  # not before: a scoring that cannot start leaves nothing behind
-        found = Found(not_run=not_run)
+        found, problem = Found(not_run=not_run), None
         for evaluation in evals:
-            found.add(evaluation, evaluation.evaluate(model, settings))
+            try:
+                found.add(evaluation, evaluation.evaluate(model, settings))
+            except DataError as error:
+                if len(evals) == 1 or world_size() > 1:  # other processes would wait for this one
+                    raise
+                problem = found.not_run[evaluation.name] = str(error)  # the scores of the others stay
         if rank() == 0:
             facts = {"parameters": part_sizes(model), "gflops": forward_flops(model) / 1e9}
             finish_run(folder, found, facts, report)
+        if problem:
+            raise DataError(problem)
     return found.scores
 
 

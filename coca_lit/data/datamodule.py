@@ -310,7 +310,9 @@ class RecordsDataModule(CaptionDataModule):
         for split, views in wanted.items():
             records = self.train_records if split == self.train_split else trainable(self.records(split))
             device = self.trainer.strategy.root_device
-            self._features[split] = cache.encode(records, views, self.num_workers, device)
+            self._features[split] = cache.encode(
+                records, views, self.num_workers, device, trained=split == self.train_split
+            )
 
     @property
     def endless(self) -> bool:

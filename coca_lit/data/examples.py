@@ -8,14 +8,13 @@ from torch.utils.data import Dataset
 
 from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples
 from coca_lit.data.batch import Example
-from coca_lit.data.records import MAX_MISSING, Record
+from coca_lit.data.records import FEW_BAD, MAX_MISSING, Record
 from coca_lit.data.transforms import TrainTransform, Transform, augmented, loaded
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
 from coca_lit.models.inputs import Images
 from coca_lit.tokenizer import Tokenizer
 
-FEW_BAD = 2  # records that may be bad in any case
 OBVIOUS = 10  # times as many bad draws stop a training, before a worker has drawn that many of the records
 
 
@@ -87,7 +86,7 @@ class CaptionDataset(TrainingExamples):
         try:
             image, record = self.image(index, record, rng)
             further = tuple(augmented(other, self.transform, rng, index.patches) for other in record.further)
-        except DataError as error:
+        except (DataError, OSError) as error:  # the latter by Pillow, from a user's own function
             raise BadSampleError(BadSample("", str(record.id), "unreadable image", str(error))) from error
         return _example((image, *further), record.captions[choice], record, self.tokenizer)
 

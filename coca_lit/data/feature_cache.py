@@ -99,11 +99,16 @@ class FeatureCache:
         self.folder = Path(folder) / digest(repr(about), tensors)
         self.encoder, self.plain, self.crop, self.seed, self.precision = encoder, plain, crop, seed, precision
 
-    def encode(self, records: Sequence[Record], count: int, num_workers: int, device: torch.device) -> list[Path]:
+    def encode(
+        self, records: Sequence[Record], count: int, num_workers: int, device: torch.device, trained: bool = True
+    ) -> list[Path]:
         """The files of `count` views of the records; missing ones are encoded now, split over the processes.
 
         Files are named after the ids and sources of the records, and after the size and time of image files: a photo
         that is replaced under its name is encoded again, with all others.
+
+        Args:
+            trained: a broken image is left out, as training replaces it; otherwise it is an error.
 
         Raises:
             DataError: nothing can be written, or the disk has no room; on all processes. Or there are no records, or
@@ -131,7 +136,7 @@ class FeatureCache:
             try:
                 for view, path in zip(views[rank() :: world_size()], paths[rank() :: world_size()], strict=True):
                     if path in missing:
-                        self._write(path, view, records, num_workers, device)
+                        self._write(path, view, records, num_workers, device, trained)
             except DataError as error:
                 reason = str(error)
         if reasons := [found for found in gather_objects(reason) if found]:
@@ -140,11 +145,13 @@ class FeatureCache:
             raise DataError(f"{absent[0]} is not there: data.cache_dir must be a folder that all processes see")
         return paths
 
-    def _write(self, path: Path, view: int, records: Sequence[Record], num_workers: int, device: torch.device) -> None:
+    def _write(
+        self, path: Path, view: int, records: Sequence[Record], num_workers: int, device: torch.device, trained: bool
+    ) -> None:
         before = next(self.encoder.parameters()).device
         try:
             with replacing(path) as temporary, temporary.open("wb") as file, ProgressBar(f"view {view}") as progress:
-                for done, features in self._features(view, records, num_workers, device):
+                for done, features in self._features(view, records, num_workers, device, trained):
                     if file.tell() == 0:
                         _write_header(file, path.parent, (len(records), *features.shape[1:]))
                     file.write(features.numpy().tobytes())
@@ -154,7 +161,7 @@ class FeatureCache:
 
     @torch.no_grad()
     def _features(
-        self, view: int, records: Sequence[Record], num_workers: int, device: torch.device
+        self, view: int, records: Sequence[Record], num_workers: int, device: torch.device, trained: bool
     ) -> Iterator[tuple[int, Tensor]]:
         """(images done so far, features (b, S, C) of the last batch in fp16); NaN for an image that is broken.
 
@@ -169,7 +176,7 @@ class FeatureCache:
             broken = [i for i, image in enumerate(batch) if not isinstance(image, Tensor)]
             for i in broken:
                 name = printable(str(records[done + i].id))
-                if batch[i].may_pass:
+                if batch[i].may_pass or not trained:
                     raise DataError(f"{name}: {batch[i].reason}")
                 if view == 0:
                     log.warning("%s is left out of training: %s", name, batch[i].reason)
@@ -192,8 +199,8 @@ class FeatureCache:
             else:
                 rng = random.Random(stable_seed("view", self.seed, view, record.id))
                 pixels = cast(Tensor, augmented(record.image, self.crop, rng))
-        except DataError as error:
-            cause = error.__cause__
+        except (DataError, OSError) as error:  # the latter by Pillow, from a user's own function
+            cause = error if isinstance(error, OSError) else error.__cause__
             system = may_pass(cause) and not isinstance(cause, FileNotFoundError)
             return _Unread(str(error), system or isinstance(cause, ImportError))
         return pixels.flip(-1) if is_mirrored(view) else pixels

@@ -46,7 +46,7 @@ def hash_files(paths: Sequence[Path]) -> list[int | None]:
     Raises:
         DataError: none of them can be decoded.
     """
-    with ProgressBar("comparing photos") as progress, ThreadPoolExecutor(min(8, processors())) as pool:
+    with ProgressBar("reading photos") as progress, ThreadPoolExecutor(min(8, processors())) as pool:
         hashes = []
         for found in pool.map(lambda path: _hash_of(path, state_of(path)), paths):
             hashes.append(found)

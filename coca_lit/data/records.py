@@ -22,6 +22,7 @@ from coca_lit.reading import printable
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+FEW_BAD = 2  # files that may be broken in any case
 MAX_MISSING = 0.01  # known copies lack a few files (Flickr8k lists one that never existed); more means a wrong folder
 
 

@@ -384,10 +384,16 @@ def test_a_long_context_is_captioned_and_scored_to_its_end(folder, tmp_path, mon
 
 @pytest.mark.slow
 def test_a_corrupt_image_is_named(checkpoint, folder, tmp_path):
+    """And costs no scores of other data."""
     (folder / "pictures" / "1.png").write_bytes(b"no picture")
-    evals = [*folder_evals(folder, "retrieval"), "scoring.workers=1"]
+    evals = [*folder_evals(folder, "retrieval"), "scoring.workers=1", "scoring.images=8"]
     with pytest.raises(DataError, match=r"pictures/1\.png is not a readable image"):
         run(compose(tmp_path / "run", f"checkpoint={checkpoint}", *evals))
+    evals[0] = "evals=[folder_retrieval,compositional_retrieval]"
+    with pytest.raises(DataError, match=r"pictures/1\.png is not a readable image"):
+        run(compose(tmp_path / "two", f"checkpoint={checkpoint}", *evals))
+    assert any("compositional" in score for score in json.loads((tmp_path / "two" / "results.json").read_text()))
+    assert "1.png" in str(json.loads((tmp_path / "two" / "not_run.json").read_text()))
 
 
 @pytest.mark.slow

@@ -189,6 +189,22 @@ def test_an_image_that_another_attempt_may_read_is_not_kept_as_broken(
     assert caplog.text.count("torn.jpg is left out of training: it is torn") == 1
 
 
+def cut() -> Image.Image:
+    raise OSError("image file is truncated")
+
+
+def test_images_to_score_must_be_whole_and_a_users_function_may_raise_what_pillow_does(tmp_path: Path) -> None:
+    images = [*records(200), Record("cut.jpg", cut, ("a",))]
+    for broken_one in (images, [*records(), Record("torn.jpg", broken, ("a",))]):
+        with pytest.raises(DataError, match=r"^(cut\.jpg: image file is truncated|torn\.jpg: it is torn)$"):
+            views(tmp_path, Encoder()).encode(broken_one, 1, 0, CPU, trained=False)
+    assert not [*tmp_path.rglob("*.npy")]
+    example = CachedCaptionDataset(images, views(tmp_path, Encoder()).encode(images, 2, 0, CPU), TOKENIZER)[
+        Index(0, 200)
+    ]
+    assert [bad.reason for bad in example.bad] == ["unreadable image"]
+
+
 def test_an_empty_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="split is empty"):
         views(tmp_path, Encoder()).encode([], 1, 0, CPU)

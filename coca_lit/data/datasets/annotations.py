@@ -183,7 +183,7 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
     if path.suffix in (".csv", ".tsv"):
         content = read_bounded(path, MAX_BYTES, "is not a readable table")
         try:
-            text = content.decode(encoding_of(content))
+            text = re.sub(r"\A[\r\n]*(sep=.\r?\n)?", "", content.decode(encoding_of(content)))  # a line for Excel
             head = text.partition("\n")[0]
             # That of a .csv is a semicolon where the comma separates decimals.
             delimiter = "\t" if path.suffix == ".tsv" else max(",;\t", key=head.count)
@@ -191,9 +191,9 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
             names = _different(reader.fieldnames or [], path)
             rows = []
             for row in reader:
-                if any(row.get(None, ())):  # the key of fields without a column
+                if any(row.get(None, ())) or (names[-1] == "" and row[""]):  # fields without a column
                     raise DataError(
-                        f"line {reader.line_num} of {path} has more fields than the {len(names)} "
+                        f"line {reader.line_num} of {path} has more fields than the {len([*filter(None, names)])} "
                         f"columns: put texts that contain {delimiter!r} in quotes"
                     )
                 rows.append(row)
@@ -245,7 +245,8 @@ def column(path: Path, columns: Sequence[str], usual: Sequence[str], how: str, w
     Args:
         how: the user can name it, for the error.
     """
-    known = [name for name in ([wanted] if wanted else usual) if name in columns]
+    named = {name: name for name in columns} if wanted else {str(name).strip().lower(): name for name in columns}
+    known = [named[name] for name in ([wanted] if wanted else usual) if name in named]
     if not known:
         what = repr(wanted) if wanted else f"of the usual names ({', '.join(usual)})"
         raise DataError(f"{path} has no column {what}, but {', '.join(map(str, columns)) or 'none'}: {how}")

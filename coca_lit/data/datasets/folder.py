@@ -32,7 +32,7 @@ from coca_lit.data.datasets.annotations import (
 from coca_lit.data.datasets.captions import mscoco_records
 from coca_lit.data.near_duplicates import hash_files, held_out
 from coca_lit.data.pixels import SUFFIXES
-from coca_lit.data.records import MAX_MISSING, ImageFile, Record, not_found
+from coca_lit.data.records import FEW_BAD, MAX_MISSING, ImageFile, Record, not_found
 from coca_lit.errors import DataError
 from coca_lit.reading import encoding_of, printable, read_bounded, read_json, refuse_unlisted
 
@@ -70,7 +70,7 @@ def folder_records(
 
     Raises:
         DataError: the folder holds no captioned photos, a name leads out of it, more than `MAX_MISSING` of the files
-            are missing, or there is no such split.
+            are missing or broken, or there is no such split.
     """
     root = Path(root)
     if not root.is_dir():
@@ -95,6 +95,9 @@ def folder_records(
     found = [photo for photo, its in zip(photos, splits, strict=True) if (its or "train") == split]
     if not found:
         raise no_split(root, split, splits, of_run=hold_out)
+    if hold_out and split != "train":
+        whole = decodable([photo.name for photo in found], files, split)
+        found = [photo for photo in found if photo.name in whole]
     return [Record(photo.name, ImageFile(files[photo.name]), photo.captions) for photo in found]
 
 
@@ -103,6 +106,23 @@ def held_out_splits(names: Sequence[str], files: Mapping[str, Path]) -> list[str
     different = list(dict.fromkeys(names))
     chosen = {different[i] for i in held_out(hash_files([files[name] for name in different]), HELD_OUT)}
     return ["val" if name in chosen else "train" for name in names]
+
+
+def decodable(names: Iterable[str], files: Mapping[str, Path], split: str) -> set[str]:
+    """The photos of a split to score that can be decoded. Another one would end the run at its first validation.
+
+    Raises:
+        DataError: more than `MAX_MISSING` of them cannot be decoded, and more than `FEW_BAD`.
+    """
+    different = list(dict.fromkeys(names))
+    hashes = hash_files([files[name] for name in different])
+    broken = [name for name, found in zip(different, hashes, strict=True) if found is None]
+    if broken:
+        what = f"{len(broken)} of {len(different)} photos of {split!r} cannot be decoded, e.g. {printable(broken[0])}"
+        if len(broken) > max(MAX_MISSING * len(different), FEW_BAD):
+            raise DataError(f"{what}: fix or remove them")
+        _warn(f"left out: {what}")
+    return {*different} - {*broken}
 
 
 def no_split(place: Path, split: str, splits: Sequence[str | None], of_run: bool = True) -> DataError:
@@ -172,8 +192,10 @@ def _rows(path: Path) -> Iterator[tuple[str, Iterable[str], str | None]]:
             if not image:
                 image = column(path, [*row.keys()], IMAGE_COLUMNS, COLUMNS)
                 caption = column(path, [*row.keys()], CAPTION_COLUMNS, COLUMNS)
-            name, several = row[image], row.get("captions")  # beside the best one, as `coca-caption` writes them
-            texts = several if several and isinstance(several, list) else row[caption]
+            name, texts, several = row[image], row[caption], row.get("captions")
+            # As `coca-caption` writes them; a caption that is none of them was corrected.
+            if isinstance(several, list) and several and (not texts or texts in several):
+                texts = several
             if not isinstance(name, str):
                 raise TypeError(f"expected the name of a file, got {name!r:.80}")
             if name.strip():
@@ -231,9 +253,13 @@ def files_inside(names: Iterable[str], root: Path) -> dict[str, Path]:
     inside, files, missing = root.resolve(), {}, []
     for text in dict.fromkeys(names):
         name = PurePosixPath(text)
+        for folder in (PurePosixPath(root), PurePosixPath(inside)):  # as `coca-caption FOLDER` names files
+            if folder.parts and name.is_relative_to(folder):
+                name = name.relative_to(folder)
         if name.is_absolute() or ".." in name.parts or "\0" in text:
-            raise DataError(f"{root} names {printable(text)!r}, which is not in the folder")
-        forms = dict.fromkeys((text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))))
+            raise DataError(f"{root} names {printable(text)!r}, which is not relative to the folder")
+        written = dict.fromkeys((text, str(name)))
+        forms = dict.fromkeys(f for w in written for f in (w, *(unicodedata.normalize(n, w) for n in ("NFC", "NFD"))))
         places = (place / form for form in forms for place in (root, root / "images"))
         path = next(filter(os.path.isfile, places), None)
         if path is None:

@@ -18,7 +18,7 @@ from coca_lit.data.datasets.annotations import (
     read_rows,
     schema,
 )
-from coca_lit.data.datasets.folder import files_inside, held_out_splits, no_split, split_of
+from coca_lit.data.datasets.folder import decodable, files_inside, held_out_splits, no_split, split_of
 from coca_lit.data.records import ImageFile, Listing, Record, records_on_disk
 from coca_lit.errors import DataError
 
@@ -121,11 +121,14 @@ def pairs_records(root: str | Path, split: str) -> list[Record]:
         if found[0].further:
             raise DataError(f"{path} has two images a row and no splits: add a column split of train and val")
         splits = held_out_splits([row.filename for row in found], files)
+    used = [row for row, its in zip(found, splits, strict=True) if (its or "train") == split]
+    if used and split != "train":
+        whole = decodable([name for row in used for name in row.files], files, split)
+        used = [row for row in used if whole >= {*row.files}]
     image = {name: ImageFile(path) for name, path in files.items()}
     records = [
         Record(row.id, image[row.filename], row.captions, row.domain, row.question, [image[n] for n in row.further])
-        for row, its in zip(found, splits, strict=True)
-        if (its or "train") == split
+        for row in used
     ]
     if not records:
         raise no_split(path, split, splits)

@@ -57,6 +57,8 @@ def clip_shard_records(
             except BadSampleError as error:
                 bad.catch(error)
             except DataError as error:
+                if isinstance(error.__cause__, ImportError):  # of the package that decodes clips
+                    raise
                 bad.add("unreadable clip", index.shard.name, index.key(row), str(error))
             else:
                 shard = index.shard.name if alike else index.shard.file_name

@@ -7,6 +7,7 @@ reported and skipped.
 
 import glob
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,10 @@ from coca_lit.files import state_of
 from coca_lit.models.inputs import Images, Preprocessing, stack_images
 from coca_lit.reading import encoding_of, may_pass, open_regular, parse_json, refuse_unlisted
 
+log = logging.getLogger(__name__)
+
 SHARD = ".tar"
+UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff", ".jxl", ".jp2", ".dng")  # photos in other formats
 FILES = (*SUFFIXES, *CLIPS)
 EXPECTED = f"expected images ({', '.join(SUFFIXES)}), clips ({', '.join(CLIPS)}), folders, or shards ({SHARD})"
 ORIGINAL = "original_caption"  # key of KEY.json that keeps what KEY.txt said
@@ -143,10 +147,14 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder '{folder}'")
-    found = []
+    found, unread = [], list[str]()
     for parent, folders, names in os.walk(folder, onerror=refuse_unlisted):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
+        unread += [name for name in names if name.lower().endswith(UNREAD) and not name.startswith(".")]
+    if found and unread:
+        kinds = ", ".join(sorted({Path(name).suffix.lower() for name in unread}))
+        log.warning("left out %d photos in %s: %s is not read, convert them to .jpg", len(unread), folder, kinds)
     return sorted(found)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from coca_lit.data.datasets.folder import captions_beside, folder_records, folder_training_captions
+from coca_lit.data.datasets.statements import pairs_records
 from coca_lit.data.records import ImageFile
 from coca_lit.data.scenes.render import render
 from coca_lit.errors import DataError
@@ -24,6 +25,9 @@ def table(delimiter: str, head: str = "file{}caption", quote: str = '"') -> str:
 LAYOUTS = {
     "captions.csv": table(","),
     "captions.csv with ;": table(";", "\ufefffilename{}text"),
+    "captions.csv of Excel": table(";", "\ufeffsep=;\n File{}Caption "),
+    "captions.csv of pandas": "\n".join([",file,caption", *(f'{i},{n},"{c}"' for i, (n, c) in enumerate(ROWS))]),
+    "captions.jsonl with folder": "\n".join(json.dumps({"path": f"FOLDER/{n}", "caption": c}) for n, c in ROWS),
     "captions.tsv": table("\t", quote=""),
     "captions.jsonl": "\n".join(map(json.dumps, OBJECTS)),
     "captions.jsonl in UTF-16": "\n".join(map(json.dumps, OBJECTS)),
@@ -50,7 +54,8 @@ def fill(root: Path, names: object = tuple(CAPTIONS)) -> Path:
 def test_layouts(tmp_path: Path, layout: str) -> None:
     fill(tmp_path / "images")
     if layout:
-        (tmp_path / layout.split()[0]).write_text(LAYOUTS[layout], encoding=(layout.split(" in ")[1:] or ["utf-8"])[0])
+        content = LAYOUTS[layout].replace("FOLDER", f"{tmp_path}/images")  # as `coca-caption FOLDER` writes it
+        (tmp_path / layout.split()[0]).write_text(content, encoding=(layout.split(" in ")[1:] or ["utf-8"])[0])
     else:
         for name, captions in CAPTIONS.items():
             (tmp_path / "images" / name).with_suffix(".txt").write_text("\n\n".join(captions))
@@ -96,7 +101,12 @@ def test_photos_that_look_alike_are_on_one_side(tmp_path: Path) -> None:
         ("captions.csv", "a,b\n1.jpg,x\n", "image.*but a, b"),
         ("captions.csv", "file,caption\n1.jpg,x,\n1.jpg,a dog, running\n", "line 3 .* 2 columns: put .*',' in quotes"),
         ("captions.csv", "file;caption\n1.jpg;a dog; a cat\n", "line 2 .*';' in quotes"),
-        ("captions.csv", "file,caption\n../1.jpg,x\n", "not in the folder"),
+        (
+            "captions.csv",
+            "file,caption,\n1.jpg,a dog,\n1.jpg,a dog, running\n",
+            "line 3 .* 2 columns: put .*',' in quotes",
+        ),
+        ("captions.csv", "file,caption\n../1.jpg,x\n", "not relative to the folder"),
         ("captions.csv", "file,caption\nnone.jpg,x\n", "1 of 1"),
         ("captions.csv", f"file,caption\n{'x' * 300}.jpg,x\n", "1 of 1"),
         ("captions.csv", "file,caption,split\n1.jpg,x,later\n", "'later'"),
@@ -165,6 +175,30 @@ def test_several_captions_go_before_one(tmp_path: Path) -> None:
     found = {Path(str(r.id)).name: r.captions for split in ("train", "val") for r in folder_records(tmp_path, split)}
     assert {found.pop("0.jpg"), found.pop("1.jpg")} == {("mine",)}
     assert {*found.values()} == {("one", "two")}
+    for name, caption in (("2.jpg", "three"), ("3.jpg", "")):  # the one was corrected, the other taken out
+        rows[name]["caption"] = caption
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows.values())))
+    found = {Path(str(r.id)).name: r.captions for split in ("train", "val") for r in folder_records(tmp_path, split)}
+    assert (found["2.jpg"], found["3.jpg"]) == (("three",), ("one", "two"))
+
+
+def test_a_broken_photo_is_not_scored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In training another one replaces it; a validation would end the run after an epoch."""
+    fill(tmp_path)
+    for name in ("1.jpg", "5.jpg"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
+    rows = [f"{name},{'val' if name < '5.jpg' else 'train'},a photo" for name in CAPTIONS]
+    (tmp_path / "captions.csv").write_text("\n".join(["file,split,caption", *rows]))
+    assert [record.id for record in folder_records(tmp_path, "val")] == ["0.jpg", "2.jpg", "3.jpg", "4.jpg"]
+    assert caplog.text.count("1 of 5 photos of 'val' cannot be decoded, e.g. 1.jpg") == 1
+    assert len(folder_records(tmp_path, "train")) == 5
+    table = (f"{name},{'val' if name < '5.jpg' else 'train'},a photo,{i % 2}" for i, name in enumerate(CAPTIONS))
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,split,text,label", *table]))
+    assert len(pairs_records(tmp_path, "val")) == 4
+    for name in ("2.jpg", "3.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=r"3 of 5 photos of 'val' cannot be decoded"):
+        folder_records(tmp_path, "val")
 
 
 def test_a_quote_that_is_not_closed_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Clips as members of shards: trained on, evaluated and checked, with the bounds of files."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,6 +135,14 @@ def test_clips_that_cannot_be_decoded_are_counted(clips: dict[str, Path], tmp_pa
         clip_shard_records(str(path), frames=3)
     records = clip_shard_records(str(path), frames=3, max_bad_fraction=0.5)
     assert [record.id for record in records] == [f"00000.tar/{key}" for key in SHADES]
+
+
+def test_a_missing_package_is_no_fault_of_a_clip(
+    clips: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(DataError, match=r"pip install 'coca_lit\[video\]'"):
+        clip_shard_records(str(shard(clips, tmp_path, *GOOD)), frames=3, max_bad_fraction=1.0)
 
 
 def test_one_faulty_shard_of_many_does_not_end_an_evaluation(clips: dict[str, Path], tmp_path: Path) -> None:

@@ -222,6 +222,14 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path: Path, monkeypa
     assert inputs.find_images(tmp_path) == []
 
 
+def test_photos_of_other_formats_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "more").mkdir()
+    for name in ("a.jpg", "b.HEIC", "more/c.tif", ".d.heic", "notes.txt"):
+        (tmp_path / name).touch()
+    assert inputs.find_images(tmp_path) == [tmp_path / "a.jpg"]
+    assert f"left out 2 photos in {tmp_path}: .heic, .tif is not read" in caplog.text
+
+
 @pytest.mark.slow
 def test_shards_keep_everything_but_the_caption(
     model: CoCa, checkpoint: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
