@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from coca_lit.cli.assembly import build_evals, build_report, build_settings
-from coca_lit.cli.command import job_command, options_of
+from coca_lit.cli.command import explain, job_command, options_of
 from coca_lit.cli.runtime import chosen_dtype, configure_libraries
 from coca_lit.cli.schema import part_of, written
 from coca_lit.cli.words import quote
@@ -207,7 +207,10 @@ def run(cfg: DictConfig) -> dict[str, float]:
             except DataError as error:
                 if len(evals) == 1 or world_size() > 1:  # other processes would wait for this one
                     raise
-                problem = found.not_run[evaluation.name] = str(error)  # the scores of the others stay
+                problem = found.not_run[evaluation.name] = explain(error)
+                print(f"{evaluation.name} not run: {problem}; the scores of the others stay", flush=True)
+        if problem and not found.scores:
+            raise DataError(problem)
         if rank() == 0:
             facts = {"parameters": part_sizes(model), "gflops": forward_flops(model) / 1e9}
             finish_run(folder, found, facts, report)

@@ -86,7 +86,7 @@ class CaptionDataset(TrainingExamples):
         try:
             image, record = self.image(index, record, rng)
             further = tuple(augmented(other, self.transform, rng, index.patches) for other in record.further)
-        except (DataError, OSError) as error:  # the latter by Pillow, from a user's own function
+        except DataError as error:
             raise BadSampleError(BadSample("", str(record.id), "unreadable image", str(error))) from error
         return _example((image, *further), record.captions[choice], record, self.tokenizer)
 

@@ -199,8 +199,8 @@ class FeatureCache:
             else:
                 rng = random.Random(stable_seed("view", self.seed, view, record.id))
                 pixels = cast(Tensor, augmented(record.image, self.crop, rng))
-        except (DataError, OSError) as error:  # the latter by Pillow, from a user's own function
-            cause = error if isinstance(error, OSError) else error.__cause__
+        except DataError as error:
+            cause = error.__cause__
             system = may_pass(cause) and not isinstance(cause, FileNotFoundError)
             return _Unread(str(error), system or isinstance(cause, ImportError))
         return pixels.flip(-1) if is_mirrored(view) else pixels

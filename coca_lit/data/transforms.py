@@ -107,7 +107,7 @@ def loaded(image: Callable[[], Image.Image], transform: Transform) -> Images:
     """The image of a record as a transform makes it, or the frames of a clip, (F, 3, size, size)."""
     if isinstance(image, Clip):
         return _stacked([transform(frame) for frame in image.frames()])
-    return transform(image())
+    return transform(_called(image))
 
 
 def augmented(
@@ -131,8 +131,16 @@ def _stacked(frames: list[Images]) -> Tensor:
 def load_pixels(image: Callable[[], Image.Image]) -> Tensor:
     """(3, H, W) uint8 of the image of a record, see `decode_pixels`."""
     if not isinstance(image, ImageFile):
-        return as_tensor(np.array(_to_rgb(image())))
+        return as_tensor(np.array(_to_rgb(_called(image))))
     return as_tensor(decode_pixels(read_image(image.path), image.path))
+
+
+def _called(image: Callable[[], Image.Image]) -> Image.Image:
+    """The image; what Pillow raises in a user's own function for a broken one is a `DataError`, too."""
+    try:
+        return image()
+    except (OSError, Image.DecompressionBombError) as error:
+        raise DataError(str(error)) from error
 
 
 def as_tensor(pixels: np.ndarray) -> Tensor:

@@ -240,8 +240,7 @@ def download(
         except HfHubHTTPError as error:
             status = error.response.status_code if error.response is not None else 0
             sizes = _cached(repo, folder, revision) if status == 429 or status >= 500 else {}
-            whole = {name for name in sizes if name.endswith(FILE_SUFFIXES) and not EPOCH.fullmatch(name)}
-            named = {wanted, f"{wanted}.pt"} if wanted else whole  # of epochs the last may be missing
+            named = {wanted, f"{wanted}.pt"} if wanted else {*WEIGHTS}  # of epochs the last may be missing
             if not sizes.keys() & named:
                 raise
             offline = True

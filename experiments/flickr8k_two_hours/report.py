@@ -41,6 +41,8 @@ NAMES = {
     "long_again_mixed_rewards": "40 epochs again, mixed SCST",
     "long_again_mixed_rewards_8beams_neighbours": f"40 epochs again, mixed SCST, {CONSENSUS}",
     "long_again_mixed_rewards_288px_8beams_neighbours": f"40 epochs again, mixed SCST, {CONSENSUS}, 288 px",
+    "long_again_mixed_rewards_at_288px": "40 epochs again, mixed SCST at 288 px",
+    "long_again_mixed_rewards_at_288px_8beams_neighbours": f"40 epochs again, mixed SCST at 288 px, {CONSENSUS}",
     "short": "10 epochs",
     "short_subwords": "10 epochs, sub-words",
     "short_modern": "10 epochs, modern text tower",
@@ -62,6 +64,7 @@ SEARCHES = {name: title for name, title in NAMES.items() if "8beams" not in name
     "long_mixed_rewards_288px_neighbours": "40 epochs, mixed SCST, normalised, 16 re-ranked, 288 px",
     "long_again_mixed_rewards_neighbours": "40 epochs again, mixed SCST, normalised, re-ranked",
     "long_again_mixed_rewards_288px_neighbours": "40 epochs again, mixed SCST, normalised, 16 re-ranked, 288 px",
+    "long_again_mixed_rewards_at_288px_neighbours": "40 epochs again, mixed SCST at 288 px, normalised, 16 re-ranked",
 }
 CAPTIONS = {f"flickr8k/{score}": score_name(score) for score in ("Bleu_1", "Bleu_4", "METEOR", "CIDEr")}
 WORDS = {"flickr8k/mean_length": "words per caption", "flickr8k/vocabulary": "different words"}
@@ -125,6 +128,14 @@ LEVERS = {  # name: runs without and with it, and the scores that it can change
     "288 px instead of 256 with the consensus, after 40 epochs again and mixed SCST": (
         "long_again_mixed_rewards_8beams_neighbours",
         "long_again_mixed_rewards_288px_8beams_neighbours",
+        WRITING,
+    ),
+    "288 px instead of 256 in the training with rewards, after 40 epochs again": (
+        ("long_again_mixed_rewards", "long_again_mixed_rewards_at_288px", SHOWN)
+    ),
+    "the same, with the consensus at 288 px": (
+        "long_again_mixed_rewards_288px_8beams_neighbours",
+        "long_again_mixed_rewards_at_288px_8beams_neighbours",
         WRITING,
     ),
     "sub-words in place of words, over 10 epochs": ("short", "short_subwords", SHOWN),

@@ -53,6 +53,10 @@ done
 # Four more epochs of that reward, at 2.5 times the learning rate
 train long_mixed_rewards_5e-5 0 scst_flickr8k init_from=$runs/long_mixed_rewards_seed0/checkpoints/last.ckpt "$mixed" model.optimizer.lr=5e-5
 
+# That reward with larger photos than in the training before
+train long_mixed_rewards_at_288px 0 scst_flickr8k init_from=$runs/long_seed0/checkpoints/last.ckpt "$mixed" image_size=288
+neighbours long_mixed_rewards_at_288px long_mixed_rewards_at_288px 0 scoring.rerank=16
+
 # Half the steps: three seeds, and a model that follows the average of the three; rewards at ten times the learning rate
 faster=(model.optimizer.lr=2e-4 trainer.max_epochs=2)
 for seed in 0 1 2; do train captions "$seed" flickr8k_two_hours; done

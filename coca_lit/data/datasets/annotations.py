@@ -183,8 +183,9 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
     if path.suffix in (".csv", ".tsv"):
         content = read_bounded(path, MAX_BYTES, "is not a readable table")
         try:
-            text = re.sub(r"\A[\r\n]*(sep=.\r?\n)?", "", content.decode(encoding_of(content)))  # a line for Excel
-            head = text.partition("\n")[0]
+            whole = content.decode(encoding_of(content))
+            text = re.sub(r"\A[\r\n]*(sep=.\r?\n)?", "", whole)  # a line for Excel
+            head, before = text.partition("\n")[0], whole[: len(whole) - len(text)].count("\n")
             # That of a .csv is a semicolon where the comma separates decimals.
             delimiter = "\t" if path.suffix == ".tsv" else max(",;\t", key=head.count)
             reader = csv.DictReader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -192,9 +193,10 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
             rows = []
             for row in reader:
                 if any(row.get(None, ())) or (names[-1] == "" and row[""]):  # fields without a column
+                    known = len([*filter(None, names)])
                     raise DataError(
-                        f"line {reader.line_num} of {path} has more fields than the {len([*filter(None, names)])} "
-                        f"columns: put texts that contain {delimiter!r} in quotes"
+                        f"line {before + reader.line_num} of {path} has more fields than the {known} "
+                        f"columns: put texts that contain {delimiter!r} in quotes, or name all columns"
                     )
                 rows.append(row)
             return names, rows
@@ -245,12 +247,19 @@ def column(path: Path, columns: Sequence[str], usual: Sequence[str], how: str, w
     Args:
         how: the user can name it, for the error.
     """
-    named = {name: name for name in columns} if wanted else {str(name).strip().lower(): name for name in columns}
-    known = [named[name] for name in ([wanted] if wanted else usual) if name in named]
-    if not known:
+    found = (wanted if wanted in columns else None) if wanted else named(columns, usual)
+    if found is None:
         what = repr(wanted) if wanted else f"of the usual names ({', '.join(usual)})"
         raise DataError(f"{path} has no column {what}, but {', '.join(map(str, columns)) or 'none'}: {how}")
-    return known[0]
+    return found
+
+
+def named(columns: Iterable[str], usual: Sequence[str]) -> str | None:
+    """The first of the usual names that a table has, else the first that it has in capitals or with blanks around."""
+    columns = list(columns)
+    folded = {str(name).strip().lower(): name for name in reversed(columns)}
+    written = (name for name in usual if name in columns)
+    return next(written, None) or next((folded[name] for name in usual if name in folded), None)
 
 
 def clean(texts: Iterable[Any]) -> tuple[str, ...]:

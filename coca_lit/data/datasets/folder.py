@@ -26,6 +26,7 @@ from coca_lit.data.datasets.annotations import (
     coco_listings,
     column,
     file_name,
+    named,
     read_rows,
     schema,
 )
@@ -33,8 +34,9 @@ from coca_lit.data.datasets.captions import mscoco_records
 from coca_lit.data.near_duplicates import hash_files, held_out
 from coca_lit.data.pixels import SUFFIXES
 from coca_lit.data.records import FEW_BAD, MAX_MISSING, ImageFile, Record, not_found
+from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
-from coca_lit.reading import encoding_of, printable, read_bounded, read_json, refuse_unlisted
+from coca_lit.reading import encoding_of, may_pass, printable, read_bounded, read_json, refuse_unlisted
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +119,12 @@ def decodable(names: Iterable[str], files: Mapping[str, Path], split: str) -> se
     different = list(dict.fromkeys(names))
     hashes = hash_files([files[name] for name in different])
     broken = [name for name, found in zip(different, hashes, strict=True) if found is None]
+    for name in broken:
+        try:
+            image_file(files[name], frames=1)()
+        except DataError as error:
+            if may_pass(error.__cause__) or isinstance(error.__cause__, ImportError):  # it is not the photo
+                raise
     if broken:
         what = f"{len(broken)} of {len(different)} photos of {split!r} cannot be decoded, e.g. {printable(broken[0])}"
         if len(broken) > max(MAX_MISSING * len(different), FEW_BAD):
@@ -192,10 +200,10 @@ def _rows(path: Path) -> Iterator[tuple[str, Iterable[str], str | None]]:
             if not image:
                 image = column(path, [*row.keys()], IMAGE_COLUMNS, COLUMNS)
                 caption = column(path, [*row.keys()], CAPTION_COLUMNS, COLUMNS)
-            name, texts, several = row[image], row[caption], row.get("captions")
-            # As `coca-caption` writes them; a caption that is none of them was corrected.
-            if isinstance(several, list) and several and (not texts or texts in several):
-                texts = several
+            name, several = row[image], row.get("captions")
+            # `coca-caption` writes them beside the best one: in its rows a caption that is none of them was corrected.
+            corrected = isinstance(row.get("file"), list) and row.get(caption) and row[caption] not in (several or ())
+            texts = several if several and isinstance(several, list) and not corrected else row[caption]
             if not isinstance(name, str):
                 raise TypeError(f"expected the name of a file, got {name!r:.80}")
             if name.strip():
@@ -204,9 +212,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Iterable[str], str | None]]:
 
 def split_of(row: Mapping[str, Any], path: Path) -> str | None:
     """The split that a row names, by our names; None if it names none. Raises `DataError` for another name."""
-    split = next(
-        (value for name, value in row.items() if isinstance(name, str) and name.strip().lower() == "split"), None
-    )
+    split = row.get(named(row, ["split"]) or "split")
     if split is None:
         return None
     if not isinstance(split, str) or split.strip().lower() not in SPLITS:
@@ -250,29 +256,38 @@ def files_inside(names: Iterable[str], root: Path) -> dict[str, Path]:
     Raises:
         DataError: a name or a link leads out of the folder, or more than `MAX_MISSING` of the files are missing.
     """
-    inside, files, missing = root.resolve(), {}, []
-    for text in dict.fromkeys(names):
-        name = PurePosixPath(text)
-        for folder in (PurePosixPath(root), PurePosixPath(inside)):  # as `coca-caption FOLDER` names files
-            if folder.parts and name.is_relative_to(folder):
-                name = name.relative_to(folder)
-        if name.is_absolute() or ".." in name.parts or "\0" in text:
-            raise DataError(f"{root} names {printable(text)!r}, which is not relative to the folder")
-        written = dict.fromkeys((text, str(name)))
-        forms = dict.fromkeys(f for w in written for f in (w, *(unicodedata.normalize(n, w) for n in ("NFC", "NFD"))))
-        places = (place / form for form in forms for place in (root, root / "images"))
-        path = next(filter(os.path.isfile, places), None)
-        if path is None:
-            missing.append(text)
-        else:
+    given, inside, files = list(dict.fromkeys(names)), root.resolve(), dict[str, Path]()
+    tails = (PurePosixPath(*inside.parts[i:]) for i in range(len(inside.parts)))
+    ways = [given]
+    for folder in dict.fromkeys((PurePosixPath(root), PurePosixPath(root.absolute()), *tails)):
+        if folder.parts and all(PurePosixPath(text).is_relative_to(folder) for text in given):
+            ways.append([str(PurePosixPath(text).relative_to(folder)) for text in given])  # by `coca-caption FOLDER`
+    found = [[_file(text, root) for text in way] for way in ways]
+    best = min(range(len(ways)), key=lambda i: found[i].count(None))  # as they are written, if that is as good
+    for text, name, path in zip(given, ways[best], found[best], strict=True):
+        if path is not None:
             _check_inside(path, inside, text)
             files[text] = path
+        elif _leads_out(name):
+            raise DataError(f"{root} names {printable(text)!r}, which is not relative to the folder")
+    missing = [text for text in given if text not in files]
     if len(missing) > MAX_MISSING * (len(files) + len(missing)):
         what = f"{len(missing)} of {len(files) + len(missing)} photos, e.g. {printable(missing[0])},"
         raise not_found(what, [root, root / "images"], "name files relative to the folder")
     if missing:
         log.warning("skipped %d photos without a file, e.g. %s", len(missing), printable(missing[0]))
     return files
+
+
+def _leads_out(name: str) -> bool:
+    return PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name
+
+
+def _file(text: str, root: Path) -> Path | None:
+    if _leads_out(text):
+        return None
+    forms = dict.fromkeys((text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))))
+    return next(filter(os.path.isfile, (place / form for form in forms for place in (root, root / "images"))), None)
 
 
 def _check_inside(path: Path, inside: Path, name: str | Path) -> None:

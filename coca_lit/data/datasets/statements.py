@@ -13,6 +13,7 @@ from coca_lit.data.datasets.annotations import (
     column,
     find_file,
     listing,
+    named,
     named_split,
     read_json_lines,
     read_rows,
@@ -149,14 +150,15 @@ def _pairs(root: Path) -> tuple[Path, list[tuple[Listing, str | None]]]:
     path = find_file("texts about images", [root / name for name in PAIRS], _HOW)
     rows: list[tuple[Listing, str | None]] = []
     columns: dict[str, str] = {}
+    of_kind = "kind"
     with schema(path, "the pairs'"):
         for number, row in enumerate(read_rows(path), start=1):
             if not columns:
                 names = [*row.keys()]
                 usual = {"image": IMAGE_COLUMNS, "text": TEXT_COLUMNS, "label": LABEL_COLUMNS}
                 columns = {key: column(path, names, of, f"call it {of[0]}") for key, of in usual.items()}
-                second = [name for name in SECOND_COLUMNS if name in names]
-                columns |= {"second": second[0]} if second else {}
+                second, of_kind = named(names, SECOND_COLUMNS), named(names, ["kind"]) or "kind"
+                columns |= {"second": second} if second else {}
             values = {}
             for key, name in columns.items():
                 value = str(row[name]) if isinstance(row[name], int) else row[name]
@@ -164,7 +166,7 @@ def _pairs(root: Path) -> tuple[Path, list[tuple[Listing, str | None]]]:
                     raise TypeError(f"row {number} has {value!r:.80} as {name}, expected a text")
                 values[key] = value.strip()
             further = (values["second"],) if "second" in columns else ()
-            kind = row.get("kind")
+            kind = row.get(of_kind)
             made = listing(number, values["image"], (values["label"],), kind or None, values["text"], further)
             rows.append((made, split_of(row, path)))
     if not rows:

@@ -27,6 +27,7 @@ from coca_lit.data.transforms import build_transform, loaded
 from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
 from coca_lit.files import state_of
+from coca_lit.machine import is_first_process
 from coca_lit.models.inputs import Images, Preprocessing, stack_images
 from coca_lit.reading import encoding_of, may_pass, open_regular, parse_json, refuse_unlisted
 
@@ -152,7 +153,7 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
         unread += [name for name in names if name.lower().endswith(UNREAD) and not name.startswith(".")]
-    if found and unread:
+    if found and unread and is_first_process():
         kinds = ", ".join(sorted({Path(name).suffix.lower() for name in unread}))
         log.warning("left out %d photos in %s: %s is not read, convert them to .jpg", len(unread), folder, kinds)
     return sorted(found)

@@ -19,6 +19,7 @@ from coca_lit.data.datasets.annotations import (
     IMAGE_COLUMNS,
     MAX_BYTES,
     column,
+    named,
     open_table,
     read_references,
     schema,
@@ -318,6 +319,7 @@ def _table(path: Path, known: _Known) -> Judged:
     image, caption, grade = (
         column(path, columns, usual, how) for usual in (IMAGE_COLUMNS, CAPTION_COLUMNS, GRADE_COLUMNS)
     )
+    judges, paired = (named(columns, [key]) or key for key in ("judge", "pair"))
     found = _Collected()
     pairs: dict[str, list[tuple[int, float]]] = defaultdict(list)
     with schema(path, "the table's"):
@@ -325,7 +327,7 @@ def _table(path: Path, known: _Known) -> Judged:
             value = float(row[grade])
             name = str(row[image])
             name = name if name in known.of_image else stem(name)
-            judge, pair = ("" if row.get(key) is None else str(row[key]) for key in ("judge", "pair"))
+            judge, pair = ("" if row.get(key) is None else str(row[key]) for key in (judges, paired))
             number = found.grade(name, row[caption], value, judge)
             if pair:
                 pairs[pair].append((number, value))

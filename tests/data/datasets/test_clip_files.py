@@ -11,6 +11,7 @@ import pytest
 from coca_lit.data.datasets.classification import class_labels, class_records, image_folder
 from coca_lit.data.datasets.clips import clip_records, msrvtt_records
 from coca_lit.data.records import ImageFile
+from coca_lit.data.scenes.render import render
 from coca_lit.data.video import ClipFile
 from coca_lit.errors import DataError
 
@@ -96,8 +97,9 @@ def test_what_is_missing_or_malformed(root: Path, caplog: pytest.LogCaptureFixtu
 
 
 def test_own_clips_and_images(tmp_path: Path) -> None:
-    for name in ("a.mp4", "b.MOV", "c.png"):
+    for name in ("a.mp4", "b.MOV"):
         (tmp_path / name).write_bytes(b"")
+    render(0, size=48).save(tmp_path / "c.png")  # what is scored can be decoded
     rows = ["file,caption,split", "a.mp4,a dog,train", "b.MOV,a cat,train", "c.png,a cow,val", "a.mp4,the dog,train"]
     (tmp_path / "captions.csv").write_text("\n".join(rows))
     first, second = clip_records(tmp_path, "train", frames=7)

@@ -1,8 +1,10 @@
 """Own photos: every layout gives the same records, and nothing outside of the folder is read."""
 
+import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -175,11 +177,60 @@ def test_several_captions_go_before_one(tmp_path: Path) -> None:
     found = {Path(str(r.id)).name: r.captions for split in ("train", "val") for r in folder_records(tmp_path, split)}
     assert {found.pop("0.jpg"), found.pop("1.jpg")} == {("mine",)}
     assert {*found.values()} == {("one", "two")}
-    for name, caption in (("2.jpg", "three"), ("3.jpg", "")):  # the one was corrected, the other taken out
+    for name, caption in (("2.jpg", "three"), ("3.jpg", ""), ("4.jpg", "four")):  # one was corrected, one taken out
         rows[name]["caption"] = caption
+    del rows["4.jpg"]["file"], rows["5.jpg"]["caption"]  # of another program
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows.values())))
     found = {Path(str(r.id)).name: r.captions for split in ("train", "val") for r in folder_records(tmp_path, split)}
-    assert (found["2.jpg"], found["3.jpg"]) == (("three",), ("one", "two"))
+    assert (found.pop("0.jpg"), found.pop("1.jpg"), found.pop("2.jpg")) == (("mine",), ("mine",), ("three",))
+    assert {*found.values()} == {("one", "two")}
+
+
+@pytest.mark.parametrize("base", ["mine", "photos/mine", "{absolute}"])
+def test_names_as_coca_caption_writes_them(tmp_path: Path, base: str) -> None:
+    """Below the folder by the name that it was given, also where a folder in it has the same one."""
+    root = tmp_path / "photos" / "mine"
+    files = fill(root, CAPTIONS), fill(root / "mine", CAPTIONS)
+    names = [str(path.relative_to(root)) for folder in files for path in folder.glob("*.jpg")]
+    rows = [{"path": f"{base.format(absolute=root)}/{name}", "caption": name} for name in names]
+    (root / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for record in folder_records(root, "train"):
+        assert record.image == ImageFile(root / record.captions[0])
+
+
+def test_names_that_are_right_as_they_are(tmp_path: Path) -> None:
+    root = tmp_path / "mine"
+    fill(root, CAPTIONS)
+    fill(root / "mine", CAPTIONS)
+    rows = "\n".join(f"mine/{name},a photo" for name in CAPTIONS)
+    (root / "captions.csv").write_text(f"file,caption\n{rows}")
+    assert {record.image.path.parent for record in folder_records(root, "train")} == {root / "mine"}  # type: ignore[attr-defined]
+
+
+def test_columns_in_capitals(tmp_path: Path) -> None:
+    fill(tmp_path, CAPTIONS)
+    (tmp_path / "captions.csv").write_text("Caption,file,caption\n" + "\n".join(f"no,{n},yes" for n in CAPTIONS))
+    assert {record.captions for record in folder_records(tmp_path, "train")} == {("yes",)}
+    rows = "\n".join(f"{i}.jpg,{9 - i}.jpg,a text,{i % 2},odd,train" for i in range(10))
+    (tmp_path / "pairs.csv").write_text(f"Image,Image2,Text,Label,Kind,Split\n{rows}")
+    records = pairs_records(tmp_path, "train")
+    assert {(len(record.further), record.domain) for record in records} == {(1, "odd")}
+
+
+def test_a_photo_that_the_disk_does_not_give_is_not_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, CAPTIONS)
+    rows = "\n".join(f"{name},a photo,{'val' if name < '5.jpg' else 'train'}" for name in CAPTIONS)
+    (tmp_path / "captions.csv").write_text(f"file,caption,split\n{rows}")
+    real = os.open
+
+    def failing(path: Any, *args: Any, **kwargs: Any) -> int:
+        if str(path).endswith("2.jpg"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", failing)
+    with pytest.raises(DataError, match="Input/output error"):
+        folder_records(tmp_path, "val")
 
 
 def test_a_broken_photo_is_not_scored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

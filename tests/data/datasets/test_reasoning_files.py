@@ -121,7 +121,7 @@ def test_pairs_without_splits_hold_out_photos_and_not_texts(files: Path, tmp_pat
         ("image,text,label\na.png,,x", "row 1 has '' as text"),
         ("image,text,label,split\na.png,b,x,dev2", "split 'dev2'"),
         ("image,image2,text,label\na.png,a.png,b,x", "add a column split"),
-        ("image,text,label\n../a.png,b,x", "not in the folder"),
+        ("image,text,label\n../a.png,b,x", "not relative to the folder"),
         ("image,text,label\nb.png,b,x", "1 of 1 photos"),
         ("image,text,label,split\na.png,b,x,train", "no split 'val', but train"),
     ],
