@@ -41,6 +41,21 @@ QUOTA, PERIOD = "cpu.cfs_quota_us", "cpu.cfs_period_us"
 V2, V1 = "0::/user.slice/app", "4:cpu,cpuacct:/docker/abc\n2:memory:/docker/abc\n0::/"
 
 
+@pytest.mark.slow
+def test_output_goes_on_where_its_encoding_lacks_a_character() -> None:
+    """As in a file that Windows writes as cp1252."""
+    code = """
+from coca_lit.runs.launch import started
+from coca_lit.tools.caption.outputs import print_rows
+with started("test"):
+    print("\\u6771 \\xb7", flush=True)
+    print_rows([["\\u6771.jpg", "a dog"]])
+"""
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.stdout.decode("cp1252").splitlines() == ["\\u6771 ·", "\\u6771.jpg\ta dog"], done.stderr
+
+
 @pytest.mark.usefixtures("many_cores")
 @pytest.mark.parametrize(
     ("groups", "files", "cores"),

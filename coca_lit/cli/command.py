@@ -44,6 +44,7 @@ from coca_lit.runs.launch import (
     job_folder,
     launched_devices,
     launched_nodes,
+    print_any_text,
     run_id,
 )
 from coca_lit.runs.redaction import masked_yaml, redact
@@ -136,6 +137,7 @@ def _as_command(config: str) -> Iterator[None]:
     """
     isolate()
     set_up_environment()
+    print_any_text()
     try:
         yield
     except (UserError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:

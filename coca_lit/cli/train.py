@@ -4,7 +4,6 @@ Heavy packages are imported inside functions, so that `--help` and most typing e
 """
 
 import os
-import shlex
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from coca_lit.cli.runtime import configure_libraries
 from coca_lit.cli.schema import argument_defaults
 from coca_lit.cli.sweep import SWEEP_VARIABLE, check_processes
 from coca_lit.errors import DataError, error_context
-from coca_lit.machine import is_first_process
+from coca_lit.machine import in_shell, is_first_process
 from coca_lit.runs.run_folder import in_use
 
 OWN_PHOTOS = "coca_lit.data.datasets.folder.folder_records"  # what reads them
@@ -132,7 +131,7 @@ def next_commands(cfg: DictConfig, net: "CoCa", data: "CaptionDataModule") -> st
     from coca_lit.data.datamodule import ScenesDataModule
 
     own = OmegaConf.select(cfg, "data.records._target_") == OWN_PHOTOS
-    photos = shlex.quote(str(cfg.data.root)) if own else "FOLDER"
+    photos = in_shell([str(cfg.data.root)]) if own else "FOLDER"
     if isinstance(data, ScenesDataModule):
         use = "coca-demo"  # which shows scenes; photos say nothing to this model
     else:
@@ -142,7 +141,7 @@ def next_commands(cfg: DictConfig, net: "CoCa", data: "CaptionDataModule") -> st
     # Own evaluations are not repeated: the config of a run folder may be a stranger's.
     if any(node and (CONF / "evals" / f"{name}.yaml").is_file() for name, node in cfg.evals.items()):
         commands.append("coca-evaluate")
-    return "   or   ".join(f"{command} {shlex.join(words)}" for command in commands)
+    return "   or   ".join(f"{command} {in_shell(words)}" for command in commands)
 
 
 def chosen_experiment() -> dict[str, str]:

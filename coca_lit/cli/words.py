@@ -82,6 +82,8 @@ def to_override(word: str) -> str:
     key, equals, value = word.partition("=")
     value = _HOME.sub(lambda found: os.path.expanduser(found[0]), value)
     word = f"{key}{equals}{value}"
+    if value.startswith("\\\\") and _TEXT.fullmatch(key):  # a share of Windows, not an escaped backslash
+        return f"{key}={quote(value)}"
     if "," in value and (_TEXT.fullmatch(key) or "/" in value) and os.path.lexists(value):  # no sweep over its parts
         return f"{key}={quote(value)}"
     forms = [word, f"{key}={_PRIMITIVE.sub(_quote_primitive, value)}"]

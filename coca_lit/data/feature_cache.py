@@ -99,6 +99,10 @@ class FeatureCache:
         self.folder = Path(folder) / digest(repr(about), tensors)
         self.encoder, self.plain, self.crop, self.seed, self.precision = encoder, plain, crop, seed, precision
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a spawned data worker, which only decodes: the encoder may be on a device that shares no memory."""
+        return self.__dict__ | {"encoder": None, "precision": None}
+
     def encode(
         self, records: Sequence[Record], count: int, num_workers: int, device: torch.device, trained: bool = True
     ) -> list[Path]:

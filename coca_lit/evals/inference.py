@@ -203,4 +203,4 @@ def image_batches(
     load = partial(_pixels, build_transform(**model.preprocessing))
     loader = DataLoader(every, batch_sampler=parts, collate_fn=load, **worker_options(num_workers))
     for positions, pixels in zip(parts, loader, strict=True):
-        yield positions, pixels.to(model.device, non_blocking=True)
+        yield positions, pixels.to(model.device, non_blocking=model.device.type == "cuda")

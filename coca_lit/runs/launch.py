@@ -3,6 +3,7 @@ and how many there are. And where a process, and those that it starts, import mo
 """
 
 import hashlib
+import io
 import os
 import re
 import sys
@@ -91,11 +92,19 @@ def announce(command: str) -> None:
         print(f"{command}: starting …", file=sys.stderr, flush=True)
 
 
+def print_any_text() -> None:
+    """Lets output go on where its encoding lacks a character, as in a file that Windows writes as cp1252."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 @contextmanager
 def started(command: str, *mistakes: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
     """Around a command without Hydra, which is announced: a `UserError`, and what else counts as a mistake of the user,
     is one sentence on standard error and exit code 1.
     """
+    print_any_text()
     announce(command)
     told: tuple[type[Exception], ...] = (UserError, *mistakes)
     try:

@@ -6,7 +6,6 @@ training is in `coca_lit.callbacks.checkpoint`.
 
 import csv
 import os
-import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -20,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import CheckpointError, DataError
 from coca_lit.files import atomic_link, atomic_write, csv_line, remove_leftovers, whole_lines, write_json
-from coca_lit.machine import is_first_process
+from coca_lit.machine import in_shell, is_first_process
 from coca_lit.reading import parse_json, read_json
 from coca_lit.runs.checkpoint_io import inspect, newest_valid, step_files
 from coca_lit.runs.redaction import masked_yaml
@@ -335,4 +334,4 @@ def resume_command(name: str, folder: Path) -> str:
     if step_files(folder / CHECKPOINTS):
         words = [word for word in words if not word.lstrip("+").startswith("ckpt_path=")]
     named = any(word.startswith("name=") for word in words)
-    return command(words) if named else f"{command(words)} {shlex.quote(f'name={name}')}"
+    return command(words) if named else f"{command(words)} {in_shell([f'name={name}'])}"

@@ -5,7 +5,6 @@ lock, which lets one process at a time in.
 import os
 import platform
 import re
-import shlex
 import socket
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.files import write_json
-from coca_lit.machine import is_first_process
+from coca_lit.machine import in_shell, is_first_process
 from coca_lit.reading import read_json
 from coca_lit.runs.redaction import redact
 
@@ -73,7 +72,7 @@ def command(words: Sequence[str] | None = None) -> str:
     program = ["python", path.name] if path.suffix == ".py" else [path.name]  # or coca-train
     if path.parent.name == "cli":  # python -m coca_lit.cli.evaluate
         program = [f"coca-{path.stem}"]
-    return redact(shlex.join([*program, *(sys.argv[1:] if words is None else words)]))
+    return redact(in_shell([*program, *(sys.argv[1:] if words is None else words)]))
 
 
 def commit() -> str:

@@ -16,7 +16,7 @@ import torch
 
 from coca_lit.data.datamodule import CaptionDataModule, RecordsDataModule
 from coca_lit.errors import ConfigError, DataError
-from coca_lit.machine import best_device, processors
+from coca_lit.machine import best_device, processors, workers_start_at_once
 from coca_lit.tokenizer import split_words
 
 ENCODER = "efficientnet_lite0"
@@ -116,13 +116,13 @@ def choose(facts: Facts) -> list[Choice]:
         why = "the encoder runs in every step"
     else:
         why = "no room for stored views, so the encoder runs in every step"
-    workers = min(facts.cores - 1, 8) if photos >= 1000 else 0
+    workers = min(facts.cores - 1, 8) if photos >= 1000 and workers_start_at_once() else 0
     averaged = min(max(steps / 10, 10), 200)  # steps
     return [
         Choice("data.batch_size", batch, "a quarter of the photos, at most 256 on a GPU and 128 on a CPU"),
         Choice("trainer.max_epochs", epochs, f"{steps:,} steps; the more photos, the less often each is seen"),
         Choice("data.cached_augmentations", views, why),
-        Choice("data.num_workers", workers, "the cores but one; none below 1,000 photos"),
+        Choice("data.num_workers", workers, "the cores but one; none below 1,000 photos or where they start slowly"),
         Choice("model.warmup_steps", min(steps // 10, 200), "a tenth of the steps, at most 200"),
         Choice("ema", round(1 - 1 / averaged, 3), "averages the weights of the last tenth of the steps"),
     ]

@@ -132,6 +132,11 @@ def test_a_folder_that_looks_like_a_number_or_a_sweep(
     assert (cfg.checkpoint, cfg.roots.mscoco, cfg.evals.mine.records.root) == (folder,) * 3
 
 
+def test_a_share_of_windows() -> None:
+    folder = r"\\nas\share\photos"
+    assert compose("train", ["experiment=my_photos", to_override(f"data.root={folder}")]).data.root == folder
+
+
 def test_years_in_a_list_and_in_a_sweep_are_folders() -> None:
     assert compose("train", ["experiment=pretrain_b32", to_override("data.shards=[2023, 2024]")]).data.shards == [
         "2023",

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import pickle
 import random
 import signal
 from collections.abc import Iterator
@@ -187,6 +188,15 @@ def test_an_image_that_another_attempt_may_read_is_not_kept_as_broken(
     assert not [*tmp_path.rglob("*.npy")]
     views(tmp_path, Encoder()).encode([*records(), Record("torn.jpg", broken, ("a",))], 2, 0, CPU)
     assert caplog.text.count("torn.jpg is left out of training: it is torn") == 1
+
+
+def test_a_spawned_worker_gets_no_encoder(tmp_path: Path) -> None:
+    """It may be on a GPU, whose memory macOS and Windows do not share."""
+    cache = views(tmp_path, Encoder())
+    cache.precision = lambda: nullcontext()  # cannot be pickled
+    copy = pickle.loads(pickle.dumps(cache))
+    assert copy.encoder is None
+    assert len(copy._read(0, records())) == len(records())
 
 
 def cut() -> Image.Image:

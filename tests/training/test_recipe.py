@@ -1,5 +1,6 @@
 """Values chosen by the photos, their texts and the machine."""
 
+import sys
 from collections import Counter
 from typing import Any
 
@@ -37,12 +38,14 @@ def test_amounts(photos: int, batch: int, epochs: int, views: int) -> None:
     assert chosen["model.warmup_steps"] <= photos // batch * epochs / 10
 
 
-def test_machines() -> None:
+def test_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert values(45_000, gpu=True)["data.batch_size"] == 256
     assert values(4500, gpu=True)["trainer.max_epochs"] > 3 * values(4500)["trainer.max_epochs"]
     assert values(4500, free_bytes=10**8)["data.cached_augmentations"] == 0
     assert values(4500, weights="x")["data.cached_augmentations"] == 0
     assert [values(photos)["data.num_workers"] for photos in (999, 1000)] == [0, 3]
+    monkeypatch.setattr(sys, "platform", "darwin")  # where each worker imports PyTorch
+    assert values(1000)["data.num_workers"] == 0
 
 
 def test_fewer_steps_than_the_epochs_have() -> None:

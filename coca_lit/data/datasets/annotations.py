@@ -1,6 +1,7 @@
 """Readers of annotation files: Karpathy's `dataset_*.json`, COCO captions (also nocaps), COCO results, and tables."""
 
 import csv
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -223,7 +224,7 @@ def read_rows(path: Path) -> Iterable[Any]:
 
 def file_name(text: str) -> str:
     """The file that a row names: ./a.jpg is a.jpg."""
-    return PurePosixPath(text.strip()).as_posix()
+    return PurePosixPath(text.strip().replace(os.sep, "/")).as_posix()
 
 
 def captions_in(field: Any, path: Path) -> list[Any]:

@@ -257,9 +257,9 @@ def files_inside(names: Iterable[str], root: Path) -> dict[str, Path]:
         DataError: a name or a link leads out of the folder, or more than `MAX_MISSING` of the files are missing.
     """
     given, inside, files = list(dict.fromkeys(names)), root.resolve(), dict[str, Path]()
-    tails = (PurePosixPath(*inside.parts[i:]) for i in range(len(inside.parts)))
+    tails = (Path(*inside.parts[i:]) for i in range(len(inside.parts)))
     ways = [given]
-    for folder in dict.fromkeys((PurePosixPath(root), PurePosixPath(root.absolute()), *tails)):
+    for folder in dict.fromkeys(PurePosixPath(path.as_posix()) for path in (root, root.absolute(), *tails)):
         if folder.parts and all(PurePosixPath(text).is_relative_to(folder) for text in given):
             ways.append([str(PurePosixPath(text).relative_to(folder)) for text in given])  # by `coca-caption FOLDER`
     found = [[_file(text, root) for text in way] for way in ways]

@@ -40,7 +40,7 @@ _HOW = (
     "write LAION or other image-text pairs with img2dataset --output_format webdataset, "
     "and name its folder or FOLDER/*.tar"
 )
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # a single letter is a drive of Windows
 
 
 def is_remote(name: str) -> bool:
@@ -140,6 +140,8 @@ def _names(
 def _expanded(pattern: str) -> list[str]:
     """The names that a pattern with braces stands for, if its scheme is accepted."""
     pattern = pattern.removeprefix("file://")
+    if not is_remote(pattern):
+        pattern = pattern.replace(os.sep, "/")  # "\\" of Windows, which is an escape in a range
     if (scheme := _SCHEME.match(pattern)) and not is_remote(pattern):
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES[:-1])
         raise DataError(f"shards are read from paths and {known}, not from {scheme.group()!r} as in {pattern!r}")

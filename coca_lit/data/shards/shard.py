@@ -165,5 +165,5 @@ def check_digest(shard: str, path: Path, entry: ManifestEntry) -> None:
 
 def split(name: str) -> tuple[str, str]:
     """(folder, file name) of a path or URL"""
-    folder, _, last = name.rpartition("/")
+    folder, _, last = name.replace(os.sep, "/").rpartition("/")
     return folder or ("/" if name.startswith("/") else "."), last

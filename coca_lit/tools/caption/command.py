@@ -22,7 +22,7 @@ from coca_lit.cli.command import command
 from coca_lit.cli.runtime import chosen_dtype, configure_libraries
 from coca_lit.errors import ConfigError, error_context
 from coca_lit.files import claim
-from coca_lit.machine import processors
+from coca_lit.machine import processors, workers_start_at_once
 from coca_lit.models.generation.options import OPTIONS, complete, describe
 from coca_lit.runs.run_folder import in_use
 from coca_lit.tools.checkpoint import chosen_checkpoint
@@ -176,9 +176,9 @@ def _settings(cfg: DictConfig, digest: str) -> dict[str, Any]:
 
 
 def decoders(num_workers: int | None) -> int:
-    """Processes that decode images; up to 4 for None."""
+    """Processes that decode images; for None up to 4, none where each would import PyTorch."""
     if num_workers is None:
-        return min(4, processors())
+        return min(4, processors()) if workers_start_at_once() else 0
     if not isinstance(num_workers, int) or num_workers < 0:
         raise ConfigError(f"num_workers must be a whole number of at least 0, got {num_workers!r}")
     return num_workers

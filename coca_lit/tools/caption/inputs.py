@@ -176,7 +176,11 @@ def _paths(word: str) -> Iterator[Path]:
         yield from local_shards(word)
     else:
         try:
-            matches = [name for part in braceexpand(word) for name in sorted(glob.glob(part, recursive=True))]
+            matches = [
+                name
+                for part in braceexpand(word, escape=os.sep == "/")
+                for name in sorted(glob.glob(part, recursive=True))
+            ]
         except ValueError:  # an unmatched brace
             matches = []
         if not matches:

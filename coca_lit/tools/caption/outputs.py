@@ -290,7 +290,8 @@ def print_rows(rows: Sequence[Sequence[str]]) -> None:
     pipe.
     """
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="surrogateescape")
+        every = sys.stdout.encoding.lower().startswith("utf")
+        sys.stdout.reconfigure(errors="surrogateescape" if every else "backslashreplace")
     try:
         for row in rows:
             print("\t".join(_NO_BYTES.sub(lambda part: printable(part[0]), field) for field in row))

@@ -121,7 +121,8 @@ def _process_on(device: int | str) -> ProcessPoolExecutor:
     """A process that sees one device; it starts with its first job. CUDA does not survive a fork of the caller."""
     names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     visible = "" if device == "cpu" else names[int(device)] if names else str(device)
-    context = multiprocessing.get_context("forkserver")
+    kinds = multiprocessing.get_all_start_methods()  # Windows has one
+    context = multiprocessing.get_context("forkserver" if "forkserver" in kinds else "spawn")
     return ProcessPoolExecutor(1, context, initializer=_begin, initargs=(visible,))
 
 

@@ -122,7 +122,7 @@ class JobsLauncher(Launcher):
 def death(code: int) -> str:
     """The reason that an exit code tells: negative, or above 128 from a shell, it is a signal."""
     number = -code if code < 0 else code - 128
-    if number == signal.SIGKILL:
+    if number == getattr(signal, "SIGKILL", None):  # unknown to Windows
         return "killed by SIGKILL, which the kernel sends when memory runs out"
     if number in [*signal.Signals]:
         return f"killed by {signal.Signals(number).name}"

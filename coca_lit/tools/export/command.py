@@ -1,6 +1,5 @@
 """A checkpoint for other programs: `coca-export checkpoint=PATH format=open_clip output=FOLDER`."""
 
-import shlex
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +10,7 @@ from omegaconf import DictConfig
 from coca_lit.cli.command import command
 from coca_lit.cli.runtime import configure_libraries
 from coca_lit.errors import CheckpointError, ConfigError, error_context, suggest
+from coca_lit.machine import in_shell
 
 if TYPE_CHECKING:
     from coca_lit.models import CoCa
@@ -108,4 +108,4 @@ def _command(cfg: DictConfig) -> str:
         words["push_to"] = cfg.push_to
     if cfg.imports:
         words["imports"] = f"[{','.join(cfg.imports)}]"
-    return shlex.join(["coca-export", *(f"{key}={value}" for key, value in words.items())])
+    return in_shell(["coca-export", *(f"{key}={value}" for key, value in words.items())])

@@ -8,13 +8,13 @@ Where shards are worked on is a key as of other commands, engine=slurm engine.pa
 
 import argparse
 import re
-import shlex
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from coca_lit.machine import in_shell
 from coca_lit.runs.launch import isolate, started
 from coca_lit.tools.curate.command import Words, add_dedup, add_filter, add_score, add_teach, positive, print_faults
 
@@ -172,7 +172,7 @@ def _prepare(options: argparse.Namespace) -> None:
     print(f"wrote {write_manifest(options.output, entries)}")
     _write_indexes({options.output / name: entry for name, entry in entries.items()}, options)
     _print_total(list(entries.values()), bad)
-    folder = shlex.quote(str(options.output))
+    folder = in_shell([str(options.output)])
     print(f"coca-train experiment=pretrain_b32 data.shards={folder}{every_caption} data.epoch_samples=null 'evals=[]'")
 
 

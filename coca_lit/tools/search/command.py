@@ -1,7 +1,6 @@
 """Search from the command line: `coca-search FOLDER "a dog on a beach"`."""
 
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from omegaconf import DictConfig
 from coca_lit.cli.command import command
 from coca_lit.cli.runtime import configure_libraries
 from coca_lit.errors import ConfigError, DataError, error_context
-from coca_lit.machine import best_device
+from coca_lit.machine import best_device, in_shell
 from coca_lit.reading import printable
 from coca_lit.tools.caption.command import decoders
 from coca_lit.tools.checkpoint import chosen_checkpoint
@@ -77,7 +76,7 @@ def _save(index: "ImageIndex", file: Path, counts: str = "", needed: bool = Fals
     except DataError as error:
         if needed:
             raise
-        place = f"index=FILE.safetensors images={shlex.quote(str(index.folder))}"
+        place = f"index=FILE.safetensors images={in_shell([str(index.folder)])}"
         print(printable(f"the index is not saved ({error}): keep it elsewhere with {place}"), file=sys.stderr)
 
 
@@ -88,8 +87,8 @@ def _places(cfg: DictConfig) -> tuple[Path, Path | None]:
     swapped = os.path.isdir(query) or query.endswith(".safetensors")
     is_folder = os.path.isdir(path)
     if not is_folder and (swapped or (cfg.images is None and not os.path.exists(path))):
-        words = [shlex.quote(word) for word in ([query, str(path)] if swapped else ["photos/", "a dog on a beach"])]
-        example = f"{'did you mean' if swapped else 'for example'}: coca-search {' '.join(words)}"
+        words = in_shell([query, str(path)] if swapped else ["photos/", "a dog on a beach"])
+        example = f"{'did you mean' if swapped else 'for example'}: coca-search {words}"
         raise ConfigError(f"expected a folder of images or an index file first, found '{path}'; {example}")
     if cfg.images is not None:
         if is_folder:

@@ -104,7 +104,8 @@ class ImageIndex:
         if not fits or any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
             raise DataError(f"'{path}' is damaged: delete it, and the next search builds it")
         index._stamps = {name: (size, time) for name, (size, time) in zip(names, stamps.tolist(), strict=True)}
-        index.features = features
+        # Not a view of the mapped file where that could then not be replaced.
+        index.features = features.clone() if os.name == "nt" else features
         return index
 
     def save(self, path: str | Path) -> None:

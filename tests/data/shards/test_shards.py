@@ -1,5 +1,6 @@
 """Shards from strangers: hostile, broken and incomplete ones, and those that cannot be read."""
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -67,6 +68,17 @@ def test_patterns_in_a_folder_with_brackets(tmp_path):
         assert [shard.name for shard in find_shards(f"{folder}/{pattern}")] == paths
     with pytest.raises(DataNotFoundError, match=r"1 of 3 .*00002\.tar"):
         find_shards(f"{folder}/{{00000..00002}}.tar")
+
+
+def test_paths_of_windows(tmp_path, monkeypatch):
+    """A drive is no scheme, and a backslash separates folders."""
+    (tmp_path / "C:" / "shards").mkdir(parents=True)
+    write_shards(tmp_path / "C:" / "shards", 2, 1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "sep", "\\")
+    for pattern in (r"C:\shards\{00000..00001}.tar", r"C:\shards\*.tar"):
+        assert local_shards(pattern) == [Path("C:/shards/00000.tar"), Path("C:/shards/00001.tar")]
+    assert Shard(r"C:\shards\00000.tar").file_name == "00000.tar"
 
 
 def test_missing_shards_are_named(tmp_path):

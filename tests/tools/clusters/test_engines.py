@@ -2,6 +2,7 @@
 in test_slurm.py and test_ray.py.
 """
 
+import multiprocessing
 import os
 import signal
 import time
@@ -56,6 +57,13 @@ def test_one_process_on_the_cpu_sees_no_gpu(tmp_path: Path, monkeypatch: pytest.
         assert seen == ""
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
     assert [*Machine("cores").run([os.getpid])] == [(0, os.getpid())]  # data need no GPU
+
+
+@pytest.mark.slow
+def test_where_there_is_no_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows."""
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    assert os.getpid() not in dict(Machine(["cpu", "cpu"]).run([os.getpid] * 2)).values()
 
 
 @pytest.mark.slow
