@@ -21,10 +21,12 @@ from coca_lit.cli.assembly import build_evals, build_report, build_settings
 from coca_lit.cli.command import explain, job_command, options_of
 from coca_lit.cli.runtime import chosen_dtype, configure_libraries
 from coca_lit.cli.schema import part_of, written
+from coca_lit.cli.sweep import SWEEP_VARIABLE
 from coca_lit.cli.words import quote
 from coca_lit.errors import ConfigError, DataError, error_context
 from coca_lit.machine import is_first_process
 from coca_lit.reading import printable, read_run_yaml
+from coca_lit.runs.redaction import redact
 from coca_lit.runs.run_folder import CHECKPOINTS, CONFIG, in_use
 
 if TYPE_CHECKING:
@@ -208,13 +210,14 @@ def run(cfg: DictConfig) -> dict[str, float]:
                 if len(evals) == 1 or world_size() > 1:  # other processes would wait for this one
                     raise
                 problem = found.not_run[evaluation.name] = explain(error)
-                print(f"{evaluation.name} not run: {problem}; the scores of the others stay", flush=True)
+                said = printable(redact(problem))
+                print(f"{evaluation.name} not run: {said}; the scores of the others stay", flush=True)
         if problem and not found.scores:
             raise DataError(problem)
         if rank() == 0:
             facts = {"parameters": part_sizes(model), "gflops": forward_flops(model) / 1e9}
             finish_run(folder, found, facts, report)
-        if problem:
+        if problem and not os.environ.get(SWEEP_VARIABLE):  # which counts jobs that end well
             raise DataError(problem)
     return found.scores
 

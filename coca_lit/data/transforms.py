@@ -11,7 +11,8 @@ For evaluation they go through OpenCLIP's preprocessing, in Pillow, so that pixe
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -103,13 +104,24 @@ def resized(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
     return interpolate(part.float(), size, mode="bicubic", antialias=True)[0].round_().clamp_(0, 255).to(part.dtype)
 
 
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Turns what Pillow raises for a broken image, which a user's own function may have opened, into a `DataError`."""
+    try:
+        yield
+    except (OSError, Image.DecompressionBombError) as error:
+        raise DataError(str(error)) from error
+
+
+@decoding()
 def loaded(image: Callable[[], Image.Image], transform: Transform) -> Images:
     """The image of a record as a transform makes it, or the frames of a clip, (F, 3, size, size)."""
     if isinstance(image, Clip):
         return _stacked([transform(frame) for frame in image.frames()])
-    return transform(_called(image))
+    return transform(image())
 
 
+@decoding()
 def augmented(
     image: Callable[[], Image.Image], transform: TrainTransform, rng: random.Random, patches: int | None = None
 ) -> Images:
@@ -131,16 +143,8 @@ def _stacked(frames: list[Images]) -> Tensor:
 def load_pixels(image: Callable[[], Image.Image]) -> Tensor:
     """(3, H, W) uint8 of the image of a record, see `decode_pixels`."""
     if not isinstance(image, ImageFile):
-        return as_tensor(np.array(_to_rgb(_called(image))))
+        return as_tensor(np.array(_to_rgb(image())))
     return as_tensor(decode_pixels(read_image(image.path), image.path))
-
-
-def _called(image: Callable[[], Image.Image]) -> Image.Image:
-    """The image; what Pillow raises in a user's own function for a broken one is a `DataError`, too."""
-    try:
-        return image()
-    except (OSError, Image.DecompressionBombError) as error:
-        raise DataError(str(error)) from error
 
 
 def as_tensor(pixels: np.ndarray) -> Tensor:

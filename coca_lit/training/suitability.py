@@ -15,6 +15,7 @@ from PIL import Image
 
 from coca_lit.data.datamodule import CaptionDataModule
 from coca_lit.data.records import ImageFile, Record, drawn
+from coca_lit.data.transforms import decoding
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import DataError
 from coca_lit.models import CoCa
@@ -116,8 +117,10 @@ def check_images(records: Sequence[Record], image_size: int, any_shape: bool = F
 
 def _readable(records: Sequence[Record]) -> Iterator[Image.Image]:
     for record in records:
-        with suppress(DataError):  # the training counts those
-            yield record.image()
+        with suppress(DataError), decoding():  # the training counts those
+            image = record.image()
+            image.load()
+            yield image
 
 
 def check_held_out(training: Sequence[Record], sets: Mapping[str, Sequence[Record]]) -> None:

@@ -42,6 +42,7 @@ from coca_lit.evals import Evaluation, Settings
 from coca_lit.models import create_model
 from coca_lit.models.presets import VOCABULARIES
 from coca_lit.tokenizer import WordTokenizer
+from coca_lit.training.suitability import check_images
 from helpers.running import compose, logged, run
 
 SIZE, COUNT = 16, 5
@@ -199,14 +200,14 @@ def test_a_spawned_worker_gets_no_encoder(tmp_path: Path) -> None:
     assert len(copy._read(0, records())) == len(records())
 
 
-def cut() -> Image.Image:
-    raise OSError("image file is truncated")
-
-
 def test_images_to_score_must_be_whole_and_a_users_function_may_raise_what_pillow_does(tmp_path: Path) -> None:
-    images = [*records(200), Record("cut.jpg", cut, ("a",))]
+    Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 20).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-400])
+    opened = partial(Image.open, tmp_path / "cut.jpg")  # which decodes later
+    images = [*records(200), Record("cut.jpg", opened, ("a",))]
+    check_images(records(20) + images[-1:], SIZE)
     for broken_one in (images, [*records(), Record("torn.jpg", broken, ("a",))]):
-        with pytest.raises(DataError, match=r"^(cut\.jpg: image file is truncated|torn\.jpg: it is torn)$"):
+        with pytest.raises(DataError, match=r"^(cut\.jpg: image file is truncated.*|torn\.jpg: it is torn)$"):
             views(tmp_path, Encoder()).encode(broken_one, 1, 0, CPU, trained=False)
     assert not [*tmp_path.rglob("*.npy")]
     example = CachedCaptionDataset(images, views(tmp_path, Encoder()).encode(images, 2, 0, CPU), TOKENIZER)[

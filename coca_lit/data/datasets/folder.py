@@ -82,10 +82,11 @@ def folder_records(
         for path in (root / "dataset_coco.json", *root.glob("annotations/*.json")):
             _check_inside(path, inside, path)
         records = mscoco_records(root, split)
-        for image in (record.image for record in records):
-            if isinstance(image, ImageFile):  # all are
-                _check_inside(image.path, inside, image.path)
-        return records
+        files = {str(r.image.path): r.image.path for r in records if isinstance(r.image, ImageFile)}  # all are
+        for path in files.values():
+            _check_inside(path, inside, path)
+        whole = decodable(files, files, split) if hold_out and split != "train" else files
+        return [r for r in records if isinstance(r.image, ImageFile) and str(r.image.path) in whole]
     photos = _photos(root, suffixes)
     files = files_inside([photo.name for photo in photos], root)
     photos = [photo for photo in photos if photo.name in files]
@@ -118,13 +119,14 @@ def decodable(names: Iterable[str], files: Mapping[str, Path], split: str) -> se
     """
     different = list(dict.fromkeys(names))
     hashes = hash_files([files[name] for name in different])
-    broken = [name for name, found in zip(different, hashes, strict=True) if found is None]
-    for name in broken:
+    broken = []
+    for name in (name for name, found in zip(different, hashes, strict=True) if found is None):
         try:
             image_file(files[name], frames=1)()
         except DataError as error:
             if may_pass(error.__cause__) or isinstance(error.__cause__, ImportError):  # it is not the photo
                 raise
+            broken.append(name)
     if broken:
         what = f"{len(broken)} of {len(different)} photos of {split!r} cannot be decoded, e.g. {printable(broken[0])}"
         if len(broken) > max(MAX_MISSING * len(different), FEW_BAD):
@@ -257,18 +259,20 @@ def files_inside(names: Iterable[str], root: Path) -> dict[str, Path]:
         DataError: a name or a link leads out of the folder, or more than `MAX_MISSING` of the files are missing.
     """
     given, inside, files = list(dict.fromkeys(names)), root.resolve(), dict[str, Path]()
-    tails = (Path(*inside.parts[i:]) for i in range(len(inside.parts)))
     ways = [given]
-    for folder in dict.fromkeys(PurePosixPath(path.as_posix()) for path in (root, root.absolute(), *tails)):
-        if folder.parts and all(PurePosixPath(text).is_relative_to(folder) for text in given):
-            ways.append([str(PurePosixPath(text).relative_to(folder)) for text in given])  # by `coca-caption FOLDER`
-    found = [[_file(text, root) for text in way] for way in ways]
-    best = min(range(len(ways)), key=lambda i: found[i].count(None))  # as they are written, if that is as good
-    for text, name, path in zip(given, ways[best], found[best], strict=True):
+    for folder in _names_of(root):  # `coca-caption FOLDER` writes it before the names
+        below = [PurePosixPath(text).is_relative_to(folder) for text in given]
+        if any(below):
+            listed = zip(given, below, strict=True)
+            ways.append([str(PurePosixPath(text).relative_to(folder)) if is_in else text for text, is_in in listed])
+    found = [(way, [_file(name, root) for name in way]) for way in ways]
+    found.sort(key=lambda of: of[1].count(None))  # as they are written first, if that is as good
+    for i, text in enumerate(given):
+        path = next((paths[i] for _, paths in found if paths[i] is not None), None)
         if path is not None:
             _check_inside(path, inside, text)
             files[text] = path
-        elif _leads_out(name):
+        elif all(_leads_out(way[i]) for way, _ in found):
             raise DataError(f"{root} names {printable(text)!r}, which is not relative to the folder")
     missing = [text for text in given if text not in files]
     if len(missing) > MAX_MISSING * (len(files) + len(missing)):
@@ -277,6 +281,14 @@ def files_inside(names: Iterable[str], root: Path) -> dict[str, Path]:
     if missing:
         log.warning("skipped %d photos without a file, e.g. %s", len(missing), printable(missing[0]))
     return files
+
+
+def _names_of(root: Path) -> list[PurePosixPath]:
+    """By which a folder may have been given from some other folder."""
+    places = [root.absolute(), root.resolve()]
+    tails = [Path(*place.parts[i:]) for place in places for i in range(len(place.parts))]
+    names = dict.fromkeys(PurePosixPath(path.as_posix()) for path in (root, *tails))
+    return [name for name in names if name.parts]
 
 
 def _leads_out(name: str) -> bool:

@@ -172,8 +172,8 @@ def _prepare(options: argparse.Namespace) -> None:
     print(f"wrote {write_manifest(options.output, entries)}")
     _write_indexes({options.output / name: entry for name, entry in entries.items()}, options)
     _print_total(list(entries.values()), bad)
-    folder = in_shell([str(options.output)])
-    print(f"coca-train experiment=pretrain_b32 data.shards={folder}{every_caption} data.epoch_samples=null 'evals=[]'")
+    folder, none = in_shell([str(options.output)]), in_shell(["evals=[]"])
+    print(f"coca-train experiment=pretrain_b32 data.shards={folder}{every_caption} data.epoch_samples=null {none}")
 
 
 def _fetch_spice(options: argparse.Namespace) -> None:

@@ -198,6 +198,28 @@ def test_names_as_coca_caption_writes_them(tmp_path: Path, base: str) -> None:
         assert record.image == ImageFile(root / record.captions[0])
 
 
+def test_names_of_several_kinds_in_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where somebody adds a row by hand to what `coca-caption` wrote, or links to the folder."""
+    root = fill(tmp_path / "photos", CAPTIONS)
+    (tmp_path / "link").symlink_to(root)
+    starts = ["photos/", "", f"{root}/", "link/"]
+    rows = [f"{starts[i % 3]}{name},{name}" for i, name in enumerate(CAPTIONS)]
+    (root / "captions.csv").write_text("\n".join(["file,caption", *rows]))
+    records = folder_records(root, "train")
+    assert len(records) == 9
+    assert all(record.image == ImageFile(root / record.captions[0]) for record in records)
+    rows = [f"{starts[3]}{name},{name}" for name in CAPTIONS]
+    (root / "captions.csv").write_text("\n".join(["file,caption", *rows]))
+    assert len(folder_records(tmp_path / "link", "train")) == 9
+    monkeypatch.chdir(tmp_path)
+    assert len(folder_records("link", "train")) == 9
+    for name in ("../secret.jpg", f"{tmp_path}/secret.jpg", "photos/../../secret.jpg"):
+        (root / "captions.csv").write_text("\n".join(["file,caption", *rows, f"{name},a secret"]))
+        fill(tmp_path, ["secret.jpg"])
+        with pytest.raises(DataError, match="not relative to the folder"):
+            folder_records("link", "train")
+
+
 def test_names_that_are_right_as_they_are(tmp_path: Path) -> None:
     root = tmp_path / "mine"
     fill(root, CAPTIONS)
@@ -231,6 +253,16 @@ def test_a_photo_that_the_disk_does_not_give_is_not_broken(tmp_path: Path, monke
     monkeypatch.setattr(os, "open", failing)
     with pytest.raises(DataError, match="Input/output error"):
         folder_records(tmp_path, "val")
+    faults = iter([OSError(errno.EIO, "Input/output error")])
+
+    def failing_once(path: Any, *args: Any, **kwargs: Any) -> int:
+        if str(path).endswith("3.jpg"):
+            for fault in faults:
+                raise fault
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", failing_once)
+    assert len(folder_records(tmp_path, "val")) == 5
 
 
 def test_a_broken_photo_is_not_scored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -269,6 +301,14 @@ def test_described_files_of_other_formats_are_counted_once(tmp_path: Path, caplo
     assert sum(len(folder_records(tmp_path, split)) for split in ("train", "val")) == 10
     assert caplog.text.count("left out 2 files with a .txt") == 1
     assert "a.heic" in caplog.text
+
+
+def test_a_broken_photo_in_the_layout_of_coco_is_not_scored(tmp_path: Path) -> None:
+    (tmp_path / "annotations").mkdir()
+    fill(tmp_path / "val2017", CAPTIONS)
+    (tmp_path / "val2017" / "4.jpg").write_bytes(b"")
+    (tmp_path / "annotations" / "captions_val2017.json").write_text(LAYOUTS["captions.json of COCO"])
+    assert len(folder_records(tmp_path, "val")) == 9
 
 
 def test_a_linked_folder_is_followed_neither_out_nor_twice(tmp_path: Path) -> None:
