@@ -109,8 +109,8 @@ def decoding() -> Iterator[None]:
     """Turns what Pillow raises for a broken image, which a user's own function may have opened, into a `DataError`."""
     try:
         yield
-    except (OSError, Image.DecompressionBombError) as error:
-        raise DataError(str(error)) from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a damaged chunk of a PNG
+        raise DataError(str(error) or type(error).__name__) from error
 
 
 @decoding()

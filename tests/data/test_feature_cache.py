@@ -24,7 +24,7 @@ from coca_lit.cli import assembly
 from coca_lit.cli.assembly import build
 from coca_lit.cli.module import build_module
 from coca_lit.data.datamodule import RecordsDataModule
-from coca_lit.data.examples import Index
+from coca_lit.data.examples import CaptionDataset, Index
 from coca_lit.data.feature_cache import (
     CachedCaptionDataset,
     CachedFirstCaptionDataset,
@@ -203,6 +203,11 @@ def test_a_spawned_worker_gets_no_encoder(tmp_path: Path) -> None:
 def test_images_to_score_must_be_whole_and_a_users_function_may_raise_what_pillow_does(tmp_path: Path) -> None:
     Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 20).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-400])
+    Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 20).save(tmp_path / "cut.png")
+    content = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[:100] + bytes(len(content) - 100))
+    chunks = [*records(200), Record("x", partial(Image.open, tmp_path / "cut.png"), ("a",))]
+    assert CaptionDataset(chunks, RandomCrop(SIZE), TOKENIZER)[Index(0, 200)].bad
     opened = partial(Image.open, tmp_path / "cut.jpg")  # which decodes later
     images = [*records(200), Record("cut.jpg", opened, ("a",))]
     check_images(records(20) + images[-1:], SIZE)

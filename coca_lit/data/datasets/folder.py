@@ -87,9 +87,7 @@ def folder_records(
             _check_inside(path, inside, path)
         whole = decodable(files, files, split) if hold_out and split != "train" else files
         return [r for r in records if isinstance(r.image, ImageFile) and str(r.image.path) in whole]
-    photos = _photos(root, suffixes)
-    files = files_inside([photo.name for photo in photos], root)
-    photos = [photo for photo in photos if photo.name in files]
+    photos, files = _photos(root, suffixes)
     if not photos:
         raise not_found("captioned photos", [root], HOW)
     splits = [photo.split for photo in photos]
@@ -163,12 +161,15 @@ def captions_file(root: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _photos(root: Path, suffixes: tuple[str, ...]) -> list[_Photo]:
-    """Every photo that has a caption, in an order that depends on the content alone."""
+def _photos(root: Path, suffixes: tuple[str, ...]) -> tuple[list[_Photo], dict[str, Path]]:
+    """Every photo that is there and has a caption, in an order that depends on the content alone; and the files."""
     path = captions_file(root)
+    rows = list(_rows(path) if path is not None else captions_beside(root, suffixes))
+    files = files_inside([name for name, _, _ in rows], root)
+    first = {file: name for name, file in reversed(files.items())}  # a file may have several names
     listed: dict[str, tuple[list[str], set[str]]] = {}
-    for name, captions, split in _rows(path) if path is not None else captions_beside(root, suffixes):
-        texts, splits = listed.setdefault(name, ([], set()))
+    for name, captions, split in rows:
+        texts, splits = listed.setdefault(first[files[name]] if name in files else name, ([], set()))
         texts += captions
         splits.update([split] if split is not None else [])
     photos = []
@@ -179,7 +180,7 @@ def _photos(root: Path, suffixes: tuple[str, ...]) -> list[_Photo]:
             photos.append(_Photo(name, tuple(texts), next(iter(splits), None)))
     if len(photos) < len(listed):
         _warn(f"left out {len(listed) - len(photos)} of {len(listed)} photos without a caption in {root}")
-    return photos
+    return [photo for photo in photos if photo.name in files], files
 
 
 @cache  # each split reads the folder
@@ -259,9 +260,9 @@ def files_inside(names: Iterable[str], root: Path) -> dict[str, Path]:
         DataError: a name or a link leads out of the folder, or more than `MAX_MISSING` of the files are missing.
     """
     given, inside, files = list(dict.fromkeys(names)), root.resolve(), dict[str, Path]()
-    ways = [given]
+    ways, plain = [given], [PurePosixPath(text).as_posix() for text in given]
     for folder in _names_of(root):  # `coca-caption FOLDER` writes it before the names
-        below = [PurePosixPath(text).is_relative_to(folder) for text in given]
+        below = [text.startswith(f"{folder}/") for text in plain]
         if any(below):
             listed = zip(given, below, strict=True)
             ways.append([str(PurePosixPath(text).relative_to(folder)) if is_in else text for text, is_in in listed])

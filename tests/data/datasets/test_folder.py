@@ -208,6 +208,12 @@ def test_names_of_several_kinds_in_one_table(tmp_path: Path, monkeypatch: pytest
     records = folder_records(root, "train")
     assert len(records) == 9
     assert all(record.image == ImageFile(root / record.captions[0]) for record in records)
+    split = [f"photos/{name},{name},train" for name in CAPTIONS]
+    (root / "captions.csv").write_text("\n".join(["file,caption,split", *split, "0.jpg,by hand,"]))
+    assert folder_records(root, "train")[0].captions == ("0.jpg", "by hand")
+    (root / "captions.csv").write_text("\n".join(["file,caption,split", *split, "0.jpg,by hand,val"]))
+    with pytest.raises(DataError, match="train and val"):
+        folder_records(root, "train")
     rows = [f"{starts[3]}{name},{name}" for name in CAPTIONS]
     (root / "captions.csv").write_text("\n".join(["file,caption", *rows]))
     assert len(folder_records(tmp_path / "link", "train")) == 9
