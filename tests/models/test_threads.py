@@ -12,7 +12,7 @@ from coca_lit.models import PRESETS, CoCa, create_model
 from coca_lit.models.coca import Pooler
 from coca_lit.models.text import ClsMask
 
-pytestmark = pytest.mark.slow  # each case repeats its steps ten times
+pytestmark = pytest.mark.slow  # each case takes its step three times, on two threads
 
 SMALL = {
     **{"image_size": 32, "embed_dim": 48, "pooler_heads": 4, "pooler_queries": 8, "text_width": 96, "text_heads": 4},
