@@ -383,7 +383,7 @@ def test_a_long_context_is_captioned_and_scored_to_its_end(folder, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_a_corrupt_image_is_named(checkpoint, folder, tmp_path):
+def test_a_corrupt_image_is_named(checkpoint, folder, tmp_path, monkeypatch):
     """And costs no scores of other data."""
     (folder / "pictures" / "1.png").write_bytes(b"no picture")
     evals = [*folder_evals(folder, "retrieval"), "scoring.workers=1", "scoring.images=8"]
@@ -394,6 +394,8 @@ def test_a_corrupt_image_is_named(checkpoint, folder, tmp_path):
         run(compose(tmp_path / "two", f"checkpoint={checkpoint}", *evals))
     assert any("compositional" in score for score in json.loads((tmp_path / "two" / "results.json").read_text()))
     assert "1.png" in str(json.loads((tmp_path / "two" / "not_run.json").read_text()))
+    monkeypatch.setenv("COCA_LIT_SWEEP", "x")  # a sweep has no scores of a job that fails
+    assert any("compositional" in s for s in run(compose(tmp_path / "job", f"checkpoint={checkpoint}", *evals)))
 
 
 @pytest.mark.slow

@@ -360,6 +360,24 @@ def test_features_of_clips_that_would_not_be_those_of_their_frames_are_refused(
         data.setup("fit")
 
 
+def test_a_broken_image_to_validate_on_is_named_before_the_first_step(tmp_path: Path) -> None:
+    net = create_model("coca_tiny")
+    net.freeze("image_encoder")
+    images = {"train": [*records(200), Record("torn.jpg", broken, ("a",))], "val": [*records()]}
+    sizes = {"batch_size": 2, "image_size": 32, "cached_augmentations": 1, "cache_dir": str(tmp_path)}
+    plugin = SimpleNamespace(forward_context=nullcontext, precision="32")
+    for damaged in (False, True):
+        images["val"] += images["train"][-1:] if damaged else []
+        data = RecordsDataModule(images, tokenizer=net.tokenizer, **sizes)
+        data.trainer = SimpleNamespace(
+            lightning_module=SimpleNamespace(net=net),
+            precision_plugin=plugin,
+            strategy=SimpleNamespace(root_device=CPU),
+        )
+        with pytest.raises(DataError, match=r"^torn\.jpg: it is torn") if damaged else nullcontext():
+            data.setup("fit")
+
+
 # Runs: scenes are never cropped, so one view is exactly what is trained on without a cache
 
 SHORT = (

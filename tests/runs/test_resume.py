@@ -30,7 +30,6 @@ from coca_lit.runs.resume import (
     check_same_run,
     find_checkpoint,
     finished_results,
-    forget_jobs,
     identity_of,
     is_requeued,
     resume_command,
@@ -757,6 +756,7 @@ def test_a_requeued_job_goes_on_at_its_own_checkpoint(tmp_path: Path, monkeypatc
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert is_requeued(folder)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")  # another job of that name begins
-    forget_jobs(folder)
+    with pytest.raises(ConfigError):
+        run(folder, *words, "ckpt_path=null", "init_from=missing.ckpt")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert not is_requeued(folder)

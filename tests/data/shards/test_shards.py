@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from coca_lit.data.bad_samples import BadSamples
+from coca_lit.data.datasets.annotations import file_name
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.listing import find_shards, local_shards
 from coca_lit.data.shards.reader import read_shard
@@ -79,6 +80,7 @@ def test_paths_of_windows(tmp_path, monkeypatch):
     for pattern in (r"C:\shards\{00000..00001}.tar", r"C:\shards\*.tar"):
         assert local_shards(pattern) == [Path("C:/shards/00000.tar"), Path("C:/shards/00001.tar")]
     assert Shard(r"C:\shards\00000.tar").file_name == "00000.tar"
+    assert file_name(r"photos\a.jpg") == "photos/a.jpg"
 
 
 def test_missing_shards_are_named(tmp_path):
