@@ -54,6 +54,11 @@ with started("test"):
     environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert done.stdout.decode("cp1252").splitlines() == ["\\u6771 ·", "\\u6771.jpg\ta dog"], done.stderr
+    code = code.replace("u6771", "udce9")  # of a name that is not Unicode
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | {"PYTHONIOENCODING": "utf-8"}, capture_output=True
+    )
+    assert done.stdout.splitlines() == [b"\xe9 \xc2\xb7", b"\xe9.jpg\ta dog"], done.stderr
 
 
 @pytest.mark.usefixtures("many_cores")

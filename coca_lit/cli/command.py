@@ -282,9 +282,8 @@ def explain(error: Exception) -> str:
         return f"{error.full_key}: {str(error).splitlines()[0]}"
     if isinstance(error, yaml.reader.ReaderError):
         return f"'{error.name}', position {error.position}: {error.reason}"
-    message = (str(error).strip() or type(error).__name__).splitlines()[
-        -1
-    ]  # from a worker process it comes after a traceback and a name
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    message = lines[-1]  # from a worker process it comes after a traceback and a name
     return message.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
 
 

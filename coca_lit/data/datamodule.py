@@ -115,6 +115,12 @@ class CaptionDataModule(LightningDataModule):
         """Global batches of captioned images in an epoch; raises `DataError` when there is not even one."""
         raise NotImplementedError
 
+    @property
+    def batches_per_epoch(self) -> int:
+        """Those of captioned images and those of texts."""
+        pairs = self.steps_per_epoch
+        return pairs if self.texts is None else self.texts.steps(pairs, self.text_every)
+
     def training_examples(self) -> TrainingExamples:
         """The captioned images of the training."""
         raise NotImplementedError
@@ -182,13 +188,12 @@ class CaptionDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """From where the trainer is: at the first batch the loader asks `position`, and then opens `_batches_from`."""
-        steps, world = self.steps_per_epoch, self.rank_and_world()[1]
+        steps, world = self.batches_per_epoch, self.rank_and_world()[1]
         per_rank(self.batch_size, world)
         self._examples = self.training_examples()
         if self.texts is None:
             loader = TrainLoader(steps, self._batches_from, self.position, self.endless)
         else:
-            steps = self.texts.steps(steps, self.text_every)
             loader = TrainLoader(steps, self._batches_and_texts_from, self.position)
         if strategy := getattr(self.trainer, "strategy", None):
             loader.device = strategy.root_device

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples
 from coca_lit.data.batch import Example
-from coca_lit.data.records import FEW_BAD, MAX_MISSING, Record
+from coca_lit.data.records import Record, most_bad
 from coca_lit.data.transforms import TrainTransform, Transform, augmented, loaded
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
@@ -66,14 +66,13 @@ class TrainingExamples(Dataset[Example]):
 class CaptionDataset(TrainingExamples):
     """Training examples of records: a random caption and a random crop, both seeded by (seed, epoch, record id).
 
-    Missing images count as bad. A share of `MAX_MISSING` of the records may be, of few records `FEW_BAD`: records, not
-    draws, of which each worker has others.
+    Missing images count as bad. `most_bad` of the records may be: records, not draws, of which each worker has others.
     """
 
     def __init__(self, records: Sequence[Record], transform: TrainTransform, tokenizer: Tokenizer, seed: int = 0):
         self.records, self.transform, self.tokenizer = records, transform, tokenizer
         self._broken: set[int] = set()
-        self._most = max(MAX_MISSING * len(records), FEW_BAD)
+        self._most = most_bad(len(records))
         super().__init__(seed, max_bad_fraction=min(OBVIOUS * self._most / max(len(records), 1), 1.0))
 
     def __len__(self) -> int:

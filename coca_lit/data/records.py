@@ -22,8 +22,13 @@ from coca_lit.reading import printable
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-FEW_BAD = 2  # files that may be broken in any case
 MAX_MISSING = 0.01  # known copies lack a few files (Flickr8k lists one that never existed); more means a wrong folder
+FEW_BAD = 2  # records that may be bad in any case
+
+
+def most_bad(count: int) -> float:
+    """How many of that many records may be bad: more mean a broken disk or a wrong folder."""
+    return max(MAX_MISSING * count, FEW_BAD)
 
 
 class _Record(NamedTuple):

@@ -93,10 +93,12 @@ def announce(command: str) -> None:
 
 
 def print_any_text() -> None:
-    """Lets output go on where its encoding lacks a character, as in a file that Windows writes as cp1252."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
-            stream.reconfigure(errors="backslashreplace")
+    """Lets output go on where its encoding lacks a character, as in a file that Windows writes as cp1252; names of
+    files that are not Unicode are printed byte for byte. Errors are printed so anyway.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        every = sys.stdout.encoding.lower().startswith("utf")
+        sys.stdout.reconfigure(errors="surrogateescape" if every else "backslashreplace")
 
 
 @contextmanager

@@ -175,9 +175,8 @@ def _check_interval(trainer: L.Trainer, data: CaptionDataModule) -> None:
     interval, limit = trainer.val_check_interval, trainer.limit_train_batches
     if type(interval) is not int or not trainer.check_val_every_n_epoch or not trainer.limit_val_batches:
         return
-    steps = data.steps_per_epoch
-    steps = data.texts.steps(steps, data.text_every) if data.texts is not None else steps
-    steps = int(steps * limit) if isinstance(limit, float) else min(steps, limit)
+    every = data.batches_per_epoch
+    steps = int(every * limit) if isinstance(limit, float) else min(every, limit)
     if interval > steps:
         raise ConfigError(
             f"trainer.val_check_interval={interval} is more than the {steps} batches of an epoch: to count on over "

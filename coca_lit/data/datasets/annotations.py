@@ -185,7 +185,7 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
         content = read_bounded(path, MAX_BYTES, "is not a readable table")
         try:
             whole = content.decode(encoding_of(content))
-            text = re.sub(r"\A[\r\n]*(sep=.\r?\n)?", "", whole)  # a line for Excel
+            text = re.sub(r"\A[\r\n]*(sep=.[\r\n]+)?", "", whole)  # a line for Excel
             head, before = text.partition("\n")[0], whole[: len(whole) - len(text)].count("\n")
             # That of a .csv is a semicolon where the comma separates decimals.
             delimiter = "\t" if path.suffix == ".tsv" else max(",;\t", key=head.count)
@@ -193,7 +193,7 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
             names = _different(reader.fieldnames or [], path)
             rows = []
             for row in reader:
-                if any(row.get(None, ())) or (names[-1] == "" and row[""]):  # fields without a column
+                if any(row.get(None, ())) or (names[-1:] == [""] and row[""]):  # fields without a column
                     known = len([*filter(None, names)])
                     raise DataError(
                         f"line {before + reader.line_num} of {path} has more fields than the {known} "

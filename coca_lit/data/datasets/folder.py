@@ -33,7 +33,7 @@ from coca_lit.data.datasets.annotations import (
 from coca_lit.data.datasets.captions import mscoco_records
 from coca_lit.data.near_duplicates import hash_files, held_out
 from coca_lit.data.pixels import SUFFIXES
-from coca_lit.data.records import FEW_BAD, MAX_MISSING, ImageFile, Record, not_found
+from coca_lit.data.records import MAX_MISSING, ImageFile, Record, most_bad, not_found
 from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
 from coca_lit.reading import encoding_of, may_pass, printable, read_bounded, read_json, refuse_unlisted
@@ -72,7 +72,7 @@ def folder_records(
 
     Raises:
         DataError: the folder holds no captioned photos, a name leads out of it, more than `MAX_MISSING` of the files
-            are missing or broken, or there is no such split.
+            are missing, too many of those to score are broken, or there is no such split.
     """
     root = Path(root)
     if not root.is_dir():
@@ -113,7 +113,7 @@ def decodable(names: Iterable[str], files: Mapping[str, Path], split: str) -> se
     """The photos of a split to score that can be decoded. Another one would end the run at its first validation.
 
     Raises:
-        DataError: more than `MAX_MISSING` of them cannot be decoded, and more than `FEW_BAD`.
+        DataError: more than `most_bad` of them cannot be decoded.
     """
     different = list(dict.fromkeys(names))
     hashes = hash_files([files[name] for name in different])
@@ -127,7 +127,7 @@ def decodable(names: Iterable[str], files: Mapping[str, Path], split: str) -> se
             broken.append(name)
     if broken:
         what = f"{len(broken)} of {len(different)} photos of {split!r} cannot be decoded, e.g. {printable(broken[0])}"
-        if len(broken) > max(MAX_MISSING * len(different), FEW_BAD):
+        if len(broken) > most_bad(len(different)):
             raise DataError(f"{what}: fix or remove them")
         _warn(f"left out: {what}")
     return {*different} - {*broken}

@@ -289,9 +289,6 @@ def print_rows(rows: Sequence[Sequence[str]]) -> None:
     as `\\x0a`; file names that are not Unicode are printed byte for byte. Exits silently when the reader has closed the
     pipe.
     """
-    if hasattr(sys.stdout, "reconfigure"):
-        every = sys.stdout.encoding.lower().startswith("utf")
-        sys.stdout.reconfigure(errors="surrogateescape" if every else "backslashreplace")
     try:
         for row in rows:
             print("\t".join(_NO_BYTES.sub(lambda part: printable(part[0]), field) for field in row))

@@ -27,7 +27,7 @@ def table(delimiter: str, head: str = "file{}caption", quote: str = '"') -> str:
 LAYOUTS = {
     "captions.csv": table(","),
     "captions.csv with ;": table(";", "\ufefffilename{}text"),
-    "captions.csv of Excel": table(";", "\ufeffsep=;\n File{}Caption "),
+    "captions.csv of Excel": table(";", "\ufeffsep=;\n\n File{}Caption "),
     "captions.csv of pandas": "\n".join([",file,caption", *(f'{i},{n},"{c}"' for i, (n, c) in enumerate(ROWS))]),
     "captions.jsonl with folder": "\n".join(json.dumps({"path": f"FOLDER/{n}", "caption": c}) for n, c in ROWS),
     "captions.tsv": table("\t", quote=""),
