@@ -46,7 +46,9 @@ def workers_start_at_once() -> bool:
 
 def in_shell(words: Sequence[str]) -> str:
     """The words of a command as one types them here."""
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    if os.name != "nt":
+        return shlex.join(words)
+    return " ".join(f'"{w}"' if set(w) & set("&|<>^") and " " not in w else subprocess.list2cmdline([w]) for w in words)
 
 
 def best_device() -> str:

@@ -18,7 +18,7 @@ from coca_lit import machine
 from coca_lit.callbacks import SharedMachine
 from coca_lit.callbacks.progress import SHARED_AFTER
 from coca_lit.distributed import print_rank_zero
-from coca_lit.machine import best_device, is_first_process, memory_bytes, processors, set_up_environment
+from coca_lit.machine import best_device, in_shell, is_first_process, memory_bytes, processors, set_up_environment
 from coca_lit.training.trainer import trainer_parts
 from helpers.running import ROOT
 
@@ -30,6 +30,15 @@ def write(root: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text + "\n")
+
+
+def test_commands_as_windows_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At cmd.exe `&` and `|` would begin another command."""
+    words = ["coca-caption", "C:\\R&D\\a", "x=a|b", "my photos/", "x=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        found = in_shell(words)
+    assert found == 'coca-caption "C:\\R&D\\a" "x=a|b" "my photos/" x=1'
 
 
 @pytest.fixture

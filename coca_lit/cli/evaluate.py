@@ -209,8 +209,10 @@ def run(cfg: DictConfig) -> dict[str, float]:
             except DataError as error:
                 if len(evals) == 1 or world_size() > 1:  # other processes would wait for this one
                     raise
-                problem = found.not_run[evaluation.name] = printable(redact(explain(error)))
-                print(f"{evaluation.name} not run: {problem}; the scores of the others stay", flush=True)
+                problem = printable(redact(explain(error)))
+                name = f"{evaluation.name} ({type(evaluation).__name__})"  # captions and retrieval may share the first
+                found.not_run[name] = problem
+                print(f"{name} not run: {problem}; the scores of the others stay", flush=True)
         if problem and not found.scores:
             raise DataError(problem)
         if rank() == 0:

@@ -24,7 +24,7 @@ from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -205,8 +205,12 @@ class FeatureCache:
                 pixels = cast(Tensor, augmented(record.image, self.crop, rng))
         except DataError as error:
             cause = error.__cause__
-            system = may_pass(cause) and not isinstance(cause, FileNotFoundError)
-            return _Unread(str(error), system or isinstance(cause, ImportError))
+            passes = isinstance(cause, ImportError)
+            if isinstance(record.image, ImageFile | ClipFile):  # whose state names the cache
+                passes |= may_pass(cause) and not isinstance(cause, FileNotFoundError)
+            elif isinstance(cause, OSError):  # what a network or a disk says has a number or a class of its own
+                passes |= may_pass(cause) or type(cause) not in (OSError, UnidentifiedImageError)
+            return _Unread(str(error), passes)
         return pixels.flip(-1) if is_mirrored(view) else pixels
 
 

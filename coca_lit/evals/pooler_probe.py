@@ -163,7 +163,7 @@ class TokenMaps:
         self.path: Path | None = None
         if stored:
             cache = FeatureCache(cache_dir, encoder, transform, whole, seed=0, arguments=arguments)
-            (self.path,) = cache.encode(records[:stored], 1, workers, device)
+            (self.path,) = cache.encode(records[:stored], 1, workers, device, trained=False)
 
     @torch.no_grad()
     def batches(self, size: int, order: Sequence[int] | None = None) -> Iterator[tuple[list[int], Tensor]]:

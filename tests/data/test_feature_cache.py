@@ -6,12 +6,13 @@ import os
 import pickle
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -181,11 +182,20 @@ def locked() -> Image.Image:
     raise DataError("locked.jpg is not a readable image") from PermissionError(errno.EACCES, "Permission denied")
 
 
+def fetched() -> Image.Image:
+    raise URLError("timed out")
+
+
+def absent() -> Image.Image:
+    return Image.open("absent.jpg")
+
+
+@pytest.mark.parametrize("image", [locked, fetched, absent])
 def test_an_image_that_another_attempt_may_read_is_not_kept_as_broken(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, image: Callable[[], Image.Image]
 ) -> None:
-    with pytest.raises(DataError, match=r"^locked\.jpg: locked\.jpg is not a readable image$"):
-        views(tmp_path, Encoder()).encode([*records(), Record("locked.jpg", locked, ("a",))], 1, 0, CPU)
+    with pytest.raises(DataError, match=r"^once\.jpg: .*(not a readable image|timed out|No such file)"):
+        views(tmp_path, Encoder()).encode([*records(), Record("once.jpg", image, ("a",))], 1, 0, CPU)
     assert not [*tmp_path.rglob("*.npy")]
     views(tmp_path, Encoder()).encode([*records(), Record("torn.jpg", broken, ("a",))], 2, 0, CPU)
     assert caplog.text.count("torn.jpg is left out of training: it is torn") == 1

@@ -185,18 +185,22 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
         content = read_bounded(path, MAX_BYTES, "is not a readable table")
         try:
             whole = content.decode(encoding_of(content))
-            text = re.sub(r"\A[\r\n]*(sep=.[\r\n]+)?", "", whole)  # a line for Excel
+            told = re.match(r"[\r\n]*(?:\"?sep=(.)\"?[\r\n]+)?", whole)  # a line for Excel
+            text = whole[told.end() if told else 0 :]
             head, before = text.partition("\n")[0], whole[: len(whole) - len(text)].count("\n")
             # That of a .csv is a semicolon where the comma separates decimals.
-            delimiter = "\t" if path.suffix == ".tsv" else max(",;\t", key=head.count)
+            counted = (told and told[1]) or max(",;\t", key=head.count)
+            delimiter = "\t" if path.suffix == ".tsv" else counted
             reader = csv.DictReader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
-            names = _different(reader.fieldnames or [], path)
+            names = [*_different(reader.fieldnames or [], path)]
+            while names and not names[-1].strip():  # spreadsheets write empty columns
+                names.pop()
+            reader.fieldnames = names
             rows = []
             for row in reader:
-                if any(row.get(None, ())) or (names[-1:] == [""] and row[""]):  # fields without a column
-                    known = len([*filter(None, names)])
+                if any(row.pop(None, ())):  # fields without a column
                     raise DataError(
-                        f"line {before + reader.line_num} of {path} has more fields than the {known} "
+                        f"line {before + reader.line_num} of {path} has more fields than the {len(names)} "
                         f"columns: put texts that contain {delimiter!r} in quotes, or name all columns"
                     )
                 rows.append(row)

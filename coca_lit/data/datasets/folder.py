@@ -165,7 +165,7 @@ def _photos(root: Path, suffixes: tuple[str, ...]) -> tuple[list[_Photo], dict[s
     """Every photo that is there and has a caption, in an order that depends on the content alone; and the files."""
     path = captions_file(root)
     rows = list(_rows(path) if path is not None else captions_beside(root, suffixes))
-    files = files_inside([name for name, _, _ in rows], root)
+    files = files_inside([name for name, captions, _ in rows if captions], root)
     first = {file: name for name, file in reversed(files.items())}  # a file may have several names
     listed: dict[str, tuple[list[str], set[str]]] = {}
     for name, captions, split in rows:
@@ -204,9 +204,11 @@ def _rows(path: Path) -> Iterator[tuple[str, Iterable[str], str | None]]:
                 image = column(path, [*row.keys()], IMAGE_COLUMNS, COLUMNS)
                 caption = column(path, [*row.keys()], CAPTION_COLUMNS, COLUMNS)
             name, several = row[image], row.get("captions")
-            # `coca-caption` writes them beside the best one: in its rows a caption that is none of them was corrected.
-            corrected = isinstance(row.get("file"), list) and row.get(caption) and row[caption] not in (several or ())
-            texts = several if several and isinstance(several, list) and not corrected else row[caption]
+            texts = several if several and isinstance(several, list) else row[caption]
+            # `coca-caption` writes them beside the best one: in its rows one of the two was corrected.
+            if isinstance(row.get("file"), list) and row.get(caption) and row[caption] not in captions_in(texts, path):
+                what = f"{path}: {printable(row[caption][:80])!r} is none of the captions of {printable(str(name))}"
+                raise DataError(f"{what}: correct both fields, or take one of them out")
             if not isinstance(name, str):
                 raise TypeError(f"expected the name of a file, got {name!r:.80}")
             if name.strip():

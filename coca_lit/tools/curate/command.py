@@ -143,7 +143,9 @@ def _computation(options: argparse.Namespace) -> tuple[int, int, bool]:
 
 def _add_computation(parser: argparse.ArgumentParser, batch_size: int) -> None:
     parser.add_argument("--batch-size", type=positive, default=batch_size, help="default: %(default)s")
-    parser.add_argument("--num-workers", type=int, help="processes that decode images (default: up to 4)")
+    parser.add_argument(
+        "--num-workers", type=int, help="processes that decode images (default: up to 4; none on macOS and Windows)"
+    )
     parser.add_argument("--precision", default="auto", help="fp32, bf16, or auto: bf16 where the device computes it")
 
 

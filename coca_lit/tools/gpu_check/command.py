@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from coca_lit.runs.launch import isolate
+from coca_lit.runs.launch import isolate, print_any_text
 
 
 def gpu_check(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `coca-gpu-check`; exit code 1 if a check failed."""
     isolate()
+    print_any_text()
     parser = argparse.ArgumentParser("coca-gpu-check", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="folder for JSON and Markdown")
     parser.add_argument("--quick", action="store_true", help="measure the smallest model alone")

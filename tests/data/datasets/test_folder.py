@@ -28,6 +28,7 @@ LAYOUTS = {
     "captions.csv": table(","),
     "captions.csv with ;": table(";", "\ufefffilename{}text"),
     "captions.csv of Excel": table(";", "\ufeffsep=;\n\n File{}Caption "),
+    "captions.csv that names a sign": table("|", '"sep=|"\nfile{}caption'),
     "captions.csv of pandas": "\n".join([",file,caption", *(f'{i},{n},"{c}"' for i, (n, c) in enumerate(ROWS))]),
     "captions.jsonl with folder": "\n".join(json.dumps({"path": f"FOLDER/{n}", "caption": c}) for n, c in ROWS),
     "captions.tsv": table("\t", quote=""),
@@ -108,6 +109,11 @@ def test_photos_that_look_alike_are_on_one_side(tmp_path: Path) -> None:
             "file,caption,\n1.jpg,a dog,\n1.jpg,a dog, running\n",
             "line 3 .* 2 columns: put .*',' in quotes",
         ),
+        (
+            "captions.csv",
+            "file,caption,, \n1.jpg,x,,\n1.jpg,a dog, running,\n",
+            "line 3 .* 2 columns: put .*',' in quotes",
+        ),
         ("captions.csv", "file,caption\n../1.jpg,x\n", "not relative to the folder"),
         ("captions.csv", "file,caption\nnone.jpg,x\n", "1 of 1"),
         ("captions.csv", f"file,caption\n{'x' * 300}.jpg,x\n", "1 of 1"),
@@ -177,13 +183,24 @@ def test_several_captions_go_before_one(tmp_path: Path) -> None:
     found = {Path(str(r.id)).name: r.captions for split in ("train", "val") for r in folder_records(tmp_path, split)}
     assert {found.pop("0.jpg"), found.pop("1.jpg")} == {("mine",)}
     assert {*found.values()} == {("one", "two")}
-    for name, caption in (("2.jpg", "three"), ("3.jpg", ""), ("4.jpg", "four")):  # one was corrected, one taken out
+    for name, caption in (("3.jpg", ""), ("4.jpg", "four")):  # taken out; of another program
         rows[name]["caption"] = caption
-    del rows["4.jpg"]["file"], rows["5.jpg"]["caption"]  # of another program
+    del rows["4.jpg"]["file"], rows["5.jpg"]["caption"]
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows.values())))
     found = {Path(str(r.id)).name: r.captions for split in ("train", "val") for r in folder_records(tmp_path, split)}
-    assert (found.pop("0.jpg"), found.pop("1.jpg"), found.pop("2.jpg")) == (("mine",), ("mine",), ("three",))
+    assert (found.pop("0.jpg"), found.pop("1.jpg")) == (("mine",), ("mine",))
     assert {*found.values()} == {("one", "two")}
+    for corrected in ({"caption": "three"}, {"captions": ["three", "four"]}):  # nobody knows which of the two is right
+        changed = rows | {"2.jpg": rows["2.jpg"] | corrected}
+        (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, changed.values())))
+        with pytest.raises(DataError, match=r"2\.jpg"):
+            folder_records(tmp_path, "train")
+
+
+def test_files_of_rows_without_a_caption_need_not_be_there(tmp_path: Path) -> None:
+    rows = [*(f"{name},a photo" for name in CAPTIONS), *(f"later{i}.jpg," for i in range(9)), "/elsewhere/x.jpg,"]
+    (fill(tmp_path, CAPTIONS) / "captions.csv").write_text("\n".join(["file,caption", *rows]))
+    assert len(folder_records(tmp_path, "train")) == 9
 
 
 @pytest.mark.parametrize("base", ["mine", "photos/mine", "{absolute}"])
