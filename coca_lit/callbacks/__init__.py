@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
 from coca_lit.callbacks.checkpoint import Averaging, Checkpoints, StepSeeds
 from coca_lit.callbacks.guards import BadSampleLog, NonFiniteGuard, RunFolderGuard, SameOnAllRanks, StallGuard
@@ -18,6 +19,7 @@ from coca_lit.callbacks.progress import (
     samples_seen,
 )
 from coca_lit.callbacks.scoring import ScoreDuringTraining
+from coca_lit.errors import ConfigError
 
 __all__ = [
     "Averaging",
@@ -57,7 +59,13 @@ def in_order(
         ema: decay of averaged weights; None for none.
         config: returns the run's config, resolved and without secrets, for the loggers.
         resumes: whether the run resumes from a checkpoint.
+
+    Raises:
+        ConfigError: a chosen callback averages weights, which would be scored and saved without the average.
     """
+    for callback in chosen:
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            raise ConfigError(f"callbacks: {type(callback).__name__} comes after scores and checkpoints: set ema=DECAY")
     checkpoints = [callback for callback in chosen if isinstance(callback, Checkpoints)]
     others = [callback for callback in chosen if callback not in checkpoints]
     averaging = [Averaging(ema)] if ema is not None else []

@@ -62,6 +62,8 @@ def build_module(cfg: DictConfig, start: "Start | None" = None, source: "DualEnc
         for objective in module.further_objectives().values():
             objective.begin(module.net)
     else:
+        if module.net.tokenizer.spec != theirs.get("tokenizer", module.net.tokenizer.spec):
+            raise ConfigError("model.net.tokenizer: it has changed since the checkpoint: restore it, or set a new name")
         check_classes(module, start)
     add_adapters(cfg, module)
     if start is not None and cfg.data.get("cached_augmentations"):  # photos are encoded before Lightning restores these

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
 from hydra.core.hydra_config import HydraConfig
@@ -32,6 +32,9 @@ from coca_lit.runs.launch import job_folder
 from coca_lit.runs.redaction import masked_yaml, redact
 from coca_lit.runs.run_folder import CHECKPOINTS
 from coca_lit.runs.scores import headline
+
+if TYPE_CHECKING:
+    from coca_lit.evals import Evaluation
 
 RECORD, ERROR, SWEEP_VARIABLE = "job.json", "error.txt", "COCA_LIT_SWEEP"
 IN_ONE_PROCESS = ("JoblibLauncher", "RayLauncher")
@@ -201,6 +204,14 @@ def sweep_score(results: Any, cfg: DictConfig) -> Any:
             f"scoring.objective: there is no score '{score}'{suggest(score, results)} Scores: {', '.join(results)}"
         )
     return results.get(score)
+
+
+def check_study(evals: Sequence["Evaluation"]) -> None:
+    """Raises `ConfigError` if Optuna searches, and nothing says by which score of these evaluations."""
+    sweeper = HydraConfig.get().sweeper.get("_target_", "") if HydraConfig.initialized() else ""
+    names = [f"{e.name}/{score}" for e in evals for score in (*e.score_names, *(e.final_score_names or ()))]
+    if sweeper.endswith("OptunaSweeper") and HydraConfig.get().mode == RunMode.MULTIRUN and headline(names) is None:
+        raise ConfigError(f"scoring.objective: name the score that Optuna improves, one of {', '.join(names)}")
 
 
 def check_processes(count: int) -> None:

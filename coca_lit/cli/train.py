@@ -16,7 +16,7 @@ from coca_lit.cli.command import CONF
 from coca_lit.cli.module import build_module, load_source, with_recipe, with_start
 from coca_lit.cli.runtime import configure_libraries
 from coca_lit.cli.schema import argument_defaults
-from coca_lit.cli.sweep import SWEEP_VARIABLE, check_processes
+from coca_lit.cli.sweep import SWEEP_VARIABLE, check_processes, check_study
 from coca_lit.errors import DataError, error_context
 from coca_lit.machine import in_shell, is_first_process
 from coca_lit.runs.run_folder import in_use
@@ -85,7 +85,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         if start is not None and isinstance(data, CaptionDataModule):
             resume_data(data, start, strict)
         elif start is not None:
-            print_rank_zero(f"note: {type(data).__name__} begins its epoch again, as it does not keep its place")
+            print_rank_zero(f"note: {type(data).__name__} keeps no place: the epoch ends with its first batches")
         evals, not_run = build_evals(cfg)
         if start is None and isinstance(data, RecordsDataModule):
             held_out = {evaluation.name: evaluation.records for evaluation in evals}
@@ -99,6 +99,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
             check_data(data, module.net, generate, module.reads_captions, of_pairs)
         if cfg.scoring.objective is not None:
             scoring.check_score("scoring.objective", cfg.scoring.objective, at_end=True)
+        else:
+            check_study(evals)
         report = build_report(cfg)
         trainer = build_trainer(cfg, scoring, start, isinstance(data, CaptionDataModule))
         check_processes(trainer.world_size)

@@ -311,7 +311,9 @@ class RecordsDataModule(CaptionDataModule):
         precision, plain = self.trainer.precision_plugin, self.plain_transform()
         context = (precision.forward_context, precision.precision, net.config["image_encoder_args"])
         cache = FeatureCache(self.cache_dir, encoder, plain, self.train_transform(), self.seed, *context)
-        wanted = {self.train_split: self.cached_augmentations} | ({self.val_split: 1} if self.val_split else {})
+        wanted = {self.train_split: self.cached_augmentations}
+        if self.val_split:
+            wanted.setdefault(self.val_split, 1)
         for split, views in wanted.items():
             records = self.train_records if split == self.train_split else trainable(self.records(split))
             device = self.trainer.strategy.root_device

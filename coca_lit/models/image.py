@@ -61,8 +61,8 @@ class ImageEncoder(nn.Module):
     A registered encoder, see `register_image_encoder`, is a factory that takes `image_size` and the arguments and
     returns a module from normalised pixels (B, 3, H, W) to tokens (B, S, width) or a grid (B, width, H, W). The module
     has an integer `width`, and may have `mean` and `std`, three numbers each (default: CLIP's), `num_prefix_tokens`,
-    `set_grad_checkpointing(on)`, and `set_input_size(img_size)` if its weights depend on the size. Its batch norms of
-    PyTorch and timm are synchronised over ranks; subclasses of these stay as they are.
+    `set_grad_checkpointing(on)`, and `set_input_size(img_size)` if its weights depend on the size. `BatchNorm2d`
+    of PyTorch and timm are synchronised over ranks; subclasses, and batch norms of tokens, stay as they are.
 
     Args:
         name: of a timm model or a registered encoder.

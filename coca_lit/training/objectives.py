@@ -98,11 +98,12 @@ class Objective(nn.Module):
 
 
 class Function(Objective):
-    """A function of the network and a batch, as an objective."""
+    """A function of the network and a batch, as an objective. What it trains, its attribute `trains` may say."""
 
     def __init__(self, function: Callable[[CoCa, Batch], dict[str, Tensor]]) -> None:
         super().__init__()
         self.function = function
+        self.trains = getattr(getattr(function, "func", function), "trains", ())  # also of a partial
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         return self.function(net, batch)

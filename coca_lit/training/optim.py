@@ -73,7 +73,9 @@ class Grouped:
         depth: dict[str, int] = {}  # parameters above the towers have none
         for part, tower in module.named_children() if self.layer_decay != 1 else ():
             if depths := getattr(tower, "depths", None):
-                depth |= {f"{part}.{name}": layer for name, layer in depths().items()}
+                depth |= (layers := {f"{part}.{name}": layer for name, layer in depths().items()})
+                if not layers and any(name.startswith(f"{part}.") for name in trainable):
+                    raise ValueError(f"layer_decay: the {part} does not tell its layers (group_matcher): set it to 1")
         groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
         for name, p in trainable.items():
             factor = self.image_factor if name.startswith("image_encoder.") else 1
@@ -258,7 +260,7 @@ def freeze(net: CoCa, parts: Sequence[str], weights: Mapping[str, float], traine
         for whole in net.parameters_of_loss(loss)
         for part in _without(net, whole, trained)
     ]
-    for reason, names in (("as configured", parts), ("no loss with a weight above 0 trains them", unused)):
+    for reason, names in (("as configured", parts), ("no loss with a weight above 0 says that it trains them", unused)):
         if names:
             frozen = net.freeze(*names)
             print_rank_zero(f"frozen, {reason}: {', '.join(names)} ({len(frozen)} tensors)")

@@ -101,11 +101,12 @@ def choose(facts: Facts) -> list[Choice]:
     photos, gpu = facts.photos, facts.gpu
     batch = facts.batch or min(photos, 2 ** int(math.log2(min(max(photos / 4, 2), 256 if gpu else 128))))
     # 700 √n photos in all on a CPU: 5,000 are seen 10 times, 500 31 times, 50,000 3 times
-    epochs = facts.epochs or min(max(round((2800 if gpu else 700) / math.sqrt(photos)), 3), 60)
+    usual = min(max(round((2800 if gpu else 700) / math.sqrt(photos)), 3), 60)
+    epochs = facts.epochs or usual
     per_epoch = max(photos // batch, 1)
     most = facts.steps if facts.steps is not None and facts.steps >= 0 else None  # -1: no limit, of epochs too
-    if epochs < 0 and most is not None:
-        epochs = math.ceil(most / per_epoch)
+    if epochs < 0:
+        epochs = usual if most is None else math.ceil(most / per_epoch)
     steps = per_epoch * epochs if most is None else min(per_epoch * epochs, most)
     views = min(6, max(2, epochs // 3))
     if facts.weights is not None or 2 * views * photos * VIEW_BYTES > facts.free_bytes:

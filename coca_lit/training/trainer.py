@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from coca_lit.data.datamodule import CaptionDataModule
 from coca_lit.distributed import print_rank_zero
-from coca_lit.errors import ConfigError, check_number, error_context
+from coca_lit.errors import ConfigError, check_number, error_context, why_unreadable
 from coca_lit.machine import best_device
 from coca_lit.models import CoCa, kernels
 from coca_lit.models.kernels.process import Fp32Matmul
@@ -166,6 +167,16 @@ def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
         with error_context("data.batch_size"):
             check_batch_size(data.batch_size, trainer.world_size, size)
         _check_interval(trainer, data)
+        if data.image_size != module.net.image_size and not module.net.image_encoder.takes_patches:
+            sizes = f"data.image_size={data.image_size} and the model's {module.net.image_size}"
+            raise ConfigError(f"{sizes} differ: set image_size, which is that of both")
+    for name, made in (("data", data), ("model", module)):
+        try:
+            torch.save(dict(getattr(made, "hparams", {})), file := BytesIO())
+            torch.load(BytesIO(file.getvalue()), weights_only=True)
+        except Exception as error:  # anything may be among them
+            what = f"{name}: save_hyperparameters() keeps what no checkpoint may hold ({why_unreadable(error)})"
+            raise ConfigError(f"{what}: leave it out, or name it in ignore=[…]") from error
     varies = trainer.accumulate_grad_batches > 1 or size is not None or bool(objectives)
     set_ddp_options(trainer, ddp_options(texts, same_graph=not varies))
 

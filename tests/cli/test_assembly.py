@@ -25,6 +25,11 @@ from coca_lit.training.objectives import Objective
 def terms(net, batch, factor=1.0):
     return {"mine": factor * batch}
 
+def contrast(net, batch):
+    return {"mine": batch}
+
+contrast.trains = ["image_projection", "logit_scale"]
+
 class Callable:
     def __call__(self, net, batch):
         return {"mine": batch}
@@ -107,6 +112,14 @@ def test_a_function_or_a_callable_is_an_objective(guest: None, words: list[str],
     loss, terms = objective(*words).loss(None, torch.tensor(5.0))  # type: ignore[arg-type]
     assert loss.item() == 5 * factor
     assert list(terms) == ["mine"]
+
+
+def test_a_function_may_name_what_it_trains(guest: None) -> None:
+    """What no loss trains is frozen, and of a function nobody else could know it."""
+    module = build_module(compose("model.contrastive_weight=0", "model.objectives.mine._target_=guest_parts.contrast"))
+    frozen = {name.partition(".")[0] for name, p in module.net.named_parameters() if not p.requires_grad}
+    assert not frozen & {"image_projection", "logit_scale"}
+    assert any(not p.requires_grad for p in module.net.text.parameters())
 
 
 def evaluations(*words: str) -> list[Any]:

@@ -267,6 +267,7 @@ def test_python_of_the_pages_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_python_of_the_page_on_data_runs() -> None:
     split = [Record(f"{i}", Path(f"{i}.jpg"), [f"photo {i}"]) for i in range(64)]
     names: dict[str, object] = {"records": split, "others": split[:8], "tokenizer": get_tokenizer("clip")}
+    names["model"] = create_model("coca_tiny")
     execute("coca_lit/data/README.md", names)
     assert names["my_records"]("train")[0].captions[1] == "a dog by the sea"  # type: ignore[operator]
     assert names["data"].steps_per_epoch == 2  # type: ignore[attr-defined]

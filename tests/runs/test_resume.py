@@ -44,6 +44,7 @@ from helpers.forking import Program
 from helpers.resuming import MAP, TINY, Die, Signal, assert_same, rows, state, train
 from helpers.running import NAFLEX, ROOT, compose, run, watched
 from helpers.slow import slow
+from helpers.tokenizer_files import trained_file
 
 
 @pytest.fixture(scope="module")
@@ -552,6 +553,25 @@ def test_changed_config_is_refused_by_its_key(tmp_path: Path, override: str, key
         check_same_run(start_at(path), now, strict=True)
     assert "\n" not in str(caught.value)
     check_same_run(start_at(path), now, strict=False)
+
+
+def test_another_tokenizer_under_the_name_of_the_first_is_refused(tmp_path: Path) -> None:
+    """Of the same size, as where a corpus has grown: token ids would stand for other texts."""
+    file = trained_file("WordPiece", tmp_path)
+    words = (
+        *TINY,
+        *MAP,
+        f"model.net.tokenizer={{file: {file}, start: '<s>', end: '</s>', pad: '<pad>'}}",
+        "vocabulary=null",
+    )
+    run(tmp_path / "run", *words, "trainer.max_steps=1")
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = [word for word in vocabulary if word.isalpha()][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"model\.net\.tokenizer"):
+        run(tmp_path / "run", *words, "trainer.max_steps=2")
 
 
 @pytest.mark.parametrize("listed", [False, True])

@@ -94,6 +94,16 @@ def test_the_image_encoder_learns_more_slowly(tiny_model: Build) -> None:
         assert rates["text.blocks.1.attention.qkv.weight"] == (4 if options else 8)
 
 
+def test_rates_that_fall_need_layers(tiny_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder of one's own may tell none."""
+    model = tiny_model()
+    monkeypatch.setattr(model.image_encoder, "depths", lambda: {})
+    with pytest.raises(ValueError, match="layer_decay: the image_encoder"):
+        AdamW(lr=8.0, layer_decay=0.5)(model)
+    model.freeze("image_encoder")
+    AdamW(lr=8.0, layer_decay=0.5)(model)
+
+
 def test_learning_rates_fall_from_layer_to_layer(tiny_model: Build) -> None:
     """Exponents by hand: 1 for the last layer of a tower, one more for each before it, the embeddings last."""
     deep = VIT | {"image_encoder_args": VIT["image_encoder_args"] | {"depth": 2}}  # type: ignore[operator]

@@ -60,6 +60,7 @@ def test_steps_alone_end_the_run() -> None:
     assert values(450, epochs=-1, steps=35) == values(450, epochs=5)
     assert values(450, epochs=-1, steps=36) == values(450, epochs=6, steps=36)
     assert values(450, epochs=-1, steps=1000)["model.warmup_steps"] == 100
+    assert values(450, epochs=-1)["model.warmup_steps"] == values(450)["model.warmup_steps"]
 
 
 def test_vocabularies() -> None:

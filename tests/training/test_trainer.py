@@ -123,6 +123,36 @@ def test_a_validation_that_no_epoch_reaches_is_refused(tmp_path: Path) -> None:
             prepare(trainer, module, data)
 
 
+def test_data_of_another_size_than_the_models_are_refused(tmp_path: Path) -> None:
+    cfg = compose(*TINY, f"output_dir={tmp_path}", "data.image_size=48")
+    module, trainer = build_module(cfg), build_trainer(cfg, ScoreDuringTraining([], Settings(tmp_path)))
+    with pytest.raises(ConfigError, match=r"data\.image_size=48 .* 32 differ"):
+        prepare(trainer, module, build_data(cfg, module.net.tokenizer))
+
+
+def test_hyperparameters_that_no_checkpoint_may_hold_are_refused(tmp_path: Path) -> None:
+    class Own(L.LightningDataModule):
+        def __init__(self, tokenizer: Any, size: int) -> None:
+            super().__init__()
+            self.save_hyperparameters(ignore=["tokenizer"] if size == 1 else [])
+
+    cfg = compose(*TINY, f"output_dir={tmp_path}")
+    module, trainer = build_module(cfg), build_trainer(cfg, ScoreDuringTraining([], Settings(tmp_path)))
+    prepare(trainer, module, Own(module.net.tokenizer, 1))
+    with pytest.raises(ConfigError, match=r"data: save_hyperparameters.*ignore="):
+        prepare(trainer, module, Own(module.net.tokenizer, 2))
+
+
+@pytest.mark.parametrize("kind", ["EMAWeightAveraging", "StochasticWeightAveraging"])
+def test_averages_that_would_miss_scores_and_checkpoints_are_refused(tmp_path: Path, kind: str) -> None:
+    rate = ["+callbacks.mine.swa_lrs=0.1"] if kind.startswith("Stochastic") else []
+    cfg = compose(
+        *TINY, f"output_dir={tmp_path}", f"+callbacks.mine._target_=lightning.pytorch.callbacks.{kind}", *rate
+    )
+    with pytest.raises(ConfigError, match=f"{kind} .*ema=DECAY"):
+        build_trainer(cfg, ScoreDuringTraining([], Settings(tmp_path)))
+
+
 def test_self_critical_training_needs_whole_weights(tmp_path: Path) -> None:
     cfg = compose(*TINY, SCST, f"output_dir={tmp_path}")
     assert cfg.model.net.get("dropout", 0) == 0

@@ -11,13 +11,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from coca_lit.cli import train as cli
-from coca_lit.cli.sweep import RECORD, check_processes
+from coca_lit.cli.sweep import RECORD, check_processes, check_study
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.files import write_json
 from coca_lit.runs.launch import RUN_ID, job_folder, run_id
@@ -226,6 +229,18 @@ def test_optuna_study_survives_failures_and_goes_on(run: Run, tmp_path: Path) ->
 
     done = run(APP, "-m", *study, "model.optimizer.lr=interval(0.1,0.2)")
     assert "error: the study 'demo None'" in done.stderr
+
+
+def test_a_study_needs_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, captions = (SimpleNamespace(name="mine", score_names=[name], final_score_names=()) for name in ("x", "CIDEr"))
+    check_study([own])  # type: ignore[list-item]
+    sweeper = {"_target_": "coca_lit.tools.clusters.study.OptunaSweeper"}
+    found = SimpleNamespace(mode=RunMode.MULTIRUN, sweeper=sweeper)
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: found)
+    check_study([own, captions])  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match=r"scoring\.objective: .*mine/x"):
+        check_study([own])  # type: ignore[list-item]
 
 
 def test_search_spaces_follow_the_grammar_of_hydra() -> None:
