@@ -97,7 +97,8 @@ class CoCaLit(L.LightningModule):
             trained.add("decoder")
         freeze_parts(net, freeze, self.pairs.weights, trained)
         self.pairs.join(made for made in further.values() if isinstance(made, OfFeatures))
-        self.pairs.check(net, bool(further))
+        if not any(self.pairs.weights.values()) and not further:
+            raise ValueError("no loss is left: contrastive_weight or caption_weight must be above 0")
         if self_critical is not None:
             self_critical.check(net, self.pairs)
             self_critical.weights = {"policy": caption_weight, "contrastive": contrastive_weight}

@@ -29,7 +29,7 @@ from coca_lit.losses.gradients import with_gradients
 from coca_lit.models import CoCa, CoCaOutput
 from coca_lit.models.inputs import Images
 from coca_lit.models.packing import to_device
-from coca_lit.training.objectives import Pairs
+from coca_lit.training.objectives import Pairs, features_of
 
 FeatureTerms = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 """(images (B, E), texts (B, E), logit_scale (1,)) -> terms by name."""
@@ -113,7 +113,7 @@ def cached_loss(
             out = _forward(net, part, contrastive=grad_features is not None, captioning=weights["caption"] != 0)
             share = []
             if grad_features is not None:
-                share += [(f * g[i]).sum() for f, g in zip(_features(out), grad_features, strict=True)]
+                share += [(f * g[i]).sum() for f, g in zip(features_of(out), grad_features, strict=True)]
             if out.hidden is not None and out.vocabulary is not None and out.labels is not None:
                 caption = caption_loss(out.hidden, out.vocabulary, out.labels, total_tokens, smoothing=smoothing)
                 terms["caption"] = terms.get("caption", 0) + caption.detach()
@@ -154,12 +154,6 @@ def _forward(net: CoCa, part: MicroBatch, contrastive: bool, captioning: bool) -
         return net(part.images, part.tokens, part.lengths, prefix_lengths=part.prefix_lengths, **asked)
 
 
-def _features(out: CoCaOutput) -> tuple[Tensor, Tensor]:
-    assert out.image_features is not None
-    assert out.text_features is not None
-    return out.image_features, out.text_features
-
-
 def _of_features(
     net: CoCa, parts: Sequence[MicroBatch], weights: Mapping[str, float], joined: FeatureTerms | None
 ) -> tuple[dict[str, Tensor], list[Sequence[Tensor]]]:
@@ -167,7 +161,7 @@ def _of_features(
     micro-batch. Temperature and bias, which are not in the second pass, get their gradients here.
     """
     with torch.no_grad():
-        found = [_features(_forward(net, part, contrastive=True, captioning=False)) for part in parts]
+        found = [features_of(_forward(net, part, contrastive=True, captioning=False)) for part in parts]
     torch.clear_autocast_cache()  # it holds weights that were cast without a graph
     features = [torch.cat(side).requires_grad_() for side in zip(*found, strict=True)]  # (B, E), images and texts
     images, texts = features

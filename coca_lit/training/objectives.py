@@ -16,7 +16,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.distributed import gather_early
 from coca_lit.errors import ConfigError, check_number
 from coca_lit.losses import loss_terms
-from coca_lit.models import CoCa
+from coca_lit.models import CoCa, CoCaOutput
 
 
 class Objective(nn.Module):
@@ -131,9 +131,7 @@ class OfFeatures(Objective):
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         out = net(batch.images, batch.tokens, batch.lengths, prefix_lengths=batch.prefix_lengths, captioning=False)
-        assert out.image_features is not None
-        assert out.text_features is not None
-        return self.of_features(batch, out.image_features, out.text_features, out.logit_scale)
+        return self.of_features(batch, *features_of(out), out.logit_scale)
 
 
 class Pairs(Objective):
@@ -171,9 +169,7 @@ class Pairs(Objective):
         out = net(batch.images, batch.tokens, batch.lengths, **further, **asked)
         terms = loss_terms(out, self.label_smoothing if self.training else 0.0, contrastive)
         if self.joined:
-            assert out.image_features is not None
-            assert out.text_features is not None
-            terms |= self.joined_terms(batch, out.image_features, out.text_features, out.logit_scale)
+            terms |= self.joined_terms(batch, *features_of(out), out.logit_scale)
         return terms
 
     def joined_terms(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
@@ -182,18 +178,6 @@ class Pairs(Objective):
         for made in self.joined:
             terms |= made.named(made.of_features(batch, images, texts, logit_scale))
         return terms
-
-    def check(self, net: CoCa, further: bool) -> None:
-        """Called once it is known what of the network is frozen.
-
-        Args:
-            further: whether other objectives join.
-
-        Raises:
-            ValueError: no loss is left.
-        """
-        if not any(self.weights.values()) and not further:
-            raise ValueError("no loss is left: contrastive_weight or caption_weight must be above 0")
 
     def check_norms(self, net: CoCa) -> None:
         """Called before training, after low-rank adaptation, which freezes batch norms, if there is any. Raises
@@ -217,6 +201,13 @@ class Texts(Objective):
         return {"text": loss_terms(out, self.label_smoothing if self.training else 0.0)["caption"]}
 
 
+def features_of(out: CoCaOutput) -> tuple[Tensor, Tensor]:
+    """Of images and texts (B, E), where they were asked for."""
+    assert out.image_features is not None
+    assert out.text_features is not None
+    return out.image_features, out.text_features
+
+
 def named_objectives(objectives: Mapping[str, Callable[..., Any] | None]) -> dict[str, Objective]:
     """The objectives added to the network's own, without the names that are None.
 
@@ -224,8 +215,7 @@ def named_objectives(objectives: Mapping[str, Callable[..., Any] | None]) -> dic
         ValueError: one cannot be called, has a weight of 0, or has a term of the same name as another.
     """
     further: dict[str, Objective] = {}
-    terms = ["contrastive", "caption", "text", "policy"]
-    owners = dict.fromkeys(terms, "coca_lit")
+    owners = dict.fromkeys(("contrastive", "caption", "text", "policy"), "coca_lit")
     for name, function in objectives.items():
         if function is None:
             continue
@@ -236,7 +226,6 @@ def named_objectives(objectives: Mapping[str, Callable[..., Any] | None]) -> dic
         for term, weight in made.weights.items():
             if weight == 0:
                 raise ValueError(f"objectives.{name}: a {term}_weight of 0 trains nothing; set objectives.{name}=null")
-            if term in terms:
+            if owners.setdefault(term, made.config_key) != made.config_key:
                 raise ValueError(f"objectives.{name}: '{term}' is the name of another loss; choose another one")
-            terms.append(term)
     return further
