@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 from uuid import uuid4
 
 import lightning.pytorch as L
@@ -332,16 +332,9 @@ class LogRunFacts(L.Callback):
                 logger.log_hyperparams(self.config() | facts)
 
 
-@runtime_checkable
-class PictureLog(Protocol):
-    """A logger that takes pictures, too."""
-
-    def log_picture(self, name: str, path: Path, step: int) -> None: ...
-
-
 def log_pictures(trainer: L.Trainer, folder: Path, evaluations: list[str], step: int) -> None:
     """Sends the sheets of captions and of retrieval that evaluations have written to all loggers that take pictures."""
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, PictureLog)]
+    loggers: list[Any] = [logger for logger in trainer.loggers if hasattr(logger, "log_picture")]
     if loggers and trainer.is_global_zero:
         for name in (f"{evaluation}{kind}" for evaluation in evaluations for kind in ("", "_retrieval")):
             if (path := folder / f"{name}.png").is_file():

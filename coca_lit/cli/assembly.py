@@ -230,7 +230,7 @@ def build_trainer(
     from coca_lit.callbacks import in_order
     from coca_lit.runs.resume import identity_of, is_same_run
     from coca_lit.training.lightning_fixes import begun_epochs
-    from coca_lit.training.trainer import DEFAULTS, trainer_parts
+    from coca_lit.training.trainer import trainer_parts
 
     logged = start.run.get("logged_steps", 0) if start is not None else 0
     offered = {"output_dir": cfg.output_dir, "logged_steps": logged, "same_run": is_same_run(cfg, start)}
@@ -251,7 +251,8 @@ def build_trainer(
     node = _without(cfg.trainer, "micro_batch_size")  # an argument of the module
     if node.get("max_steps") is None:
         node.max_steps = -1  # Lightning's word for no limit
-    defaults = {"default_root_dir": cfg.output_dir, "use_distributed_sampler": not splits, **DEFAULTS}
+    defaults = {"default_root_dir": cfg.output_dir, "use_distributed_sampler": not splits, "num_sanity_val_steps": 0}
+    defaults["enable_model_summary"] = False  # there is `RunSummary`
     try:
         trainer: L.Trainer = build(node, "trainer", defaults, **parts)
     except MisconfigurationException as error:

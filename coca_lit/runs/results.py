@@ -48,11 +48,12 @@ class Found:
 def finish_run(
     folder: Path, found: Found, facts: dict[str, Any] | None = None, report: Callable[[Path], Any] | None = None
 ) -> None:
-    """Prints the scores of a run with their uncertainty, and writes them and its report; see `write_results`. On a full
-    disk it tries again for some minutes.
+    """Prints the scores of a run with their uncertainty, and writes them, why others are missing (`not_run.json`), and
+    its report. On a full disk it tries again for some minutes.
 
     Args:
-        report: writes the report of a run folder, and is called last.
+        facts: for `environment.json`: parameters of the model, samples and tokens that it was trained on.
+        report: writes the report of a run folder, and is called last: the run is finished once that is written, too.
 
     Raises:
         DataError: they cannot be written.
@@ -63,7 +64,11 @@ def finish_run(
             write_waiting()
             write_draws(folder, found.draws)
             write_conditions(folder, found.conditions)
-            seconds = write_results(folder, found.scores, found.not_run, facts)
+            (folder / "report.html").unlink(missing_ok=True)  # of an earlier scoring
+            seconds = round(time.time() - add_facts(folder, facts or {})["started"])
+            add_facts(folder, {"seconds": seconds})
+            write_json(folder / RESULTS, found.scores)
+            write_json(folder / "not_run.json", found.not_run)
             if report is not None:
                 report(folder)
             break
@@ -74,24 +79,6 @@ def finish_run(
             time.sleep(PAUSE)
     hint = "; open report.html there" if (folder / "report.html").exists() else ""
     print(f"{seconds} seconds since its last start; everything is in {folder}{hint}", flush=True)
-
-
-def write_results(
-    folder: Path, results: dict[str, float], not_run: dict[str, str], facts: dict[str, Any] | None = None
-) -> int:
-    """Writes `results.json` and `not_run.json` (why a score is missing); returns the seconds since the last start
-    of the run. It is finished once the report is written, too.
-
-    Args:
-        facts: for `environment.json`: parameters of the model, samples and tokens that it was trained on.
-    """
-    (folder / "report.html").unlink(missing_ok=True)  # of an earlier scoring
-    known = add_facts(folder, facts or {})
-    seconds = round(time.time() - known["started"])
-    add_facts(folder, {"seconds": seconds})
-    write_json(folder / RESULTS, results)
-    write_json(folder / "not_run.json", not_run)
-    return seconds
 
 
 def write_draws(folder: Path, draws: Mapping[str, Draws]) -> None:

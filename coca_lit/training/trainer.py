@@ -31,11 +31,6 @@ from coca_lit.weights.sharded import REST, is_folder, nested, read_tensors
 if TYPE_CHECKING:
     from coca_lit.lit_module import CoCaLit
 
-DEFAULTS = {
-    "enable_model_summary": False,  # there is `RunSummary`
-    "num_sanity_val_steps": 0,
-}
-
 
 class SafeCheckpointIO(TorchCheckpointIO):
     """Writes whole files or none, see `coca_lit.runs.checkpoint_io`, and reads plain values and tensors only."""
@@ -164,8 +159,16 @@ def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
             f"{trainer.num_devices}): start as many, or do not set trainer.devices"
         )
     if isinstance(data, CaptionDataModule):
-        with error_context("data.batch_size"):
-            check_batch_size(data.batch_size, trainer.world_size, size)
+        own, rest = divmod(data.batch_size, trainer.world_size)
+        if rest:
+            raise ConfigError(
+                f"data.batch_size: a global batch of {data.batch_size} cannot be split over {trainer.world_size} "
+                "processes: take a multiple"
+            )
+        if size is not None and own % size:
+            raise ConfigError(
+                f"data.batch_size: the {own} pairs of a process are no multiple of trainer.micro_batch_size={size}"
+            )
         _check_interval(trainer, data)
         if data.image_size != module.net.image_size and not module.net.image_encoder.takes_patches:
             sizes = f"data.image_size={data.image_size} and the model's {module.net.image_size}"
@@ -208,17 +211,6 @@ def ddp_options(texts: bool, same_graph: bool) -> dict[str, bool]:
         "find_unused_parameters": texts,
         "static_graph": same_graph and not texts,
     }
-
-
-def check_batch_size(batch_size: int, world: int, micro_batch_size: int | None) -> None:
-    """Raises `ValueError` if `batch_size`, that of all `world` processes together, cannot be split over them."""
-    if batch_size % world:
-        raise ValueError(f"a global batch of {batch_size} cannot be split over {world} processes: take a multiple")
-    if micro_batch_size is not None and batch_size // world % micro_batch_size:
-        raise ValueError(
-            f"the {batch_size // world} pairs of a process are no multiple of trainer.micro_batch_size="
-            f"{micro_batch_size}"
-        )
 
 
 def choose_fp32_matmul(trainer: L.Trainer, module: L.LightningModule, library: Fp32Matmul) -> None:
