@@ -14,13 +14,7 @@ from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.datamodule import CaptionDataModule, LoaderArguments
 from coca_lit.data.mixture import Source, check_weights
 from coca_lit.data.records import Record, drawn
-from coca_lit.data.shards.indexed import (
-    CLIP_SUFFIXES,
-    IMAGE_SUFFIXES,
-    IndexedBatches,
-    IndexedShards,
-    Preprocess,
-)
+from coca_lit.data.shards.indexed import CLIP_SUFFIXES, IMAGE_SUFFIXES, IndexedBatches, IndexedShards
 from coca_lit.data.shards.indexing import count_faults, tar_indexes
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.reader import read_shard
@@ -290,8 +284,8 @@ class LAIONDataModule(CaptionDataModule):
                         "one of them, and repeat coca-data teach"
                     )
                 check_reinforced(path, index.stamp.bytes, first=next(iter(files)))
-        preprocess = Preprocess(transform, self.tokenizer, self.caption_keys, self.seed, encoded, replay, self.frames)
-        return IndexedShards(self.sources, preprocess, self.max_bad_fraction, near=self.windows is not None)
+        near, how = self.windows is not None, (self.caption_keys, self.seed, self.max_bad_fraction)
+        return IndexedShards(self.sources, transform, self.tokenizer, *how, near, encoded, replay, self.frames)
 
     def indices_from(self, epoch: int, start: int) -> IndexedBatches:
         steps, schedule = self.steps_per_epoch, self.schedule(self.epoch_samples)

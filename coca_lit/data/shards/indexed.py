@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from coca_lit.data.batch import Example
 from coca_lit.data.examples import Index, TrainingExamples
 from coca_lit.data.loader import Schedule, epoch_order, per_rank
 from coca_lit.data.mixture import Source, counts_after, draw, weighted_round_robin
-from coca_lit.data.pixels import CLIPS, MAX_IMAGE, check_bytes, decode_pixels
+from coca_lit.data.pixels import CLIPS, MAX_IMAGE, decode_pixels
 from coca_lit.data.records import clean_captions
 from coca_lit.data.shards.shard import ChangedError, Shard, Stamp
 from coca_lit.data.shards.tar import MAX_MEMBER
@@ -118,11 +118,6 @@ def pair_of(
         texts = text if isinstance(text, list) else [text]
         if fitting := clean_captions(text for text in texts if isinstance(text, str)):
             captions[name] = fitting
-    try:
-        if kind_of(fields, suffixes) in IMAGE_SUFFIXES:
-            check_bytes(len(image), f"{key} in {shard}")
-    except DataError as error:
-        raise BadSampleError(BadSample(shard, key, "unreadable image", str(error))) from error
     if image and captions:
         return image, captions
     missing = f"no caption in the JSON under {', '.join(caption_keys)}"
@@ -149,22 +144,55 @@ def read_limit(member: str) -> int:
     return (MAX_TEXT if suffix in ("txt", "json") else MAX_MEMBER if suffix in CLIP_SUFFIXES else MAX_IMAGE) + 1
 
 
-class Preprocess(NamedTuple):
-    """Decodes and crops the image of a sample, draws one of the captions and tokenises it."""
+@dataclass(eq=False, repr=False)
+class IndexedShards(TrainingExamples):
+    """The samples of all sources, one after the other: the image of each is decoded and cropped, and one of its
+    captions is drawn and tokenised. With `near` a sample is replaced by one of its shard, or of the next one if that is
+    lost or has given `NEAR_TRIES` bad ones.
+    """
 
+    sources: Sequence[Source]
     transform: TrainTransform
     tokenizer: Tokenizer
     caption_keys: Mapping[str, float]  # with the probability of each
     seed: int
+    max_bad_fraction: float
+    near: bool = False
     encoded: "CropOfEncoded | None" = None  # in place of `transform`, for images that are not decoded whole
     replay: "Replay | None" = None  # in place of `transform`, for crops that teachers have seen
     frames: int = 0  # of clips, which are read in place of images
 
-    @property
-    def suffixes(self) -> Sequence[str]:
-        return CLIP_SUFFIXES if self.frames else IMAGE_SUFFIXES
+    max_tries = 100  # at the 5 % of bad samples that are usual on the web, even ten in a row occur
 
-    def __call__(self, pair: Pair, key: str, shard: str, index: Index, source: str) -> Example:
+    def __post_init__(self) -> None:
+        super().__init__(self.seed, self.max_bad_fraction)
+        self.suffixes: Sequence[str] = CLIP_SUFFIXES if self.frames else IMAGE_SUFFIXES
+        self.indexes = [index for source in self.sources for index in source.shards]
+        self.shard_ends = [*accumulate(map(len, self.indexes))]
+        self.source_ends = [*accumulate(source.samples for source in self.sources)]
+        self._lost: dict[int, LostShardError] = {}  # remote shards, for which the store need not be asked again
+        self.bad.found += [fault for index in self.indexes for fault in index.faults]  # for the first example
+
+    def __len__(self) -> int:
+        return self.shard_ends[-1]
+
+    def example(self, index: Index) -> Example:
+        number = bisect_right(self.shard_ends, index.i)
+        shard = self.indexes[number]
+        row = index.i - self.shard_ends[number] + len(shard)
+        if number in self._lost:
+            raise LostShardError(self._lost[number].sample._replace(key=shard.key(row)))
+        try:
+            fields = shard.read(row, self.suffixes)
+        except LostShardError as error:
+            if shard.shard.is_remote:
+                self._lost[number] = error
+            raise
+        pair = pair_of(fields, self.caption_keys, shard.shard.name, self.suffixes)
+        source = self.sources[bisect_right(self.source_ends, index.i)].name
+        return self._preprocessed(pair, fields["__key__"], shard.shard.name, index, source)
+
+    def _preprocessed(self, pair: Pair, key: str, shard: str, index: Index, source: str) -> Example:
         """Crop and caption depend on seed, pass and key alone. Raises `BadSampleError` for an unreadable image."""
         image, captions = pair
         seed = (self.seed, index.turn, key)
@@ -188,46 +216,6 @@ class Preprocess(NamedTuple):
         if self.replay:
             crop, teachers = self.replay(pixels, shard, key, caption, rng)
         return Example(crop, self.tokenizer.encode(caption), f"{shard}/{key}", source=source, teachers=teachers)
-
-
-class IndexedShards(TrainingExamples):
-    """The samples of all sources, one after the other."""
-
-    max_tries = 100  # at the 5 % of bad samples that are usual on the web, even ten in a row occur
-
-    def __init__(
-        self, sources: Sequence[Source], preprocess: Preprocess, max_bad_fraction: float, near: bool = False
-    ) -> None:
-        """With `near` a sample is replaced by one of its shard, or of the next one if that is lost or has given
-        `NEAR_TRIES` bad ones.
-        """
-        super().__init__(preprocess.seed, max_bad_fraction)
-        self.preprocess, self.near = preprocess, near
-        self.indexes = [index for source in sources for index in source.shards]
-        self.names = [source.name for source in sources]
-        self.shard_ends = [*accumulate(map(len, self.indexes))]
-        self.source_ends = [*accumulate(source.samples for source in sources)]
-        self._lost: dict[int, LostShardError] = {}  # remote shards, for which the store need not be asked again
-        self.bad.found += [fault for index in self.indexes for fault in index.faults]  # for the first example
-
-    def __len__(self) -> int:
-        return self.shard_ends[-1]
-
-    def example(self, index: Index) -> Example:
-        number = bisect_right(self.shard_ends, index.i)
-        shard = self.indexes[number]
-        row = index.i - self.shard_ends[number] + len(shard)
-        if number in self._lost:
-            raise LostShardError(self._lost[number].sample._replace(key=shard.key(row)))
-        try:
-            fields = shard.read(row, self.preprocess.suffixes)
-        except LostShardError as error:
-            if shard.shard.is_remote:
-                self._lost[number] = error
-            raise
-        pair = pair_of(fields, self.preprocess.caption_keys, shard.shard.name, self.preprocess.suffixes)
-        source = self.names[bisect_right(self.source_ends, index.i)]
-        return self.preprocess(pair, fields["__key__"], shard.shard.name, index, source)
 
     def replacement(self, i: int, rng: random.Random, error: BadSampleError, tries: int) -> int:
         """A sample of the same source."""
