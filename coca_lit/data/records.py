@@ -8,14 +8,14 @@ import logging
 import os
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
-from coca_lit.data.pixels import decode_image, open_image
+from coca_lit.data.pixels import open_image
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.reading import printable
 
@@ -92,17 +92,6 @@ class ImageFile:
         return open_image(self.path)
 
 
-@dataclass(frozen=True)
-class EncodedImage:
-    """An image in memory: called, it decodes these bytes."""
-
-    content: bytes
-    name: str
-
-    def __call__(self) -> Image.Image:
-        return decode_image(self.content, self.name)
-
-
 class Clip(ABC):
     """A moving picture as the image of a record. A model gets its frames; where one image is wanted, as on a page of
     samples, it is called and gives the frame in its middle.
@@ -135,6 +124,11 @@ class Listing(NamedTuple):
     def files(self) -> tuple[str, ...]:
         return self.filename, *self.further
 
+    def record(self, files: Mapping[str, Path]) -> Record:
+        """Of an entry all of whose files exist, by their names."""
+        images = [files[name] for name in self.files]
+        return Record(self.id, images[0], map(str.strip, self.captions), self.domain, self.question, images[1:])
+
 
 def not_found(what: str, where: Sequence[str | Path], how: str) -> DataNotFoundError:
     """The error for missing data: what is missing, where it was expected, how to get it. Which key names the place is
@@ -161,7 +155,7 @@ def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source
     files: dict[str, Path] = {}  # by one listing a folder: on a network disk far faster than one stat an image
     for folder in filter(Path.is_dir, reversed(folders)):
         files.update((entry.name, Path(entry.path)) for entry in os.scandir(folder) if entry.is_file())
-    found = [(item, [files[name] for name in item.files]) for item in listings if files.keys() >= {*item.files}]
+    found = [item for item in listings if files.keys() >= {*item.files}]
     missing = [name for item in listings for name in item.files if name not in files]
     listed = sum(len(item.files) for item in listings)
     if not found or len(missing) > MAX_MISSING * listed:
@@ -170,11 +164,7 @@ def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source
         raise not_found(f"{len(missing)} of {listed} images that {source} lists{example}", where, how)
     if missing:
         log.warning("skipped %d of %d images without a file, e.g. %s", len(missing), listed, printable(missing[0]))
-    records = [
-        Record(item.id, paths[0], map(str.strip, item.captions), item.domain, item.question, paths[1:])
-        for item, paths in found
-        if item.captions or item.question  # a test set has no public answers
-    ]
+    records = [item.record(files) for item in found if item.captions or item.question]  # a test set has no answers
     if len(records) < len(found):
         log.warning("skipped %d of %d images without a caption in %s", len(found) - len(records), len(found), source)
     if not records:

@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 from coca_lit.data.datasets.annotations import (
     CAPTION_COLUMNS,
@@ -33,7 +33,7 @@ from coca_lit.data.datasets.annotations import (
 from coca_lit.data.datasets.captions import mscoco_records
 from coca_lit.data.near_duplicates import hash_files, held_out
 from coca_lit.data.pixels import SUFFIXES
-from coca_lit.data.records import MAX_MISSING, ImageFile, Record, most_bad, not_found
+from coca_lit.data.records import MAX_MISSING, ImageFile, Listing, Record, most_bad, not_found
 from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
 from coca_lit.reading import encoding_of, may_pass, printable, read_bounded, read_json, refuse_unlisted
@@ -51,11 +51,7 @@ SPLITS = {
     "test": "test",
 }
 
-
-class _Photo(NamedTuple):
-    name: str
-    captions: tuple[str, ...]
-    split: str | None
+Listed = tuple[Listing, str | None]  # with the split, if it names one
 
 
 def folder_records(
@@ -85,31 +81,41 @@ def folder_records(
         files = {str(r.image.path): r.image.path for r in records if isinstance(r.image, ImageFile)}  # all are
         for path in files.values():
             _check_inside(path, inside, path)
-        whole = decodable(files, files, split) if hold_out and split != "train" else files
+        whole = _decodable(files, files, split) if hold_out and split != "train" else files
         return [r for r in records if isinstance(r.image, ImageFile) and str(r.image.path) in whole]
     photos, files = _photos(root, suffixes)
     if not photos:
         raise not_found("captioned photos", [root], HOW)
-    splits = [photo.split for photo in photos]
-    if hold_out and not any(splits):
-        splits = held_out_splits([photo.name for photo in photos], files)
-    found = [photo for photo, its in zip(photos, splits, strict=True) if (its or "train") == split]
-    if not found:
-        raise no_split(root, split, splits, of_run=hold_out)
-    if hold_out and split != "train":
-        whole = decodable([photo.name for photo in found], files, split)
-        found = [photo for photo in found if photo.name in whole]
-    return [Record(photo.name, ImageFile(files[photo.name]), photo.captions) for photo in found]
+    return records_of(root, photos, files, split, hold_out)
 
 
-def held_out_splits(names: Sequence[str], files: Mapping[str, Path]) -> list[str | None]:
-    """For each name of a photo "train" or "val": a tenth is held out by what the files show."""
-    different = list(dict.fromkeys(names))
-    chosen = {different[i] for i in held_out(hash_files([files[name] for name in different]), HELD_OUT)}
-    return ["val" if name in chosen else "train" for name in names]
+def records_of(
+    place: Path, rows: Sequence[Listed], files: Mapping[str, Path], split: str, hold_out: bool = True
+) -> list[Record]:
+    """Records of a split; where no row names one, a tenth of the photos is held out by what they show.
+
+    Args:
+        place: of the rows, for errors.
+        rows: all of whose files are there.
+        hold_out: as of `folder_records`.
+    """
+    splits = [its for _, its in rows]
+    if rows and hold_out and not any(splits):
+        if rows[0][0].further:
+            raise DataError(f"{place} has two images a row and no splits: add a column split of train and val")
+        names = list(dict.fromkeys(row.filename for row, _ in rows))
+        chosen = {names[i] for i in held_out(hash_files([files[name] for name in names]), HELD_OUT)}
+        splits = ["val" if row.filename in chosen else "train" for row, _ in rows]
+    used = [row for (row, _), its in zip(rows, splits, strict=True) if (its or "train") == split]
+    if used and hold_out and split != "train":
+        whole = _decodable([name for row in used for name in row.files], files, split)
+        used = [row for row in used if whole >= {*row.files}]
+    if not used:
+        raise no_split(place, split, splits, of_run=hold_out)
+    return [row.record(files) for row in used]
 
 
-def decodable(names: Iterable[str], files: Mapping[str, Path], split: str) -> set[str]:
+def _decodable(names: Iterable[str], files: Mapping[str, Path], split: str) -> set[str]:
     """The photos of a split to score that can be decoded. Another one would end the run at its first validation.
 
     Raises:
@@ -161,7 +167,7 @@ def captions_file(root: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _photos(root: Path, suffixes: tuple[str, ...]) -> tuple[list[_Photo], dict[str, Path]]:
+def _photos(root: Path, suffixes: tuple[str, ...]) -> tuple[list[Listed], dict[str, Path]]:
     """Every photo that is there and has a caption, in an order that depends on the content alone; and the files."""
     path = captions_file(root)
     rows = list(_rows(path) if path is not None else captions_beside(root, suffixes))
@@ -177,10 +183,10 @@ def _photos(root: Path, suffixes: tuple[str, ...]) -> tuple[list[_Photo], dict[s
         if len(splits) > 1:
             raise DataError(f"{path} puts {printable(name)} into {' and '.join(sorted(splits))}: a photo has one split")
         if texts:
-            photos.append(_Photo(name, tuple(texts), next(iter(splits), None)))
+            photos.append((Listing(name, name, tuple(texts)), next(iter(splits), None)))
     if len(photos) < len(listed):
         _warn(f"left out {len(listed) - len(photos)} of {len(listed)} photos without a caption in {root}")
-    return [photo for photo in photos if photo.name in files], files
+    return [(photo, split) for photo, split in photos if photo.filename in files], files
 
 
 @cache  # each split reads the folder

@@ -19,8 +19,8 @@ from coca_lit.data.datasets.annotations import (
     read_rows,
     schema,
 )
-from coca_lit.data.datasets.folder import decodable, files_inside, held_out_splits, no_split, split_of
-from coca_lit.data.records import ImageFile, Listing, Record, records_on_disk
+from coca_lit.data.datasets.folder import Listed, files_inside, records_of, split_of
+from coca_lit.data.records import Listing, Record, records_on_disk
 from coca_lit.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -116,24 +116,7 @@ def pairs_records(root: str | Path, split: str) -> list[Record]:
     root = Path(root)
     path, rows = _pairs(root)
     files = files_inside([name for row, _ in rows for name in row.files], root)
-    found = [row for row, _ in rows if files.keys() >= {*row.files}]
-    splits = [its for row, its in rows if files.keys() >= {*row.files}]
-    if found and not any(splits):
-        if found[0].further:
-            raise DataError(f"{path} has two images a row and no splits: add a column split of train and val")
-        splits = held_out_splits([row.filename for row in found], files)
-    used = [row for row, its in zip(found, splits, strict=True) if (its or "train") == split]
-    if used and split != "train":
-        whole = decodable([name for row in used for name in row.files], files, split)
-        used = [row for row in used if whole >= {*row.files}]
-    image = {name: ImageFile(path) for name, path in files.items()}
-    records = [
-        Record(row.id, image[row.filename], row.captions, row.domain, row.question, [image[n] for n in row.further])
-        for row in used
-    ]
-    if not records:
-        raise no_split(path, split, splits)
-    return records
+    return records_of(path, [(row, its) for row, its in rows if files.keys() >= {*row.files}], files, split)
 
 
 def pair_labels(root: str | Path) -> list[str]:
@@ -145,10 +128,10 @@ def pair_labels(root: str | Path) -> list[str]:
     return sorted(counts, key=lambda label: (-counts[label], label))
 
 
-def _pairs(root: Path) -> tuple[Path, list[tuple[Listing, str | None]]]:
+def _pairs(root: Path) -> tuple[Path, list[Listed]]:
     """The table, and its rows, each with its split if it names one."""
     path = find_file("texts about images", [root / name for name in PAIRS], _HOW)
-    rows: list[tuple[Listing, str | None]] = []
+    rows: list[Listed] = []
     columns: dict[str, str] = {}
     of_kind = "kind"
     with schema(path, "the pairs'"):

@@ -9,13 +9,15 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
 
 from coca_lit.data.bad_samples import BadSampleError, BadSamples
-from coca_lit.data.records import EncodedImage, Record
+from coca_lit.data.pixels import decode_image
+from coca_lit.data.records import Record
 from coca_lit.data.shards.indexed import CLIP_SUFFIXES, IMAGE_SUFFIXES, kind_of, pair_of, read_limit
 from coca_lit.data.shards.shard import ChangedError, Shard
 from coca_lit.data.shards.tar import TWICE, Member, group_members, tar_members
@@ -47,7 +49,7 @@ def read_shard(
         except BadSampleError as error:
             bad.catch(error)
         else:
-            picture: Callable[[], Image.Image] = EncodedImage(image, "it")
+            picture: Callable[[], Image.Image] = partial(decode_image, image, "it")
             if kind_of(fields, suffixes) in CLIP_SUFFIXES:
                 from coca_lit.data.video import EncodedClip
 
