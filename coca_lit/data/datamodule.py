@@ -188,13 +188,14 @@ class CaptionDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """From where the trainer is: at the first batch the loader asks `position`, and then opens `_batches_from`."""
-        steps, world = self.batches_per_epoch, self.rank_and_world()[1]
+        steps, (rank, world) = self.batches_per_epoch, self.rank_and_world()
         per_rank(self.batch_size, world)
         self._examples = self.training_examples()
-        if self.texts is None:
-            loader = TrainLoader(steps, self._batches_from, self.position, self.endless)
-        else:
-            loader = TrainLoader(steps, self._batches_and_texts_from, self.position)
+        batches: Callable[[int, int], Iterable[Batch]] = self._batches_from
+        if self.texts is not None:
+            of = (batches, self.steps_per_epoch, self.text_every)
+            batches = partial(self.texts.between, *of, rank=rank, world=world)
+        loader = TrainLoader(steps, batches, self.position, self.endless and self.texts is None)
         if strategy := getattr(self.trainer, "strategy", None):
             loader.device = strategy.root_device
         # Weak, as the loader holds this module: left in a cycle, its workers would end only when the collector comes,
@@ -205,11 +206,6 @@ class CaptionDataModule(LightningDataModule):
     def _batches_from(self, epoch: int, start: int) -> DataLoader[Batch]:
         batches = self.indices_from(epoch, start)
         return training_loader(self._examples, batches, self.tokenizer.pad_id, self.num_workers)
-
-    def _batches_and_texts_from(self, epoch: int, start: int) -> Iterator[Batch]:
-        assert self.texts is not None
-        pairs, every = self.steps_per_epoch, self.text_every
-        return self.texts.between(self._batches_from, pairs, every, epoch, start, *self.rank_and_world())
 
     def teardown(self, stage: str) -> None:
         if self._loader is not None and (loader := self._loader()) is not None:
