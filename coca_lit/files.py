@@ -134,9 +134,7 @@ def _created(path: Path, content: bytes) -> bool:
             temporary.write_bytes(content)
             try:
                 os.link(temporary, path)  # unlike a renaming, it fails if the file exists
-            except FileExistsError:
-                return False
-            except (OSError, NotImplementedError):  # no hard links here
+            except (OSError, NotImplementedError):  # it does, or there are no hard links here
                 with path.open("xb") as file:
                     file.write(content)
             return True
