@@ -23,10 +23,6 @@ TWICE = "__twice__"  # field of a sample of which two members have the same name
 _DIGITS = re.compile(rb"[0-9]{1000}")  # a number that `tarfile` would search again from each of its digits
 
 
-class UnsafeTarError(UnsafeError):
-    """The tar holds what an honest one does not."""
-
-
 class Member(NamedTuple):
     """A regular file in a tar."""
 
@@ -56,16 +52,16 @@ def tar_members(path: Path | BinaryIO, limit: Callable[[str], int] = lambda name
         for member in tar:
             name = printable(member.name)
             if member.size < 0:
-                raise UnsafeTarError(f"the member {name!r} claims {member.size:,} bytes, less than none")
+                raise UnsafeError(f"the member {name!r} claims {member.size:,} bytes, less than none")
             tar.members.clear()  # it would remember every member
             if not member.isreg():
                 continue
             if name.startswith("/") or ".." in PurePosixPath(name).parts:
-                raise UnsafeTarError(f"the member {name!r} leads out of the shard")
+                raise UnsafeError(f"the member {name!r} leads out of the shard")
             if member.issparse():
-                raise UnsafeTarError(f"the member {name!r} is sparse: a few bytes that claim to be many")
+                raise UnsafeError(f"the member {name!r} is sparse: a few bytes that claim to be many")
             if member.size > MAX_MEMBER:
-                raise UnsafeTarError(f"the member {name!r} claims {member.size:,} bytes, more than {MAX_MEMBER:,}")
+                raise UnsafeError(f"the member {name!r} claims {member.size:,} bytes, more than {MAX_MEMBER:,}")
             content = b""
             if wanted := min(member.size, limit(name)):
                 file.seek(member.offset_data)
@@ -130,10 +126,10 @@ class _Headers(BufferedIOBase):
 
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= MAX_HEADER:
-            raise UnsafeTarError(f"a header claims {size:,} bytes, more than {MAX_HEADER:,}")
+            raise UnsafeError(f"a header claims {size:,} bytes, more than {MAX_HEADER:,}")
         self.last = self._file.read(size)
         if size > tarfile.BLOCKSIZE and _DIGITS.search(self.last):
-            raise UnsafeTarError("a header holds a number of more than 1,000 digits")
+            raise UnsafeError("a header holds a number of more than 1,000 digits")
         return self.last
 
     def seek(self, offset: int, whence: int = 0) -> int:
