@@ -5,7 +5,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,7 +96,8 @@ class RemoteFolder:
     def __init__(self, url: str, settings: CacheSettings) -> None:
         self.url, self.cache = url, ShardCache(*settings)
         self.files = list_folder(url, self.cache.patience)
-        self._asked: dict[str, Stored | None] = {}
+        ask = functools.cache(lambda name: look_up(f"{url}/{name}", self.cache.patience))
+        self._find: Callable[[str], Stored | None] = ask if self.files is None else self.files.get
 
     @functools.cached_property
     def manifest(self) -> Manifest:
@@ -120,13 +121,6 @@ class RemoteFolder:
         last = split(name)[1]
         index = self._find(index_name(last)) if entry else None
         return RemoteShard(name, entry, stored=self._find(last) or Stored(0, ""), cache=self.cache, index_file=index)
-
-    def _find(self, name: str) -> Stored | None:
-        if self.files is not None:
-            return self.files.get(name)
-        if name not in self._asked:
-            self._asked[name] = look_up(f"{self.url}/{name}", self.cache.patience)
-        return self._asked[name]
 
 
 class Ahead:
