@@ -5,7 +5,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
@@ -270,14 +270,14 @@ class LAIONDataModule(CaptionDataModule):
                 check_decoder(self.trainer.strategy.root_device)
             encoded = CropOfEncoded(transform.size, self.decode)
         if self.teachers is not None:
-            from coca_lit.data.shards.reinforced import Replay, check_reinforced, reinforced_path
+            from coca_lit.data.shards.reinforced import check_reinforced, reinforced_path, replayed
 
             if not isinstance(transform, RandomCrop):
                 raise DataError("data.teachers has square crops: it does not work with images of any shape")
-            replay = Replay(Path(self.teachers), transform.size)
-            files: dict[Path, str] = {}
+            folder, files = Path(self.teachers), dict[Path, str]()
+            replay = partial(replayed, folder, transform.size)
             for index in (index for source in self.sources for index in source.shards):
-                path, shard = reinforced_path(index.shard.name, replay.folder), index.shard.name
+                path, shard = reinforced_path(index.shard.name, folder), index.shard.name
                 if (other := files.setdefault(path, shard)) != shard:
                     raise DataError(
                         f"data.teachers has one file for {other} and {shard}, which have the same file name: rename "

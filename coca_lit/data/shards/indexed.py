@@ -10,7 +10,7 @@ its own order; epochs are cut from the passes one after the other, whatever thei
 import random
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, islice
@@ -38,7 +38,6 @@ from coca_lit.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from coca_lit.data.encoded import CropOfEncoded, EncodedCrop
-    from coca_lit.data.shards.reinforced import Replay
     from coca_lit.losses.distillation import Teacher
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -159,7 +158,7 @@ class IndexedShards(TrainingExamples):
     max_bad_fraction: float
     near: bool = False
     encoded: "CropOfEncoded | None" = None  # in place of `transform`, for images that are not decoded whole
-    replay: "Replay | None" = None  # in place of `transform`, for crops that teachers have seen
+    replay: "Callable[..., tuple[Tensor, tuple[Teacher, ...]]] | None" = None  # instead: crops that teachers have seen
     frames: int = 0  # of clips, which are read in place of images
 
     max_tries = 100  # at the 5 % of bad samples that are usual on the web, even ten in a row occur

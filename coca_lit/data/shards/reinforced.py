@@ -15,7 +15,7 @@ import random
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -109,28 +109,22 @@ def check_reinforced(path: Path, shard_bytes: int, first: Path) -> None:
         raise DataError(f"{first} and {path} are of other teachers: remove one of them, and repeat coca-data teach")
 
 
-class Replay(NamedTuple):
-    """Crops that teachers have seen, and what they say of them.
+def replayed(
+    folder: Path, size: int, pixels: Tensor, shard: str, key: str, caption: str, rng: random.Random
+) -> tuple[Tensor, tuple[Teacher, ...]]:
+    """A random one of the crops of pixels (3, H, W) uint8 that teachers have seen, as (3, size, size) uint8, and what
+    they say of it and of the caption.
 
     Args:
         folder: of the files.
-        size: height and width of the crops in pixels; a teacher has seen the same box in its own size.
+        size: height and width in pixels; a teacher has seen the same box in its own size.
+
+    Raises:
+        DataError: nothing is stored of that sample or caption.
     """
-
-    folder: Path
-    size: int
-
-    def __call__(
-        self, pixels: Tensor, shard: str, key: str, caption: str, rng: random.Random
-    ) -> tuple[Tensor, tuple[Teacher, ...]]:
-        """A random one of the stored crops of pixels (3, H, W) uint8: (3, size, size) uint8.
-
-        Raises:
-            DataError: nothing is stored of that sample or caption.
-        """
-        file = opened(reinforced_path(shard, self.folder))
-        row, view = file.row(key), rng.randrange(file.views)
-        return resized(pixels, file.box(row, view), (self.size, self.size)), file.teachers(row, view, caption)
+    file = opened(reinforced_path(shard, folder))
+    row, view = file.row(key), rng.randrange(file.views)
+    return resized(pixels, file.box(row, view), (size, size)), file.teachers(row, view, caption)
 
 
 def write_reinforced(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
