@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -178,14 +178,14 @@ def _write_int8(model: CoCa, folder: Path, graphs: list[str], max_loss: float, f
     lost, measure = 1 - cosine, f"the cosine between image features ({cosine:.4f})"
     found = f"the lowest cosine between image features of fp32 and int8 is {cosine:.4f}"
     if model.decoder is not None:
-        before, after = _captions(folder, images, int8=False), _captions(folder, images, int8=True)
+        (before, slow), (after, fast) = (_captions(folder, images, small) for small in (False, True))
         if scenes:
-            old, new = _cider(before.texts, scenes), _cider(after.texts, scenes)
+            old, new = _cider(before, scenes), _cider(after, scenes)
             change = f"CIDEr {100 * old:.1f} → {100 * new:.1f}"
             # A model that cannot describe the scenes has little to lose there: below 1, compared with 1.
             lost, measure, found = (old - new) / max(old, 1), f"CIDEr ({change})", f"{found}, {change}"
-        same = sum(a == b for a, b in zip(before.texts, after.texts, strict=True)) / len(images)
-        speed = f"{before.per_second:.3g} → {after.per_second:.3g} captions per second in batches of {BATCH}"
+        same = sum(a == b for a, b in zip(before, after, strict=True)) / len(images)
+        speed = f"{slow:.3g} → {fast:.3g} captions per second in batches of {BATCH}"
         found += f", {same:.1%} of the captions are the same, {speed} ({machine()})"
     if not lost <= max_loss:
         raise ValueError(
@@ -207,19 +207,14 @@ def _photos(model: CoCa) -> np.ndarray:
     return np.stack(views)
 
 
-class _Captions(NamedTuple):
-    texts: list[str]
-    per_second: float
-
-
-def _captions(folder: Path, images: np.ndarray, int8: bool) -> _Captions:
-    """Captions of images (I, 3, H, W) by the captioner in the folder."""
+def _captions(folder: Path, images: np.ndarray, int8: bool) -> tuple[list[str], float]:
+    """Captions of images (I, 3, H, W) by the captioner in the folder, and how many it writes in a second."""
     captioner = onnx_captioner.Captioner(folder, int8=int8)
     captioner.write(images[:BATCH])  # the first run also plans memory
     start = time.perf_counter()
     ids = [row for i in range(0, len(images), BATCH) for row in captioner.write(images[i : i + BATCH])]
     seconds = time.perf_counter() - start
-    return _Captions([captioner.decode(row) for row in ids], len(images) / seconds)
+    return [captioner.decode(row) for row in ids], len(images) / seconds
 
 
 def _cider(texts: list[str], records: list[Record]) -> float:

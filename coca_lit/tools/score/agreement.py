@@ -22,7 +22,7 @@ from coca_lit.errors import DataError
 from coca_lit.metrics.cider import CiderD
 from coca_lit.metrics.java.meteor import shared_meteor, warm_up
 from coca_lit.metrics.java.runtime import JavaError, ptb_tokenize
-from coca_lit.metrics.java.spice import Progress, shared_spice
+from coca_lit.metrics.java.spice import shared_spice
 from coca_lit.metrics.uncertainty import Draws, Resampled, bootstrap, difference
 from coca_lit.progress import ProgressBar
 from coca_lit.reading import printable
@@ -229,12 +229,9 @@ def _accuracies(
 # Scores of single captions: each candidate alone against the references of its image
 
 
-def reference_scores(judged: Judged, progress: Progress | None = None) -> tuple[Scores, dict[str, str]]:
+def reference_scores(judged: Judged) -> tuple[Scores, dict[str, str]]:
     """BLEU-1 and -4, ROUGE-L, METEOR, CIDEr, CIDEr without its defences, and SPICE (C,) of all candidates, and why some
     could not be computed. "CIDEr" is that of the official code, which the paper calls CIDEr-D.
-
-    Args:
-        progress: called with the candidates that SPICE has scored so far and their total.
 
     Raises:
         JavaError: the tokenizer fails.
@@ -261,7 +258,8 @@ def reference_scores(judged: Judged, progress: Progress | None = None) -> tuple[
     plain = CiderD({n: [text.split() for text in own] for n, own in numbered.items()}, defended=False)
     scores["CIDEr_plain"] = np.array([plain(number, [text.split()])[0] for number, text in enumerate(captions)])
     try:
-        scores["SPICE"] = shared_spice().score(references, captions, progress)["SPICE"]
+        with ProgressBar("SPICE", "captions") as bar:
+            scores["SPICE"] = shared_spice().score(references, captions, bar.reach)["SPICE"]
     except (RuntimeError, FileNotFoundError) as error:
         not_run["SPICE"] = str(error)
     return scores, not_run
@@ -293,8 +291,7 @@ def judge_files(files: Sequence[Path], captions: Path | None = None) -> dict[str
         if judged.left_out:
             parts.append(f"{judged.left_out:,} left out: {judged.why_left_out}")
         print(printable("; ".join(parts)), flush=True)
-        with ProgressBar("SPICE", "captions") as bar:
-            found, not_run = reference_scores(judged, progress=bar.reach)
+        found, not_run = reference_scores(judged)
         of = agreement(judged, found)
         for measure in of.by:
             for line in _table(of, measure):

@@ -16,7 +16,6 @@ from coca_lit.metrics.captions import CLIP_PROMPT, clip_scores
 from coca_lit.metrics.uncertainty import Draws
 from coca_lit.models import DualEncoder
 from coca_lit.models.packing import text_lengths
-from coca_lit.progress import ProgressBar
 from coca_lit.tools.score.agreement import TAUS, Agreement, Scores, agreement, mixtures, reference_scores
 from coca_lit.tools.score.judgments import Judged, read_judgments
 
@@ -65,8 +64,7 @@ class JudgedScores(Evaluation):
         if model.decoder is None:
             self.not_run[f"{self.name} likelihood"] = "the model has no decoder to read the captions with"
         if settings.full:
-            with ProgressBar("SPICE") as bar:
-                found, missing = reference_scores(judged, progress=bar.reach)
+            found, missing = reference_scores(judged)
             scores = found | scores
             self.not_run |= {f"{self.name} {score}": reason for score, reason in missing.items()}
         self.draws = named(agreement(judged, scores))

@@ -308,7 +308,7 @@ def test_int8_is_refused_above_the_stated_loss(
     exported: tuple[CoCa, Path], graphs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter((5.0, 4.0, 0.5, 0.4))  # as a share of 1 at least, the second pair loses a tenth
-    monkeypatch.setattr(onnx, "_captions", lambda *_, **__: onnx._Captions([], 1.0))
+    monkeypatch.setattr(onnx, "_captions", lambda *_, **__: ([], 1.0))
     monkeypatch.setattr(onnx, "_cider", lambda texts, records: next(scores))
     with pytest.raises(ValueError, match=r"20.0%.*500.0 → 400.0.*max_int8_loss=0.15"):
         onnx.write_onnx(exported[0], graphs, 0.15)

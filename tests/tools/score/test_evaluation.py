@@ -69,7 +69,7 @@ def test_all_scores_of_a_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     rng = np.random.default_rng(0)
     monkeypatch.setattr(
         "coca_lit.tools.score.evaluation.reference_scores",
-        lambda judged, progress: ({name: rng.random(len(judged.candidates)) for name in fixed}, {"SPICE": "no jars"}),
+        lambda judged: ({name: rng.random(len(judged.candidates)) for name in fixed}, {"SPICE": "no jars"}),
     )
     evaluation = JudgedScores("experts", judged, root)
     scores = evaluation.evaluate(make_model(), Settings(root))
