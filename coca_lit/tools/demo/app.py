@@ -5,8 +5,7 @@ requirements.txt with the line `./WHEEL[demo]`. The Space's variable MODEL names
 import os
 
 import coca_lit
-from coca_lit.tools.demo.page import build_page
-from coca_lit.tools.demo.serve import LOOK
+from coca_lit.tools.demo.page import LOOK, build_page
 
 name = os.environ.get("MODEL", "coca_ViT-B-32")
 build_page(coca_lit.load_model(name), name, index=None).launch(**LOOK)

@@ -44,8 +44,7 @@ def run(cfg: DictConfig) -> None:
         model = load_model(checkpoint).to(best_device())
 
     from coca_lit.tools.checkpoint import knows_only_scenes, write_scenes
-    from coca_lit.tools.demo.page import build_page
-    from coca_lit.tools.demo.serve import serve
+    from coca_lit.tools.demo.page import build_page, serve
 
     with TemporaryDirectory(prefix="coca_demo_") as temporary:
         folder = Path(cfg.images) if cfg.images is not None else None

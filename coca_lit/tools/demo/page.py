@@ -1,6 +1,11 @@
-"""The page: a photo on the left, what the model says about it on the right, in tabs."""
+"""The page: a photo on the left, what the model says about it on the right, in tabs.
+
+It is served to this machine only, with its style. Neither gradio nor the browser contacts another machine, and no page
+of another name that resolves to this machine reads it.
+"""
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -8,8 +13,13 @@ from typing import Any
 
 import gradio as gr
 from PIL import Image
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
 
-from coca_lit.errors import DataError
+from coca_lit.errors import ConfigError, DataError
 from coca_lit.models import CoCa, part_sizes
 from coca_lit.models.generation.options import OPTIONS
 from coca_lit.tokenizer import WordTokenizer
@@ -42,6 +52,19 @@ SCORES = (
     "<b>Sure of its words</b>: the probability that the captioner gives each of them, in the mean. "
     "<b>Fits the photo</b>: how the image and the text encoder share 100 % among these captions."
 )
+HOST = "127.0.0.1"
+MAX_UPLOAD = "30mb"
+# The browser refuses requests of any library to another machine.
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+FONTS = ["system-ui", "sans-serif"]
+STYLE = Path(__file__).parents[2] / "assets" / "demo.css"
+LOOK: dict[str, Any] = {  # arguments of `gr.Blocks.launch`, wherever the page is
+    "ssr_mode": False,
+    "max_file_size": MAX_UPLOAD,
+    "footer_links": [],
+    "theme": gr.themes.Soft(primary_hue="indigo", font=FONTS, font_mono=["ui-monospace", "monospace"]),
+    "css": STYLE.read_text(encoding="utf-8"),
+}
 
 Trigger = Callable[..., Any]  # an event of gradio
 
@@ -301,3 +324,51 @@ def _caption_table(candidates: Iterable[Candidate], logit_scale: float) -> str:
         f'<div class="best">{best}</div>{maps}<table class="captions"><tr>{head}</tr>{body}</table>'
         f'{why}<div class="hint">{SCORES}</div>'
     )
+
+
+# Serving
+
+
+def serve(page: gr.Blocks, port: int | None, open_browser: bool = False, wait: bool = True) -> str:
+    """Serves the page on 127.0.0.1 until the process is stopped, or in the background without `wait`.
+
+    Args:
+        port: None takes a free one.
+
+    Returns:
+        The address of the page.
+
+    Raises:
+        ConfigError: the port is taken, or none is free.
+    """
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # logs each of our own requests
+    try:
+        _, address, _ = page.launch(
+            server_name=HOST,
+            server_port=port,
+            share=False,
+            inbrowser=open_browser,
+            prevent_thread_lock=True,
+            quiet=True,
+            **LOOK,
+            app_kwargs={
+                "middleware": [
+                    Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False),
+                    Middleware(BaseHTTPMiddleware, dispatch=_only_here),
+                ]
+            },
+        )
+    except OSError as error:
+        if port is None:
+            raise ConfigError(f"no port is free ({error}): choose one, e.g. port=9000") from error
+        raise ConfigError(f"port {port} is taken; choose another one, e.g. port={port + 1}") from error
+    print(f"the page is at {address} (Ctrl+C ends it)", flush=True)
+    if wait:
+        page.block_thread()
+    return address
+
+
+async def _only_here(request: Request, call_next: Callable[[Request], Any]) -> Response:
+    response: Response = await call_next(request)
+    response.headers["Content-Security-Policy"] = POLICY
+    return response

@@ -33,7 +33,7 @@ def run(cfg: DictConfig) -> None:
     Raises:
         ConfigError: a setting of the plan, or the model, cannot be used.
     """
-    from coca_lit.tools.plan.report import print_plan
+    from coca_lit.tools.plan.estimate import print_plan
 
     settings = read_settings(cfg)
     source = load_source(cfg) if cfg.recipe is not None else None

@@ -29,7 +29,7 @@ def shown(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     calls = []
     monkeypatch.setattr("coca_lit.tools.demo.page.build_page", lambda *args, **kwargs: calls.append((*args, kwargs)))
-    monkeypatch.setattr("coca_lit.tools.demo.serve.serve", lambda *args: None)
+    monkeypatch.setattr("coca_lit.tools.demo.page.serve", lambda *args: None)
     return calls
 
 
@@ -147,7 +147,7 @@ def test_a_port_is_a_number_of_a_port(shown, port):
 
 def test_no_port_is_free(monkeypatch):
     gr = pytest.importorskip("gradio")
-    from coca_lit.tools.demo.serve import serve
+    from coca_lit.tools.demo.page import serve
 
     with gr.Blocks() as page:
         pass
@@ -161,7 +161,7 @@ def test_no_port_is_free(monkeypatch):
 def test_the_page_answers_to_its_own_name_alone():
     """A page of another name that resolves to this machine could read the photos otherwise (DNS rebinding)."""
     gr = pytest.importorskip("gradio")
-    from coca_lit.tools.demo.serve import serve
+    from coca_lit.tools.demo.page import serve
 
     with gr.Blocks() as page:
         pass

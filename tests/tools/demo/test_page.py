@@ -53,8 +53,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 def address(tmp_path_factory):
     """A page of a small model with random weights, with twelve scenes to search."""
     pytest.importorskip("gradio")
-    from coca_lit.tools.demo.page import build_page
-    from coca_lit.tools.demo.serve import serve
+    from coca_lit.tools.demo.page import build_page, serve
 
     torch.manual_seed(0)
     model = create_model("coca_tiny").eval()

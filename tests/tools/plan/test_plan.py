@@ -318,7 +318,7 @@ def test_a_plan_says_what_it_does_not_count(
     overrides: list[str], said: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli, "estimate", lambda *_: (None, None, None))
-    monkeypatch.setattr("coca_lit.tools.plan.report.print_plan", lambda *_: None)
+    monkeypatch.setattr("coca_lit.tools.plan.estimate.print_plan", lambda *_: None)
     cli.run(compose("plan", overrides))
     assert capsys.readouterr().out == (f"Not counted, so the run needs more: {said}.\n" if said else "")
 
@@ -327,7 +327,7 @@ def test_a_plan_says_that_batches_of_texts_are_not_counted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli, "estimate", lambda *_: (None, None, None))
-    monkeypatch.setattr("coca_lit.tools.plan.report.print_plan", lambda *_: None)
+    monkeypatch.setattr("coca_lit.tools.plan.estimate.print_plan", lambda *_: None)
     cli.run(compose("plan", ["data.text=texts.txt"]))
     assert capsys.readouterr().out == "Not counted: data.text, whose batches are steps of their own.\n"
     cli.run(compose("plan", ["init_from=outputs/mine"]))
@@ -370,7 +370,7 @@ def test_a_vocabulary_is_counted_where_the_captions_are(
         return None, None, None
 
     monkeypatch.setattr(cli, "estimate", estimate)
-    monkeypatch.setattr("coca_lit.tools.plan.report.print_plan", lambda *_: None)
+    monkeypatch.setattr("coca_lit.tools.plan.estimate.print_plan", lambda *_: None)
     place = tmp_path if there else tmp_path / "nowhere"
     cli.run(compose("plan", ["data=my_photos", f"data.root={place}", "evals=[]", "vocabulary=1"]))
     (words,) = counted
