@@ -58,8 +58,7 @@ def run(cfg: DictConfig) -> None:
 def _index(model: "CoCa", folder: Path) -> "ImageIndex":
     """The features of the images in the folder, up to date, in the index file that `coca-search` uses."""
     from coca_lit.data.pixels import CLIPS
-    from coca_lit.progress import ProgressBar
-    from coca_lit.tools.search.index import ImageIndex, index_file
+    from coca_lit.tools.search.index import ImageIndex, index_file, refresh
 
     file, problem = index_file(folder), None
     index = ImageIndex(model, folder)
@@ -75,12 +74,7 @@ def _index(model: "CoCa", folder: Path) -> "ImageIndex":
         if not problem and not has_clips:
             index.save(file)
 
-    try:
-        with ProgressBar("embedding") as bar:
-            changes = index.update(progress=bar.reach)
-    except KeyboardInterrupt:
-        save()
-        raise
+    changes = refresh(index, save)
     for reason in changes.unreadable.values():
         print(printable(f"not searched: {reason}"))
     try:

@@ -221,7 +221,7 @@ def _judged(
     known: _Known,
     own: str,
     votes: Mapping[int, tuple[int, int]] | None = None,
-    preferences: Iterable[Preference] = (),
+    preferences: Sequence[Preference] = (),
 ) -> Judged:
     """All of a file. `own` says what is left out where a candidate equals a reference: "candidate" or "reference"."""
     candidates = list(found.numbers)
@@ -233,13 +233,12 @@ def _judged(
             f"{len(bare)} of {len(judged)} judged images have no references, e.g. {printable(bare[0])!r}: {HOW}"
         )
     references = {image: list(known.of_image[image]) for image in judged}
-    chosen = list(preferences)
     everything = Judged(
         path.name,
         candidates,
         references,
         found.grades,
-        [p for p in chosen if p.better != p.worse],
+        preferences,
         votes or {},
         images={image: known.files[image] for image in judged},
     )
@@ -331,16 +330,14 @@ def _table(path: Path, known: _Known) -> Judged:
             number = found.grade(name, row[caption], value, judge)
             if pair:
                 pairs[pair].append((number, value))
-    return _judged(path, found, known, "candidate", preferences=_preferences(path, pairs.items()))
-
-
-def _preferences(path: Path, pairs: Iterable[tuple[str, list[tuple[int, float]]]]) -> Iterable[Preference]:
-    for name, members in pairs:
+    preferences = []
+    for pair, members in pairs.items():
         if len(members) != 2:
-            raise DataError(f"{path}: the pair {printable(name)!r} has {len(members)} rows, expected two")
-        (first, grade), (second, other) = members
-        if grade != other:
-            yield Preference(first, second) if grade > other else Preference(second, first)
+            raise DataError(f"{path}: the pair {printable(pair)!r} has {len(members)} rows, expected two")
+        (first, one), (second, other) = members
+        if one != other and first != second:
+            preferences.append(Preference(first, second) if one > other else Preference(second, first))
+    return _judged(path, found, known, "candidate", preferences=preferences)
 
 
 def _pascal(path: Path) -> Judged:

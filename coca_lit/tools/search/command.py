@@ -27,10 +27,9 @@ def search() -> None:
 def run(cfg: DictConfig) -> "list[Hit]":
     """Updates the index if it belongs to a folder, prints the hits and returns them."""
     from coca_lit.data.video import image_file
-    from coca_lit.progress import ProgressBar
     from coca_lit.tools.caption.inputs import FILES
     from coca_lit.tools.caption.outputs import print_rows
-    from coca_lit.tools.search.index import ImageIndex
+    from coca_lit.tools.search.index import ImageIndex, refresh
     from coca_lit.weights.load import load_dual_encoder
 
     file, folder = _places(cfg)  # before the seconds that the model takes
@@ -44,12 +43,7 @@ def run(cfg: DictConfig) -> "list[Hit]":
     if folder is not None:
         index.folder = folder
     if folder is not None or cfg.query is None:
-        try:
-            with ProgressBar("embedding") as progress:
-                changes = index.update(cfg.batch_size, decoders(cfg.num_workers), progress.reach)
-        except KeyboardInterrupt:
-            _save(index, file)
-            raise
+        changes = refresh(index, lambda: _save(index, file), cfg.batch_size, decoders(cfg.num_workers))
         for reason in changes.unreadable.values():
             print(printable(f"skipped: {reason}"), file=sys.stderr)
         if not file.exists() or changes.added or changes.changed or changes.removed:

@@ -21,6 +21,7 @@ from coca_lit.errors import DataError
 from coca_lit.evals.inference import evaluating
 from coca_lit.files import replacing, state_of
 from coca_lit.models import DualEncoder
+from coca_lit.progress import ProgressBar
 from coca_lit.tokenizer import Tokenizer, unknown_words
 from coca_lit.tools.caption.inputs import FILES, find_images, in_batches, load_images
 from coca_lit.weights.computation import fingerprint
@@ -216,6 +217,16 @@ class ImageIndex:
                 rows = evaluating(self.model, self.model.encode_image, pixels.to(self.model.device)).float().cpu()
                 features = {sources[i].path: row for i, row in zip(positions, rows, strict=True)}
             yield features, {sources[i].path: reason for i, reason in broken.items()}
+
+
+def refresh(index: ImageIndex, save: Callable[[], None], batch_size: int = 64, num_workers: int = 0) -> Changes:
+    """`ImageIndex.update` beside a bar; an interrupted one saves what is embedded by then."""
+    try:
+        with ProgressBar("embedding") as bar:
+            return index.update(batch_size, num_workers, bar.reach)
+    except KeyboardInterrupt:
+        save()
+        raise
 
 
 def check_query(tokenizer: Tokenizer, text: str) -> None:
