@@ -14,12 +14,12 @@ import subprocess
 import sys
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from multiprocessing import connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job, setup_globals
@@ -36,8 +36,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Runnable = Callable[[], Any]  # a picklable job
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit codes of a run that a signal stopped, with all saved
+
+
+class Runnable(Protocol):
+    """A picklable job."""
+
+    def __call__(self) -> Any: ...
 
 
 def require(choice: str, extra: str, package: str) -> None:

@@ -28,10 +28,6 @@ class ShardReport(NamedTuple):
     examples: list[str]  # the first few, with what is wrong
     broken: str = ""  # why the shard as a whole cannot be used
 
-    @property
-    def bad_samples(self) -> int:
-        return sum(self.bad.values())
-
 
 def check_shard(path: Path, caption_key: str = "txt") -> ShardReport:
     """Decodes every image and caption of a shard, and of clips the frame in the middle."""

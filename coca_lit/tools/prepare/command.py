@@ -97,7 +97,7 @@ def _check(options: argparse.Namespace) -> None:
             f"{len(broken)} of {len(reports)} shards cannot be used, e.g. {broken[0].path} ({broken[0].broken}): "
             "write them again or remove them, then repeat the command; no manifest was written"
         )
-    good, bad = sum(report.entry.samples for report in reports), sum(report.bad_samples for report in reports)
+    good, bad = sum(report.entry.samples for report in reports), sum(sum(report.bad.values()) for report in reports)
     _judge(good, bad, options.max_bad_fraction)
     changes = list(shard_check.compare(reports))
     if changes and not options.update:

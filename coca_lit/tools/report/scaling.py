@@ -77,7 +77,7 @@ class Scaling(NamedTuple):
 # The law
 
 
-def fit_scaling(points: Sequence[Point], hold_out: float = 4.0, top: float = np.inf, seed: int = 0) -> Scaling:
+def fit_scaling(points: Sequence[Point], hold_out: float = 4.0, top: float = np.inf) -> Scaling:
     """Fits the law to the points with at most 1 / `hold_out` of the largest compute, and predicts the others on the
     frontier of all. Intervals come from resampled points; intervals of predictions also from resampled residuals.
 
@@ -98,7 +98,7 @@ def fit_scaling(points: Sequence[Point], hold_out: float = 4.0, top: float = np.
     compute, scores = (np.array([point[k] for point in fitted], dtype=float) for k in (1, 2))
     law = _fit(compute, scores, top)
     residuals = scores - law(compute)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     draws: list[Law] = []
     while len(draws) < DRAWS:
         chosen = rng.integers(len(fitted), size=len(fitted))
