@@ -23,7 +23,7 @@ from coca_lit.metrics.cider import CiderD
 from coca_lit.metrics.java.meteor import shared_meteor, warm_up
 from coca_lit.metrics.java.runtime import JavaError, ptb_tokenize
 from coca_lit.metrics.java.spice import shared_spice
-from coca_lit.metrics.uncertainty import Draws, Resampled, bootstrap, difference
+from coca_lit.metrics.uncertainty import Draws, Ratios, Resampled, bootstrap, difference
 from coca_lit.progress import ProgressBar
 from coca_lit.reading import printable
 from coca_lit.runs.scores import aligned, score_name
@@ -205,25 +205,22 @@ def _peers(judged: Judged, place: Mapping[str, int]) -> tuple[np.ndarray, np.nda
 
 def _accuracies(
     judged: Judged, scores: Mapping[str, np.ndarray], place: Mapping[str, int], kinds: Sequence[str]
-) -> Resampled:
+) -> Ratios:
     """Shares of the preferences whose better caption has the higher score; a tie is wrong."""
     better, worse = (np.array([getattr(p, side) for p in judged.preferences]) for side in ("better", "worse"))
     unit = np.array([place[judged.candidates[p.better].image] for p in judged.preferences])
     of_kind = {kind: np.array([not kind or f"{p.kind} " == kind for p in judged.preferences]) for kind in kinds}
     right = {name: values[better] > values[worse] for name, values in scores.items()}
 
-    def resampled(counts: np.ndarray) -> dict[str, np.ndarray]:
-        found: dict[str, np.ndarray] = {}
-        units = counts.shape[1]
-        for kind, own in of_kind.items():
-            total = counts @ np.bincount(unit, weights=own, minlength=units)
-            for name, values in right.items():
-                with np.errstate(invalid="ignore"):
-                    share = counts @ np.bincount(unit, weights=own & values, minlength=units) / total
-                found[f"{name} {kind}accuracy"] = share
-        return found
+    def of_images(counted: np.ndarray) -> np.ndarray:
+        return np.bincount(unit, weights=counted, minlength=max(place.values()) + 1)
 
-    return resampled
+    parts = {
+        f"{name} {kind}accuracy": (of_images(own & values), of_images(own))
+        for kind, own in of_kind.items()
+        for name, values in right.items()
+    }
+    return Ratios(parts)
 
 
 # Scores of single captions: each candidate alone against the references of its image

@@ -87,6 +87,15 @@ def test_pairs_by_hand() -> None:
     }
 
 
+def test_an_accuracy_is_of_the_images_that_have_a_pair_of_its_kind() -> None:
+    """Where all are right, the width of an interval depends on their number alone."""
+    found, scores = judged(30)
+    every = {p for p in found.preferences if p.kind == "HC"}
+    images = {found.candidates[p.better].image for p in every}
+    assert 0 < len(images) < 30
+    assert agreement(found, scores).by["HC accuracy"]["noisy"].trials == len(images)
+
+
 def test_people_with_each_other() -> None:
     """For each grade, the mean of the other judges' grades of the same caption."""
     everything, scores = judged()
