@@ -3,12 +3,11 @@
 A part is found by its class or the nearest one above it, so a tower registered from outside has what its base has.
 """
 
-from functools import singledispatch
 from typing import Any
 
 from torch import nn
 
-from coca_lit.models.image import ImageEncoder, ImagePooling, Pooling
+from coca_lit.models.image import ImageEncoder, ImagePooling
 from coca_lit.models.text import ClassicDecoder, TextTower
 from coca_lit.models.variants.mammut import TwoPassDecoder, TwoPassTower
 from coca_lit.models.variants.modern import ModernDecoder, ModernTextTower, Style
@@ -111,87 +110,64 @@ def needs_version_4(part: nn.Module) -> bool:
     return isinstance(part, NaFlexEncoder) or not isinstance(part, ImageEncoder | ImagePooling | TextTower)
 
 
-@singledispatch
 def keys_of(part: nn.Module) -> dict[str, Any] | None:
     """The keys of a part in its section of OpenCLIP's config, besides sizes that all of its kind have; None if OpenCLIP
     has no such part.
     """
+    trunk: Any = getattr(part, "trunk", None)
+    match part:
+        case NaFlexEncoder():
+            block = trunk.blocks[0]
+            sizes = {
+                "patch_size": part.patch_size,
+                "embed_dim": part.width,
+                "depth": len(trunk.blocks),
+                "num_heads": block.attn.num_heads,
+                "mlp_ratio": block.mlp.fc1.out_features / part.width,
+                "reg_tokens": trunk.num_reg_tokens,
+            }
+            return {
+                "timm_model_name": TIMM_NAME,
+                "timm_model_kwargs": {
+                    **{key: value for key, value in sizes.items() if key == "patch_size" or value != DEFAULTS[key]},
+                    "pre_norm": hasattr(trunk.norm_pre, "weight"),
+                    "pos_embed_grid_size": list(trunk.embeds.pos_embed.shape[1:3]),
+                },
+                "timm_pool": "avg",
+                "timm_proj": "linear",
+                "image_size": part.image_size,
+                "image_seq_len": part.max_patches,
+            }
+        case ImageEncoder():  # CLIP's vision transformers
+            width, heads = trunk.embed_dim, trunk.blocks[0].attn.num_heads
+            return {
+                "image_size": part.image_size,
+                "layers": len(trunk.blocks),
+                "width": width,
+                "head_width": width // heads,
+                "mlp_ratio": trunk.blocks[0].mlp.fc1.out_features / width,
+                "patch_size": trunk.patch_embed.patch_size[0],
+            }
+        case MeanPooling():
+            return {"pool_type": "avg" if part.left_out else "avg_all", "final_ln_after_pool": True}
+        case OpenClipPooling():
+            return {"attentional_pool": "parallel" if part.parallel else "cascade"}
+        case ImagePooling(variant="single"):
+            return {"attentional_pool": True}
+        case TextTower():
+            return {"embed_cls": True, "correct_cls_mask": part.cls_mask == "correct"}
+        case ModernTextTower():
+            return {"pool_type": part.pooled, **_style(part.style, part.token_embedding.embedding_dim)}
+        case ModernDecoder():
+            return {"cross_attn_ratio": part.every, **_style(part.style, part.vocabulary.in_features)}
+        case TwoPassDecoder():
+            return {
+                "cross_attn_ratio": part.every,
+                "pool_type": "avg",
+                "use_pad_mask": part.tower.pad_mask,
+                "proj_type": "none",
+            }
     return None
-
-
-@keys_of.register
-def _(encoder: ImageEncoder) -> dict[str, Any]:
-    """Of CLIP's vision transformers."""
-    trunk: Any = encoder.trunk
-    width, heads = trunk.embed_dim, trunk.blocks[0].attn.num_heads
-    return {
-        "image_size": encoder.image_size,
-        "layers": len(trunk.blocks),
-        "width": width,
-        "head_width": width // heads,
-        "mlp_ratio": trunk.blocks[0].mlp.fc1.out_features / width,
-        "patch_size": trunk.patch_embed.patch_size[0],
-    }
-
-
-@keys_of.register
-def _(encoder: NaFlexEncoder) -> dict[str, Any]:
-    trunk: Any = encoder.trunk
-    block = trunk.blocks[0]
-    sizes = {
-        "patch_size": encoder.patch_size,
-        "embed_dim": encoder.width,
-        "depth": len(trunk.blocks),
-        "num_heads": block.attn.num_heads,
-        "mlp_ratio": block.mlp.fc1.out_features / encoder.width,
-        "reg_tokens": trunk.num_reg_tokens,
-    }
-    return {
-        "timm_model_name": TIMM_NAME,
-        "timm_model_kwargs": {
-            **{key: value for key, value in sizes.items() if key == "patch_size" or value != DEFAULTS[key]},
-            "pre_norm": hasattr(trunk.norm_pre, "weight"),
-            "pos_embed_grid_size": list(trunk.embeds.pos_embed.shape[1:3]),
-        },
-        "timm_pool": "avg",
-        "timm_proj": "linear",
-        "image_size": encoder.image_size,
-        "image_seq_len": encoder.max_patches,
-    }
-
-
-@keys_of.register
-def _(pooling: Pooling) -> dict[str, Any] | None:
-    if isinstance(pooling, MeanPooling):
-        return {"pool_type": "avg" if pooling.left_out else "avg_all", "final_ln_after_pool": True}
-    if isinstance(pooling, OpenClipPooling):
-        return {"attentional_pool": "parallel" if pooling.parallel else "cascade"}
-    return {"attentional_pool": True} if isinstance(pooling, ImagePooling) and pooling.variant == "single" else None
-
-
-@keys_of.register
-def _(tower: TextTower) -> dict[str, Any]:
-    return {"embed_cls": True, "correct_cls_mask": tower.cls_mask == "correct"}
-
-
-@keys_of.register
-def _(tower: ModernTextTower) -> dict[str, Any]:
-    return {"pool_type": tower.pooled, **_style(tower.style, tower.token_embedding.embedding_dim)}
-
-
-@keys_of.register
-def _(decoder: ModernDecoder) -> dict[str, Any]:
-    return {"cross_attn_ratio": decoder.every, **_style(decoder.style, decoder.vocabulary.in_features)}
-
-
-@keys_of.register
-def _(decoder: TwoPassDecoder) -> dict[str, Any]:
-    return {
-        "cross_attn_ratio": decoder.every,
-        "pool_type": "avg",
-        "use_pad_mask": decoder.tower.pad_mask,
-        "proj_type": "none",
-    }
 
 
 def _style(style: Style, width: int) -> dict[str, Any]:
