@@ -1,10 +1,10 @@
 """OpenCLIP's files: weights of its captioners from and to ours, and weights of its CLIP.
 
-`counterparts` has the names of the tensors of each part of a model; CoCa has those of open_clip 2.11 to 3.3. Values
-differ in three ways: projections are stored transposed there, the packed query/key/value projection of a
-cross-attention is two matrices here, and temperature and bias of the contrastive logits are scalars there and vectors
-of one here. Without a decoder the counterpart of CoCa is OpenCLIP's `CustomTextCLIP`. With timm's NaFlexVit,
-the encoder for images of any shape, the two poolers are siblings of `visual`.
+The tensors of a CoCa have the names of open_clip 2.11 to 3.3. Values differ in three ways: projections are stored
+transposed there, the packed query/key/value projection of a cross-attention is two matrices here, and temperature and
+bias of the contrastive logits are scalars there and vectors of one here. Without a decoder the counterpart of CoCa is
+OpenCLIP's `CustomTextCLIP`. With timm's NaFlexVit, the encoder for images of any shape, the two poolers are siblings of
+`visual`.
 
 CLIP comes in two layouts: the text tower at the root (`CLIP`), or under `text.` (`CustomTextCLIP`). Both hold the same
 tensors. Files with other towers are refused.
@@ -15,13 +15,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coca_lit.models.clip import CLIP
 from coca_lit.models.coca import CoCa
+from coca_lit.models.image import ImageEncoder, ImagePooling
+from coca_lit.models.text import ClassicDecoder, TextTower
+from coca_lit.models.variants.mammut import TwoPassDecoder, TwoPassTower
+from coca_lit.models.variants.modern import ModernDecoder, ModernTextTower
+from coca_lit.models.variants.naflex import NaFlexEncoder
+from coca_lit.models.variants.poolers import MaskedPooling, MeanPooling, OpenClipPooling
 from coca_lit.weights.intact import without_memory
 from coca_lit.weights.open_clip.config import clip_arguments, coca_arguments, obstacle_to_open_clip
-from coca_lit.weights.open_clip.counterparts import SELF_BLOCK, Names, names_of
 from coca_lit.weights.open_clip.sizes import at_the_root, clip_sizes, coca_sizes, has_modern_towers
 
 Model = TypeVar("Model", CoCa, CLIP)
@@ -33,9 +38,95 @@ _TRANSPOSED = {
 _CROSS_ATTENTION = re.compile(
     r"(decoder\.cross_blocks\.\d+|pooling\.(?:generative|contrastive))\.attention\.(q|kv)\.(weight|bias)"
 )
+
+# (beginning of names in a part, beginning of their names in OpenCLIP, {name inside: OpenCLIP's})
+Names = tuple[tuple[str, str, dict[str, str]], ...]
+
+_SELF_BLOCK = {
+    "norm_1": "ln_1",
+    "norm_2": "ln_2",
+    "attention.qkv.": "attn.in_proj_",
+    "attention.out": "attn.out_proj",
+    "mlp.0": "mlp.c_fc",
+    "mlp.2": "mlp.c_proj",
+}
+_CROSS_BLOCK = {**_SELF_BLOCK, "norm_context": "ln_1_kv"}
+_QUERY_POOLER = {"norm_query": "ln_q", "norm_context": "ln_k", "attention.out": "attn.out_proj"}
+_TRUNK_BLOCK = {
+    "ls1": "ls_1",
+    "ls2": "ls_2",
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+    "attn.qkv.": "attn.in_proj_",
+    "attn.proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+# A part has those of its class or the nearest one above it: a tower registered from outside has what its base has.
+_NAMES: dict[type[nn.Module], Names] = {
+    ImageEncoder: (  # CLIP's vision transformers
+        ("trunk.blocks.", "visual.transformer.resblocks.", _TRUNK_BLOCK),
+        ("trunk.patch_embed.proj.", "visual.conv1.", {}),
+        ("trunk.norm_pre.", "visual.ln_pre.", {}),
+        ("trunk.cls_token", "visual.class_embedding", {}),
+        ("trunk.pos_embed", "visual.positional_embedding", {}),
+        ("trunk.norm.", "visual.ln_post.", {}),  # of a CLIP
+    ),
+    NaFlexEncoder: (("trunk.", "visual.trunk.", {}),),
+    ImagePooling: (  # the single pooler
+        ("generative.norm_out.", "visual.ln_post.", {}),
+        ("generative.", "visual.attn_pool.", _QUERY_POOLER),
+    ),
+    OpenClipPooling: (
+        ("norm.", "visual.ln_post.", {}),
+        ("generative.", "visual.attn_pool.", _QUERY_POOLER),
+        ("contrastive.", "visual.attn_pool_contrastive.", _QUERY_POOLER),
+    ),
+    MaskedPooling: (
+        ("norm.", "pool_norm.", {}),
+        ("generative.", "attn_pool.", _QUERY_POOLER),
+        ("contrastive.", "attn_pool_contrastive.", _QUERY_POOLER),
+    ),
+    MeanPooling: (("norm.", "visual.ln_post.", {}), ("to_text.weight", "map_viz2txt_kv", {})),
+    TextTower: (
+        ("blocks.", "text.transformer.resblocks.", _SELF_BLOCK),
+        ("position_embedding", "text.positional_embedding", {}),
+        ("cls_embedding", "text.cls_emb", {}),
+        ("norm.", "text.ln_final.", {}),
+        ("projection.weight", "text.text_projection", {}),
+        ("token_embedding.", "text.token_embedding.", {}),
+    ),
+    ModernTextTower: (
+        ("norm.", "text.ln_final.", {}),
+        ("projection.", "text.text_projection.", {}),
+        ("", "text.", {}),
+    ),
+    TwoPassTower: (
+        ("blocks.", "text.resblocks.", _SELF_BLOCK),
+        ("position_embedding", "text.positional_embedding", {}),
+        ("norm.", "text.ln_final.", {}),
+        ("token_embedding.", "text.token_embedding.", {}),
+    ),
+    ClassicDecoder: (
+        ("self_blocks.", "text_decoder.resblocks.", _SELF_BLOCK),
+        ("cross_blocks.", "text_decoder.cross_attn.", _CROSS_BLOCK),
+        ("norm.", "text_decoder.ln_final.", {}),
+        ("vocabulary.weight", "text_decoder.text_projection", {}),
+    ),
+    ModernDecoder: (
+        ("norm.", "text_decoder.ln_final.", {}),
+        ("vocabulary.", "text_decoder.lm_head.", {}),
+        ("", "text_decoder.", {}),
+    ),
+    TwoPassDecoder: (
+        ("cross_blocks.", "text.cross_attn.", _CROSS_BLOCK),
+        ("vocabulary.weight", "text.lm_head", {}),
+    ),
+}
 _CLIP_NAMES: Names = (
     ("image_projection.weight", "visual.proj", {}),
-    ("blocks.", "transformer.resblocks.", SELF_BLOCK),
+    ("blocks.", "transformer.resblocks.", _SELF_BLOCK),
     ("position_embedding", "positional_embedding", {}),
     ("norm.", "ln_final.", {}),
     ("text_projection.weight", "text_projection", {}),
@@ -106,7 +197,7 @@ def clip_from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | No
     theirs = _Tensors(at_the_root(_plain_state(state)))
     sizes = clip_sizes(theirs)
     model = _built(lambda: CLIP(**sizes | clip_arguments(config, sizes) | overrides), theirs)
-    trunk = ((f"image_encoder.{a}", b, inside) for a, b, inside in names_of(model.image_encoder))
+    trunk = ((f"image_encoder.{a}", b, inside) for a, b, inside in _names_of(model.image_encoder))
     _load(model, theirs, (*trunk, *_CLIP_NAMES))
     return model
 
@@ -180,8 +271,13 @@ def _load(model: CoCa | CLIP, theirs: Mapping[str, Tensor], names: Names) -> Non
     model.load_state_dict(ours)
 
 
+def _names_of(part: nn.Module | None) -> Names:
+    """The names of the tensors of a part, ours and OpenCLIP's; none for a part that OpenCLIP lacks."""
+    return next((_NAMES[kind] for kind in type(part).__mro__ if kind in _NAMES), ())
+
+
 def _names(model: CoCa) -> Names:
-    named = {part: names_of(getattr(model, part)) for part in ("image_encoder", "pooling", "text", "decoder")}
+    named = {part: _names_of(getattr(model, part)) for part in ("image_encoder", "pooling", "text", "decoder")}
     return (
         *((f"{part}.{ours}", theirs, inside) for part, names in named.items() for ours, theirs, inside in names),
         ("image_projection.weight", "visual.proj", {}),

@@ -1,6 +1,6 @@
 """`open_clip_config.json`: written for a model of ours, and read for what the tensors beside it do not show.
 
-`counterparts` has the keys of each part of a model, `keys` which of them may have which values.
+`keys` says which keys of the file may have which values.
 """
 
 import math
@@ -11,15 +11,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from coca_lit.models.coca import CoCa
-from coca_lit.models.image import CLIP_NORMALISATION
+from coca_lit.models.image import CLIP_NORMALISATION, ImageEncoder, ImagePooling
 from coca_lit.models.registry import NORMALISATION
+from coca_lit.models.text import TextTower
 from coca_lit.models.variants.mammut import TwoPassDecoder, TwoPassTower, TwoPassTowerWithPads
-from coca_lit.models.variants.modern import Style
-from coca_lit.models.variants.naflex import DEFAULTS
-from coca_lit.models.variants.poolers import MeanPooling
+from coca_lit.models.variants.modern import ModernDecoder, ModernTextTower, Style
+from coca_lit.models.variants.naflex import DEFAULTS, TIMM_NAME, NaFlexEncoder
+from coca_lit.models.variants.poolers import MeanPooling, OpenClipPooling
 from coca_lit.tokenizer import get_tokenizer
 from coca_lit.weights.intact import MAX_CONTEXT, MAX_PATCHES
-from coca_lit.weights.open_clip.counterparts import keys_of, needs_version_4
 from coca_lit.weights.open_clip.keys import (
     CLIP_KEYS,
     COCA_KEYS,
@@ -55,9 +55,9 @@ def open_clip_config(model: CoCa, version: str = "3.3") -> dict[str, Any]:
         raise ValueError(f"OpenCLIP cannot build this model: {reason}")
     ours, trunk = model.config, model.image_encoder.trunk
     vision = {
-        **(keys_of(model.image_encoder) or {}),
+        **_keys_of(model.image_encoder),
         "output_tokens": model.decoder is not None,
-        **(keys_of(model.pooling) or {}),
+        **_keys_of(model.pooling),
     }
     if not isinstance(model.pooling, MeanPooling):
         vision |= {"attn_pooler_queries": ours["pooler_queries"], "attn_pooler_heads": ours["pooler_heads"]}
@@ -68,7 +68,7 @@ def open_clip_config(model: CoCa, version: str = "3.3") -> dict[str, Any]:
         "heads": ours["text_heads"],
         **{key: value for key, value in model.tokenizer.open_clip_config.items() if key.endswith("_id")},
     }
-    text = {"layers": ours["text_layers"], "output_tokens": model.decoder is not None, **(keys_of(model.text) or {})}
+    text = {"layers": ours["text_layers"], "output_tokens": model.decoder is not None, **_keys_of(model.text)}
     text |= model.tokenizer.open_clip_config
     if version == "3.3":
         text.pop("correct_cls_mask", None)
@@ -78,7 +78,7 @@ def open_clip_config(model: CoCa, version: str = "3.3") -> dict[str, Any]:
         every = cast(TwoPassDecoder, model.decoder).every
         towers["text_cfg"] = {**both, **text, "cross_attn_ratio": every, "does_full_decoding": True}
     elif model.decoder is not None:
-        towers["multimodal_cfg"] = {**both, "layers": ours["decoder_layers"], **(keys_of(model.decoder) or {})}
+        towers["multimodal_cfg"] = {**both, "layers": ours["decoder_layers"], **_keys_of(model.decoder)}
     normalisation = {key: list(trunk.pretrained_cfg[key]) for key in CLIP_NORMALISATION}
     return {
         "model_cfg": {
@@ -97,12 +97,89 @@ def open_clip_config(model: CoCa, version: str = "3.3") -> dict[str, Any]:
     }
 
 
+def _keys_of(part: nn.Module) -> dict[str, Any]:
+    """The keys of a part in its section of OpenCLIP's config, besides sizes that all of its kind have. What is
+    registered from outside has the keys of its base.
+    """
+    trunk: Any = getattr(part, "trunk", None)
+    match part:
+        case NaFlexEncoder():
+            block = trunk.blocks[0]
+            sizes = {
+                "patch_size": part.patch_size,
+                "embed_dim": part.width,
+                "depth": len(trunk.blocks),
+                "num_heads": block.attn.num_heads,
+                "mlp_ratio": block.mlp.fc1.out_features / part.width,
+                "reg_tokens": trunk.num_reg_tokens,
+            }
+            return {
+                "timm_model_name": TIMM_NAME,
+                "timm_model_kwargs": {
+                    **{key: value for key, value in sizes.items() if key == "patch_size" or value != DEFAULTS[key]},
+                    "pre_norm": hasattr(trunk.norm_pre, "weight"),
+                    "pos_embed_grid_size": list(trunk.embeds.pos_embed.shape[1:3]),
+                },
+                "timm_pool": "avg",
+                "timm_proj": "linear",
+                "image_size": part.image_size,
+                "image_seq_len": part.max_patches,
+            }
+        case ImageEncoder():  # CLIP's vision transformers
+            width, heads = trunk.embed_dim, trunk.blocks[0].attn.num_heads
+            return {
+                "image_size": part.image_size,
+                "layers": len(trunk.blocks),
+                "width": width,
+                "head_width": width // heads,
+                "mlp_ratio": trunk.blocks[0].mlp.fc1.out_features / width,
+                "patch_size": trunk.patch_embed.patch_size[0],
+            }
+        case MeanPooling():
+            return {"pool_type": "avg" if part.left_out else "avg_all", "final_ln_after_pool": True}
+        case OpenClipPooling():
+            return {"attentional_pool": "parallel" if part.parallel else "cascade"}
+        case ImagePooling(variant="single"):
+            return {"attentional_pool": True}
+        case TextTower():
+            return {"embed_cls": True, "correct_cls_mask": part.cls_mask == "correct"}
+        case ModernTextTower():
+            return {"pool_type": part.pooled, **_style_keys(part.style, part.token_embedding.embedding_dim)}
+        case ModernDecoder():
+            return {"cross_attn_ratio": part.every, **_style_keys(part.style, part.vocabulary.in_features)}
+        case TwoPassDecoder():
+            return {
+                "cross_attn_ratio": part.every,
+                "pool_type": "avg",
+                "use_pad_mask": part.tower.pad_mask,
+                "proj_type": "none",
+            }
+    return {}  # also of a pooler that OpenCLIP lacks
+
+
+def _style_keys(style: Style, width: int) -> dict[str, Any]:
+    hidden = style.mlp_width
+    exact = int(width * (hidden / width)) == hidden  # OpenCLIP cuts the product to a whole number
+    return {
+        "text_arch": "modern",
+        "mlp_ratio": hidden / width if exact else (hidden + 0.5) / width,
+        "mlp_type": "swiglu",
+        "norm_type": "rmsnorm",
+        "norm_eps": style.norm_eps,
+        "pos_embed": "rope",
+        "rope_temperature": style.rope_base,
+        "attn_gated": style.gated,
+        "qk_norm": style.qk_norm,
+        "freeze_pad_embed": False,
+    }
+
+
 def obstacle_to_open_clip(model: CoCa, version: str = "3.3") -> str | None:
     """Why OpenCLIP's CoCa cannot be this model, whatever its CLS mask; None if it can."""
     ours = model.config
     if model.tokenizer.open_clip_version is None:
         return "it has a tokenizer of its own, and OpenCLIP's CoCa reads byte pairs: safetensors and onnx take it"
-    if keys_of(model.pooling) is None:
+    if not _keys_of(model.pooling):
         return (
             f"it has the {ours['pooler']} pooler, and OpenCLIP has the single one, and with version=4"
             " openclip_parallel, openclip_cascade and MaMMUT's means"
@@ -123,8 +200,9 @@ def obstacle_to_open_clip(model: CoCa, version: str = "3.3") -> str | None:
             return "in OpenCLIP the blocks without an MLP are those before a cross block"
     elif isinstance(model.text, TwoPassTower) and only is not None:
         return "it has blocks without an MLP: export it with version=mammut"
-    parts = (model.pooling, model.text, model.image_encoder)
-    if version == "3.3" and (model.tokenizer.open_clip_version == "4" or any(map(needs_version_4, parts))):
+    old_parts = isinstance(model.pooling, ImagePooling) and isinstance(model.text, TextTower)
+    old = old_parts and not isinstance(model.image_encoder, NaFlexEncoder) and model.tokenizer.open_clip_version != "4"
+    if version == "3.3" and not old:
         return "its pooler, tokenizer, image encoder or text tower needs OpenCLIP 4: export it with version=4"
     if not model.image_encoder.takes_patches and not _is_clip_transformer(model.image_encoder.trunk):
         return (
