@@ -192,19 +192,19 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
             counted = (told and told[1]) or max(",;\t", key=head.count)
             delimiter = "\t" if path.suffix == ".tsv" else counted
             reader = csv.DictReader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
-            names = [*_different(reader.fieldnames or [], path)]
-            while names and not names[-1].strip():  # spreadsheets write empty columns
-                names.pop()
-            reader.fieldnames = names
+            columns = [*_different(reader.fieldnames or [], path)]
+            while columns and not columns[-1].strip():  # spreadsheets write empty ones
+                columns.pop()
+            reader.fieldnames = columns
             rows = []
             for row in reader:
                 if any(row.pop(None, ())):  # fields without a column
                     raise DataError(
-                        f"line {before + reader.line_num} of {path} has more fields than the {len(names)} "
+                        f"line {before + reader.line_num} of {path} has more fields than the {len(columns)} "
                         f"columns: put texts that contain {delimiter!r} in quotes, or name all columns"
                     )
                 rows.append(row)
-            return names, rows
+            return columns, rows
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{path} is not a readable table: {error}; save it in UTF-8, with quotes closed") from error
     if path.suffix != ".parquet":
