@@ -242,8 +242,7 @@ class JsonTokenizer(Tokenizer):
         super().__init__(context_length)
         self.spec = {"packed": packed, "start": start, "end": end, "pad": pad}
         try:
-            unpacker = zlib.decompressobj()
-            content = unpacker.decompress(base64.b64decode(packed, validate=True), MAX_JSON).decode()
+            content = _unpacked(packed)
             self.bpe = HFTokenizer.from_str(content)
             described = json.loads(content)
         except Exception as error:  # the library raises plain exceptions
@@ -278,6 +277,16 @@ class JsonTokenizer(Tokenizer):
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def is_same(spec: Spec, other: Spec) -> bool:
+    """Whether they describe one tokenizer; another version of zlib may have packed its file in another way."""
+    one, two = ({**of, "packed": _unpacked(of["packed"])} if isinstance(of, Mapping) else of for of in (spec, other))
+    return one == two
+
+
+def _unpacked(packed: str) -> str:
+    return zlib.decompressobj().decompress(base64.b64decode(packed, validate=True), MAX_JSON).decode()
 
 
 def pack(file: Path) -> str:

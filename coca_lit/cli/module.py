@@ -40,6 +40,7 @@ def build_module(cfg: DictConfig, start: "Start | None" = None, source: "DualEnc
         source: the model in `init_from`, if it is loaded already.
     """
     if start is not None:
+        from coca_lit.tokenizer import is_same
         from coca_lit.weights import MODEL_KEY
         from coca_lit.weights.load import architecture
 
@@ -62,7 +63,7 @@ def build_module(cfg: DictConfig, start: "Start | None" = None, source: "DualEnc
         for objective in module.further_objectives().values():
             objective.begin(module.net)
     else:
-        if module.net.tokenizer.spec != theirs.get("tokenizer", module.net.tokenizer.spec):
+        if not is_same(module.net.tokenizer.spec, theirs.get("tokenizer", module.net.tokenizer.spec)):
             raise ConfigError("model.net.tokenizer: it has changed since the checkpoint: restore it, or set a new name")
         check_classes(module, start)
     add_adapters(cfg, module)

@@ -209,9 +209,12 @@ def sweep_score(results: Any, cfg: DictConfig) -> Any:
 def check_study(evals: Sequence["Evaluation"]) -> None:
     """Raises `ConfigError` if Optuna searches, and nothing says by which score of these evaluations."""
     sweeper = HydraConfig.get().sweeper.get("_target_", "") if HydraConfig.initialized() else ""
+    if not sweeper.endswith("OptunaSweeper") or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return
     names = [f"{e.name}/{score}" for e in evals for score in (*e.score_names, *(e.final_score_names or ()))]
-    if sweeper.endswith("OptunaSweeper") and HydraConfig.get().mode == RunMode.MULTIRUN and headline(names) is None:
-        raise ConfigError(f"scoring.objective: name the score that Optuna improves, one of {', '.join(names)}")
+    known = all(e.score_names and e.final_score_names is not None for e in evals)  # not of one's own
+    if known and headline(names) is None:
+        raise ConfigError(f"scoring.objective: name the score that Optuna improves, one of: {', '.join(names)}")
 
 
 def check_processes(count: int) -> None:

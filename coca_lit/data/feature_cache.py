@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 BATCH = 32  # images that are encoded at a time
 BYTES = 2  # of a number in fp16
+GONE = (404, 410)  # statuses of HTTP
 STABLE = ("builtins", "coca_lit", "timm", "torch", "torchvision")  # packages that nobody edits between two runs
 SIDES = {"left": "right", "right": "left"}
 OF_PLACES = re.compile(  # "on the left", "left of it", "left and right", but not "he left the room", "right behind him"
@@ -209,7 +210,8 @@ class FeatureCache:
             if isinstance(record.image, ImageFile | ClipFile):  # whose state names the cache
                 passes |= may_pass(cause) and not isinstance(cause, FileNotFoundError)
             elif isinstance(cause, OSError):  # what a network or a disk says has a number or a class of its own
-                passes |= may_pass(cause) or type(cause) not in (OSError, UnidentifiedImageError)
+                gone = getattr(cause, "code", getattr(getattr(cause, "response", None), "status_code", 0)) in GONE
+                passes |= may_pass(cause) or (type(cause) not in (OSError, UnidentifiedImageError) and not gone)
             return _Unread(str(error), passes)
         return pixels.flip(-1) if is_mirrored(view) else pixels
 

@@ -103,7 +103,8 @@ class Function(Objective):
     def __init__(self, function: Callable[[CoCa, Batch], dict[str, Tensor]]) -> None:
         super().__init__()
         self.function = function
-        self.trains = getattr(getattr(function, "func", function), "trains", ())  # also of a partial
+        trains = getattr(getattr(function, "func", function), "trains", ())  # also of a partial
+        self.trains = (trains,) if isinstance(trains, str) else trains
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         return self.function(net, batch)

@@ -8,11 +8,12 @@ import random
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from email.message import Message
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 
 import numpy as np
 import pytest
@@ -190,6 +191,10 @@ def absent() -> Image.Image:
     return Image.open("absent.jpg")
 
 
+def gone() -> Image.Image:
+    raise HTTPError("https://example.com/gone.jpg", 404, "Not Found", Message(), None)
+
+
 @pytest.mark.parametrize("image", [locked, fetched, absent])
 def test_an_image_that_another_attempt_may_read_is_not_kept_as_broken(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, image: Callable[[], Image.Image]
@@ -199,6 +204,8 @@ def test_an_image_that_another_attempt_may_read_is_not_kept_as_broken(
     assert not [*tmp_path.rglob("*.npy")]
     views(tmp_path, Encoder()).encode([*records(), Record("torn.jpg", broken, ("a",))], 2, 0, CPU)
     assert caplog.text.count("torn.jpg is left out of training: it is torn") == 1
+    views(tmp_path, Encoder()).encode([*records(), Record("gone.jpg", gone, ("a",))], 2, 0, CPU)
+    assert caplog.text.count("gone.jpg is left out of training") == 1
 
 
 def test_a_spawned_worker_gets_no_encoder(tmp_path: Path) -> None:

@@ -212,8 +212,14 @@ def _rows(path: Path) -> Iterator[tuple[str, Iterable[str], str | None]]:
             name, several = row[image], row.get("captions")
             texts = several if several and isinstance(several, list) else row[caption]
             # `coca-caption` writes them beside the best one: in its rows one of the two was corrected.
-            if isinstance(row.get("file"), list) and row.get(caption) and row[caption] not in captions_in(texts, path):
-                what = f"{path}: {printable(row[caption][:80])!r} is none of the captions of {printable(str(name))}"
+            one = row.get(caption)
+            if (
+                isinstance(row.get("file"), list)
+                and isinstance(one, str)
+                and one
+                and one not in captions_in(texts, path)
+            ):
+                what = f"{path}: {printable(one[:80])!r} is none of the captions of {printable(str(name))}"
                 raise DataError(f"{what}: correct both fields, or take one of them out")
             if not isinstance(name, str):
                 raise TypeError(f"expected the name of a file, got {name!r:.80}")

@@ -195,6 +195,9 @@ def test_several_captions_go_before_one(tmp_path: Path) -> None:
         (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, changed.values())))
         with pytest.raises(DataError, match=r"2\.jpg"):
             folder_records(tmp_path, "train")
+    lists = [{"path": name, "captions": ["one", "two"], "file": [1, 2]} for name in CAPTIONS]  # as that error advises
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lists)))
+    assert {record.captions for record in folder_records(tmp_path, "train")} == {("one", "two")}
 
 
 def test_files_of_rows_without_a_caption_need_not_be_there(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_damaged_clips_and_sound_count_as_bad(clips: dict[str, Path], tmp_path: 
     assert {found.reason for found in bad.values()} == {"unreadable clip"}
     assert all(f"{key} in {path} is not a readable clip" in found.detail for key, found in bad.items())
     report = check_shard(path)
-    assert (report.entry.samples, report.bad_samples) == (4, 2)
+    assert (report.entry.samples, sum(report.bad.values())) == (4, 2)
 
 
 def test_shards_of_clips_ask_for_frames(clips: dict[str, Path], tmp_path: Path) -> None:

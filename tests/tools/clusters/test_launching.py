@@ -239,6 +239,7 @@ def test_a_study_needs_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
     monkeypatch.setattr(HydraConfig, "get", lambda: found)
     check_study([own, captions])  # type: ignore[list-item]
+    check_study([SimpleNamespace(name="own", score_names=(), final_score_names=())])  # type: ignore[list-item]
     with pytest.raises(ConfigError, match=r"scoring\.objective: .*mine/x"):
         check_study([own])  # type: ignore[list-item]
 
