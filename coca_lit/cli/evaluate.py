@@ -6,6 +6,7 @@ the same.
 
 import os
 import re
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -23,7 +24,7 @@ from coca_lit.cli.runtime import chosen_dtype, configure_libraries
 from coca_lit.cli.schema import part_of, written
 from coca_lit.cli.sweep import SWEEP_VARIABLE
 from coca_lit.cli.words import quote
-from coca_lit.errors import ConfigError, DataError, error_context
+from coca_lit.errors import ConfigError, DataError, UserError, error_context
 from coca_lit.machine import is_first_process
 from coca_lit.reading import printable, read_run_yaml
 from coca_lit.runs.redaction import redact
@@ -97,7 +98,9 @@ def with_evals(words: list[str]) -> list[str]:
                 f"coca-evaluate --help, such as {_grouped(known)}"
             )
         names += scored
-        places |= dict(_places(config, scored))
+        for key, place in _places(config, scored):
+            if places.setdefault(key, place) != place and key not in given:
+                notes.append(f"the runs differ in {key}: all are scored with that of the first one, unless it is given")
         if not decoding_given:
             generates.add(generate := _generate(config))
             if generate is None and part_of(config, "scoring").get("generate"):
@@ -189,7 +192,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     if cfg.spice_jars is not None:
         os.environ[JARS_VARIABLE] = cfg.spice_jars
     folder = Path(cfg.output_dir)
-    with in_use(folder), worker_errors(), process_group() as device:
+    with in_use(folder), process_group() as device:
         if (folder / CHECKPOINTS).exists():
             raise ConfigError(f"{folder} holds the checkpoints of a training run: choose another name")
         model = _load(cfg).to(device, chosen_dtype(cfg.precision))
@@ -205,10 +208,13 @@ def run(cfg: DictConfig) -> dict[str, float]:
         found, problem = Found(not_run=not_run), None
         for evaluation in evals:
             try:
-                found.add(evaluation, evaluation.evaluate(model, settings))
-            except DataError as error:
-                if len(evals) == 1 or world_size() > 1:  # other processes would wait for this one
+                with worker_errors():
+                    found.add(evaluation, evaluation.evaluate(model, settings))
+            except Exception as error:  # also of an evaluation of one's own, after hours of others
+                if len(evals) == 1 or world_size() > 1 or isinstance(error, ConfigError):  # others would wait for this
                     raise
+                if not isinstance(error, UserError):
+                    traceback.print_exception(error)
                 problem = printable(redact(explain(error)))
                 name = f"{evaluation.name} ({type(evaluation).__name__})"  # captions and retrieval may share the first
                 found.not_run[name] = problem

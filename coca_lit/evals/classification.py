@@ -67,6 +67,7 @@ class ZeroShotScores(Evaluation):
                 blind = blind_log_likelihoods(model, self.prompts, size)
                 for way, values in {"likelihood/": read, "pmi/": read - blind}.items():  # (I, C · P)
                     ways[way] = values.unflatten(1, (count, -1)).mean(dim=2)  # over the prompts of a class
+        ways = {way: _told_apart(similarity.cpu(), self.class_names) for way, similarity in ways.items()}
         if settings.full and rank() == 0:
             chosen = ways[""].argmax(dim=1).tolist()
             classified = [(i, self.labels[records[i].id], chosen[i]) for i in range(len(records))]
@@ -78,6 +79,17 @@ class ZeroShotScores(Evaluation):
     def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:
         """The prompts of all classes, of which one is chosen, then the classes of the images."""
         return [*self.prompts, *(self.class_names[self.labels[record.id]] for record in records)]
+
+
+def _told_apart(similarity: Tensor, names: Sequence[str]) -> Tensor:
+    """Similarities (I, C) in which the first class of a name is above the others, whose prompts are the same: one is
+    chosen, as by OpenCLIP's `topk`. ImageNet has two such pairs.
+    """
+    first: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if (known := first.setdefault(name, i)) != i:
+            similarity[:, i] = similarity[:, known].nextafter(torch.tensor(-torch.inf))
+    return similarity
 
 
 def accuracies(

@@ -267,6 +267,8 @@ def start_fresh(folder: Path) -> None:
     if step_files(folder / CHECKPOINTS) or (folder / "results.json").exists():
         print_rank_zero(f"the earlier run in {folder} was moved to {archive(folder, left)}")
     else:
+        if written := [folder / name for name in ("predictions", "samples") if (folder / name).exists()]:
+            print_rank_zero(f"what an unfinished run wrote in {folder} was moved to {archive(folder, written)}")
         rewind_logs(folder, 0, 0)  # it died before its first checkpoint, and the same steps are repeated
 
 

@@ -98,7 +98,8 @@ def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None, imports:
             return from_open_clip(state, config).eval()
         if quick_gelu is None and config is None:
             log.warning(
-                "assuming GELU in the CLIP %s; OpenAI's and -quickgelu models need quick_gelu=true of coca-evaluate",
+                "assuming GELU in the CLIP %s; OpenAI's and -quickgelu models need their open_clip_config.json beside "
+                "the file, or, as checkpoint of coca-evaluate, quick_gelu=true",
                 path,
             )
         given = {} if quick_gelu is None else {"quick_gelu": quick_gelu}

@@ -16,6 +16,7 @@ from coca_lit.cli.evaluate import evaluate, run, with_evals
 from coca_lit.cli.words import to_override
 from coca_lit.data.scenes.render import scene_records, scene_training_captions
 from coca_lit.errors import ConfigError, DataError
+from coca_lit.evals.retrieval import RetrievalScores
 from coca_lit.models import CoCa, create_model
 from coca_lit.weights.load import load_model, save_model
 from coca_lit.weights.open_clip import to_open_clip
@@ -300,6 +301,16 @@ def test_runs_that_wrote_captions_differently_are_scored_alike(tmp_path, capsys)
     assert "the runs differ in scoring.generate" in capsys.readouterr().out
 
 
+def test_runs_on_different_data_are_scored_on_the_first_ones(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name / "photos").mkdir(parents=True)
+        data = {"data": {"root": f"{tmp_path}/{name}/photos"}, "roots": {"my_photos": "${data.root}"}}
+        run_folder(tmp_path / name, {"evals": {"my_photos_captions": {"_target_": ""}}, **data})
+    word = f"checkpoint={tmp_path / 'a'},{tmp_path / 'b'}"
+    assert f'roots.my_photos="{tmp_path}/a/photos"' in with_evals([word])
+    assert "the runs differ in roots.my_photos" in capsys.readouterr().out
+
+
 def test_own_evaluations_are_named_and_can_be_added(tmp_path, capsys):
     mine = {"_target_": "my_parts.my_score", "rate": 0.5}
     word = run_folder(tmp_path, {"evals": {"mine": mine, "off": None}})
@@ -394,6 +405,16 @@ def test_a_corrupt_image_is_named(checkpoint, folder, tmp_path, monkeypatch):
         run(compose(tmp_path / "two", f"checkpoint={checkpoint}", *evals))
     assert any("compositional" in score for score in json.loads((tmp_path / "two" / "results.json").read_text()))
     assert "1.png" in str(json.loads((tmp_path / "two" / "not_run.json").read_text()))
+    real = RetrievalScores.evaluate
+
+    def broken(evaluation, *given):
+        return 1 / 0 if evaluation.name == "folder" else real(evaluation, *given)
+
+    monkeypatch.setattr(RetrievalScores, "evaluate", broken)  # as one's own may be
+    with pytest.raises(DataError, match="division by zero"):
+        run(compose(tmp_path / "own", f"checkpoint={checkpoint}", *evals))
+    monkeypatch.setattr(RetrievalScores, "evaluate", real)
+    assert any("compositional" in score for score in json.loads((tmp_path / "own" / "results.json").read_text()))
     monkeypatch.setenv("COCA_LIT_SWEEP", "x")  # a sweep has no scores of a job that fails
     assert any("compositional" in s for s in run(compose(tmp_path / "job", f"checkpoint={checkpoint}", *evals)))
 

@@ -64,6 +64,17 @@ class Prototypes(torch.nn.Module):
         return normalize(images[:, 0].flatten(1).float(), dim=-1)
 
 
+def test_of_classes_with_one_name_the_first_is_chosen(digits, tmp_path):
+    """As by `argmax`: ImageNet has two missiles, whose prompts are the same."""
+    means = torch.stack([torch.full((64,), float(i)) for i in range(10)]) + torch.arange(64.0)
+    images = image_folder(digits, digits / "classes.json")
+    records = [record for record in images.records if images.labels[record.id] < 2][:60]
+    labels = {record.id: i % 2 for i, record in enumerate(records)}
+    images = images._replace(records=records, labels=labels, class_names=("zero", "zero"))
+    scores = ZeroShotScores("digits", images).evaluate(Prototypes(means), Settings(tmp_path))
+    assert scores["digits/top1"] == 0.5
+
+
 def test_real_digits_against_scikit_learn(digits, tmp_path):
     data = pytest.importorskip("sklearn.datasets").load_digits()
     pixels = torch.from_numpy((data.images * 15).astype(np.uint8)).flatten(1).float()

@@ -717,6 +717,16 @@ def test_new_start_moves_the_old_run_aside(tmp_path: Path) -> None:
     assert (tmp_path / "earlier_1" / "metrics.csv").exists()
 
 
+def test_what_an_unfinished_evaluation_wrote_is_not_that_of_the_next(tmp_path: Path) -> None:
+    """It has neither checkpoints nor results, and the next one may be of another model."""
+    for name in ("predictions", "samples"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "flickr8k.json").write_text("[]")
+    start_fresh(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"earlier_1"}
+    assert (tmp_path / "earlier_1" / "samples" / "flickr8k.json").exists()
+
+
 def test_going_back_to_an_older_checkpoint(tmp_path: Path) -> None:
     for step in (1, 2):
         save(tmp_path, step, logged_steps=step)

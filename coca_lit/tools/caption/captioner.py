@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from coca_lit.data.prefetch import worker_errors
 from coca_lit.distributed import gather_objects, rank, stable_seed, world_size
 from coca_lit.errors import DataError
 from coca_lit.models import CoCa, kernels
@@ -61,7 +62,7 @@ def caption_units(
         seed: for sampling.
     """
     captioned, unreadable, inside, start = 0, 0, 0.0, time.perf_counter()
-    with ProgressBar("captioning") as progress, kernels.packed_weights(model):  # once, not in every batch
+    with ProgressBar("captioning") as progress, worker_errors(), kernels.packed_weights(model):  # not in every batch
         planned: deque[_Batch] = deque()
         plan = _plan(units, writer, batch_size, progress, planned)
         for positions, pixels, broken in load_images(plan, model.preprocessing, num_workers):

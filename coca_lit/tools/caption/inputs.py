@@ -18,7 +18,7 @@ from braceexpand import braceexpand
 from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.data.pixels import CLIPS, MAX_IMAGE, SUFFIXES, decode_image
-from coca_lit.data.prefetch import worker_errors, worker_options
+from coca_lit.data.prefetch import worker_options
 from coca_lit.data.shards.indexed import CLIP_SUFFIXES, image_of, kind_of
 from coca_lit.data.shards.listing import local_shards
 from coca_lit.data.shards.reader import holds_code
@@ -202,13 +202,12 @@ def load_images(
         preprocessing: that of the model.
         num_workers: processes that decode ahead; 0 decodes on demand.
     """
-    with worker_errors():
-        yield from DataLoader(
-            _Decoded(preprocessing),
-            batch_sampler=batches,  # type: ignore[arg-type]  # its "indices" are sources
-            collate_fn=_collate,
-            **worker_options(num_workers),
-        )
+    yield from DataLoader(
+        _Decoded(preprocessing),
+        batch_sampler=batches,  # type: ignore[arg-type]  # its "indices" are sources
+        collate_fn=_collate,
+        **worker_options(num_workers),
+    )
 
 
 class MayPass(str):

@@ -117,8 +117,9 @@ class JsonLines(Writer):
     key = "path"
 
     def __init__(self, path: Path, units: Sequence[Unit], settings: dict[str, Any]) -> None:
-        _claim(path.with_name(f"{path.name}.{SETTINGS}"), path.exists(), settings, glob.escape(path.name))
         self.path, self.units = path, units
+        taken = path.exists() or (path.parent.is_dir() and bool(self._parts()))
+        _claim(path.with_name(f"{path.name}.{SETTINGS}"), taken, settings, glob.escape(path.name))
         self.journal = self._journal()
         self.done = {key: row.get("file") for key, row in self._rows().items()}
 
@@ -232,8 +233,8 @@ class Recaptioned(Writer):
     """A folder of shards for training, each a copy of an input with the new captions, see
     `write_shard`.
 
-    A shard is written whole or not at all; an existing one is done, unless the mark beside it says that it was made of
-    another input. `open_writer` claims the folder, once for all processes of an engine.
+    A shard is written whole or not at all; an existing one is done if the mark beside it says that it was made of this
+    input. `open_writer` claims the folder, once for all processes of an engine.
     """
 
     def __init__(self, folder: Path, units: Sequence[Unit]) -> None:
@@ -256,7 +257,7 @@ class Recaptioned(Writer):
         if not isinstance(unit, Shard) or not (self.folder / unit.path.name).exists():
             return False
         made = self._made_of(unit.path)
-        return made is None or made.get("file") == list(state_of(unit.path))
+        return made is not None and made.get("file") == list(state_of(unit.path))
 
     def _made_of(self, source: Path) -> dict[str, Any] | None:
         """Of which file the existing shard of this name was made."""

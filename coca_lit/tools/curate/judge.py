@@ -29,7 +29,7 @@ from coca_lit.machine import best_device
 from coca_lit.models import DualEncoder, text_lengths
 from coca_lit.models.inputs import Images, stack_images
 from coca_lit.models.likelihood import log_likelihoods
-from coca_lit.tools.curate.scores import SETTINGS, read_about, scores_path, write_scores
+from coca_lit.tools.curate.scores import SETTINGS, check_source, read_about, scores_path, write_scores
 from coca_lit.weights.computation import fingerprint
 from coca_lit.weights.load import load_dual_encoder
 
@@ -106,6 +106,7 @@ def judge_shard(shard: Path, judgement: Judgement) -> JudgedShard:
             raise DataError(f"{path} was made with other settings: choose another output, or remove it")
         if known["shard"] == stamp:
             return JudgedShard(path, known["samples"], known["bad"], known["examples"], skipped=True)
+        check_source(path, known, shard)
     model, _ = load_judge(judgement.checkpoint, judgement.bf16)
     model.to(best_device())
     bad = BadSamples(1.0, quiet=True)
@@ -116,7 +117,8 @@ def judge_shard(shard: Path, judgement: Judgement) -> JudgedShard:
         name: np.concatenate([batch[name] for batch in batches]) for name in (batches[0] if batches else ())
     }
     left_out: dict[str, Any] = {"bad": dict(bad.reasons), "examples": bad.examples()}
-    write_scores(path, shard.name, columns, {**settings, "shard": stamp, "content": index.stamp.content, **left_out})
+    of_shard = {"shard": stamp, "content": index.stamp.content, "source": str(shard.resolve())}
+    write_scores(path, shard.name, columns, {**settings, **of_shard, **left_out})
     return JudgedShard(path, len(columns["key"]) if columns else 0, **left_out, skipped=False)
 
 

@@ -93,6 +93,13 @@ def read_about(path: Path, foreign: bool = False) -> dict[str, Any]:
             ) from error
 
 
+def check_source(path: Path, about: Mapping[str, Any], shard: Path) -> None:
+    """Raises `DataError` if a file was made of another shard of this name that is still there."""
+    made = str(about.get("source", ""))
+    if os.path.exists(made) and not os.path.samefile(made, shard):
+        raise DataError(f"{path} was made of {made}: choose another output for {shard}")
+
+
 def find_scores(words: Sequence[str | Path]) -> list[Path]:
     """The files of scores that folders, patterns and file names stand for, in order and each once.
 

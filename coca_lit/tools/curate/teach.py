@@ -27,6 +27,7 @@ from coca_lit.files import claim, size_and_time
 from coca_lit.machine import best_device
 from coca_lit.models import DualEncoder
 from coca_lit.tools.curate.judge import JudgedShard, ShardSamples, index_of, load_judge
+from coca_lit.tools.curate.scores import check_source
 
 SETTINGS = "teachers.settings.json"  # beside the files of a folder: what made them all
 
@@ -78,13 +79,14 @@ def teach_shard(shard: Path, teaching: Teaching) -> JudgedShard:
     path = reinforced_path(str(shard), teaching.output or shard.parent)
     stamp = dict(zip(("bytes", "modified"), size_and_time(shard), strict=True))
     claim(path.parent / SETTINGS, _settings(teaching))  # again: a checkpoint may have changed since the command began
-    about = {**_settings(teaching), **stamp}
+    about = {**_settings(teaching), **stamp, "source": str(shard.resolve())}
     if path.exists():
         known = Reinforced(path).about
         if not _settings(teaching).items() <= known.items():
             raise DataError(f"{path} was made with other settings: choose another output, or remove it")
         if stamp.items() <= known.items():
             return JudgedShard(path, known["samples"], known["bad"], known["examples"], skipped=True)
+        check_source(path, known, shard)
     bad, models = BadSamples(1.0, quiet=True), _teachers(teaching)
     for model in models:
         model.to(best_device())

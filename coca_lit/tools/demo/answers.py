@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -118,13 +119,16 @@ def spotlight(picture: Image.Image, attention: Tensor) -> Image.Image:
 
 @torch.no_grad()
 def rerank_images(model: CoCa, hits: Sequence[Hit], text: str, weight: float = 0.5) -> list[Hit]:
-    """Found images in the order of decoder re-ranking, see `coca_lit.evals.retrieval`; they keep their cosines.
-
-    Raises:
-        DataError: an image has gone since it was indexed.
+    """Found images in the order of decoder re-ranking, see `coca_lit.evals.retrieval`; they keep their cosines. Those
+    that have gone since they were indexed are left out.
     """
-    transform = build_transform(**model.preprocessing)
-    images = stack_images([transform(read_photo(hit.path)) for hit in hits]).to(model.device)
+    transform, read = build_transform(**model.preprocessing), dict[Hit, Any]()
+    for hit in hits:
+        with suppress(DataError):
+            read[hit] = transform(read_photo(hit.path))
+    if not read:
+        return []
+    hits, images = [*read], stack_images([*read.values()]).to(model.device)
     tokens = model.tokenizer([text]).to(model.device).expand(len(hits), -1)  # (I, L)
     likelihood = model.log_likelihood(images, tokens).float().cpu()[:, None]  # (I, 1)
     similarity = model.logit_scale.exp().item() * torch.tensor([hit.score for hit in hits])[:, None]

@@ -1,5 +1,6 @@
 """`coca-demo`: a web page on this machine to caption, classify and search images with a model."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,6 +48,9 @@ def run(cfg: DictConfig) -> None:
     from coca_lit.tools.demo.page import build_page, serve
 
     with TemporaryDirectory(prefix="coca_demo_") as temporary:
+        os.environ.setdefault(
+            "GRADIO_TEMP_DIR", str(Path(temporary, "gradio"))
+        )  # uploads and thumbnails go with the page
         folder = Path(cfg.images) if cfg.images is not None else None
         if folder is None and knows_only_scenes(model):
             folder = write_scenes(Path(temporary, "built-in scenes"))

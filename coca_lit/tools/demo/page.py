@@ -7,6 +7,7 @@ of another name that resolves to this machine reads it.
 import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from coca_lit.weights.hub import released
 EDGE = 1024  # pixels of the longer side of an image on the page
 EXAMPLES = 8
 FOUND = 12  # images that a search shows
-RERANKED = 24  # the nearest images, which the decoder re-ranks
+RERANKED = 24  # the nearest images: the decoder re-ranks them, or they replace those that have gone
 SCENE_WORDS = "circle, square, triangle, star, cross, ring"
 PHOTO_WORDS = "man, woman, child, dog, cat, car, landscape"
 EMPTY = '<div class="ask">Choose a photo, or click on an example.</div>'
@@ -210,14 +211,20 @@ def _search_tab(model: CoCa, index: ImageIndex | None, photo: gr.Image) -> None:
     found = _gallery("found")
 
     def show(hits: list[Hit]) -> list[tuple[Any, str]]:
-        return [(_thumbnail(hit.path), f"{i}. {hit.path.stem}") for i, hit in enumerate(hits[:FOUND], start=1)]
+        found: list[tuple[Any, str]] = []
+        for hit in hits:
+            with suppress(DataError):  # gone since it was indexed
+                found.append((_thumbnail(hit.path), f"{len(found) + 1}. {hit.path.stem}"))
+            if len(found) == FOUND:
+                break
+        return found
 
     def on_text(text: str, by_decoder: bool) -> list[tuple[Any, str]]:
-        hits = index.query(text, RERANKED if by_decoder else FOUND)
+        hits = index.query(text, RERANKED)
         return show(rerank_images(model, hits, text) if by_decoder else hits)
 
     def on_photo(path: str | None) -> list[tuple[Any, str]]:
-        hits = index.query(read_photo(_require_photo(path)), FOUND + 1)
+        hits = index.query(read_photo(_require_photo(path)), RERANKED)
         return show([hit for hit in hits if hit.score < SAME])
 
     options: dict[str, Any] = {"outputs": found, "concurrency_id": "model"}

@@ -82,7 +82,8 @@ class Captioner:
         from PIL import Image, ImageOps
 
         size, mode = self.config["image_size"], self.config["resize_mode"]
-        image = ImageOps.exif_transpose(Image.open(path))
+        # Of no other format: Pillow would run Ghostscript on an EPS.
+        image = ImageOps.exif_transpose(Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "GIF")))
         if image.mode.startswith("I"):  # 16 bits of grey, of which Pillow would cut off all above 255
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         image = image.convert("RGB")
@@ -104,9 +105,23 @@ if __name__ == "__main__":
     names = [word for word in sys.argv[1:] if word != "--int8"]
     if not names:
         sys.exit(__doc__)
-    captioner = Captioner(Path(__file__).parent, int8="--int8" in sys.argv[1:])
-    photos = np.stack([captioner.read_image(name) for name in names])
-    if captioner.config["frames"]:
-        names, photos = [" ".join(names)], photos[None]
-    for name, row in zip(names, captioner.write(photos), strict=True):
-        print(f"{name}\t{captioner.decode(row)}")
+    folder, int8 = Path(__file__).parent, "--int8" in sys.argv[1:]
+    if int8 and not (folder / "decoder_int8.onnx").exists():
+        sys.exit("error: there are no graphs of int8 here; without --int8 those of fp32 are used")
+    captioner = Captioner(folder, int8=int8)
+    if frames := captioner.config["frames"]:
+        if len(names) != frames:
+            sys.exit(f"error: the graphs take clips of {frames} frames, got {len(names)}")
+        clip = np.stack([captioner.read_image(name) for name in names])
+        print(f"{' '.join(names)}\t{captioner.decode(captioner.write(clip[None])[0])}")
+        names = []
+    for start in range(0, len(names), 16):
+        photos = {}
+        for name in names[start : start + 16]:
+            try:
+                photos[name] = captioner.read_image(name)
+            except (OSError, SyntaxError, ValueError) as error:
+                print(f"skipped: {name}: {error}", file=sys.stderr)
+        if photos:
+            for name, row in zip(photos, captioner.write(np.stack([*photos.values()])), strict=True):
+                print(f"{name}\t{captioner.decode(row)}")

@@ -13,6 +13,7 @@ from coca_lit.errors import check_names
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import blind_log_likelihoods, embed_images, embed_texts, log_likelihoods
 from coca_lit.metrics.captions import CLIP_PROMPT, clip_scores
+from coca_lit.metrics.java.runtime import JavaError
 from coca_lit.metrics.uncertainty import Draws
 from coca_lit.models import DualEncoder
 from coca_lit.models.packing import text_lengths
@@ -64,7 +65,10 @@ class JudgedScores(Evaluation):
         if model.decoder is None:
             self.not_run[f"{self.name} likelihood"] = "the model has no decoder to read the captions with"
         if settings.full:
-            found, missing = reference_scores(judged)
+            try:
+                found, missing = reference_scores(judged)
+            except (JavaError, FileNotFoundError) as error:  # of the tokenizer, which all of them need
+                found, missing = {}, dict.fromkeys(OF_REFERENCES, str(error))
             scores = found | scores
             self.not_run |= {f"{self.name} {score}": reason for score, reason in missing.items()}
         self.draws = named(agreement(judged, scores))

@@ -330,11 +330,13 @@ def _table(path: Path, known: _Known) -> Judged:
             number = found.grade(name, row[caption], value, judge)
             if pair:
                 pairs[pair].append((number, value))
-    preferences = []
+    candidates, preferences = list(found.numbers), []
     for pair, members in pairs.items():
         if len(members) != 2:
             raise DataError(f"{path}: the pair {printable(pair)!r} has {len(members)} rows, expected two")
         (first, one), (second, other) = members
+        if candidates[first].image != candidates[second].image:
+            raise DataError(f"{path}: the pair {printable(pair)!r} is of two images, expected two captions of one")
         if one != other and first != second:
             preferences.append(Preference(first, second) if one > other else Preference(second, first))
     return _judged(path, found, known, "candidate", preferences=preferences)

@@ -5,6 +5,7 @@ only new and changed images; and the fingerprint of the model, because embedding
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coca_lit.data.pixels import CLIPS, SUFFIXES
+from coca_lit.data.prefetch import worker_errors
 from coca_lit.data.transforms import build_transform, loaded
 from coca_lit.errors import DataError
 from coca_lit.evals.inference import evaluating
@@ -28,6 +30,7 @@ from coca_lit.weights.computation import fingerprint
 
 FORMAT = "coca_lit image index 1"
 DTYPES = {"folder": torch.uint8, "names": torch.uint8, "stamps": torch.int64, "features": torch.float32}
+SAVE_EVERY = 300.0  # seconds
 Progress = Callable[[int, int], None]  # images done so far, images to do
 
 
@@ -129,13 +132,20 @@ class ImageIndex:
         with replacing(path) as temporary:
             save_file(tensors, temporary, {"format": FORMAT, "model": self.fingerprint})
 
-    def update(self, batch_size: int = 64, num_workers: int = 0, progress: Progress | None = None) -> Changes:
+    def update(
+        self,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        progress: Progress | None = None,
+        save: Callable[[], None] | None = None,
+    ) -> Changes:
         """Brings the index up to date with the folder: embeds new and changed images, forgets removed ones. A file
         counts as changed if its size or modification time differs.
 
         Args:
             num_workers: processes that decode images ahead of the model.
             progress: called after every batch.
+            save: called every `SAVE_EVERY` seconds, when the index has what is embedded so far.
 
         Raises:
             DataError: there is no such folder, or no readable image in it.
@@ -149,16 +159,25 @@ class ImageIndex:
         added = [name for name in paths if name not in before]
         names = {paths[name]: name for name in (*added, *changed)}
         failed: dict[str, str] = {}
+
+        def keep() -> None:
+            if rows:
+                self._stamps = {name: stamps[name] for name in paths if name in rows}
+                self.features = torch.stack([rows[name] for name in self._stamps])
+
+        saved = time.monotonic()
         try:
             for done, unreadable in self._embed([*names], batch_size, num_workers):
                 rows |= {names[path]: row for path, row in done.items()}
                 failed |= {names[path]: reason for path, reason in unreadable.items()}
                 if progress:
                     progress(len(rows) + len(failed) + len(names) - len(paths), len(names))
+                if save and time.monotonic() - saved > SAVE_EVERY:
+                    keep()
+                    save()
+                    saved = time.monotonic()
         finally:  # what is embedded can be saved if it is interrupted
-            if rows:
-                self._stamps = {name: stamps[name] for name in paths if name in rows}
-                self.features = torch.stack([rows[name] for name in self._stamps])
+            keep()
         if not rows:
             found = f"no readable image in '{self.folder}', e.g. {next(iter(failed.values()))}" if failed else ""
             raise DataError(found or f"no image in '{self.folder}' (looked for {', '.join(suffixes)})")
@@ -220,12 +239,14 @@ class ImageIndex:
 
 
 def refresh(index: ImageIndex, save: Callable[[], None], batch_size: int = 64, num_workers: int = 0) -> Changes:
-    """`ImageIndex.update` beside a bar; an interrupted one saves what is embedded by then."""
+    """`ImageIndex.update` beside a bar. What is embedded is saved every few minutes, and where something ends it."""
+    before = index.features
     try:
-        with ProgressBar("embedding") as bar:
-            return index.update(batch_size, num_workers, bar.reach)
-    except KeyboardInterrupt:
-        save()
+        with ProgressBar("embedding") as bar, worker_errors():
+            return index.update(batch_size, num_workers, bar.reach, save)
+    except BaseException:  # Ctrl-C, a data worker that was killed
+        if index.features is not before:
+            save()
         raise
 
 

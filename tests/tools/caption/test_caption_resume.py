@@ -150,6 +150,14 @@ def test_what_a_killed_process_left_does_not_replace_a_new_caption(output: str, 
     assert not (tmp_path / f"{output}.rank1").exists()
 
 
+@pytest.mark.parametrize("output", ["c.jsonl", "c.json"])
+def test_what_a_process_left_is_of_the_model_that_its_settings_name(output: str, folder: Path, tmp_path: Path) -> None:
+    append_lines(tmp_path / f"{output}.rank1", [json.dumps({"path": "0.png", "image_id": 0, "caption": "of another"})])
+    words = (f"checkpoint={folder}/tiny.safetensors", f"images=[{folder}/photos/0.png]", f"output={tmp_path}/{output}")
+    with pytest.raises(DataError, match=rf"{output}\.settings\.json is missing"):
+        caption(*words)
+
+
 def test_shards_of_clips_are_refused(folder: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name in ("0.mp4", "0.txt"):

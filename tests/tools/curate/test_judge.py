@@ -211,6 +211,19 @@ def test_scores_of_another_model_are_refused(work, tmp_path):
         work.judge(tmp_path, checkpoint=str(other))
 
 
+def test_scores_of_another_shard_of_the_same_name_stay(work, tmp_path):
+    """As img2dataset names all of them; the scores of one that has moved are made again."""
+    work.judge(tmp_path / "scores")
+    first, other = work.shards[0], tmp_path / "second" / work.shards[0].name
+    other.parent.mkdir()
+    other.write_bytes(first.read_bytes())
+    asked = Judgement(checkpoint=str(work.checkpoint), output=tmp_path / "scores", batch_size=4)
+    with pytest.raises(DataError, match=r"was made of .*00000\.tar: choose another output"):
+        judge_shard(other, asked)
+    first.unlink()
+    assert not judge_shard(other, asked).skipped
+
+
 def test_of_two_commands_that_begin_at_once_one_writes(work, tmp_path, monkeypatch):
     """The second one, with other settings, begins while the first one has no result yet."""
     words = ["score", str(work.shards[0].parent), f"checkpoint={work.checkpoint}", "num_workers=0"]

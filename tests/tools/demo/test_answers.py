@@ -68,6 +68,9 @@ def test_found_images_are_reranked_as_in_evaluations(model, tmp_path):
     expected = [model.log_likelihood(image[None], tokens).item() for image in images]
     assert found == [hits[i] for i in sorted(range(6), key=lambda i: -expected[i])]
     assert rerank_images(model, hits, text, weight=0.0) == hits
+    hits[2].path.unlink()
+    assert rerank_images(model, hits, text, weight=1.0) == [hit for hit in found if hit != hits[2]]
+    assert rerank_images(model, hits[2:3], text) == []
 
 
 @pytest.mark.slow

@@ -195,6 +195,13 @@ def test_the_captioner_is_a_program(exported: tuple[CoCa, Path], tmp_path: Path)
     command = [sys.executable, str(folder / "captioner.py"), "photo.png"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.stdout == f"photo.png\t{model.tokenizer.decode(model.generate(images_of(1))[0])}\n", done.stderr
+    Image.new("RGB", (32, 32)).save(tmp_path / "page.jpg", "EPS")  # which Pillow would give to Ghostscript
+    several = [*command, "page.jpg", *["photo.png"] * 17]
+    again = subprocess.run(several, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert again.stdout == done.stdout * 18
+    assert again.stderr.startswith("skipped: page.jpg")
+    none = subprocess.run([*command, "--int8"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert none.stderr.startswith("error: there are no graphs of int8") or none.stdout
 
 
 def test_the_captioner_without_photos_says_how(exported: tuple[CoCa, Path]) -> None:

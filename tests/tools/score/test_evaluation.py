@@ -1,6 +1,7 @@
 """The evaluation `judgments`: what a model says about candidates, against loops over single pairs."""
 
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from coca_lit.cli.command import compose
 from coca_lit.data.transforms import build_transform
 from coca_lit.evals import Settings
 from coca_lit.tools.score.evaluation import JudgedScores, judged_captions, model_scores
+from coca_lit.tools.score.judgments import Judged
 from helpers.evaluating import WORDS, make_model, noise
 
 
@@ -87,6 +89,17 @@ def test_all_scores_of_a_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not [name for name in one if "half/" in name]
     with pytest.raises(ValueError, match="did you mean 'CIDEr'"):
         JudgedScores("experts", judged, root, mixed=[["cider", "pmi"]])
+
+
+def test_without_java_the_scores_of_the_model_stay(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(judged: Judged) -> NoReturn:
+        raise FileNotFoundError("no Java")
+
+    monkeypatch.setattr("coca_lit.tools.score.evaluation.reference_scores", failing)
+    evaluation = JudgedScores("experts", judged_captions(root, "ExpertAnnotations.txt"), root)
+    scores = evaluation.evaluate(make_model(), Settings(root))
+    assert "experts/tau_c_pmi" in scores
+    assert evaluation.not_run["experts CIDEr"] == "no Java"
 
 
 @pytest.mark.parametrize("name", ["flickr8k_expert_judgments", "flickr8k_crowd_judgments"])

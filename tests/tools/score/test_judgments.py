@@ -95,6 +95,12 @@ def test_photos_of_one_name_in_two_folders_have_their_ids_alone(tmp_path: Path) 
         read_judgments(by_name, tmp_path / "coco.json")
 
 
+def test_a_pair_of_two_images_is_refused(tmp_path: Path) -> None:
+    rows = "image,caption,grade,pair\n1_a,a hat,3,p\n2_b,a hat,2,p\n"
+    with pytest.raises(DataError, match="pair 'p' is of two images"):
+        read_judgments(write(tmp_path, "mine.csv", rows))
+
+
 def test_pairs_and_judges_count_from_zero(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = write(tmp_path, "mine.parquet", b"")

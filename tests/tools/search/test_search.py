@@ -2,7 +2,10 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ from coca_lit import build_transform
 from coca_lit.data.scenes.render import render
 from coca_lit.errors import DataError
 from coca_lit.models import CLIP, CoCa, create_model
-from coca_lit.tools.search.index import Hit, ImageIndex, index_file
+from coca_lit.tools.search import index as search_index
+from coca_lit.tools.search.index import Hit, ImageIndex, index_file, refresh
 
 NAMES = ["a.png", "b b,=.JPG", "deep/er/c\nc.webp", "deep/\udcff.png"]  # the last one is no Unicode
 
@@ -104,6 +108,25 @@ def test_what_is_embedded_when_it_is_interrupted_stays(folder: Path) -> None:
     assert len(index) == 4
     added, changed, removed, _ = index.update()
     assert (len(added), changed, removed) == (len(NAMES) - 4, [], [])
+    torch.testing.assert_close(index.features, indexed(folder).features)
+
+
+def test_what_is_embedded_is_saved_now_and_then_and_where_a_worker_is_killed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, saved, embed = ImageIndex(indexed(folder).model, folder), list[int](), ImageIndex._embed
+
+    def killed(*given: Any) -> Iterator[Any]:
+        yield from islice(embed(*given), 2)
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(ImageIndex, "_embed", killed)
+    with pytest.raises(DataError, match=r"worker \(process 7\) ended"):
+        refresh(index, lambda: saved.append(len(index)), batch_size=1)
+    monkeypatch.setattr(ImageIndex, "_embed", embed)
+    monkeypatch.setattr(search_index, "SAVE_EVERY", 0.0)
+    refresh(index, lambda: saved.append(len(index)), batch_size=1)
+    assert saved == [2, 3, 4]
     torch.testing.assert_close(index.features, indexed(folder).features)
 
 
