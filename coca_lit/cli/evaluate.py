@@ -6,6 +6,7 @@ the same.
 
 import os
 import re
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -205,16 +206,17 @@ def run(cfg: DictConfig) -> dict[str, float]:
             with error_context("checkpoint"):
                 settings = replace(settings, classifier=load_classifier(cfg.checkpoint, model))
         start_run_folder(cfg)  # not before: a scoring that cannot start leaves nothing behind
-        found, problem = Found(not_run=not_run), None
+        found, problem, bug = Found(not_run=not_run), None, False
         for evaluation in evals:
             try:
                 with worker_errors():
                     found.add(evaluation, evaluation.evaluate(model, settings))
             except Exception as error:  # also of an evaluation of one's own, after hours of others
-                if len(evals) == 1 or world_size() > 1 or isinstance(error, ConfigError):  # others would wait for this
+                if len(evals) == 1 or world_size() > 1:  # other processes would wait for this one
                     raise
                 if not isinstance(error, UserError):
-                    traceback.print_exception(error)
+                    bug = True
+                    print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
                 problem = printable(redact(explain(error)))
                 name = f"{evaluation.name} ({type(evaluation).__name__})"  # captions and retrieval may share the first
                 found.not_run[name] = problem
@@ -224,7 +226,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         if rank() == 0:
             facts = {"parameters": part_sizes(model), "gflops": forward_flops(model) / 1e9}
             finish_run(folder, found, facts, report)
-        if problem and not os.environ.get(SWEEP_VARIABLE):  # which counts jobs that end well
+        if problem and (bug or not os.environ.get(SWEEP_VARIABLE)):  # a sweep has no scores of a job that fails
             raise DataError(problem)
     return found.scores
 

@@ -90,8 +90,8 @@ def worker_errors() -> Iterator[None]:
             raise
         which = f" (process {found[1]})" if found is not None else ""
         raise DataError(
-            f"a data worker{which} ended or was killed, usually because memory ran out: use fewer of them "
-            "(data.num_workers, scoring.workers, num_workers); the same command goes on"
+            f"a data worker{which} ended or was killed, usually because memory ran out: use fewer workers "
+            "(data.num_workers, scoring.workers, num_workers); the same command resumes"
         ) from error
 
 

@@ -46,7 +46,19 @@ EARLIER = "earlier_results.json"  # of a run that went on
 # What belongs to one run, as outputs/README.md lists it.
 FILES = (
     *("config.yaml", "environment.json", "results.json", "not_run.json", "curves.png", "report.html", "report.md"),
-    *(EARLIER, INTERVALS, DRAWS, CONDITIONS, CHECKPOINTS, METRICS, BAD_STEPS, "bad_samples", "predictions", "samples"),
+    *(
+        EARLIER,
+        INTERVALS,
+        DRAWS,
+        CONDITIONS,
+        CHECKPOINTS,
+        METRICS,
+        BAD_STEPS,
+        "bad_samples",
+        "predictions",
+        "samples",
+        "judgments",
+    ),
     *("tensorboard", "wandb", "wandb_run", "mlflow_run"),
 )
 # Keys that decide what is computed, and among them those that only decide where and how fast.
@@ -267,7 +279,7 @@ def start_fresh(folder: Path) -> None:
     if step_files(folder / CHECKPOINTS) or (folder / "results.json").exists():
         print_rank_zero(f"the earlier run in {folder} was moved to {archive(folder, left)}")
     else:
-        if written := [folder / name for name in ("predictions", "samples") if (folder / name).exists()]:
+        if written := [folder / name for name in ("predictions", "samples", "judgments") if (folder / name).exists()]:
             print_rank_zero(f"what an unfinished run wrote in {folder} was moved to {archive(folder, written)}")
         rewind_logs(folder, 0, 0)  # it died before its first checkpoint, and the same steps are repeated
 

@@ -15,6 +15,7 @@ from coca_lit.errors import check_number
 from coca_lit.models.clip import CLIP, DualEncoder
 from coca_lit.models.coca import CoCa
 from coca_lit.models.image import CLIP_NORMALISATION
+from coca_lit.tokenizer import is_same
 from coca_lit.weights.intact import digest
 
 # Arguments of `CoCa` whose values its tensors do not show.
@@ -123,7 +124,7 @@ def interpolate(model: CoCa | CLIP, before: CoCa | CLIP, weight: float) -> None:
     theirs = before.state_dict()
     if reason := misfit(model.state_dict(), theirs):
         raise ValueError(f"the models have different architectures: {reason}")
-    if model.tokenizer.spec != before.tokenizer.spec:
+    if not is_same(model.tokenizer.spec, before.tokenizer.spec):
         raise ValueError("the models have different vocabularies: their token ids mean different words")
     if reason := difference(model, before):
         raise ValueError(f"the models compute different things: {reason}")

@@ -23,6 +23,7 @@ from coca_lit.models.clip import CLIP, DualEncoder, QuickGELU
 from coca_lit.models.coca import CoCa
 from coca_lit.models.layers import SelfBlock
 from coca_lit.models.text import ClassicDecoder, TextTower
+from coca_lit.tokenizer import is_same
 from coca_lit.weights.computation import difference, misfit
 from coca_lit.weights.load import read_state
 
@@ -58,7 +59,7 @@ def copy_weights(source: DualEncoder, model: CoCa, path: str | Path, adapted: Se
         ValueError: a tensor does not fit, or the models compute different things with equal tensors; the message names
             the first difference.
     """
-    if source.tokenizer.spec != model.tokenizer.spec:
+    if not is_same(source.tokenizer.spec, model.tokenizer.spec):
         raise ValueError(f"{path} has another vocabulary: its token ids mean other words")
     if source.image_size != model.image_size and not source.image_encoder.takes_patches:
         print_rank_zero(f"{path} was trained on images of {source.image_size} px, this model takes {model.image_size}")

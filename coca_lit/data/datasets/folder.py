@@ -212,7 +212,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Iterable[str], str | None]]:
             name, several = row[image], row.get("captions")
             texts = several if several and isinstance(several, list) else row[caption]
             # `coca-caption` writes them beside the best one: in its rows one of the two was corrected.
-            one = row.get(caption)
+            one = row.get("caption")
             if (
                 isinstance(row.get("file"), list)
                 and isinstance(one, str)

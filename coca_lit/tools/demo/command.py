@@ -75,16 +75,17 @@ def _index(model: "CoCa", folder: Path) -> "ImageIndex":
     has_clips = any(path.suffix.lower() in CLIPS for path in index.paths)  # the page has none, and would lose them
 
     def save() -> None:
+        nonlocal problem
         if not problem and not has_clips:
-            index.save(file)
+            try:
+                index.save(file)
+            except DataError as error:  # nobody may be able to write there
+                problem = error
 
     changes = refresh(index, save)
     for reason in changes.unreadable.values():
         print(printable(f"not searched: {reason}"))
-    try:
-        save()
-    except DataError as error:
-        problem = error
+    save()
     if problem:
         print(printable(f"the index is not saved, and is built again next time: {problem}"))
     return index

@@ -217,6 +217,8 @@ def _search_tab(model: CoCa, index: ImageIndex | None, photo: gr.Image) -> None:
                 found.append((_thumbnail(hit.path), f"{len(found) + 1}. {hit.path.stem}"))
             if len(found) == FOUND:
                 break
+        if hits and not found:
+            raise DataError("the images that were found have gone since the page was started: start it again")
         return found
 
     def on_text(text: str, by_decoder: bool) -> list[tuple[Any, str]]:

@@ -112,16 +112,20 @@ if __name__ == "__main__":
     if frames := captioner.config["frames"]:
         if len(names) != frames:
             sys.exit(f"error: the graphs take clips of {frames} frames, got {len(names)}")
-        clip = np.stack([captioner.read_image(name) for name in names])
+        try:
+            clip = np.stack([captioner.read_image(name) for name in names])
+        except Exception as error:
+            sys.exit(f"error: a frame cannot be read: {error}")
         print(f"{' '.join(names)}\t{captioner.decode(captioner.write(clip[None])[0])}")
         names = []
     for start in range(0, len(names), 16):
-        photos = {}
+        photos: list[tuple[str, Array]] = []
         for name in names[start : start + 16]:
             try:
-                photos[name] = captioner.read_image(name)
-            except (OSError, SyntaxError, ValueError) as error:
+                photos.append((name, captioner.read_image(name)))
+            except Exception as error:  # Pillow raises a dozen types
                 print(f"skipped: {name}: {error}", file=sys.stderr)
         if photos:
-            for name, row in zip(photos, captioner.write(np.stack([*photos.values()])), strict=True):
+            rows = captioner.write(np.stack([pixels for _, pixels in photos]))
+            for (name, _), row in zip(photos, rows, strict=True):
                 print(f"{name}\t{captioner.decode(row)}")
