@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import print_rank_zero
-from coca_lit.errors import ConfigError, check_number, error_context
+from coca_lit.errors import ConfigError, check_number
 from coca_lit.models import CoCa
 from coca_lit.models.parts import GradCheckpointing
 from coca_lit.training.lightning_fixes import clip_gradients, forget_last_step, is_logged_step, is_sharded, step_share
@@ -198,8 +198,7 @@ class CoCaLit(L.LightningModule):
             shard(self.net, mesh, half=bf16 and mesh.device_type == "cuda")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        with error_context("model.optimizer"):
-            optimizer = optimizer_of(self.make_optimizer, self.net, self.objectives)
+        optimizer = optimizer_of(self.make_optimizer, self.net, self.objectives)
         # Before any callback sees the weights, such as `Averaging`.
         optimizer.register_step_post_hook(lambda *_: self.net.clamp_logit_scale())
         steps = warmup, total = self.warmup_steps, int(self.trainer.estimated_stepping_batches)

@@ -206,7 +206,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
             with error_context("checkpoint"):
                 settings = replace(settings, classifier=load_classifier(cfg.checkpoint, model))
         start_run_folder(cfg)  # not before: a scoring that cannot start leaves nothing behind
-        found, problem, bug = Found(not_run=not_run), None, False
+        found, problem = Found(not_run=not_run), None
+        bug: Exception | None = None
         for evaluation in evals:
             try:
                 with worker_errors():
@@ -214,20 +215,21 @@ def run(cfg: DictConfig) -> dict[str, float]:
             except Exception as error:  # also of an evaluation of one's own, after hours of others
                 if len(evals) == 1 or world_size() > 1:  # other processes would wait for this one
                     raise
+                said = printable(redact(explain(error)))
                 if not isinstance(error, UserError):
-                    bug = True
+                    bug = error
                     print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
-                problem = printable(redact(explain(error)))
+                problem = said if bug in (None, error) else problem
                 name = f"{evaluation.name} ({type(evaluation).__name__})"  # captions and retrieval may share the first
-                found.not_run[name] = problem
-                print(f"{name} not run: {problem}; the scores of the others stay", flush=True)
+                found.not_run[name] = said
+                print(f"{name} not run: {said}; the scores of the others stay", flush=True)
         if problem and not found.scores:
-            raise DataError(problem)
+            raise DataError(problem) from bug
         if rank() == 0:
             facts = {"parameters": part_sizes(model), "gflops": forward_flops(model) / 1e9}
             finish_run(folder, found, facts, report)
         if problem and (bug or not os.environ.get(SWEEP_VARIABLE)):  # a sweep has no scores of a job that fails
-            raise DataError(problem)
+            raise DataError(problem) from bug
     return found.scores
 
 

@@ -26,6 +26,7 @@ from coca_lit.runs.checkpoint_io import save
 from coca_lit.runs.launch import launched_devices, launched_processes, under_srun
 from coca_lit.training.lightning_fixes import callbacks_of, is_sharded, set_ddp_options
 from coca_lit.training.objectives import Objective
+from coca_lit.training.optim import Grouped
 from coca_lit.weights.sharded import REST, is_folder, nested, read_tensors
 
 if TYPE_CHECKING:
@@ -170,6 +171,9 @@ def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
                 f"data.batch_size: the {own} pairs of a process are no multiple of trainer.micro_batch_size={size}"
             )
         _check_interval(trainer, data)
+    if isinstance(module.make_optimizer, Grouped) and any(p.requires_grad for p in module.net.parameters()):
+        with error_context("model.optimizer"):
+            module.make_optimizer.groups(module.net)
     for name, made in (("data", data), ("model", module)):
         try:
             torch.save(dict(getattr(made, "hparams", {})), file := BytesIO())

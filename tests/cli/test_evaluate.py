@@ -413,6 +413,10 @@ def test_a_corrupt_image_is_named(checkpoint, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(RetrievalScores, "evaluate", broken)  # as one's own may be
     with pytest.raises(DataError, match="division by zero"):
         run(compose(tmp_path / "own", f"checkpoint={checkpoint}", *evals))
+    with monkeypatch.context() as patch:
+        patch.setenv("COCA_LIT_SWEEP", "x")
+        with pytest.raises(DataError, match="division by zero"):
+            run(compose(tmp_path / "own_job", f"checkpoint={checkpoint}", *evals))
     monkeypatch.setattr(RetrievalScores, "evaluate", real)
     assert any("compositional" in score for score in json.loads((tmp_path / "own" / "results.json").read_text()))
     monkeypatch.setenv("COCA_LIT_SWEEP", "x")  # a sweep has no scores of a job that fails

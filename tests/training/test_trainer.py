@@ -123,6 +123,14 @@ def test_a_validation_that_no_epoch_reaches_is_refused(tmp_path: Path) -> None:
             prepare(trainer, module, data)
 
 
+def test_rates_that_cannot_fall_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = compose(*TINY[:-1], f"output_dir={tmp_path}", "model.optimizer.layer_decay=0.5")
+    module, trainer = build_module(cfg), build_trainer(cfg, ScoreDuringTraining([], Settings(tmp_path)))
+    monkeypatch.setattr(module.net.image_encoder, "depths", lambda: {})
+    with pytest.raises(ConfigError, match=r"model\.optimizer: layer_decay"):
+        prepare(trainer, module, build_data(cfg, module.net.tokenizer))
+
+
 def test_hyperparameters_that_no_checkpoint_may_hold_are_refused(tmp_path: Path) -> None:
     class Own(L.LightningDataModule):
         def __init__(self, tokenizer: Any, size: int) -> None:

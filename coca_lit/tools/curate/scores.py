@@ -94,9 +94,12 @@ def read_about(path: Path, foreign: bool = False) -> dict[str, Any]:
 
 
 def check_source(path: Path, about: Mapping[str, Any], shard: Path) -> None:
-    """Raises `DataError` if a file was made of another shard of this name that is still there."""
+    """Raises `DataError` if a file was made of another shard of this name that is still there, unless it was copied
+    with its shard.
+    """
     made = str(about.get("source", ""))
-    if path.parent.resolve() == shard.parent.resolve():  # beside it, perhaps copied with it
+    is_beside = path.parent.resolve() == shard.parent.resolve()
+    if is_beside and os.path.exists(os.path.join(os.path.dirname(made), path.name)):
         return
     if os.path.exists(made) and not os.path.samefile(made, shard):
         raise DataError(f"{path} was made of {made}: choose another output for {shard}")

@@ -46,6 +46,7 @@ RERANKED = 24  # the nearest images: the decoder re-ranks them, or they replace 
 SCENE_WORDS = "circle, square, triangle, star, cross, ring"
 PHOTO_WORDS = "man, woman, child, dog, cat, car, landscape"
 EMPTY = '<div class="ask">Choose a photo, or click on an example.</div>'
+GONE = "the images that were found have gone since the page was started: start it again"
 SAME = 0.999  # cosine of two copies of a photo
 STRATEGIES = [("best of several", "beam"), ("varied", "sample"), ("a single one, fast", "greedy")]
 SURE = ((0.75, "sure"), (0.5, "fairly sure"), (0.25, "unsure"), (0.0, "guessing"))  # from which share on
@@ -218,12 +219,15 @@ def _search_tab(model: CoCa, index: ImageIndex | None, photo: gr.Image) -> None:
             if len(found) == FOUND:
                 break
         if hits and not found:
-            raise DataError("the images that were found have gone since the page was started: start it again")
+            raise DataError(GONE)
         return found
 
     def on_text(text: str, by_decoder: bool) -> list[tuple[Any, str]]:
         hits = index.query(text, RERANKED)
-        return show(rerank_images(model, hits, text) if by_decoder else hits)
+        ranked = rerank_images(model, hits, text) if by_decoder else hits
+        if hits and not ranked:
+            raise DataError(GONE)
+        return show(ranked)
 
     def on_photo(path: str | None) -> list[tuple[Any, str]]:
         hits = index.query(read_photo(_require_photo(path)), RERANKED)

@@ -118,6 +118,7 @@ if __name__ == "__main__":
             sys.exit(f"error: a frame cannot be read: {error}")
         print(f"{' '.join(names)}\t{captioner.decode(captioner.write(clip[None])[0])}")
         names = []
+    written = 0
     for start in range(0, len(names), 16):
         photos: list[tuple[str, Array]] = []
         for name in names[start : start + 16]:
@@ -127,5 +128,8 @@ if __name__ == "__main__":
                 print(f"skipped: {name}: {error}", file=sys.stderr)
         if photos:
             rows = captioner.write(np.stack([pixels for _, pixels in photos]))
+            written += len(rows)
             for (name, _), row in zip(photos, rows, strict=True):
                 print(f"{name}\t{captioner.decode(row)}")
+    if names and not written:
+        sys.exit(1)

@@ -4,6 +4,7 @@ import gzip
 import io
 import multiprocessing
 import os
+import shutil
 import signal
 import tarfile
 from dataclasses import dataclass
@@ -222,6 +223,9 @@ def test_scores_of_another_shard_of_the_same_name_stay(work, tmp_path):
         judge_shard(other, asked)
     first.unlink()
     assert not judge_shard(other, asked).skipped
+    judge_shard(other, asked._replace(output=None))
+    shutil.copytree(other.parent, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert not judge_shard(tmp_path / "copy" / other.name, asked._replace(output=None)).skipped
 
 
 def test_of_two_commands_that_begin_at_once_one_writes(work, tmp_path, monkeypatch):
