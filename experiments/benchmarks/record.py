@@ -56,9 +56,10 @@ def provenance() -> dict[str, str]:
 
 @functools.cache
 def _at_start() -> dict[str, Any]:
-    """Once, and whatever rows were appended already: they would make the commit of the next rows a dirty one."""
+    """Once, and whatever rows and tables were written already, which would make the commit of the next rows dirty."""
     found = environment()
     others = ["git", "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)experiments/*.csv"]
+    others.append(":(top,exclude)experiments/benchmarks/README.md")  # whose tables are made of the rows
     if shutil.which("git") and not subprocess.run(others, cwd=Path(__file__).parent, check=False).returncode:
         found["commit"] = found["commit"].removesuffix("-dirty")
     return found

@@ -92,7 +92,7 @@ LAYOUTS: dict[str, Layout] = {
     "input_pipeline": Layout(
         {"case": "data", "what": "stage"},
         {"OpenCLIP, µs/sample": "theirs µs", "coca_lit, µs/sample": "ours µs", FASTER: "ratio"},
-        {"case": ("synthetic photos, short side 256-512", "photos in flickr8k")},
+        {"case": ("synthetic photos, short side 256-512", "photos in images")},
     ),
     "input_pipeline/sizes": Layout(
         {"what": "synthetic photos"},

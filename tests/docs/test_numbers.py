@@ -101,7 +101,7 @@ CLAIMS = [
             "benchmarks/input_pipeline",
             FASTER,
             "synthetic photos, short side 256-512 | all, indexed shards",
-            "photos in flickr8k | all, indexed shards",
+            "photos in images | all, indexed shards",
         ),
     ),
     Claim((STUDIES, "family"), r"CIDEr (\d+) instead of (\d+) on scenes, (\d+) instead of (\d+) on photos", MEMBERS),
