@@ -63,7 +63,8 @@ def build_module(cfg: DictConfig, start: "Start | None" = None, source: "DualEnc
         for objective in module.further_objectives().values():
             objective.begin(module.net)
     else:
-        if not is_same(module.net.tokenizer.spec, theirs.get("tokenizer", module.net.tokenizer.spec)):
+        spec = module.net.tokenizer.spec
+        if isinstance(spec, dict) and not is_same(spec, theirs.get("tokenizer", spec)):  # a file, which has one name
             raise ConfigError("model.net.tokenizer: it has changed since the checkpoint: restore it, or set a new name")
         check_classes(module, start)
     add_adapters(cfg, module)
