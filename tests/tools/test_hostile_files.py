@@ -43,7 +43,7 @@ def test_forged_journals(folder, data):
     (folder / CHECK_JOURNAL).write_bytes(b"\n".join(lines) + b"\n")
     with bounded():
         for known in _journals({folder}, "txt").values():
-            assert sum(known.bad.values()) >= 0
+            assert isinstance(sum(known.bad.values()), int)
         reports = check_shards([path], "txt", lambda check, paths, key: (check(path, key) for path in paths))
         assert len([*reports]) == 1
     output = folder / "output"
