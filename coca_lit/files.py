@@ -104,6 +104,11 @@ def write_json(path: Path, content: Any) -> None:
     atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
+def is_of_another(made: str, path: Path) -> bool:
+    """Whether a result that was made of the file `made` is not of this one, and not of one that has moved here."""
+    return os.path.exists(made) and not os.path.samefile(made, path)
+
+
 def claim(file: Path, settings: Mapping[str, Any], taken: bool = False) -> None:
     """Records in `file`, beside an output, the settings that make it. Of several processes that begin at once, the
     first one records its own.

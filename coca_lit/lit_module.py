@@ -43,7 +43,7 @@ class CoCaLit(L.LightningModule):
         freeze: further parts of the network to freeze, see `CoCa.freeze`; or a single one.
         grad_checkpointing: trade time for activation memory: none | cross_attention | blocks, see
             `CoCa.set_grad_checkpointing`.
-        compile: run the transformer blocks through `torch.compile`; of an image encoder those of `VisionTransformer`.
+        compile: run the transformer blocks through `torch.compile`; of image encoders only timm's ViTs.
         micro_batch_size: pairs that a process sends through the network at a time, see `gradient_caching`; None for
             the whole batch.
         objectives: further losses on pairs, {name of your choice: objective or function}; None leaves one out.

@@ -208,8 +208,7 @@ def sweep_score(results: Any, cfg: DictConfig) -> Any:
 
 def check_study(evals: Sequence["Evaluation"]) -> None:
     """Raises `ConfigError` if Optuna searches, and nothing says by which score of these evaluations."""
-    sweeper = HydraConfig.get().sweeper.get("_target_", "") if HydraConfig.initialized() else ""
-    if not sweeper.endswith("OptunaSweeper") or HydraConfig.get().mode != RunMode.MULTIRUN:
+    if not HydraConfig.initialized() or not _is_study():
         return
     names = [f"{e.name}/{score}" for e in evals for score in (*e.score_names, *(e.final_score_names or ()))]
     known = all(e.score_names and e.final_score_names is not None for e in evals)  # not of one's own
@@ -217,13 +216,18 @@ def check_study(evals: Sequence["Evaluation"]) -> None:
         raise ConfigError(f"scoring.objective: name the score that Optuna improves, one of: {', '.join(names)}")
 
 
+def _is_study() -> bool:
+    """Whether Optuna chooses the values of this job."""
+    hydra = HydraConfig.get()
+    return hydra.mode == RunMode.MULTIRUN and hydra.sweeper.get("_target_", "").endswith("OptunaSweeper")
+
+
 def check_processes(count: int) -> None:
     """Raises `ConfigError` if a job of a sweep wants more processes than its launcher can give it."""
     if count == 1 or not HydraConfig.initialized():
         return
-    hydra = HydraConfig.get()
-    launcher, sweeper = (node.get("_target_", "").rpartition(".")[2] for node in (hydra.launcher, hydra.sweeper))
-    if hydra.mode == RunMode.MULTIRUN and sweeper == "OptunaSweeper" and launcher == "BasicLauncher":
+    launcher = HydraConfig.get().launcher.get("_target_", "").rpartition(".")[2]
+    if _is_study() and launcher == "BasicLauncher":
         raise ConfigError(
             f"each of {count} processes would ask the study for values of its own: set trainer.devices=1, or "
             "hydra/launcher=slurm_jobs for large jobs"

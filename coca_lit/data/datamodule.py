@@ -117,7 +117,7 @@ class CaptionDataModule(LightningDataModule):
 
     @property
     def batches_per_epoch(self) -> int:
-        """Those of captioned images and those of texts."""
+        """Global batches in an epoch, captioned images and texts alone."""
         pairs = self.steps_per_epoch
         return pairs if self.texts is None else self.texts.steps(pairs, self.text_every)
 

@@ -16,6 +16,7 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.tools.caption.captioner import caption_units
 from coca_lit.tools.caption.inputs import find_images, find_inputs
 from coca_lit.tools.caption.outputs import open_writer
+from coca_lit.weights.load import load_model
 from experiments.benchmarks.record import record
 
 
@@ -23,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of coca-caption on a folder, and the model's share of it.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=1000, help="photos")
-    parser.add_argument("--model", default="coca_vit_b32", help="a preset")
+    parser.add_argument("--model", default="coca_vit_b32", help="a preset, or photos")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--strategy", nargs="+", choices=("greedy", "beam"), default=["beam"])
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="processes that decode")
@@ -31,7 +32,8 @@ def main() -> None:
     args = parser.parse_args()
     photos = [str(path) for path in find_images(args.folder)[: args.count]]
     torch.manual_seed(0)
-    model = create_model(args.model).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    made = load_model("photos") if args.model == "photos" else create_model(args.model).eval()
+    model = made.to("cuda" if torch.cuda.is_available() else "cpu")
     for precision in args.precision:
         model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
         for strategy in args.strategy:

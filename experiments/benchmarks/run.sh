@@ -22,6 +22,7 @@ run experiments/benchmarks/startup.py
 run experiments/benchmarks/from_nothing.py
 run experiments/benchmarks/caption_folder.py "$1" --count 200 --workers 2
 run experiments/benchmarks/caption_folder.py "$1" --count 32 --workers 2 --model coca_vit_l14
+run experiments/benchmarks/caption_folder.py "$1" --count 1000 --workers 2 --model photos
 run experiments/benchmarks/busy.py --task "training, demo" --repetitions 1
 python experiments/report.py benchmarks
 python experiments/benchmarks/moved.py

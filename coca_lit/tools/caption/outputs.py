@@ -24,6 +24,7 @@ from coca_lit.files import (
     atomic_write,
     claim,
     is_leftover,
+    is_of_another,
     remove_leftovers,
     state_of,
     whole_lines,
@@ -281,8 +282,7 @@ class Recaptioned(Writer):
 
 def _is_of_another(made: Mapping[str, Any], path: Path, state: Sequence[int]) -> bool:
     """Whether a result was made of another file than this one, and not of one that has moved here."""
-    theirs = str(made.get("path", ""))
-    return made.get("file") != list(state) and os.path.exists(theirs) and not os.path.samefile(theirs, path)
+    return made.get("file") != list(state) and is_of_another(str(made.get("path", "")), path)
 
 
 def print_rows(rows: Sequence[Sequence[str]]) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 
 from coca_lit.data.shards.shard import sha256_of
 from coca_lit.errors import DataError, DataNotFoundError
-from coca_lit.files import replacing, state_of
+from coca_lit.files import is_of_another, replacing, state_of
 from coca_lit.reading import counts_of, open_parquet, parse_json, texts_of
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def check_source(path: Path, about: Mapping[str, Any], shard: Path) -> None:
     is_beside = path.parent.resolve() == shard.parent.resolve()
     if is_beside and os.path.exists(os.path.join(os.path.dirname(made), path.name)):
         return
-    if os.path.exists(made) and not os.path.samefile(made, shard):
+    if is_of_another(made, shard):
         raise DataError(f"{path} was made of {made}: choose another output for {shard}")
 
 

@@ -48,9 +48,8 @@ def run(cfg: DictConfig) -> None:
     from coca_lit.tools.demo.page import build_page, serve
 
     with TemporaryDirectory(prefix="coca_demo_") as temporary:
-        os.environ.setdefault(
-            "GRADIO_TEMP_DIR", str(Path(temporary, "gradio"))
-        )  # uploads and thumbnails go with the page
+        # Uploads and thumbnails go when the page ends.
+        os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(temporary, "gradio")))
         folder = Path(cfg.images) if cfg.images is not None else None
         if folder is None and knows_only_scenes(model):
             folder = write_scenes(Path(temporary, "built-in scenes"))

@@ -107,7 +107,7 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     folder, int8 = Path(__file__).parent, "--int8" in sys.argv[1:]
     if int8 and not (folder / "decoder_int8.onnx").exists():
-        sys.exit("error: there are no graphs of int8 here; without --int8 those of fp32 are used")
+        sys.exit("error: this export has no int8 graphs: leave --int8 out")
     captioner = Captioner(folder, int8=int8)
     if frames := captioner.config["frames"]:
         if len(names) != frames:

@@ -63,7 +63,7 @@ _TRUNK_BLOCK = {
     "mlp.fc2": "mlp.c_proj",
 }
 
-# A part has those of its class or the nearest one above it: a tower registered from outside has what its base has.
+# A part takes the names of its class or of the nearest base class: a tower registered from outside takes its base's.
 _NAMES: dict[type[nn.Module], Names] = {
     ImageEncoder: (  # CLIP's vision transformers
         ("trunk.blocks.", "visual.transformer.resblocks.", _TRUNK_BLOCK),

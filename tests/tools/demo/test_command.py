@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import subprocess
 from unittest.mock import Mock
 
@@ -30,7 +31,10 @@ def shown(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr("coca_lit.tools.demo.page.build_page", lambda *args, **kwargs: calls.append((*args, kwargs)))
     monkeypatch.setattr("coca_lit.tools.demo.page.serve", lambda *args: None)
-    return calls
+    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
+    yield calls
+    if calls:
+        assert not os.path.exists(os.environ["GRADIO_TEMP_DIR"])  # with uploads, after the page
 
 
 @pytest.fixture

@@ -201,7 +201,7 @@ def test_the_captioner_is_a_program(exported: tuple[CoCa, Path], tmp_path: Path)
     assert again.stdout == done.stdout * 18
     assert "skipped: page.jpg: " in again.stderr
     none = subprocess.run([*command, "--int8"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert none.stderr.startswith("error: there are no graphs of int8") or none.stdout
+    assert none.stderr.startswith("error: this export has no int8 graphs") or none.stdout
 
 
 def test_the_captioner_without_photos_says_how(exported: tuple[CoCa, Path]) -> None:
