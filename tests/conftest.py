@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # else functions import what takes seconds: the process that 
 collect_ignore = [] if "simulated_gpu" in sys.modules else ["gpu/simulated"]
 
 
+gc.disable()  # until the first test: a fifth of the time that libraries take to load would go into looking for garbage
 os.environ["COCA_SPICE_JARS"] = os.devnull  # else tests would parse for minutes where the user has the jars
 
 
@@ -69,6 +70,7 @@ def _only_new_garbage() -> None:
     """Libraries are a million objects that stay; a tenth of the time would go into looking for garbage among them."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

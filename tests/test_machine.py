@@ -54,20 +54,19 @@ V2, V1 = "0::/user.slice/app", "4:cpu,cpuacct:/docker/abc\n2:memory:/docker/abc\
 def test_output_goes_on_where_its_encoding_lacks_a_character() -> None:
     """As in a file that Windows writes as cp1252."""
     code = """
+import sys
 from coca_lit.runs.launch import started
 from coca_lit.tools.caption.outputs import print_rows
-with started("test"):
-    print("\\u6771 \\xb7", flush=True)
-    print_rows([["\\u6771.jpg", "a dog"]])
+for encoding, letter in (("cp1252", "\\u6771"), ("utf-8", "\\udce9")):  # the second of a name that is not Unicode
+    sys.stdout = open(1, "w", encoding=encoding, closefd=False)
+    with started("test"):
+        print(f"{letter} \\xb7", flush=True)
+        print_rows([[f"{letter}.jpg", "a dog"]])
 """
-    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-    assert done.stdout.decode("cp1252").splitlines() == ["\\u6771 ·", "\\u6771.jpg\ta dog"], done.stderr
-    code = code.replace("u6771", "udce9")  # of a name that is not Unicode
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment | {"PYTHONIOENCODING": "utf-8"}, capture_output=True
-    )
-    assert done.stdout.splitlines() == [b"\xe9 \xc2\xb7", b"\xe9.jpg\ta dog"], done.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    cp1252, utf8 = done.stdout.splitlines()[:2], done.stdout.splitlines()[2:]
+    assert [line.decode("cp1252") for line in cp1252] == ["\\u6771 ·", "\\u6771.jpg\ta dog"], done.stderr
+    assert utf8 == [b"\xe9 \xc2\xb7", b"\xe9.jpg\ta dog"], done.stderr
 
 
 @pytest.mark.usefixtures("many_cores")

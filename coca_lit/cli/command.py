@@ -7,6 +7,7 @@ that chooses no config group, so that Hydra takes any key, and `coca_lit.cli.sch
 
 import argparse
 import functools
+import gc
 import itertools
 import os
 import re
@@ -226,6 +227,8 @@ def _prepare(config: str, cfg: DictConfig) -> None:
     """Says what is missing or wrong in a checked config, weights included unless the command reads none, before the
     seconds that PyTorch takes to be imported; and imports what the config wants imported.
     """
+    if config != "plan" and "torch" not in sys.modules:
+        gc.disable()  # until `configure_libraries`: a third of these seconds would go into garbage, and there is none
     check_complete(unresolved(cfg))
     if generate := OmegaConf.select(cfg, "scoring.generate"):
         with error_context("scoring"):

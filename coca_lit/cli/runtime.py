@@ -1,5 +1,6 @@
 """Settings of PyTorch and Lightning that commands share: threads, memory, precision, which notices are shown."""
 
+import gc
 import logging
 import os
 import sys
@@ -25,6 +26,9 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bo
 
     from coca_lit.models import kernels
 
+    if not gc.isenabled():
+        gc.freeze()  # what has been imported stays
+        gc.enable()
     if threads is not None:
         if not isinstance(threads, int) or threads < 1:
             raise ConfigError(f"threads must be a whole number of at least 1, got {threads!r}")

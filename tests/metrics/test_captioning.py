@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -184,28 +184,12 @@ def test_meteor_of_empty_captions():
 
 
 @pytest.mark.slow
-def test_killed_meteor_is_an_error_not_a_hang():
-    with closing(Meteor()) as meteor:
-        process = meteor.start()
-        os.kill(process._java.pid, signal.SIGSTOP)  # it cannot answer
-        threading.Timer(0.5, process._java.kill).start()
-        start = time.monotonic()
-        with pytest.raises(RuntimeError, match=r"METEOR.*ended"):
-            meteor.score([["a dog"]], ["a dog"])
-        assert time.monotonic() - start < 60
-        meteor.start()
-        assert meteor._process is not process
-        assert meteor._process.alive()
-    assert not meteor._process.alive()
-
-
-@pytest.mark.slow
 def test_killed_meteor_costs_meteor_alone():
     shared = shared_meteor()
     shared.score([["a dog"]], ["a dog"])  # it is loaded and waits
     pid = shared._process._java.pid
     os.kill(pid, signal.SIGSTOP)
-    end = threading.Timer(10, os.kill, (pid, signal.SIGKILL))  # it has been asked by then, and cannot answer
+    end = threading.Timer(5, os.kill, (pid, signal.SIGKILL))  # it has been asked by then, and cannot answer
     end.start()
     references, predictions = {0: ["a red dog"], 1: ["a cat"]}, {0: "a red dog", 1: "a dog"}
     scores, not_run, draws = caption_table(references, predictions, metrics=("Bleu", "METEOR", "CIDEr"), tokenize=list)

@@ -40,13 +40,8 @@ def test_captions_are_those_of_the_cpu() -> None:
         assert torch.equal(on_cpu(found), net.generate(images(), max_length=12, **options))
 
 
-SCORED = ("evals=[scenes_captions,scenes_retrieval,scenes_zeroshot,scenes_probe]", "scoring.images=8")
-
-
-@pytest.mark.parametrize("setup", [SCORED, ("trainer.micro_batch_size=4", "model.net.dropout=0.1")])
-def test_a_run_is_that_of_the_cpu_and_is_scored(
-    setup: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_that_of_the_cpu_and_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = ("evals=[scenes_captions,scenes_retrieval,scenes_probe]", "scoring.images=4", "trainer.micro_batch_size=4")
     without_java(monkeypatch)
     found: dict[str, torch.device] = {}
 

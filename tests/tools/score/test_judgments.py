@@ -3,6 +3,7 @@
 import json
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -216,6 +217,9 @@ def element(kind: int, content: bytes) -> bytes:
     return struct.pack("<II", kind, len(content)) + content + b"\0" * (-len(content) % 8)
 
 
+HEAD = b"MATLAB".ljust(124) + b"\x00\x01IM"
+
+
 def nested(depth: int) -> bytes:
     """A cell in a cell in a cell."""
     start = element(6, struct.pack("<II", 1, 0)) + element(5, struct.pack("<ii", 1, 1)) + element(1, b"")
@@ -224,25 +228,24 @@ def nested(depth: int) -> bytes:
     for _ in range(depth):
         parts.append(struct.pack("<II", 14, len(start) + size) + start)
         size += 8 + len(start)
-    return b"MATLAB".ljust(124) + b"\x00\x01IM" + b"".join(reversed(parts)) + content
+    return HEAD + b"".join(reversed(parts)) + content
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [
-        (nested(200_000), "nested deeper than 8"),  # SciPy's reader ends the process
-        (nested(0)[:128] + element(15, zlib.compress(b"\0" * 2**29)), "unpacked it has more than"),
+    [  # made by the test: some take seconds
+        (lambda: nested(200_000), "nested deeper than 8"),  # SciPy's reader ends the process
+        (lambda: HEAD + element(15, zlib.compress(bytes(2**29), 1)), "unpacked it has more than"),
         (
-            nested(0)[:128]
-            + element(14, element(6, b"\1" * 8) + element(5, struct.pack("<ii", 9, 9)) + element(1, b"")),
+            lambda: HEAD + element(14, element(6, b"\1" * 8) + element(5, struct.pack("<ii", 9, 9)) + element(1, b"")),
             "81",
         ),
-        (nested(0)[:128] + struct.pack("<II", 14, 2**31), "ends in the middle"),
-        (nested(2)[:-4], "ends in the middle"),
+        (lambda: HEAD + struct.pack("<II", 14, 2**31), "ends in the middle"),
+        (lambda: nested(2)[:-4], "ends in the middle"),
     ],
 )
-def test_matlab_files_of_strangers(tmp_path: Path, content: bytes, said: str) -> None:
-    (tmp_path / "x.mat").write_bytes(content)
+def test_matlab_files_of_strangers(tmp_path: Path, content: Callable[[], bytes], said: str) -> None:
+    (tmp_path / "x.mat").write_bytes(content())
     with bounded(), pytest.raises(DataError, match=said):
         read_mat(tmp_path / "x.mat")
 
@@ -252,9 +255,9 @@ def test_matlab_parts_share_one_bound(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("coca_lit.tools.score.matlab.MAX_BYTES", 2**16)
     parts = [zlib.compress(element(1, bytes(size - 8))) for size in (2**16, 2**20)]
     headed = [struct.pack("<II", 15, len(part)) + part for part in parts]
-    (tmp_path / "x.mat").write_bytes(nested(0)[:128] + headed[0])
+    (tmp_path / "x.mat").write_bytes(HEAD + headed[0])
     assert read_mat(tmp_path / "x.mat") == {}
-    (tmp_path / "x.mat").write_bytes(nested(0)[:128] + b"".join(headed))
+    (tmp_path / "x.mat").write_bytes(HEAD + b"".join(headed))
     with pytest.raises(DataError, match="unpacked it has more than 0 bytes"):
         read_mat(tmp_path / "x.mat")
 
