@@ -1,7 +1,7 @@
 """How the same command resumes a run: at the newest whole checkpoint of its folder, with its logs rewound to that step.
 
-A resumed run must be the same run, so config keys that its result depends on may not have changed. What happens during
-training is in `coca_lit.callbacks.checkpoint`.
+A resumed run must be the same run, so config keys that its result depends on may not have changed. Checkpoints are
+written by `coca_lit.callbacks.checkpoint`; the place in the data is found again by `coca_lit.data.loader`.
 """
 
 import csv

@@ -1,7 +1,7 @@
 #!/bin/sh
 # All benchmarks, in about 80 minutes on two cores that do nothing else; then the tables and what has moved.
 #     experiments/benchmarks/run.sh PHOTOS      # a folder of photos, for the input pipeline and the captions
-# Needs open_clip_torch==3.3.0 with transformers==4.56.2, and clip_benchmark.
+# Needs open_clip_torch==3.3.0 with transformers==4.56.2, pandas, and clip_benchmark.
 cd "$(dirname "$0")/../.."
 failed=
 run() { python "$@" || failed="$failed $1"; }

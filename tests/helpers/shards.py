@@ -12,7 +12,7 @@ from PIL import Image
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.batch import Batch
-from coca_lit.data.shards.reader import read_shard
+from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import Shard
 from coca_lit.tokenizer import WordTokenizer
 from coca_lit.tools.prepare.command import data as coca_data

@@ -17,7 +17,7 @@ from coca_lit.data.records import Record, drawn
 from coca_lit.data.shards.indexed import CLIP_SUFFIXES, IMAGE_SUFFIXES, IndexedBatches, IndexedShards
 from coca_lit.data.shards.indexing import count_faults, tar_indexes
 from coca_lit.data.shards.listing import find_shards
-from coca_lit.data.shards.reader import read_shard
+from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import CacheSettings, Shard
 from coca_lit.data.transforms import RandomCrop
 from coca_lit.errors import DataError, check_number, whole_number

@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from coca_lit.data.bad_samples import BadSample, BadSamples
 from coca_lit.data.shards.indexed import FILES, TarIndex
 from coca_lit.data.shards.listing import REQUESTS
-from coca_lit.data.shards.reader import read_fields
+from coca_lit.data.shards.scan import read_fields
 from coca_lit.data.shards.shard import Shard, Stamp, index_name
 from coca_lit.data.shards.tar import MAX_MEMBER
 from coca_lit.errors import DataError

@@ -21,7 +21,7 @@ from coca_lit.data.pixels import CLIPS, MAX_IMAGE, SUFFIXES, decode_image
 from coca_lit.data.prefetch import worker_options
 from coca_lit.data.shards.indexed import CLIP_SUFFIXES, image_of, kind_of
 from coca_lit.data.shards.listing import local_shards
-from coca_lit.data.shards.reader import holds_code
+from coca_lit.data.shards.scan import holds_code
 from coca_lit.data.shards.tar import TWICE, group_members, tar_members, tar_writer
 from coca_lit.data.transforms import build_transform, loaded
 from coca_lit.data.video import image_file

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.shards.indexed import CLIP_SUFFIXES, IMAGE_SUFFIXES
-from coca_lit.data.shards.reader import read_shard
+from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import MANIFEST, ManifestEntry, Shard, entry_of, read_manifest, sha256_of
 from coca_lit.errors import DataError
 from coca_lit.files import append_lines, size_and_time, whole_lines

@@ -28,7 +28,7 @@ from coca_lit.data.datasets.folder import captions_beside, captions_file, folder
 from coca_lit.data.pixels import MAX_IMAGE, SUFFIXES, decode_image
 from coca_lit.data.records import ImageFile, Record
 from coca_lit.data.shards.indexed import MAX_TEXT, image_of
-from coca_lit.data.shards.reader import read_fields
+from coca_lit.data.shards.scan import read_fields
 from coca_lit.data.shards.shard import ManifestEntry, Shard, entry_of, sha256_of
 from coca_lit.data.shards.tar import tar_writer
 from coca_lit.errors import DataError, DataNotFoundError

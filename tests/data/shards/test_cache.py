@@ -10,9 +10,9 @@ import pytest
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.listing import find_shards
-from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.remote import cache as remote
 from coca_lit.data.shards.remote.cache import ShardCache
+from coca_lit.data.shards.scan import read_shard
 from coca_lit.errors import DataError, DataNotFoundError
 from helpers.datamodules import TOKENIZER
 from helpers.shards import contents, in_memory

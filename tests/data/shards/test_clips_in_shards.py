@@ -14,7 +14,7 @@ from coca_lit.data.records import Clip
 from coca_lit.data.shards.clips import clip_shard_records
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.indexed import CLIP_SUFFIXES
-from coca_lit.data.shards.reader import read_shard
+from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import Shard
 from coca_lit.data.video import ClipFile
 from coca_lit.errors import DataError

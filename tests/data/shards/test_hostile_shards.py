@@ -21,7 +21,7 @@ from coca_lit.data.records import Record
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.indexed import pair_of
 from coca_lit.data.shards.indexing import load_index, make_index, tar_indexes
-from coca_lit.data.shards.reader import read_shard
+from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import MANIFEST, Shard, read_manifest, write_manifest
 from coca_lit.data.shards.tar import MAX_HEADER, MAX_MEMBER
 from coca_lit.errors import DataError

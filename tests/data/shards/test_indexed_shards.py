@@ -24,7 +24,7 @@ from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.indexed import TarIndex
 from coca_lit.data.shards.indexing import load_index, make_index, tar_indexes
 from coca_lit.data.shards.listing import find_shards
-from coca_lit.data.shards.reader import read_shard
+from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import Shard
 from coca_lit.data.shards.tar import tar_members
 from coca_lit.errors import DataError
@@ -247,7 +247,7 @@ def test_what_may_be_read_another_time_is_not_kept_as_broken(tmp_path, monkeypat
                 raise faults.pop()
             yield member
 
-    monkeypatch.setattr("coca_lit.data.shards.reader.tar_members", failing)
+    monkeypatch.setattr("coca_lit.data.shards.scan.tar_members", failing)
     with pytest.raises(DataError, match=r"00000\.tar could not be read .*Input/output error.*: start again"):
         tar_indexes([shard], tmp_path)
     for _ in range(2):

@@ -13,7 +13,7 @@ from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.datasets.annotations import file_name
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.listing import find_shards, local_shards
-from coca_lit.data.shards.reader import read_shard
+from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import Shard
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.tools.prepare.write import _from_shard

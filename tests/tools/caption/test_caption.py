@@ -21,7 +21,7 @@ from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.datasets.annotations import read_results
 from coca_lit.data.datasets.folder import captions_beside
 from coca_lit.data.scenes.render import render
-from coca_lit.data.shards.reader import read_shard
+from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import Shard as ShardFile
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.models import CoCa
