@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # else functions import what takes seconds: the process that 
 collect_ignore = [] if "simulated_gpu" in sys.modules else ["gpu/simulated"]
 
 
-gc.disable()  # until the first test: a fifth of the time that libraries take to load would go into looking for garbage
+gc.disable()  # until the first test, see `_only_new_garbage`; the process that hands out tests has nothing to collect
 os.environ["COCA_SPICE_JARS"] = os.devnull  # else tests would parse for minutes where the user has the jars
 
 
@@ -40,7 +40,7 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-# These two are for speed alone; without them `pytest` takes a fifth longer.
+# These two are for speed alone; without them and the line above `pytest` takes a fifth longer.
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -57,7 +57,7 @@ def test_output_goes_on_where_its_encoding_lacks_a_character() -> None:
 import sys
 from coca_lit.runs.launch import started
 from coca_lit.tools.caption.outputs import print_rows
-for encoding, letter in (("cp1252", "\\u6771"), ("utf-8", "\\udce9")):  # the second of a name that is not Unicode
+for encoding, letter in (("cp1252", "\\u6771"), ("utf-8", "\\udce9")):  # the second: of a file name that is not Unicode
     sys.stdout = open(1, "w", encoding=encoding, closefd=False)
     with started("test"):
         print(f"{letter} \\xb7", flush=True)

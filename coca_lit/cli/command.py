@@ -228,7 +228,7 @@ def _prepare(config: str, cfg: DictConfig) -> None:
     seconds that PyTorch takes to be imported; and imports what the config wants imported.
     """
     if config != "plan" and "torch" not in sys.modules:
-        gc.disable()  # until `configure_libraries`: a third of these seconds would go into garbage, and there is none
+        gc.disable()  # until `configure_libraries`: a third of these seconds would go into looking for garbage
     check_complete(unresolved(cfg))
     if generate := OmegaConf.select(cfg, "scoring.generate"):
         with error_context("scoring"):

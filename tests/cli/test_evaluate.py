@@ -480,7 +480,7 @@ def test_any_number_of_processes_gives_the_same(on_ranks, checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_lightning_is_never_loaded(checkpoint, tmp_path):
-    """And garbage is looked for again, but not among the libraries, once these are."""
+    """And garbage is looked for again after the libraries are loaded, but not among them."""
     choice = [f"checkpoint={checkpoint}", "scoring.images=4", "evals=[scenes_retrieval,scenes_zeroshot]"]
     code = (
         "import gc, sys; from coca_lit.cli.evaluate import evaluate; evaluate(); "

@@ -204,13 +204,14 @@ def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
         ("pretrain_mammut_b32", ("+model.net.pooler=mean", "+model.net.text_tower=two_pass")),
         ("pretrain_coca2_naflex_b32", NAFLEX),
         ("finetune_vqa", ()),
+        ("flickr8k_frozen", FEW_PHOTOS),
         ("scst_flickr8k", FEW_PHOTOS),
     ],
 )
 def test_any_experiment_runs_on_scenes(
     tmp_path: Path, experiment: str, extra: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that do not run on data in their own format above."""
+    """One of each kind that does not run on data in its own format above."""
     monkeypatch.setitem(render.DEFAULT_COUNTS, "val", 8)  # where views are cached, of all images
     extra += (f"data_dir={tmp_path}",)  # for cached views
     run(tmp_path, *TINY, f"experiment={experiment}", "data=scenes", *extra)

@@ -69,7 +69,12 @@ def test_presets(preset: str) -> None:
 
 @pytest.mark.parametrize(
     ("pooler", "cls_mask", "full"),
-    [("cascade", "correct", False), ("parallel", "correct", False), ("single", "legacy", True)],
+    [
+        ("cascade", "correct", False),
+        ("parallel", "correct", False),
+        ("mean", "correct", False),
+        ("single", "legacy", True),
+    ],
 )
 def test_poolers_masks_and_packing(pooler: Pooler, cls_mask: ClsMask, full: bool) -> None:
     assert_repeats(build(pooler=pooler, cls_mask=cls_mask), full)

@@ -221,7 +221,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return return_and_correct_aliasing(func, args, kwargs, outer) if on_device else outer
 
 
-# Operators take and return values and flat lists of them, so that PyTorch's trees, a third of the time, are not needed.
+# Operators take and return values and flat lists of them. PyTorch's `tree_map` would take a third of the time.
 
 
 def _values(args: Any, kwargs: dict[str, Any]) -> list[Any]:

@@ -60,7 +60,10 @@ SETUPS: dict[str, tuple[str, ...]] = {
     "fp16 without clipping": ("trainer.precision=16-mixed", "trainer.gradient_clip_val=null"),
     "bf16 weights": ("trainer.precision=bf16-true",),
     "micro-batches": ("trainer.precision=bf16-mixed", "trainer.micro_batch_size=4"),
+    "adapters": ("lora.rank=2",),
     "clip": ("+model.net.decoder_layers=0",),
+    "questions": ("data=scenes_vqa", "model=coca_answers", "vocabulary=1"),
+    "convolutions": ("~model.net.image_encoder", "~model.net.image_encoder_args"),
 }
 
 

@@ -69,8 +69,8 @@ def test_more_tasks_than_devices_are_refused(call: Call) -> None:
 
 
 def test_a_job_is_requeued_while_it_starts_and_while_it_trains(slurm: Cluster, tmp_path: Path) -> None:
-    """One log, one folder, one curve and equal bits, as of tasks that nothing disturbs and whose number per node nobody
-    gives; experiments/slurm does it ten times.
+    """One log, one folder, one curve, and the bits of an undisturbed `srun --ntasks=2`, which gives no number of tasks
+    per node; experiments/slurm does it ten times.
     """
     words = (*SIZES, *SHORT, *LOGS, "trainer.max_epochs=12")  # a signal is late on a busy machine
     job = slurm.submit(*words)

@@ -67,7 +67,8 @@ OTHERS = {
         **{"text_tower": "modern", "text_tower_args": {"pool": "mean", "qk_norm": True}, "frame_pooling": "mean"},
         **{"pooler": "openclip_cascade", "pooler_queries": 5},
     },
-    "two passes without MLP, positions of frames": {
+    "two passes": {"text_tower": "two_pass", "pooler": "mean"},
+    "without MLP, positions of frames": {
         **{"text_tower": "two_pass_with_pads", "text_tower_args": {"attention_only_every": 2}, "pooler": "mean_all"},
         **{"decoder_args": {"cross_attention_every": 2}, "text_layers": 3, "decoder_layers": 3, "frame_positions": 3},
     },
@@ -76,21 +77,20 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_graphs_of_other_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features and greedy captions of clips of three frames, in a batch that is larger than the exporter's example. One
-    has a tokenizer of a file and the sigmoid loss.
+    """Features and greedy captions, of a batch that is larger than the exporter's example. Two take clips of three
+    frames, one has a tokenizer of a file.
     """
     torch.manual_seed(0)
-    frames, own = 3, {}
-    if name.startswith("two passes"):
-        own = {"tokenizer": {"file": str(trained_file("Metaspace", tmp_path)), **SPECIAL}, "contrastive": "siglip"}
-    model = create_model("coca_tiny", **CONVOLUTIONAL | OTHERS[name], **own).eval()
+    frames = 3 if "frames" in name else 0
+    file = {"tokenizer": {"file": str(trained_file("Metaspace", tmp_path)), **SPECIAL}} if name == "two passes" else {}
+    model = create_model("coca_tiny", **CONVOLUTIONAL | OTHERS[name], **file).eval()
     with torch.no_grad():
         model.decoder.vocabulary.weight[model.tokenizer.eot_id] *= 2
         if model.pooling.frame_positions is not None:
             model.pooling.frame_positions.normal_()
     monkeypatch.setattr(onnx, "SCENES", onnx.BATCH + 8)
-    about = onnx.write_onnx(model, tmp_path, max_int8_loss=1, frames=frames)
-    images = images_of(15).unflatten(0, (5, 3))
+    about = onnx.write_onnx(model, tmp_path, max_int8_loss=1 if frames else 0, frames=frames)
+    images = images_of(15).unflatten(0, (5, 3)) if frames else images_of(8)
     tokens = model.tokenizer(["a red circle", "two blue squares and a green ring", ""])
     for graph, inputs, expected in (
         ("image_encoder", {"images": images.numpy()}, model.encode_image(images)),
@@ -102,10 +102,14 @@ def test_graphs_of_other_models(name: str, tmp_path: Path, monkeypatch: pytest.M
     ids = captioner.write(images.numpy())
     assert ids.tolist() == captions.tolist()
     assert [captioner.decode(row) for row in ids] == [model.tokenizer.decode(row) for row in captions]
-    # Where SigLIP begins
-    assert json.loads((tmp_path / "config.json").read_text()).get("logit_bias") == (-10 if own else None)
     if name.startswith("modern"):
         assert {*programs(tmp_path, images[0], about.usage)} == {model.tokenizer.decode(captions[0])}
+
+
+def test_the_config_has_the_bias_of_a_sigmoid_model(tmp_path: Path) -> None:
+    model = create_model("coca_tiny", **CONVOLUTIONAL | {"decoder_layers": 0}, contrastive="siglip").eval()
+    onnx.write_onnx(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["logit_bias"] == -10  # where SigLIP begins
 
 
 def programs(folder: Path, clip: torch.Tensor, usage: str) -> Iterator[str]:
