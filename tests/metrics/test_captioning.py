@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +181,22 @@ def test_meteor_of_empty_captions():
         shared_meteor().score([], [])
     with pytest.raises(ValueError, match="at least one reference"):
         shared_meteor().score([[]], ["a dog"])
+
+
+@pytest.mark.slow
+def test_killed_meteor_is_an_error_not_a_hang():
+    with closing(Meteor()) as meteor:
+        process = meteor.start()
+        os.kill(process._java.pid, signal.SIGSTOP)  # it cannot answer
+        threading.Timer(0.5, process._java.kill).start()
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"METEOR.*ended"):
+            meteor.score([["a dog"]], ["a dog"])
+        assert time.monotonic() - start < 60
+        meteor.start()
+        assert meteor._process is not process
+        assert meteor._process.alive()
+    assert not meteor._process.alive()
 
 
 @pytest.mark.slow

@@ -41,7 +41,8 @@ def test_captions_are_those_of_the_cpu() -> None:
 
 
 def test_a_run_is_that_of_the_cpu_and_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setup = ("evals=[scenes_captions,scenes_retrieval,scenes_probe]", "scoring.images=4", "trainer.micro_batch_size=4")
+    setup = ("evals=[scenes_captions,scenes_retrieval,scenes_probe]", "scoring.images=4")
+    setup += ("trainer.micro_batch_size=4", "model.net.dropout=0.1")
     without_java(monkeypatch)
     found: dict[str, torch.device] = {}
 
