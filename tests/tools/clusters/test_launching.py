@@ -188,6 +188,8 @@ def test_one_process_launchers_refuse_large_jobs(monkeypatch: pytest.MonkeyPatch
     config |= {"sweeper": {"_target_": "x.OptunaSweeper"}}
     with pytest.raises(ConfigError, match=r"each of 8 processes would ask the study"):
         check_processes(8)
+    config |= {"mode": RunMode.RUN}
+    check_processes(8)
 
 
 def test_values_of_the_command_line_stand_in_place_of_a_grid(run: Run, tmp_path: Path) -> None:
@@ -242,6 +244,8 @@ def test_a_study_needs_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
     check_study([SimpleNamespace(name="own", score_names=(), final_score_names=())])  # type: ignore[list-item]
     with pytest.raises(ConfigError, match=r"scoring\.objective: .*mine/x"):
         check_study([own])  # type: ignore[list-item]
+    found.mode = RunMode.RUN  # a single run, whose config names the sweeper
+    check_study([own])  # type: ignore[list-item]
 
 
 def test_search_spaces_follow_the_grammar_of_hydra() -> None:
