@@ -6,8 +6,10 @@ projections width^-0.5, outputs of residual branches scaled down by depth.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from coca_lit.models.layers import (
     AttentionalPooler,
@@ -16,6 +18,22 @@ from coca_lit.models.layers import (
     SelfAttention,
     SelfBlock,
 )
+
+
+class Uninitialised(TorchFunctionMode):
+    """Within it, no random numbers are drawn for the parameters of what is built: weights of a file replace them, and
+    drawing them for a large model takes longer than reading these.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _DRAWS and isinstance(parameter := args[0] if args else kwargs["tensor"], nn.Parameter):
+            return parameter
+        return function(*args, **(kwargs or {}))
+
+
+# Draws, also by way of those of `torch.nn.init`, and what makes a truncated normal distribution of a uniform one.
+_DRAWS = {Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.clamp_, nn.init.normal_, nn.init.uniform_}
+_DRAWS |= {nn.init.kaiming_uniform_, nn.init.kaiming_normal_}
 
 
 def init_projection(linear: nn.Linear) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from coca_lit.files import replacing
+from coca_lit.models.init import Uninitialised
 from coca_lit.reading import open_regular
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -217,7 +218,7 @@ def without_memory(make: Callable[[], Module], tensors: Mapping[str, Tensor]) ->
 
     hook = register_module_parameter_registration_hook(count)
     try:
-        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        with torch.device("meta"), Uninitialised(), warnings.catch_warnings(action="ignore"):
             model = make()
     finally:
         hook.remove()

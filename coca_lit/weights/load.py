@@ -15,6 +15,7 @@ from torch import Tensor
 
 from coca_lit.errors import DataError, why_unreadable
 from coca_lit.models import CLIP, CoCa, DualEncoder
+from coca_lit.models.init import Uninitialised
 from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS, import_modules
 from coca_lit.reading import parse_json, read_json
 from coca_lit.weights import MODEL_KEY
@@ -190,7 +191,9 @@ def _own_model(path: Path, state: Mapping[str, Tensor], config: Any) -> CoCa:
             shapes = model.state_dict()
         if reason := misfit(shapes, tensors):
             raise RuntimeError(reason)  # PyTorch's own message lists all tensors
-        model = model or CoCa(**arguments)
+        if model is None:
+            with Uninitialised():
+                model = CoCa(**arguments)
         model.load_state_dict(tensors)
     except ValueError as error:  # of the constructor
         raise ValueError(f"'{path}': {error}") from error

@@ -132,12 +132,14 @@ def build_without_weights(cfg: DictConfig) -> "CoCaLit":
     """The module of a run, its tensors without memory."""
     import torch
 
+    from coca_lit.models.init import Uninitialised
+
     node = cfg.model.copy()
     with open_dict(node):
         node.compile = False  # the same work, and nothing to compile
     OmegaConf.resolve(node)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Uninitialised():
             module = make_module(cfg, node)
             add_adapters(cfg, module)
     except (NotImplementedError, RuntimeError, TypeError) as error:

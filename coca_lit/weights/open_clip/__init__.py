@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from coca_lit.models.clip import CLIP
 from coca_lit.models.coca import CoCa
 from coca_lit.models.image import ImageEncoder, ImagePooling
+from coca_lit.models.init import Uninitialised
 from coca_lit.models.text import ClassicDecoder, TextTower
 from coca_lit.models.variants.mammut import TwoPassDecoder, TwoPassTower
 from coca_lit.models.variants.modern import ModernDecoder, ModernTextTower
@@ -207,7 +208,8 @@ def _built(make: Callable[[], Model], theirs: Mapping[str, Tensor]) -> Model:
         without_memory(make, theirs)
     except RuntimeError as error:
         raise ValueError(f"the checkpoint is damaged: {error}") from error
-    return make()
+    with Uninitialised():
+        return make()
 
 
 def is_clip(state: Mapping[str, Any]) -> bool:
