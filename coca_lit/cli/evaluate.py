@@ -29,7 +29,7 @@ from coca_lit.errors import ConfigError, DataError, UserError, error_context
 from coca_lit.machine import is_first_process
 from coca_lit.reading import printable, read_run_yaml
 from coca_lit.runs.redaction import redact
-from coca_lit.runs.run_folder import CHECKPOINTS, CONFIG, in_use
+from coca_lit.runs.run_folder import CHECKPOINTS, CONFIG, in_use, start_run_folder
 
 if TYPE_CHECKING:
     from coca_lit.models import DualEncoder
@@ -186,7 +186,6 @@ def run(cfg: DictConfig) -> dict[str, float]:
     from coca_lit.models.generation.state import check_options
     from coca_lit.models.parts import forward_flops
     from coca_lit.runs.results import Found, finish_run
-    from coca_lit.runs.resume import start_run_folder
     from coca_lit.training.classifiers import load_classifier
 
     configure_libraries(cfg.threads)

@@ -17,13 +17,12 @@ from coca_lit.errors import DataError
 from coca_lit.files import atomic_write, write_json, write_waiting
 from coca_lit.metrics.uncertainty import LEVEL, Conditions, Draws
 from coca_lit.reading import printable, read_run_json, read_run_npz
-from coca_lit.runs.run_folder import RESULTS, add_facts
+from coca_lit.runs.run_folder import CONDITIONS, DRAWS, INTERVALS, RESULTS, add_facts
 from coca_lit.runs.scores import print_scores
 
 if TYPE_CHECKING:
     from coca_lit.evals import Evaluation
 
-INTERVALS, DRAWS, CONDITIONS = "intervals.json", "draws.npz", "conditions.json"
 HOW = f"{LEVEL:.0%}, from the scores of 1,000 resamples of the images, drawn with replacement; of shares by Wilson"
 TRIES, PAUSE = 10, 30  # to write the scores on a full disk, and seconds between two tries
 
