@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -99,23 +98,23 @@ def build_data(cfg: DictConfig, tokenizer: "Tokenizer") -> "CaptionDataModule":
 
 
 @contextmanager
-def _named_place(key: str | None, otherwise: str) -> Iterator[None]:
+def _named_place(key: str, otherwise: str) -> Iterator[None]:
     """Adds to the error for missing data the key that names their place, and what runs without them."""
     try:
         yield
     except DataNotFoundError as error:
-        place = f"set {key}=PLACE to where they are" if key is not None else ""
+        place = f"set {key}=PLACE to where they are" if key else ""
         raise DataNotFoundError("; ".join(filter(None, (str(error), place, otherwise)))) from error
 
 
 def data_place(cfg: DictConfig) -> AbstractContextManager[None]:
     """`_named_place` of the training data."""
-    key = next((f"data.{key}" for key in ("root", "shards") if key in cfg.data), None)
+    key = next((f"data.{key}" for key in ("root", "shards") if key in cfg.data), "")
     return _named_place(key, "data=scenes needs no files")
 
 
-def _place_of_evaluation(cfg: DictConfig, name: str) -> str | None:
-    """The keys that say where the data of an evaluation are; None if they need no files."""
+def _place_of_evaluation(cfg: DictConfig, name: str) -> str:
+    """The keys that say where the data of an evaluation are; none if they need no files."""
     evaluation = unresolved(cfg.evals)[name] or {}
     parts = {f"{name}.{part}": evaluation.get(part) for part in ("records", "images", "training", "positives")}
     keys: dict[str, None] = {}
@@ -129,7 +128,7 @@ def _place_of_evaluation(cfg: DictConfig, name: str) -> str | None:
                 keys["data.root" if follows else f"roots.{found[1]}"] = None
             elif key != "images":  # which may be named relative to the root
                 keys[f"evals.{path}.{key}"] = None
-    return " or ".join(keys) or None
+    return " or ".join(keys)
 
 
 def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
@@ -198,11 +197,6 @@ def build_settings(cfg: DictConfig) -> "Settings":
     if node.workers is None:
         node.workers = min(4, processors()) if best_device() in ("cuda", "xpu") else 0  # macOS starts workers slowly
     return build(node, "scoring", output_dir=cfg.output_dir)
-
-
-def build_report(cfg: DictConfig) -> Callable[[Path], Any] | None:
-    """What writes the report of a run folder, if anything does."""
-    return build(cfg.report, "report") if cfg.report is not None else None
 
 
 def build_scoring(cfg: DictConfig, evals: "list[Evaluation]") -> "ScoreDuringTraining":

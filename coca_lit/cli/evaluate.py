@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import ChoiceSweep, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from coca_lit.cli.assembly import build_evals, build_report, build_settings
+from coca_lit.cli.assembly import build, build_evals, build_settings
 from coca_lit.cli.command import explain, job_command, options_of
 from coca_lit.cli.runtime import chosen_dtype, configure_libraries
 from coca_lit.cli.schema import part_of, written
@@ -63,7 +63,7 @@ def with_evals(words: list[str]) -> list[str]:
         return words
     from coca_lit.weights.hub import PHOTOS, PREFIX, released
 
-    known = options_of("evaluate", "evals", words)
+    known = options_of("evaluate", "evals", (*words,))
     # Evaluations that the user builds: +evals.mine._target_=my_parts.my_score, or +evals.mine={_target_: …}.
     built = {key.split(".")[1] for key, value in given.items() if _OWN.fullmatch(f"{key}={value}")}
     # The user's options count alone: those of the run may belong to another strategy.
@@ -200,7 +200,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         with error_context("scoring.generate"):
             check_options(model, settings.generate or {})
         evals, not_run = build_evals(cfg)
-        report = build_report(cfg)
+        report = build(cfg.report, "report") if cfg.report is not None else None
         if isinstance(model, CoCa) and any(evaluation.classified for evaluation in evals):
             with error_context("checkpoint"):
                 settings = replace(settings, classifier=load_classifier(cfg.checkpoint, model))

@@ -83,15 +83,15 @@ def read_signature(target: Any) -> Signature | None:
     if made.args.kwarg is None:
         return Signature(arguments, False)
     others = ast.unparse(made.args.kwarg.annotation or ast.Constant(""))
-    if handed := re.fullmatch(r"'?Annotated\[Any, (\w+)\]'?", others):  # to this class, where they get other defaults
-        further = read_signature(f"{module}.{handed[1]}") or Signature({}, True)
-        handed_on = {name: Argument(argument.annotation) for name, argument in further.arguments.items()}
-        return Signature(arguments | handed_on | arguments, further.takes_any)  # its own first
-    if unpacked := re.fullmatch(r"'?Unpack\[(\w+)\]'?", others):
-        # Keys of a TypedDict; the constructor that takes them in the end has the defaults.
-        fields = {name: inherited.get(name, field) for name, field in _fields(f"{module}.{unpacked[1]}").items()}
-        return Signature(arguments | fields, False)
-    return Signature(arguments | inherited, True)  # perhaps for its base class
+    if not (named := re.fullmatch(r"'?(Unpack\[|Annotated\[Any, )(\w+)\]'?", others)):
+        return Signature(arguments | inherited, True)  # perhaps for its base class
+    # The keys of a TypedDict, or the arguments of a class; their defaults are those of the base class, if any.
+    others = f"{module}.{named[2]}"
+    taken = (
+        Signature(_fields(others), False) if named[1] == "Unpack[" else read_signature(others) or Signature({}, True)
+    )
+    further = {name: inherited.get(name, Argument(other.annotation)) for name, other in taken.arguments.items()}
+    return Signature(arguments | further | arguments, taken.takes_any)  # its own first
 
 
 def _fields(name: str) -> dict[str, Argument]:
@@ -118,16 +118,10 @@ def definition(name: str) -> tuple[ast.ClassDef | ast.FunctionDef, str] | None:
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if leaf == (alias.asname or alias.name):
-                    source = f"{_imported_from(node, module)}.{alias.name}"
-                    return definition(source) if source != name else None
+                    package = module if _source(f"{module}.__init__").body else module.rpartition(".")[0]
+                    source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                    return definition(f"{source}.{alias.name}") if f"{source}.{alias.name}" != name else None
     return None
-
-
-def _imported_from(node: ast.ImportFrom, module: str) -> str:
-    """The full name of the module from which a line of `module` imports."""
-    parents = module.split(".") if _source(f"{module}.__init__").body else module.split(".")[:-1]
-    near = parents[: len(parents) - node.level + 1] if node.level else []
-    return ".".join(filter(None, (*near, node.module)))
 
 
 def literal(node: ast.expr | None, module: str) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from coca_lit.cli.assembly import build_data, build_evals, build_report, build_scoring, build_trainer, plain
+from coca_lit.cli.assembly import build, build_data, build_evals, build_scoring, build_trainer, plain
 from coca_lit.cli.command import CONF
 from coca_lit.cli.module import build_module, load_source, with_recipe, with_start
 from coca_lit.cli.runtime import configure_libraries
@@ -100,7 +100,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
             scoring.check_score("scoring.objective", cfg.scoring.objective, at_end=True)
         else:
             check_study(evals)
-        report = build_report(cfg)
+        report = build(cfg.report, "report") if cfg.report is not None else None
         trainer = build_trainer(cfg, scoring, start, isinstance(data, CaptionDataModule))
         check_processes(trainer.world_size)
         prepare(trainer, module, data)
