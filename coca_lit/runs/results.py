@@ -130,15 +130,12 @@ def read_draws(folder: Path) -> dict[str, Draws]:
 
 def write_conditions(folder: Path, conditions: Mapping[str, Conditions]) -> None:
     """Writes the file: a list of conditions, each with the names of its `scores`."""
-    rows: list[tuple[Conditions, list[str]]] = []
-    for score, of in conditions.items():
-        same = next((scores for known, scores in rows if known == of), None)
-        if same is None:
-            rows.append((of, [score]))
-        else:
-            same.append(score)
-    content = [{"scores": scores, **of._asdict()} for of, scores in rows]
-    write_json(folder / CONDITIONS, content)
+    rows: list[dict[str, Any]] = []
+    for of in conditions.values():
+        row = {"scores": [score for score, its in conditions.items() if its == of], **of._asdict()}
+        if row not in rows:
+            rows.append(row)
+    write_json(folder / CONDITIONS, rows)
 
 
 def read_conditions(folder: Path) -> dict[str, Conditions]:

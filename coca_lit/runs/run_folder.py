@@ -220,10 +220,8 @@ def _ended(holder: dict[str, Any]) -> bool:
         return False
     try:
         os.kill(process, 0)  # asks, and sends nothing
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        return False
+    except (OSError, OverflowError) as error:
+        return isinstance(error, ProcessLookupError)
     return False
 
 
