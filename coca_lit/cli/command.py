@@ -200,7 +200,7 @@ def _overrides(config: str, words: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: null in place of the name of an option, on which Hydra breaks off.
     """
-    overrides, groups = [], options_of(config, "", (*words,))
+    overrides, groups = [], options_of(config, "", words)
     for word in words:
         key, _, value = word.partition("=")
         if key in groups and value == "null":
@@ -219,7 +219,7 @@ def _shipped(config: str) -> dict[str, Any]:
 
 def _known(config: str, words: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The config as shipped, and the names of config groups."""
-    return _shipped(config), options_of(config, "", (*words,))
+    return _shipped(config), options_of(config, "", words)
 
 
 def _check(cfg: DictConfig, shipped: dict[str, Any], groups: Sequence[str]) -> None:
@@ -296,15 +296,18 @@ def explain(error: Exception) -> str:
 # The configs in `conf` and in a user's own folders: their groups, options and help
 
 
-@functools.cache
-def options_of(config: str, group: str = "", words: tuple[str, ...] = ()) -> tuple[str, ...]:
+def options_of(config: str, group: str = "", words: Sequence[str] = ()) -> tuple[str, ...]:
     """The options of a config group, such as the evaluations, or without one the groups; on the user's own search path
     too, if the words name one.
     """
+    return _options(config, group, tuple(word for word in words if word.startswith("hydra.searchpath=")))
+
+
+@functools.cache
+def _options(config: str, group: str, search: tuple[str, ...]) -> tuple[str, ...]:
     kind = ObjectType.CONFIG if group else ObjectType.GROUP
-    search = [word for word in words if word.startswith("hydra.searchpath=")]
     with _hydra() as machine:
-        options = machine.config_loader.get_group_options(group, kind, config, search)
+        options = machine.config_loader.get_group_options(group, kind, config, list(search))
     return tuple(option for option in options if not option.startswith("_"))  # base files of others
 
 
@@ -314,7 +317,7 @@ def _template(config: str) -> str:
 
 def _filled_help(config: str, words: Sequence[str]) -> str:
     """The template in `conf/hydra/help` with the options of all config groups."""
-    template, options = _template(config), functools.partial(options_of, config, words=(*words,))
+    template, options = _template(config), functools.partial(options_of, config, words=words)
     groups = {*options()} - {"hydra", "experiment"}
     for place, named in (("$APP_CONFIG_GROUPS", sorted(groups)), ("$EVALUATIONS", ["evals"])):
         lines = [f"{group}: {', '.join(options(group))}" for group in named]

@@ -63,7 +63,7 @@ def with_evals(words: list[str]) -> list[str]:
         return words
     from coca_lit.weights.hub import PHOTOS, PREFIX, released
 
-    known = options_of("evaluate", "evals", (*words,))
+    known = options_of("evaluate", "evals", words)
     # Evaluations that the user builds: +evals.mine._target_=my_parts.my_score, or +evals.mine={_target_: …}.
     built = {key.split(".")[1] for key, value in given.items() if _OWN.fullmatch(f"{key}={value}")}
     # The user's options count alone: those of the run may belong to another strategy.
