@@ -48,9 +48,9 @@ def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None,
     values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
     if not isinstance(values, dict) or "_target_" not in values:
         raise ConfigError(f"{path} names nothing to build: set {path}._target_ to a class or a function")
-    target, signature = resolve_target(values["_target_"], path), read_signature(values["_target_"])
-    taken: Collection[str] = signature.arguments if signature is not None else ()
-    if signature is None:
+    target = resolve_target(values["_target_"], path)
+    taken: Collection[str] = read_signature(values["_target_"]).arguments
+    if not taken:  # it cannot be read, or there are none
         with suppress(ValueError):  # of what is written in C
             taken = inspect.signature(target).parameters
     objects |= {key: value for key, value in (offered or {}).items() if key not in values and key in taken}

@@ -98,7 +98,7 @@ def job_command(
         if _answered(config, options, words):
             return
         words = completed(words) if completed is not None else words
-        overrides, known = _overrides(config, words), _known(config, words)
+        overrides, known = _overrides(config, words), (_shipped(config), options_of(config, "", words))
         failures: list[Exception] = []
 
         @functools.wraps(function)
@@ -190,7 +190,7 @@ def compose(config: str, words: Sequence[str] = (), with_hydra: bool = False) ->
     overrides = _overrides(config, words)
     with _hydra():
         cfg = hydra.compose(config, overrides, return_hydra_config=with_hydra)
-    _check(cfg, *_known(config, words))
+    _check(cfg, _shipped(config), options_of(config, "", words))
     return cfg
 
 
@@ -215,11 +215,6 @@ def _shipped(config: str) -> dict[str, Any]:
     with _hydra():
         plain: dict[str, Any] = unresolved(hydra.compose(config))
     return plain
-
-
-def _known(config: str, words: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The config as shipped, and the names of config groups."""
-    return _shipped(config), options_of(config, "", words)
 
 
 def _check(cfg: DictConfig, shipped: dict[str, Any], groups: Sequence[str]) -> None:
