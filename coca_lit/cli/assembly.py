@@ -172,8 +172,7 @@ def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
 def _build_evaluation(name: str, node: DictConfig) -> "Evaluation | list[Evaluation]":
     path = f"evals.{name}"
     if "_target_" not in node or not _awaits_arguments(node, path):
-        built: Evaluation | list[Evaluation] = build(node, path, offered={"name": name})
-        return built
+        return build(node, path, offered={"name": name})
 
     from coca_lit.evals import FunctionEvaluation
 

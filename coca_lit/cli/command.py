@@ -213,8 +213,7 @@ def _overrides(config: str, words: Sequence[str]) -> list[str]:
 def _shipped(config: str) -> dict[str, Any]:
     """`conf/{config}.yaml` as plain values, without overrides."""
     with _hydra():
-        plain: dict[str, Any] = unresolved(hydra.compose(config))
-    return plain
+        return unresolved(hydra.compose(config))
 
 
 def _check(cfg: DictConfig, shipped: dict[str, Any], groups: Sequence[str]) -> None:

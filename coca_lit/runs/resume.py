@@ -56,8 +56,7 @@ class Start(NamedTuple):
     @property
     def run(self) -> dict[str, Any]:
         """What resuming needs; nothing if the checkpoint is not one of ours."""
-        found: dict[str, Any] = self.content.get(RUN_KEY, {})
-        return found
+        return self.content.get(RUN_KEY, {})
 
     def lies_in(self, folder: Path) -> bool:
         """Whether the checkpoint is one of this run folder."""
