@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -76,7 +76,7 @@ def resolve_target(target: Any, path: str) -> Callable[..., Any]:
         raise ConfigError(f"{path}: there is no '{target}' ({error})") from error
     if not callable(found) or "." not in target:
         raise ConfigError(f"{path}: '{target}' is a {type(found).__name__}, not a class or a function")
-    return cast(Callable[..., Any], found)
+    return found
 
 
 def _awaits_arguments(node: DictConfig, path: str) -> bool:
@@ -277,4 +277,4 @@ def _without(node: DictConfig, *keys: str) -> DictConfig:
 
 def plain(cfg: DictConfig, resolve: bool = False) -> dict[str, Any]:
     """A config as plain values without its secrets. Without `resolve`, interpolations are left as they stand."""
-    return cast(dict[str, Any], mask(OmegaConf.to_container(cfg, resolve=resolve)))
+    return mask(OmegaConf.to_container(cfg, resolve=resolve))

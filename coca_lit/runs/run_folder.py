@@ -121,6 +121,9 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
+# Its lock
+
+
 @contextmanager
 def in_use(folder: Path, output: str | None = None) -> Iterator[None]:
     """Holds a run folder, or a folder that stands for another output, within the block; another process that wants it
