@@ -3,8 +3,8 @@
 import multiprocessing
 import sys
 import time
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -14,7 +14,7 @@ from coca_lit.distributed import rank
 LINE_INTERVAL = 10  # seconds
 
 
-class ProgressBar:
+class ProgressBar(AbstractContextManager["ProgressBar"]):
     """A bar in a terminal from the first `advance` on, else a line every few seconds; on rank 0 only, and not in a
     process of `multiprocessing`, whose parent has a bar. Messages are printed by every process.
 
@@ -34,12 +34,7 @@ class ProgressBar:
         self._bar = Progress(*columns, console=self._console) if shown else None
         self._task = self._bar.add_task(what, total=1.0) if self._bar else None
 
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar:
             self._bar.stop()
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "coca_lit").rglob("*.py"))
 FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
 READS_CONFIGS = {  # besides cli/ and the commands of the tools
-    *("runs/redaction.py", "runs/resume.py"),
+    *("runs/redaction.py", "runs/resume.py", "runs/run_folder.py"),
     *("tools/clusters/engines.py", "tools/clusters/launchers.py", "tools/clusters/study.py"),
 }
 PLAIN = [

@@ -29,9 +29,8 @@ from coca_lit.files import atomic_link, remove, try_waiting, write_json
 from coca_lit.metrics import lower_is_better
 from coca_lit.models import kernels
 from coca_lit.reading import read_json
-from coca_lit.runs.checkpoint_io import step_files
 from coca_lit.runs.resume import LAST, RUN_KEY
-from coca_lit.runs.run_folder import CHECKPOINTS, check_held
+from coca_lit.runs.run_folder import CHECKPOINTS, check_held, step_files
 from coca_lit.runs.signals import Signals
 from coca_lit.training import lightning_fixes
 from coca_lit.training.lightning_fixes import callbacks_of

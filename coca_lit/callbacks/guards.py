@@ -315,10 +315,8 @@ def _is_gone(path: Path) -> bool:
     """Whether there is no such file; a file system that does not answer for a moment does not say so."""
     try:
         path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:
-        pass
+    except OSError as error:
+        return isinstance(error, FileNotFoundError | NotADirectoryError)
     return False
 
 

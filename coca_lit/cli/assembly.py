@@ -6,8 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -49,9 +48,9 @@ def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None,
     values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
     if not isinstance(values, dict) or "_target_" not in values:
         raise ConfigError(f"{path} names nothing to build: set {path}._target_ to a class or a function")
-    target, signature = resolve_target(values["_target_"], path), read_signature(values["_target_"])
-    taken: Collection[str] = signature.arguments if signature is not None else ()
-    if signature is None:
+    target = resolve_target(values["_target_"], path)
+    taken: Collection[str] = read_signature(values["_target_"]).arguments
+    if not taken:  # it cannot be read, or there are none
         with suppress(ValueError):  # of what is written in C
             taken = inspect.signature(target).parameters
     objects |= {key: value for key, value in (offered or {}).items() if key not in values and key in taken}
@@ -77,7 +76,7 @@ def resolve_target(target: Any, path: str) -> Callable[..., Any]:
         raise ConfigError(f"{path}: there is no '{target}' ({error})") from error
     if not callable(found) or "." not in target:
         raise ConfigError(f"{path}: '{target}' is a {type(found).__name__}, not a class or a function")
-    return cast(Callable[..., Any], found)
+    return found
 
 
 def _awaits_arguments(node: DictConfig, path: str) -> bool:
@@ -99,23 +98,23 @@ def build_data(cfg: DictConfig, tokenizer: "Tokenizer") -> "CaptionDataModule":
 
 
 @contextmanager
-def _named_place(key: str | None, otherwise: str) -> Iterator[None]:
+def _named_place(key: str, otherwise: str) -> Iterator[None]:
     """Adds to the error for missing data the key that names their place, and what runs without them."""
     try:
         yield
     except DataNotFoundError as error:
-        place = f"set {key}=PLACE to where they are" if key is not None else ""
+        place = f"set {key}=PLACE to where they are" if key else ""
         raise DataNotFoundError("; ".join(filter(None, (str(error), place, otherwise)))) from error
 
 
 def data_place(cfg: DictConfig) -> AbstractContextManager[None]:
     """`_named_place` of the training data."""
-    key = next((f"data.{key}" for key in ("root", "shards") if key in cfg.data), None)
+    key = next((f"data.{key}" for key in ("root", "shards") if key in cfg.data), "")
     return _named_place(key, "data=scenes needs no files")
 
 
-def _place_of_evaluation(cfg: DictConfig, name: str) -> str | None:
-    """The keys that say where the data of an evaluation are; None if they need no files."""
+def _place_of_evaluation(cfg: DictConfig, name: str) -> str:
+    """The keys that say where the data of an evaluation are; none if they need no files."""
     evaluation = unresolved(cfg.evals)[name] or {}
     parts = {f"{name}.{part}": evaluation.get(part) for part in ("records", "images", "training", "positives")}
     keys: dict[str, None] = {}
@@ -129,7 +128,7 @@ def _place_of_evaluation(cfg: DictConfig, name: str) -> str | None:
                 keys["data.root" if follows else f"roots.{found[1]}"] = None
             elif key != "images":  # which may be named relative to the root
                 keys[f"evals.{path}.{key}"] = None
-    return " or ".join(keys) or None
+    return " or ".join(keys)
 
 
 def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
@@ -173,8 +172,7 @@ def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
 def _build_evaluation(name: str, node: DictConfig) -> "Evaluation | list[Evaluation]":
     path = f"evals.{name}"
     if "_target_" not in node or not _awaits_arguments(node, path):
-        built: Evaluation | list[Evaluation] = build(node, path, offered={"name": name})
-        return built
+        return build(node, path, offered={"name": name})
 
     from coca_lit.evals import FunctionEvaluation
 
@@ -198,11 +196,6 @@ def build_settings(cfg: DictConfig) -> "Settings":
     if node.workers is None:
         node.workers = min(4, processors()) if best_device() in ("cuda", "xpu") else 0  # macOS starts workers slowly
     return build(node, "scoring", output_dir=cfg.output_dir)
-
-
-def build_report(cfg: DictConfig) -> Callable[[Path], Any] | None:
-    """What writes the report of a run folder, if anything does."""
-    return build(cfg.report, "report") if cfg.report is not None else None
 
 
 def build_scoring(cfg: DictConfig, evals: "list[Evaluation]") -> "ScoreDuringTraining":
@@ -284,4 +277,4 @@ def _without(node: DictConfig, *keys: str) -> DictConfig:
 
 def plain(cfg: DictConfig, resolve: bool = False) -> dict[str, Any]:
     """A config as plain values without its secrets. Without `resolve`, interpolations are left as they stand."""
-    return cast(dict[str, Any], mask(OmegaConf.to_container(cfg, resolve=resolve)))
+    return mask(OmegaConf.to_container(cfg, resolve=resolve))

@@ -98,7 +98,7 @@ def job_command(
         if _answered(config, options, words):
             return
         words = completed(words) if completed is not None else words
-        overrides, known = _overrides(config, words), (shipped(config), options_of(config, "", words))
+        overrides, known = _overrides(config, words), (_shipped(config), options_of(config, "", words))
         failures: list[Exception] = []
 
         @functools.wraps(function)
@@ -116,11 +116,9 @@ def job_command(
                     print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
                 return None
 
-        with hydra.initialize_config_dir(str(CONF), job_name=config, version_base="1.3"):
-            machine: Any = GlobalHydra.instance().hydra
+        with _hydra(config) as machine:
             try:
-                with _configs_as_text():
-                    (machine.multirun if options.multirun else machine.run)(config, job, overrides)
+                (machine.multirun if options.multirun else machine.run)(config, job, overrides)
             except HydraException:  # some of them are an OSError, too
                 raise
             except OSError as error:
@@ -142,8 +140,7 @@ def _as_command(config: str) -> Iterator[None]:
     try:
         yield
     except (UserError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        missing = isinstance(error, MissingValueError)
-        example = f"; for example: {first_example(_template(config), config)}" if missing else ""
+        example = f"; for example: {_first_example(config)}" if isinstance(error, MissingValueError) else ""
         sys.exit(f"error: {printable_lines(redact(explain(error)))}{example}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -160,7 +157,7 @@ def _answered(config: str, options: argparse.Namespace, words: Sequence[str]) ->
     if options.version:
         print(f"coca_lit {__version__}")
     elif options.help:
-        print(filled_help(_template(config), config, words))
+        print(_filled_help(config, words))
     elif options.cfg is not None:
         cfg = compose(config, words, with_hydra=True)
         HydraConfig.instance().set_config(cfg)
@@ -175,16 +172,13 @@ def _answered(config: str, options: argparse.Namespace, words: Sequence[str]) ->
 
 
 @contextmanager
-def _configs_as_text() -> Iterator[None]:
-    """Hydra reads configs as UTF-8, and does not say which one is something else."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"a config is no text in UTF-8 ({error}): save it as UTF-8") from error
-
-
-def _template(config: str) -> str:
-    return str(compose(config, with_hydra=True).hydra.help.template)
+def _hydra(job: str = "app") -> Iterator[Any]:
+    """Hydra on our configs. It reads them as UTF-8, and does not say which one is something else."""
+    with hydra.initialize_config_dir(str(CONF), job_name=job, version_base="1.3"):
+        try:
+            yield GlobalHydra.instance().hydra
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"a config is no text in UTF-8 ({error}): save it as UTF-8") from error
 
 
 def compose(config: str, words: Sequence[str] = (), with_hydra: bool = False) -> DictConfig:
@@ -194,9 +188,9 @@ def compose(config: str, words: Sequence[str] = (), with_hydra: bool = False) ->
         with_hydra: with Hydra's own part.
     """
     overrides = _overrides(config, words)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"), _configs_as_text():
+    with _hydra():
         cfg = hydra.compose(config, overrides, return_hydra_config=with_hydra)
-    _check(cfg, shipped(config), options_of(config, "", words))
+    _check(cfg, _shipped(config), options_of(config, "", words))
     return cfg
 
 
@@ -215,12 +209,19 @@ def _overrides(config: str, words: Sequence[str]) -> list[str]:
     return overrides
 
 
-def _check(cfg: DictConfig, known: dict[str, Any], groups: Sequence[str]) -> None:
+@functools.cache
+def _shipped(config: str) -> dict[str, Any]:
+    """`conf/{config}.yaml` as plain values, without overrides."""
+    with _hydra():
+        return unresolved(hydra.compose(config))
+
+
+def _check(cfg: DictConfig, shipped: dict[str, Any], groups: Sequence[str]) -> None:
     """Compares what Hydra composed with what the constructors and the config as shipped know."""
     node = {key: value for key, value in unresolved(cfg).items() if key != "hydra"}
     named = node["imports"] if isinstance(node.get("imports"), list) else []
     import_from_current_folder([*named, *targets(node)])
-    check(node, known, groups)
+    check(node, shipped, groups)
 
 
 def _prepare(config: str, cfg: DictConfig) -> None:
@@ -275,35 +276,23 @@ def explain(error: Exception) -> str:
         found = error.options or [path.stem for path in sorted((CONF / group).glob("*.yaml"))]  # of a list: none
         options = [option for option in found if not option.startswith("_")]
         return f"'{group}' has no option '{option}'{suggest(option, options)} The options: {', '.join(options)}"
-    if isinstance(error, HydraException):
+    if isinstance(error, HydraException | yaml.YAMLError):
         return " ".join(" ".join(str(part).split()) for part in (error, error.__cause__) if part is not None)
-    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark) is not None:
-        return f"'{mark.name}', line {mark.line + 1}: {error.problem}"
     if isinstance(error.__cause__, UserError) and not isinstance(error, UserError):  # raised by a resolver
         return str(error.__cause__)
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key}: {str(error).splitlines()[0]}"
-    if isinstance(error, yaml.reader.ReaderError):
-        return f"'{error.name}', position {error.position}: {error.reason}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     message = lines[-1]  # from a worker process it comes after a traceback and a name
     return message.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
 
 
-# The configs as shipped and in a user's own folders: their groups, options and help
-
-
-@functools.cache
-def shipped(config: str) -> dict[str, Any]:
-    """`conf/{config}.yaml` as plain values, without overrides."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        plain: dict[str, Any] = unresolved(hydra.compose(config))
-    return plain
+# The configs in `conf` and in a user's own folders: their groups, options and help
 
 
 def options_of(config: str, group: str = "", words: Sequence[str] = ()) -> tuple[str, ...]:
     """The options of a config group, such as the evaluations, or without one the groups; on the user's own search path
-    too.
+    too, if the words name one.
     """
     return _options(config, group, tuple(word for word in words if word.startswith("hydra.searchpath=")))
 
@@ -311,22 +300,27 @@ def options_of(config: str, group: str = "", words: Sequence[str] = ()) -> tuple
 @functools.cache
 def _options(config: str, group: str, search: tuple[str, ...]) -> tuple[str, ...]:
     kind = ObjectType.CONFIG if group else ObjectType.GROUP
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        options = GlobalHydra.instance().config_loader().get_group_options(group, kind, config, list(search))
+    with _hydra() as machine:
+        options = machine.config_loader.get_group_options(group, kind, config, list(search))
     return tuple(option for option in options if not option.startswith("_"))  # base files of others
 
 
-def filled_help(template: str, config: str, words: Sequence[str]) -> str:
+def _template(config: str) -> str:
+    return str(compose(config, with_hydra=True).hydra.help.template)
+
+
+def _filled_help(config: str, words: Sequence[str]) -> str:
     """The template in `conf/hydra/help` with the options of all config groups."""
-    groups = {*options_of(config, "", words)} - {"hydra", "experiment"}
+    template, options = _template(config), functools.partial(options_of, config, words=words)
+    groups = {*options()} - {"hydra", "experiment"}
     for place, named in (("$APP_CONFIG_GROUPS", sorted(groups)), ("$EVALUATIONS", ["evals"])):
-        lines = [f"{group}: {', '.join(options_of(config, group, words))}" for group in named]
+        lines = [f"{group}: {', '.join(options(group))}" for group in named]
         filled = [textwrap.fill(line, width=150, subsequent_indent="  ") for line in lines]
         template = template.replace(place, "\n".join(filled))
     # Experiments by task, a line each: the task and the first sentence are comments at the top of the file.
     folders = [CONF, *map(Path, re.findall(r"file://([^\"',\]]+)", " ".join(words)))]
     tasks: dict[str, list[str]] = {}
-    for name in options_of(config, "experiment", words):
+    for name in options("experiment"):
         found = [file for folder in folders if (file := folder / "experiment" / f"{name}.yaml").is_file()]
         comments = found[0].read_text(encoding="utf-8", errors="replace") if found else ""
         lines = re.findall(r"^#\s?(?!\s*@package)(.*)", comments, re.M)
@@ -337,7 +331,7 @@ def filled_help(template: str, config: str, words: Sequence[str]) -> str:
     return template.replace("$EXPERIMENTS", listed)
 
 
-def first_example(template: str, config: str) -> str:
-    """The first example of a help template."""
-    line = template.partition("Examples\n")[2].splitlines()[0]
+def _first_example(config: str) -> str:
+    """The first example of the help."""
+    line = _template(config).partition("Examples\n")[2].splitlines()[0]
     return f"{re.split(r'  +', line.strip())[0]} (more: coca-{config} --help)"

@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import ChoiceSweep, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from coca_lit.cli.assembly import build_evals, build_report, build_settings
+from coca_lit.cli.assembly import build, build_evals, build_settings
 from coca_lit.cli.command import explain, job_command, options_of
 from coca_lit.cli.runtime import chosen_dtype, configure_libraries
 from coca_lit.cli.schema import part_of, written
@@ -29,7 +29,7 @@ from coca_lit.errors import ConfigError, DataError, UserError, error_context
 from coca_lit.machine import is_first_process
 from coca_lit.reading import printable, read_run_yaml
 from coca_lit.runs.redaction import redact
-from coca_lit.runs.run_folder import CHECKPOINTS, CONFIG, in_use
+from coca_lit.runs.run_folder import CHECKPOINTS, CONFIG, in_use, start_run_folder
 
 if TYPE_CHECKING:
     from coca_lit.models import DualEncoder
@@ -186,7 +186,6 @@ def run(cfg: DictConfig) -> dict[str, float]:
     from coca_lit.models.generation.state import check_options
     from coca_lit.models.parts import forward_flops
     from coca_lit.runs.results import Found, finish_run
-    from coca_lit.runs.resume import start_run_folder
     from coca_lit.training.classifiers import load_classifier
 
     configure_libraries(cfg.threads)
@@ -201,7 +200,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         with error_context("scoring.generate"):
             check_options(model, settings.generate or {})
         evals, not_run = build_evals(cfg)
-        report = build_report(cfg)
+        report = build(cfg.report, "report") if cfg.report is not None else None
         if isinstance(model, CoCa) and any(evaluation.classified for evaluation in evals):
             with error_context("checkpoint"):
                 settings = replace(settings, classifier=load_classifier(cfg.checkpoint, model))

@@ -150,8 +150,7 @@ def with_facts(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]", where
 def make_module(cfg: DictConfig, model: DictConfig, **objects: Any) -> "CoCaLit":
     """What the node `model` describes, with all that it takes from the data and the trainer of the config."""
     texts = {"texts": cfg.data.get("text") is not None}
-    module: CoCaLit = build(model, "model", texts, micro_batch_size=cfg.trainer.micro_batch_size, **objects)
-    return module
+    return build(model, "model", texts, micro_batch_size=cfg.trainer.micro_batch_size, **objects)
 
 
 def add_adapters(cfg: DictConfig, module: "CoCaLit") -> None:

@@ -48,19 +48,17 @@ class Signature(NamedTuple):
 def argument_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of all constructors in a part of a config, by key, as plain values."""
     signature = read_signature(node.get("_target_"))
-    defaults = {name: a.default for name, a in signature.arguments.items() if a.default is not ...} if signature else {}
+    defaults = {name: a.default for name, a in signature.arguments.items() if a.default is not ...}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
     return plain | {key: argument_defaults(child) for key, child in node.items() if isinstance(child, dict)}
 
 
 @functools.cache
-def read_signature(target: Any) -> Signature | None:
-    """The signature of the class or function with this full name; None if it cannot be read: then it takes what it
-    takes.
-    """
+def read_signature(target: Any) -> Signature:
+    """The signature of the class or function with this full name, which takes anything if it cannot be read."""
     found = definition(str(target))
     if found is None:
-        return None
+        return Signature({}, True)
     node, module = found
     parents = node.bases if isinstance(node, ast.ClassDef) else []
     body = node.body if isinstance(node, ast.ClassDef) else [node]
@@ -69,10 +67,9 @@ def read_signature(target: Any) -> Signature | None:
     if made is None and ("dataclass" in marks or "NamedTuple" in marks):
         return Signature(_fields(str(target)), False)
     bases = [read_signature(f"{module}.{ast.unparse(base)}") for base in parents]
-    inherited = {name: argument for base in reversed(bases) if base for name, argument in base.arguments.items()}
+    inherited = {name: argument for base in reversed(bases) for name, argument in base.arguments.items()}
     if made is None:
-        takes_any = any(base is None or base.takes_any for base in bases)
-        return Signature(inherited, takes_any) if any(bases) else None
+        return Signature(inherited, not bases or any(base.takes_any for base in bases))
     positional = [*made.args.posonlyargs, *made.args.args]
     values = [*[None] * (len(positional) - len(made.args.defaults)), *made.args.defaults, *made.args.kw_defaults]
     arguments = {
@@ -83,15 +80,13 @@ def read_signature(target: Any) -> Signature | None:
     if made.args.kwarg is None:
         return Signature(arguments, False)
     others = ast.unparse(made.args.kwarg.annotation or ast.Constant(""))
-    if handed := re.fullmatch(r"'?Annotated\[Any, (\w+)\]'?", others):  # to this class, where they get other defaults
-        further = read_signature(f"{module}.{handed[1]}") or Signature({}, True)
-        handed_on = {name: Argument(argument.annotation) for name, argument in further.arguments.items()}
-        return Signature(arguments | handed_on | arguments, further.takes_any)  # its own first
-    if unpacked := re.fullmatch(r"'?Unpack\[(\w+)\]'?", others):
-        # Keys of a TypedDict; the constructor that takes them in the end has the defaults.
-        fields = {name: inherited.get(name, field) for name, field in _fields(f"{module}.{unpacked[1]}").items()}
-        return Signature(arguments | fields, False)
-    return Signature(arguments | inherited, True)  # perhaps for its base class
+    if not (named := re.fullmatch(r"'?(Unpack\[|Annotated\[Any, )(\w+)\]'?", others)):
+        return Signature(arguments | inherited, True)  # perhaps for its base class
+    # The keys of a TypedDict, or the arguments of a class; their defaults are those of the base class, if any.
+    others = f"{module}.{named[2]}"
+    taken = Signature(_fields(others), False) if named[1] == "Unpack[" else read_signature(others)
+    further = {name: inherited.get(name, Argument(other.annotation)) for name, other in taken.arguments.items()}
+    return Signature(arguments | further | arguments, taken.takes_any)  # its own first
 
 
 def _fields(name: str) -> dict[str, Argument]:
@@ -118,16 +113,10 @@ def definition(name: str) -> tuple[ast.ClassDef | ast.FunctionDef, str] | None:
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if leaf == (alias.asname or alias.name):
-                    source = f"{_imported_from(node, module)}.{alias.name}"
-                    return definition(source) if source != name else None
+                    package = module if _source(f"{module}.__init__").body else module.rpartition(".")[0]
+                    source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                    return definition(f"{source}.{alias.name}") if f"{source}.{alias.name}" != name else None
     return None
-
-
-def _imported_from(node: ast.ImportFrom, module: str) -> str:
-    """The full name of the module from which a line of `module` imports."""
-    parents = module.split(".") if _source(f"{module}.__init__").body else module.split(".")[:-1]
-    near = parents[: len(parents) - node.level + 1] if node.level else []
-    return ".".join(filter(None, (*near, node.module)))
 
 
 def literal(node: ast.expr | None, module: str) -> Any:
@@ -249,9 +238,7 @@ def _known(node: Mapping[str, Any], shipped: Mapping[str, Any]) -> tuple[dict[st
     if "_target_" not in node:
         return listed, not shipped
     signature, before = read_signature(node["_target_"]), read_signature(shipped.get("_target_"))
-    beside = {key: listed[key] for key in listed.keys() - before.arguments.keys()} if before is not None else {}
-    if signature is None:
-        return beside, True
+    beside = {key: listed[key] for key in listed.keys() - before.arguments.keys()} if before.arguments else {}
     if {"records", "settings"} <= signature.arguments.keys():  # a function as evaluation
         beside["every"] = Argument("int")
     return dict.fromkeys(HYDRA_KEYS, Argument()) | signature.arguments | beside, signature.takes_any
@@ -261,8 +248,7 @@ def _names(node: Any, path: str = "") -> list[str]:
     """All keys of a config, and those that its constructors take."""
     if not isinstance(node, dict):
         return []
-    signature = read_signature(node.get("_target_"))
-    own = dict.fromkeys([*node, *(signature.arguments if signature is not None else ())])
+    own = dict.fromkeys([*node, *read_signature(node.get("_target_")).arguments])
     return [name for key in own for name in (f"{path}{key}", *_names(node.get(key), f"{path}{key}."))]
 
 

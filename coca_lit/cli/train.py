@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from coca_lit.cli.assembly import build_data, build_evals, build_report, build_scoring, build_trainer, plain
+from coca_lit.cli.assembly import build, build_data, build_evals, build_scoring, build_trainer, plain
 from coca_lit.cli.command import CONF
 from coca_lit.cli.module import build_module, load_source, with_recipe, with_start
 from coca_lit.cli.runtime import configure_libraries
@@ -19,7 +19,7 @@ from coca_lit.cli.schema import argument_defaults
 from coca_lit.cli.sweep import SWEEP_VARIABLE, check_processes, check_study
 from coca_lit.errors import DataError, error_context
 from coca_lit.machine import in_shell, is_first_process
-from coca_lit.runs.run_folder import in_use
+from coca_lit.runs.run_folder import in_use, start_run_folder
 
 OWN_PHOTOS = "coca_lit.data.datasets.folder.folder_records"  # what reads them
 
@@ -54,7 +54,6 @@ def run(cfg: DictConfig) -> dict[str, float]:
             identity_of,
             is_requeued,
             resume_command,
-            start_run_folder,
         )
         from coca_lit.runs.scores import print_scores
         from coca_lit.training.suitability import check_data, check_held_out
@@ -101,14 +100,14 @@ def run(cfg: DictConfig) -> dict[str, float]:
             scoring.check_score("scoring.objective", cfg.scoring.objective, at_end=True)
         else:
             check_study(evals)
-        report = build_report(cfg)
+        report = build(cfg.report, "report") if cfg.report is not None else None
         trainer = build_trainer(cfg, scoring, start, isinstance(data, CaptionDataModule))
         check_processes(trainer.world_size)
         prepare(trainer, module, data)
         if start is None:
             choose_fp32_matmul(trainer, module, cfg.kernels.fp32_matmul)
         # Not before: a run that cannot start leaves nothing behind.
-        start_run_folder(cfg, start, **chosen_experiment())
+        start_run_folder(cfg, start.run if start is not None and resumed else None, **chosen_experiment())
         try:
             with worker_errors():
                 checkpoint = start.path if start is not None else None

@@ -6,7 +6,6 @@ the zip archive that PyTorch writes has a CRC, which PyTorch itself never checks
 """
 
 import logging
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from coca_lit.errors import CheckpointError, DataError, why_unreadable
 from coca_lit.files import replacing
+from coca_lit.runs.run_folder import step_files
 from coca_lit.weights.intact import ContentError, check_archive
 from coca_lit.weights.sharded import REST, check_shards, flat, is_folder
 
@@ -87,14 +87,6 @@ def inspect(path: Path, checksums: bool = True) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a training checkpoint")
     return content
-
-
-def step_files(folder: Path) -> list[Path]:
-    """The checkpoints `step_N.ckpt` of a folder, files or folders themselves, the newest first."""
-    steps = {
-        int(found[1]): path for path in folder.glob("*") if (found := re.fullmatch(r"step_(\d+)\.ckpt", path.name))
-    }
-    return [steps[step] for step in sorted(steps, reverse=True)]
 
 
 def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -17,13 +17,12 @@ from coca_lit.errors import DataError
 from coca_lit.files import atomic_write, write_json, write_waiting
 from coca_lit.metrics.uncertainty import LEVEL, Conditions, Draws
 from coca_lit.reading import printable, read_run_json, read_run_npz
-from coca_lit.runs.run_folder import RESULTS, add_facts
+from coca_lit.runs.run_folder import CONDITIONS, DRAWS, INTERVALS, RESULTS, add_facts
 from coca_lit.runs.scores import print_scores
 
 if TYPE_CHECKING:
     from coca_lit.evals import Evaluation
 
-INTERVALS, DRAWS, CONDITIONS = "intervals.json", "draws.npz", "conditions.json"
 HOW = f"{LEVEL:.0%}, from the scores of 1,000 resamples of the images, drawn with replacement; of shares by Wilson"
 TRIES, PAUSE = 10, 30  # to write the scores on a full disk, and seconds between two tries
 
@@ -131,15 +130,12 @@ def read_draws(folder: Path) -> dict[str, Draws]:
 
 def write_conditions(folder: Path, conditions: Mapping[str, Conditions]) -> None:
     """Writes the file: a list of conditions, each with the names of its `scores`."""
-    rows: list[tuple[Conditions, list[str]]] = []
-    for score, of in conditions.items():
-        same = next((scores for known, scores in rows if known == of), None)
-        if same is None:
-            rows.append((of, [score]))
-        else:
-            same.append(score)
-    content = [{"scores": scores, **of._asdict()} for of, scores in rows]
-    write_json(folder / CONDITIONS, content)
+    rows: list[dict[str, Any]] = []
+    for of in conditions.values():
+        row = {"scores": [score for score, its in conditions.items() if its == of], **of._asdict()}
+        if row not in rows:
+            rows.append(row)
+    write_json(folder / CONDITIONS, rows)
 
 
 def read_conditions(folder: Path) -> dict[str, Conditions]:

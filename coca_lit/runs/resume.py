@@ -1,15 +1,13 @@
-"""How the same command resumes a run: at the newest whole checkpoint of its folder, with its logs rewound to that step.
+"""How the same command resumes a run: at the newest whole checkpoint of its folder.
 
 A resumed run must be the same run, so config keys that its result depends on may not have changed. Checkpoints are
 written by `coca_lit.callbacks.checkpoint`; the place in the data is found again by `coca_lit.data.loader`.
 """
 
-import csv
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,49 +16,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import CheckpointError, DataError
-from coca_lit.files import atomic_link, atomic_write, csv_line, remove_leftovers, whole_lines, write_json
+from coca_lit.files import atomic_link, write_json
 from coca_lit.machine import in_shell, is_first_process
-from coca_lit.reading import parse_json, read_json
-from coca_lit.runs.checkpoint_io import inspect, newest_valid, step_files
+from coca_lit.reading import read_json
+from coca_lit.runs.checkpoint_io import inspect, newest_valid
 from coca_lit.runs.redaction import masked_yaml
-from coca_lit.runs.results import CONDITIONS, DRAWS, INTERVALS
-from coca_lit.runs.run_folder import (
-    BAD_STEPS,
-    CHECKPOINTS,
-    CONFIG,
-    ENVIRONMENT,
-    JOBS,
-    METRICS,
-    RESULTS,
-    command,
-    environment,
-    restarted,
-)
+from coca_lit.runs.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, JOBS, RESULTS, command, restarted, step_files
 from coca_lit.weights.sharded import is_checkpoint
 
 RUN_KEY = "coca_lit_run"  # under which our checkpoints keep what resuming needs: see `coca_lit.callbacks.checkpoint`
 LOOPS = "loops"  # where Lightning's checkpoints keep how far a training has come
 AUTO = "auto"
 LAST = "last.ckpt"
-EARLIER = "earlier_results.json"  # of a run that went on
-# What belongs to one run, as outputs/README.md lists it.
-FILES = (
-    *("config.yaml", "environment.json", "results.json", "not_run.json", "curves.png", "report.html", "report.md"),
-    *(
-        EARLIER,
-        INTERVALS,
-        DRAWS,
-        CONDITIONS,
-        CHECKPOINTS,
-        METRICS,
-        BAD_STEPS,
-        "bad_samples",
-        "predictions",
-        "samples",
-        "judgments",
-    ),
-    *("tensorboard", "wandb", "wandb_run", "mlflow_run"),
-)
 # Keys that decide what is computed, and among them those that only decide where and how fast.
 IDENTITY = (
     *("seed", "image_size", "vocabulary", "ema", "lora", "init_from", "init_parts"),
@@ -89,8 +56,7 @@ class Start(NamedTuple):
     @property
     def run(self) -> dict[str, Any]:
         """What resuming needs; nothing if the checkpoint is not one of ours."""
-        found: dict[str, Any] = self.content.get(RUN_KEY, {})
-        return found
+        return self.content.get(RUN_KEY, {})
 
     def lies_in(self, folder: Path) -> bool:
         """Whether the checkpoint is one of this run folder."""
@@ -236,65 +202,6 @@ def finished_results(cfg: DictConfig, start: Start) -> dict[str, float] | None:
     return scores
 
 
-def start_run_folder(cfg: DictConfig, start: Start | None = None, **facts: Any) -> None:
-    """Writes `config.yaml` and `environment.json`. The logs of an earlier run are rewound to `start`; without one,
-    all its files are archived.
-
-    Args:
-        facts: for `environment.json`.
-    """
-    if not is_first_process():
-        return
-    folder = Path(cfg.output_dir)
-    for place in (folder, folder / CHECKPOINTS):
-        remove_leftovers(place)
-    if start is None:
-        start_fresh(folder)
-    else:
-        rewind_run(folder, start)
-    if (folder / RESULTS).exists():  # of other weights: until the run ends, it has no scores
-        os.replace(folder / RESULTS, folder / EARLIER)
-        print_rank_zero(f"the scores so far are in {folder / EARLIER}")
-    atomic_write(folder / CONFIG, masked_yaml(cfg).encode())
-    write_json(folder / ENVIRONMENT, environment() | facts)
-
-
-def rewind_run(folder: Path, start: Start) -> None:
-    """Prepares the run folder for resuming from `start`: its logs end there. Newer checkpoints are abandoned, because
-    this one was named or they are damaged; left there, they would count as the last ones, which are kept.
-    """
-    if not start.lies_in(folder):
-        start_fresh(folder)
-        return
-    step = start.run.get("step", 0)
-    newer = [path for path in step_files(folder / CHECKPOINTS) if int(path.stem.removeprefix("step_")) > step]
-    if newer:
-        print_rank_zero(f"{len(newer)} newer checkpoints were moved to {archive(folder, newer)}")
-    rewind_logs(folder, start.run.get("logged_steps", 0), step, start.run.get("validating", False))
-
-
-def start_fresh(folder: Path) -> None:
-    """Empties a run folder without losing anything: what an earlier run left there is archived."""
-    left = [folder / name for name in FILES if (folder / name).exists()]
-    if step_files(folder / CHECKPOINTS) or (folder / "results.json").exists():
-        print_rank_zero(f"the earlier run in {folder} was moved to {archive(folder, left)}")
-    else:
-        if written := [folder / name for name in ("predictions", "samples", "judgments") if (folder / name).exists()]:
-            print_rank_zero(f"what an unfinished run wrote in {folder} was moved to {archive(folder, written)}")
-        rewind_logs(folder, 0, 0)  # it died before its first checkpoint, and the same steps are repeated
-
-
-def archive(folder: Path, files: list[Path]) -> Path:
-    """Moves files of a run into a new folder `earlier_N` within it."""
-    number = 1
-    while (target := folder / f"earlier_{number}").exists():
-        number += 1
-    for path in files:
-        (target / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target / path.relative_to(folder))
-    return target
-
-
 def changed_keys(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(key, before, now) of all values that differ between two nested configs, except those in `FREE`."""
     if key in FREE:
@@ -311,33 +218,6 @@ def _filled(config: Any, defaults: Any) -> Any:
     if not isinstance(config, dict) or not isinstance(defaults, Mapping):
         return config
     return {**defaults, **{key: _filled(value, defaults.get(key)) for key, value in config.items()}}
-
-
-def rewind_logs(folder: Path, logged_steps: int, step: int, validating: bool = False) -> None:
-    """Drops log entries of steps that will be repeated, so that nothing is logged twice.
-
-    Args:
-        folder: the run folder.
-        logged_steps: rows of metrics.csv are dropped from this value of the column `step` on.
-        step: number of the first optimizer step that is repeated.
-        validating: the validation after the last step is repeated, too.
-    """
-    metrics, bad_steps = folder / METRICS, folder / BAD_STEPS
-    if metrics.exists():
-        rows = [*csv.reader(whole_lines(metrics))]
-        header, *others = rows or [[]]
-        column = header.index("step") if "step" in header else 0
-        whole = [row for row in others if len(row) == len(header) and row[column].isdigit()]
-        kept = [row for row in whole if int(row[column]) < logged_steps]
-        if validating:  # the rows of that validation go, too
-            measured = [i for i, name in enumerate(header) if name.startswith("val/")]
-            last = logged_steps - 1
-            kept = [*takewhile(lambda row: int(row[column]) < last or not any(row[i] for i in measured), kept)]
-        rows = [header, *kept] if rows else []
-        atomic_write(metrics, "".join(f"{csv_line(row)}\n" for row in rows).encode())
-    if bad_steps.exists():
-        lines = (line for line in whole_lines(bad_steps) if parse_json(line, str(bad_steps), dict)["step"] < step)
-        atomic_write(bad_steps, "".join(lines).encode())
 
 
 def resume_command(name: str, folder: Path) -> str:

@@ -1,7 +1,8 @@
-"""What a run folder holds besides checkpoints, logs and results: the config and the environment of the run; and its
-lock, which lets one process at a time in.
+"""The folder of a run: its files, of which this module writes the config and the environment of the run; how what an
+earlier run left there is archived, or its logs rewound; and its lock, which lets one process at a time in.
 """
 
+import csv
 import os
 import platform
 import re
@@ -9,29 +10,48 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from omegaconf import DictConfig
 
 from coca_lit.errors import ConfigError, DataError
-from coca_lit.files import write_json
+from coca_lit.files import atomic_write, csv_line, remove_leftovers, whole_lines, write_json
 from coca_lit.machine import in_shell, is_first_process
-from coca_lit.reading import read_json
-from coca_lit.runs.redaction import redact
+from coca_lit.reading import parse_json, read_json
+from coca_lit.runs.redaction import masked_yaml, redact
 
 CONFIG, ENVIRONMENT, RESULTS = "config.yaml", "environment.json", "results.json"
+INTERVALS, DRAWS, CONDITIONS = "intervals.json", "draws.npz", "conditions.json"
 ARCHIVED = re.compile(r"earlier_\d+")  # the folders of earlier runs in the folder of one that was started afresh
 METRICS, BAD_STEPS, CHECKPOINTS = "metrics.csv", "bad_steps.jsonl", "checkpoints"
+EARLIER = "earlier_results.json"  # of a run that went on
+# What belongs to one run, as outputs/README.md lists it.
+FILES = (
+    *(CONFIG, ENVIRONMENT, RESULTS, EARLIER, INTERVALS, DRAWS, CONDITIONS, CHECKPOINTS, METRICS, BAD_STEPS),
+    *("not_run.json", "curves.png", "report.html", "report.md"),
+    *("bad_samples", "predictions", "samples", "judgments"),
+    *("tensorboard", "wandb", "wandb_run", "mlflow_run"),
+)
 LOCK, HOLDER = ".lock", ".lock.json"
 JOBS = "jobs"  # in `environment.json`: in which the run was begun or resumed last
 # What names a job that SLURM or torchrun may start again, with the same command: how often it did.
 RESTARTS = {"SLURM_JOB_ID": "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID": "TORCHELASTIC_RESTART_COUNT"}
 PATIENCE = 30.0  # seconds for the workers of a killed process to notice that it is gone
 _held: dict[Path, tuple[int | None, dict[str, Any]]] = {}  # by this process: inode of the lock, and holder
+
+
+def step_files(folder: Path) -> list[Path]:
+    """The checkpoints `step_N.ckpt` of a folder, files or folders themselves, the newest first."""
+    steps = {
+        int(found[1]): path for path in folder.glob("*") if (found := re.fullmatch(r"step_(\d+)\.ckpt", path.name))
+    }
+    return [steps[step] for step in sorted(steps, reverse=True)]
 
 
 def restarted() -> list[str]:
@@ -99,6 +119,9 @@ def machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.+)", cpuinfo.read_text(), re.M) if cpuinfo.exists() else []
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+# Its lock
 
 
 @contextmanager
@@ -200,8 +223,93 @@ def _ended(holder: dict[str, Any]) -> bool:
         return False
     try:
         os.kill(process, 0)  # asks, and sends nothing
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        return False
+    except (OSError, OverflowError) as error:
+        return isinstance(error, ProcessLookupError)
     return False
+
+
+# Its beginning: what an earlier run left is archived, or its logs end where the run resumes
+
+
+def start_run_folder(cfg: DictConfig, resumed: Mapping[str, Any] | None = None, **facts: Any) -> None:
+    """Writes `config.yaml` and `environment.json`. Of an earlier run all files are archived, or its logs are rewound.
+
+    Args:
+        resumed: what the checkpoint in this folder from which the run resumes says about it, see `Start.run`.
+        facts: for `environment.json`.
+    """
+    if not is_first_process():
+        return
+    folder = Path(cfg.output_dir)
+    for place in (folder, folder / CHECKPOINTS):
+        remove_leftovers(place)
+    if resumed is None:
+        start_fresh(folder)
+    else:
+        rewind_run(folder, resumed)
+    if (folder / RESULTS).exists():  # of other weights: until the run ends, it has no scores
+        os.replace(folder / RESULTS, folder / EARLIER)
+        print(f"the scores so far are in {folder / EARLIER}", flush=True)
+    atomic_write(folder / CONFIG, masked_yaml(cfg).encode())
+    write_json(folder / ENVIRONMENT, environment() | facts)
+
+
+def rewind_run(folder: Path, resumed: Mapping[str, Any]) -> None:
+    """Prepares the run folder for resuming from one of its checkpoints: its logs end there. Newer checkpoints are
+    abandoned, because this one was named or they are damaged; left there, they would count as the last ones, which are
+    kept.
+    """
+    step = resumed.get("step", 0)
+    newer = [path for path in step_files(folder / CHECKPOINTS) if int(path.stem.removeprefix("step_")) > step]
+    if newer:
+        print(f"{len(newer)} newer checkpoints were moved to {archive(folder, newer)}", flush=True)
+    rewind_logs(folder, resumed.get("logged_steps", 0), step, resumed.get("validating", False))
+
+
+def start_fresh(folder: Path) -> None:
+    """Empties a run folder without losing anything: what an earlier run left there is archived."""
+    left = [folder / name for name in FILES if (folder / name).exists()]
+    if step_files(folder / CHECKPOINTS) or (folder / RESULTS).exists():
+        print(f"the earlier run in {folder} was moved to {archive(folder, left)}", flush=True)
+    else:
+        if written := [folder / name for name in ("predictions", "samples", "judgments") if (folder / name).exists()]:
+            print(f"what an unfinished run wrote in {folder} was moved to {archive(folder, written)}", flush=True)
+        rewind_logs(folder, 0, 0)  # it died before its first checkpoint, and the same steps are repeated
+
+
+def archive(folder: Path, files: list[Path]) -> Path:
+    """Moves files of a run into a new folder `earlier_N` within it."""
+    number = 1
+    while (target := folder / f"earlier_{number}").exists():
+        number += 1
+    for path in files:
+        (target / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target / path.relative_to(folder))
+    return target
+
+
+def rewind_logs(folder: Path, logged_steps: int, step: int, validating: bool = False) -> None:
+    """Drops log entries of steps that will be repeated, so that nothing is logged twice.
+
+    Args:
+        folder: the run folder.
+        logged_steps: rows of metrics.csv are dropped from this value of the column `step` on.
+        step: number of the first optimizer step that is repeated.
+        validating: the validation after the last step is repeated, too.
+    """
+    metrics, bad_steps = folder / METRICS, folder / BAD_STEPS
+    if metrics.exists():
+        rows = [*csv.reader(whole_lines(metrics))]
+        header, *others = rows or [[]]
+        column = header.index("step") if "step" in header else 0
+        whole = [row for row in others if len(row) == len(header) and row[column].isdigit()]
+        kept = [row for row in whole if int(row[column]) < logged_steps]
+        if validating:  # the rows of that validation go, too
+            measured = [i for i, name in enumerate(header) if name.startswith("val/")]
+            last = logged_steps - 1
+            kept = [*takewhile(lambda row: int(row[column]) < last or not any(row[i] for i in measured), kept)]
+        rows = [header, *kept] if rows else []
+        atomic_write(metrics, "".join(f"{csv_line(row)}\n" for row in rows).encode())
+    if bad_steps.exists():
+        lines = (line for line in whole_lines(bad_steps) if parse_json(line, str(bad_steps), dict)["step"] < step)
+        atomic_write(bad_steps, "".join(lines).encode())

@@ -132,7 +132,8 @@ class SelfCritical(Objective):
         tokenizer, most, rows = net.tokenizer, self._most(net), ids.tolist()
         rewards = []
         for key, samples, texts in zip(keys, rows, answers or [()] * len(rows), strict=True):
-            mirrored = self._is_mirrored(key, texts)
+            own = self._references.get(key, ())
+            mirrored = [*texts] != [*own] and [*texts] == [*map(swap_sides, own)]
             captions = []
             for sample in samples:
                 finished = sample.index(tokenizer.eot_id) < most - 1
@@ -141,10 +142,6 @@ class SelfCritical(Objective):
                 captions.append([*fast_words(text), *([END] if finished else [])])
             rewards.append(self._reward(key, captions))
         return torch.tensor(rewards)
-
-    def _is_mirrored(self, key: str, texts: Sequence[str]) -> bool:
-        own = self._references.get(key, ())
-        return [*texts] != [*own] and [*texts] == [*map(swap_sides, own)]
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:

@@ -511,16 +511,18 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "runs/resume.py": [
         (
-            "rewound_rows",
-            "kept = [row for row in whole if int(row[column]) < logged_steps]",
-            "kept = [row for row in whole if int(row[column]) <= logged_steps]",
-            "runs/test_resume.py::test_killed_twice_in_an_epoch[indexed-2-extra1]",
-        ),
-        (
             "compared_keys",
             '*("model", "data", "trainer", "callbacks"),',
             '*("data", "trainer", "callbacks"),',
             "runs/test_resume.py::test_changed_config_is_refused_by_its_key",
+        ),
+    ],
+    "runs/run_folder.py": [
+        (
+            "rewound_rows",
+            "kept = [row for row in whole if int(row[column]) < logged_steps]",
+            "kept = [row for row in whole if int(row[column]) <= logged_steps]",
+            "runs/test_resume.py::test_killed_twice_in_an_epoch[indexed-2-extra1]",
         ),
     ],
     "runs/redaction.py": [

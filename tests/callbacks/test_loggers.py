@@ -15,7 +15,8 @@ import pytest
 from lightning.pytorch.loggers import Logger
 
 from coca_lit.callbacks import loggers as loggers_module
-from coca_lit.runs.resume import is_same_run, start_run_folder
+from coca_lit.runs.resume import is_same_run
+from coca_lit.runs.run_folder import start_run_folder
 from helpers.resuming import MAP, TINY, Die, train
 from helpers.running import compose, run, watched, without_java
 

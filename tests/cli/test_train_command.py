@@ -19,7 +19,7 @@ from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.evals.inference import caption_images
 from coca_lit.models import create_model
-from coca_lit.runs.resume import start_run_folder
+from coca_lit.runs.run_folder import start_run_folder
 from coca_lit.tools.prepare.scenes import export_scenes
 from coca_lit.weights.load import load_model, save_model
 from helpers.running import NAFLEX, TINY, compose, logged, results, run, train_py, without_java

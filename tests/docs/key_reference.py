@@ -101,9 +101,7 @@ def _constructor(name: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Arguments of a class or function with their defaults (`...` for none, or one that is no literal), and what the
     docstrings, of base classes too, say about each.
     """
-    signature = read_signature(name)
-    arguments = signature.arguments if signature is not None else {}
-    return {key: argument.default for key, argument in arguments.items()}, _said(name)
+    return {key: argument.default for key, argument in read_signature(name).arguments.items()}, _said(name)
 
 
 def _said(name: str) -> dict[str, str]:

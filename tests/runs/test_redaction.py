@@ -11,7 +11,7 @@ import yaml
 
 from coca_lit.runs import redaction
 from coca_lit.runs.redaction import SecretFilter, mask, redact
-from coca_lit.runs.resume import start_run_folder
+from coca_lit.runs.run_folder import start_run_folder
 from helpers.running import compose, train_py
 
 

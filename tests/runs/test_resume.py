@@ -23,7 +23,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import CheckpointError, ConfigError, TrainingError
 from coca_lit.runs import checkpoint_io
-from coca_lit.runs.checkpoint_io import inspect, newest_valid, step_files
+from coca_lit.runs.checkpoint_io import inspect, newest_valid
 from coca_lit.runs.results import Found, finish_run
 from coca_lit.runs.resume import (
     RUN_KEY,
@@ -34,11 +34,8 @@ from coca_lit.runs.resume import (
     identity_of,
     is_requeued,
     resume_command,
-    rewind_logs,
-    rewind_run,
-    start_fresh,
-    start_run_folder,
 )
+from coca_lit.runs.run_folder import rewind_logs, rewind_run, start_fresh, start_run_folder, step_files
 from coca_lit.runs.signals import requeue_once
 from coca_lit.tools.prepare.scenes import export_scenes
 from helpers.forking import Program
@@ -458,7 +455,7 @@ def test_damaged_newer_checkpoints_do_not_count_as_the_last_ones(tmp_path: Path)
     save(tmp_path, 9).write_bytes(b"torn")
     start = find_checkpoint(tmp_path, "auto", first_process=True)
     assert start is not None
-    rewind_run(tmp_path, start)
+    rewind_run(tmp_path, start.run)
     trainer: Any = SimpleNamespace(global_step=7, save_checkpoint=lambda path: save(tmp_path, 7))
     nothing: Any = None
     Checkpoints(tmp_path, keep_last=1)._save(trainer, nothing)
@@ -475,7 +472,7 @@ def test_a_resume_reads_its_checkpoint_once(tmp_path: Path) -> None:
     check_same_run(start, {"seed": 1}, strict=True)
     with pytest.raises(CheckpointError, match=r"^seed was 1 when .* is now 2"):
         check_same_run(start, {"seed": 2}, strict=True)
-    rewind_run(tmp_path, start)
+    rewind_run(tmp_path, start.run)
 
 
 def test_other_processes_read_a_checkpoint_that_the_first_one_will_replace(tmp_path: Path) -> None:
@@ -597,7 +594,7 @@ def test_finished_means_that_everything_is_there(tmp_path: Path, lost: str) -> N
     """A full disk may have cost the last checkpoint although the scores were written, and a kill the report."""
     cfg = compose(f"output_dir={tmp_path}")
     path = save(tmp_path, 3, finished=lost != "checkpoint")
-    start_run_folder(cfg, start_at(path))
+    start_run_folder(cfg, start_at(path).run)
     finish_run(tmp_path, Found({"scenes/CIDEr": 1.0}), report=write_report)
     (tmp_path / lost).unlink(missing_ok=True)
     cfg.scoring.objective = "scenes/CIDEr"  # ranks scores and computes none
@@ -611,12 +608,12 @@ def test_a_changed_run_is_not_finished(tmp_path: Path, change: str, capsys: pyte
     """Neither before it starts nor, if it is killed before its first new checkpoint, after that."""
     cfg = compose(f"output_dir={tmp_path}", "+trainer.max_time=00:00:01:00")
     path = save(tmp_path, 3, finished=True)
-    start_run_folder(cfg, start_at(path))
+    start_run_folder(cfg, start_at(path).run)
     finish_run(tmp_path, Found({"scenes/CIDEr": 1.0}), report=write_report)
     assert finished_results(cfg, start_at(path)) is not None
     changed = compose(f"output_dir={tmp_path}", "+trainer.max_time=00:00:01:00", change)
     assert finished_results(changed, start_at(path)) is None
-    start_run_folder(changed, start_at(path))
+    start_run_folder(changed, start_at(path).run)
     assert finished_results(changed, start_at(path)) is None
     assert not (tmp_path / "results.json").exists()  # they would stand for other weights
     assert f"the scores so far are in {tmp_path / 'earlier_results.json'}" in capsys.readouterr().out
@@ -732,7 +729,7 @@ def test_going_back_to_an_older_checkpoint(tmp_path: Path) -> None:
         save(tmp_path, step, logged_steps=step)
     (tmp_path / "metrics.csv").write_text("step,loss\n0,1.0\n1,0.9\n1,0.")
     (tmp_path / "bad_steps.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"st')
-    rewind_run(tmp_path, start_at(tmp_path / "checkpoints" / "step_1.ckpt"))
+    rewind_run(tmp_path, start_at(tmp_path / "checkpoints" / "step_1.ckpt").run)
     assert (tmp_path / "earlier_1" / "checkpoints" / "step_2.ckpt").exists()
     assert (tmp_path / "metrics.csv").read_text().split() == ["step,loss", "0,1.0"]
     assert (tmp_path / "bad_steps.jsonl").read_text() == '{"step": 0}\n'
@@ -787,7 +784,7 @@ def test_a_requeued_job_goes_on_at_its_own_checkpoint(tmp_path: Path, monkeypatc
     assert not is_requeued(folder)
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")  # torchrun starts all its processes again where one has failed
-    start_run_folder(compose(*words, f"output_dir={folder}"), start_at(folder / "checkpoints" / "last.ckpt"))
+    start_run_folder(compose(*words, f"output_dir={folder}"), start_at(folder / "checkpoints" / "last.ckpt").run)
     assert not is_requeued(folder)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert is_requeued(folder)
