@@ -1,6 +1,4 @@
-"""The image side of CoCa: a timm encoder, or a registered one, that gives patch or grid tokens, and the poolings of
-OpenCLIP 3 and of the paper for the two tasks (others: `variants/poolers.py`).
-"""
+"""The image encoder of CoCa: one of timm's, or a registered one, that gives patch or grid tokens."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,9 +12,7 @@ from torch import Tensor, nn
 from coca_lit.errors import check_number
 from coca_lit.models import convolutional, kernels
 from coca_lit.models.convolutional import as_tokens, use_global_batch_norms
-from coca_lit.models.init import init_pooler
 from coca_lit.models.inputs import EncodedFrames, expect_batch, expect_pixels
-from coca_lit.models.layers import AttentionalPooler, Pooling
 from coca_lit.models.registry import IMAGE_ENCODERS, check_architecture
 
 CLIP_NORMALISATION = {
@@ -187,46 +183,3 @@ def _build_trunk(name: str, arguments: dict[str, Any], image_size: int) -> nn.Mo
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in module.state_dict().items()}
-
-
-class ImagePooling(Pooling):
-    """Learned queries that attend to the image tokens.
-
-    - single: one pooler; query 0 is the contrastive vector, the others are the decoder's tokens (OpenCLIP: 255 of 256).
-    - parallel: two poolers side by side on the encoder's tokens (CoCa paper, section 3.2).
-    - cascade: the contrastive pooler attends to the output of the generative one (same section).
-
-    Every pooler ends in a norm, and the contrastive vector is projected (`CoCa.image_projection`).
-    """
-
-    def __init__(self, variant: str, context_width: int, width: int, queries: int, heads: int) -> None:
-        super().__init__()
-        self.vector_width = self.token_width = width
-        self.variant = variant
-        self.generative = AttentionalPooler(context_width, width, queries, heads)
-        if variant != "single":
-            self.contrastive = AttentionalPooler(context_width if variant == "parallel" else width, width, 1, heads)
-
-    def parts_of_loss(self, loss: str) -> list[str]:
-        if loss == "contrastive":
-            return ["contrastive"] if self.variant != "single" else []
-        return ["generative"] if self.variant == "parallel" else []
-
-    def init_parameters(self) -> None:
-        init_pooler(self.generative)
-        if self.variant != "single":
-            init_pooler(self.contrastive)
-
-    def pool(self, tokens: Tensor, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:
-        if self.variant == "single":
-            queries = slice(0 if contrastive else 1, None if captioning else 1)
-            pooled = self.generative(tokens, queries)
-            first = 1 if contrastive else 0
-            return (pooled[:, 0] if contrastive else None), (pooled[:, first:] if captioning else None)
-        image_tokens = self.generative(tokens) if captioning or self.variant == "cascade" else None
-        source = image_tokens if self.variant == "cascade" else tokens
-        vector = self.contrastive(source)[:, 0] if contrastive else None
-        return vector, (image_tokens if captioning else None)
-
-    def attention(self, tokens: Tensor) -> Tensor:
-        return self.generative.weights(tokens, slice(1 if self.variant == "single" else 0, None))

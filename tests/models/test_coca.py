@@ -11,8 +11,9 @@ from torch import Tensor
 
 from coca_lit.losses import caption_loss, contrastive_loss
 from coca_lit.models import PRESETS, CoCa, CoCaOutput, create_model
-from coca_lit.models.coca import SIZES, Pooler
+from coca_lit.models.coca import SIZES
 from coca_lit.models.parts import GradCheckpointing
+from coca_lit.models.poolers import Pooler
 from coca_lit.models.text import ClsMask, legacy_attention_mask
 from helpers.slow import slow
 
