@@ -22,10 +22,10 @@ from coca_lit.models.init import init_projection
 from coca_lit.models.inputs import FramePooling, Images, Interpolation, Preprocessing, ResizeMode, preprocessing
 from coca_lit.models.likelihood import log_likelihood
 from coca_lit.models.packing import Layout, expect_to_fit, expect_tokens, text_lengths
-from coca_lit.models.parts import Trainable
-from coca_lit.models.poolers import Pooler, build_pooling
+from coca_lit.models.poolers import Pooler, PoolingSizes, build_pooling
 from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS
 from coca_lit.models.text import ClsMask, Decoder, TextSizes, build_text_tower, expect_decoder
+from coca_lit.models.trainable import Trainable
 from coca_lit.tokenizer import CONTEXT_LENGTH, get_tokenizer
 
 Contrastive = Literal["softmax", "siglip"]
@@ -35,7 +35,7 @@ SIZES = (  # arguments that are whole numbers of at least 1
     *("context_length", "text_width", "text_layers", "text_heads"),
 )
 IGNORED_LABEL = -100
-MAX_LOGIT_SCALE = 4.605170185988092  # ln 100, the bound that CLIP puts on the temperature
+MAX_LOGIT_SCALE = math.log(100)  # the bound that CLIP puts on the temperature
 
 
 class CoCaOutput(NamedTuple):
@@ -124,41 +124,23 @@ class CoCa(Trainable):
         interpolation: Interpolation = "bicubic",
         resize_mode: ResizeMode = "shortest",
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         # Plain values that build this model again; they are stored in every checkpoint.
         self.config: dict[str, Any] = {
+            **given,
             "image_encoder": IMAGE_ENCODERS.spec(image_encoder),
             "image_encoder_args": dict(image_encoder_args or {}),
-            "image_size": image_size,
-            "embed_dim": embed_dim,
-            "pooler": pooler,
-            "pooler_queries": pooler_queries,
-            "pooler_heads": pooler_heads,
-            "tokenizer": tokenizer,
-            "context_length": context_length,
-            "cls_mask": cls_mask,
-            "text_width": text_width,
-            "text_layers": text_layers,
-            "text_heads": text_heads,
-            "decoder_layers": decoder_layers,
-            "dropout": dropout,
-            "contrastive": contrastive,
-            "tied_embeddings": tied_embeddings,
             "text_tower": text_tower and TEXT_TOWERS.spec(text_tower),
-            "text_tower_args": text_tower_args,
-            "decoder_args": decoder_args,
-            "frame_pooling": frame_pooling,
-            "frame_positions": frame_positions,
-            "interpolation": interpolation,
-            "resize_mode": resize_mode,
         }
         _check(self.config)
         self.tokenizer = get_tokenizer(tokenizer, context_length)
         self.config["tokenizer"] = self.tokenizer.spec
         self.image_encoder = build_image_encoder(image_encoder, image_size, **(image_encoder_args or {}))
-        self.pooling = build_pooling(
-            pooler, self.image_encoder, embed_dim, pooler_queries, pooler_heads, text_width, decoder_layers > 0
+        pooled = PoolingSizes(
+            self.image_encoder, embed_dim, pooler_queries, pooler_heads, text_width, captions=decoder_layers > 0
         )
+        self.pooling = build_pooling(pooler, pooled)
         self.pooling.frame_pooling = frame_pooling
         if frame_positions:
             self.pooling.frame_positions = nn.Parameter(torch.empty(frame_positions, 1, self.image_encoder.width))

@@ -1,5 +1,6 @@
 """The image encoder of CoCa: one of timm's, or a registered one, that gives patch or grid tokens."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -10,8 +11,8 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from coca_lit.errors import check_number
-from coca_lit.models import convolutional, kernels
-from coca_lit.models.convolutional import as_tokens, use_global_batch_norms
+from coca_lit.models import kernels
+from coca_lit.models.convolutional import FrozenStages, as_tokens, frozen_stages, use_global_batch_norms
 from coca_lit.models.inputs import EncodedFrames, expect_batch, expect_pixels
 from coca_lit.models.registry import IMAGE_ENCODERS, check_architecture
 
@@ -137,7 +138,7 @@ class ImageEncoder(nn.Module):
             return EncodedFrames(frames.unflatten(0, images.shape[:2]))
         if images.ndim == 3 and images.is_floating_point():
             tokens = images.to(self.normalise.mean.dtype)
-            return tokens if tokens.shape[2] == self.width else convolutional.run_remaining(self, tokens)
+            return tokens if tokens.shape[2] == self.width else self._run_remaining(tokens)
         features = self.trunk(self.normalise(images))  # all of it: in some families the head holds the last norm
         return as_tokens(features, getattr(self.trunk, "output_fmt", "NCHW") == "NHWC")
 
@@ -146,7 +147,17 @@ class ImageEncoder(nn.Module):
         (B, S, C). It shares its parameters with the encoder, and is the encoder itself if that is frozen or trained as
         a whole.
         """
-        return convolutional.frozen_part(self)
+        frozen, _ = frozen_stages(self.trunk)
+        return FrozenStages(self.normalise, frozen, self.width) if frozen else self
+
+    def _run_remaining(self, tokens: Tensor) -> Tensor:
+        """An output (B, S, C) of `frozen_part` -> tokens (B, S', width)."""
+        frozen, remaining = frozen_stages(self.trunk)
+        if not frozen:
+            raise ValueError(f"images must have the shape (batch, 3, height, width), got {tuple(tokens.shape)}")
+        side = math.isqrt(tokens.shape[1])
+        grid = tokens.transpose(1, 2).unflatten(2, (side, side))  # (B, C, h, w)
+        return as_tokens(nn.Sequential(*remaining)(grid))
 
 
 def build_image_encoder(name: str, image_size: int, **arguments: Any) -> ImageEncoder:

@@ -4,7 +4,7 @@ Another one is a subclass of `Pooling`, its name in `Pooler` and a line in `POOL
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,13 @@ class PoolingSizes(NamedTuple):
     """What every pooling is built from.
 
     Attributes:
-        image_width, prefix_tokens: of the image encoder.
+        encoder: whose tokens it takes.
         width, queries, heads: of attentional poolers.
         text_width: of the decoder.
         captions: whether there is a decoder.
     """
 
-    image_width: int
-    prefix_tokens: int
+    encoder: ImageEncoder
     width: int
     queries: int
     heads: int
@@ -162,7 +161,7 @@ class SinglePooling(Pooling):
                 "pooler_queries must be at least 2 for the single pooler: the first is the contrastive vector"
             )
         self.vector_width = self.token_width = sizes.width
-        self.generative = AttentionalPooler(sizes.image_width, sizes.width, sizes.queries, sizes.heads)
+        self.generative = AttentionalPooler(sizes.encoder.width, sizes.width, sizes.queries, sizes.heads)
 
     def parts_of_loss(self, loss: str) -> list[str]:
         return []
@@ -186,7 +185,7 @@ class TwoPoolers(Pooling):
 
     def __init__(self, name: str, sizes: PoolingSizes) -> None:
         super().__init__(name, sizes)
-        image_width, width, queries, heads = sizes.image_width, sizes.width, sizes.queries, sizes.heads
+        image_width, width, queries, heads = sizes.encoder.width, sizes.width, sizes.queries, sizes.heads
         self.vector_width = self.token_width = width
         self.parallel = name.endswith("parallel")
         self.norm = nn.Identity() if self.projected else nn.LayerNorm(image_width)
@@ -236,7 +235,7 @@ class OpenClipPooling(TwoPoolers):
         That layer keeps q, k and v in one matrix where they have the same input width, and Xavier's bound follows from
         the shape of what is kept.
         """
-        self.norm.reset_parameters()
+        cast(nn.LayerNorm, self.norm).reset_parameters()
         for pooler in (self.generative, self.contrastive):
             nn.init.normal_(pooler.query, std=1.0)
             attention = pooler.attention
@@ -272,10 +271,10 @@ class MeanPooling(Pooling):
 
     def __init__(self, name: str, sizes: PoolingSizes) -> None:
         super().__init__(name, sizes)
-        self.vector_width, self.token_width = sizes.image_width, sizes.text_width
-        self.left_out = sizes.prefix_tokens if name == "mean" else 0
-        self.norm = nn.LayerNorm(sizes.image_width)
-        self.to_text = nn.Linear(sizes.image_width, sizes.text_width, bias=False)
+        self.vector_width, self.token_width = sizes.encoder.width, sizes.text_width
+        self.left_out = sizes.encoder.prefix_tokens if name == "mean" else 0
+        self.norm = nn.LayerNorm(self.vector_width)
+        self.to_text = nn.Linear(self.vector_width, self.token_width, bias=False)
 
     def parts_of_loss(self, loss: str) -> list[str]:
         return ["norm"] if loss == "contrastive" else ["to_text"]
@@ -311,15 +310,11 @@ POOLERS: dict[Pooler, type[Pooling]] = {
 }
 
 
-def build_pooling(
-    name: Pooler, encoder: ImageEncoder, width: int, queries: int, heads: int, text_width: int, captions: bool
-) -> Pooling:
-    """The pooling of a name, for the tokens of the encoder; the further arguments as of `PoolingSizes`."""
+def build_pooling(name: Pooler, sizes: PoolingSizes) -> Pooling:
     check_choice("pooler", name, [*POOLERS])
-    kind = POOLERS[name]
+    kind, encoder = POOLERS[name], sizes.encoder
     if encoder.takes_patches != kind.takes_patches:
         raise ValueError(
             f"poolers masked_parallel and masked_cascade belong to naflex, got {name} with {type(encoder).__name__}"
         )
-    sizes = PoolingSizes(encoder.width, encoder.prefix_tokens, width, queries, heads, text_width, captions)
     return kind(name, sizes)
