@@ -14,7 +14,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import ConfigError, check_number
 from coca_lit.models import CoCa
-from coca_lit.models.parts import GradCheckpointing
+from coca_lit.models.trainable import GradCheckpointing
 from coca_lit.training.lightning_fixes import clip_gradients, forget_last_step, is_logged_step, is_sharded, step_share
 from coca_lit.training.objectives import Objective, OfFeatures, Pairs, Texts, named_objectives
 from coca_lit.training.optim import check_resumable, optimizer_of, warmup_cosine, warmup_stable_decay

@@ -183,8 +183,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
     from coca_lit.distributed import process_group, rank, world_size
     from coca_lit.metrics.java.spice import JARS_VARIABLE
     from coca_lit.models import CoCa, part_sizes
+    from coca_lit.models.cost import forward_flops
     from coca_lit.models.generation.state import check_options
-    from coca_lit.models.parts import forward_flops
     from coca_lit.runs.results import Found, finish_run
     from coca_lit.training.classifiers import load_classifier
 

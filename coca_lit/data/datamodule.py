@@ -297,8 +297,7 @@ class RecordsDataModule(CaptionDataModule):
         assert self.cache_dir is not None
         net = cast(Any, self.trainer.lightning_module).net
         encoder: nn.Module = net.image_encoder.frozen_part()
-        apart = net.config["frame_pooling"] == "mean" or net.config["frame_positions"]
-        apart = apart or (net.config["pooler"] == "mean" and net.image_encoder.prefix_tokens)
+        apart = net.config["frame_pooling"] == "mean" or net.config["frame_positions"] or net.pooling.left_out
         if (apart or encoder is not net.image_encoder) and isinstance(self.train_records[0].image, Clip):
             raise DataError(
                 "features of clips are cached for frame_pooling=tokens without frame_positions, of a whole frozen "

@@ -24,9 +24,8 @@ from coca_lit.distributed import forked_rng, gather_objects
 from coca_lit.errors import check_number
 from coca_lit.models import CoCa
 from coca_lit.models.image import ImageEncoder
-from coca_lit.models.init import init_pooler
 from coca_lit.models.inputs import joined
-from coca_lit.models.layers import AttentionalPooler
+from coca_lit.models.poolers import AttentionalPooler
 
 
 class Probed(NamedTuple):
@@ -133,7 +132,7 @@ class ClassPooler(nn.Module):
     def __init__(self, width: int, classes: int, heads: int) -> None:
         super().__init__()
         self.pooler = AttentionalPooler(width, width, 1, heads)
-        init_pooler(self.pooler)
+        self.pooler.init_parameters()
         self.head = nn.Linear(width, classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from coca_lit.distributed import sum_over_ranks, world_size
 from coca_lit.losses.gradients import wants_gradient, wide, with_gradients
+from coca_lit.models.coca import IGNORED_LABEL
 
 # Logits in a chunk: of CLIP's vocabulary 340 tokens, 64 MiB in fp32; on a GPU, which needs more rows at a time to be
 # busy, 2,700 tokens and 512 MiB.
 CHUNK, GPU_CHUNK = 2**24, 2**27
-IGNORED = -100
 
 
 def caption_loss(
@@ -49,13 +49,15 @@ def caption_loss(
         A scalar in nats per token whose mean over ranks is the global loss.
     """
     if count is None:
-        count = sum_over_ranks((labels != IGNORED).sum())
+        count = sum_over_ranks((labels != IGNORED_LABEL).sum())
     if weights is None and len(hidden) and _has_fused_kernel(hidden):  # it divides by the number of tokens
         total = _fused_kernel(hidden, vocabulary, labels, smoothing)
     elif chunk is None and len(hidden) <= hidden.shape[1]:
         # Fewer logits than the weight has elements: less memory than the weight gradient that chunks would keep.
         logits = wide(F.linear(hidden, vocabulary))
-        losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED, label_smoothing=smoothing)
+        losses = F.cross_entropy(
+            logits, labels, reduction="none", ignore_index=IGNORED_LABEL, label_smoothing=smoothing
+        )
         total = losses.sum() if weights is None else (losses * weights).sum()  # no dot product: autocast would round
     else:
         total = _chunked_sum(hidden, vocabulary, labels, chunk, smoothing, weights)
@@ -80,7 +82,7 @@ def _chunked_sum(
             part = slice(begin, begin + step)
             states, targets = hidden[part].to(precision), labels[part]  # (chunk, D), (chunk,)
             logits = wide(F.linear(states, weight))  # (chunk, V)
-            real = targets != IGNORED
+            real = targets != IGNORED_LABEL
             picked = torch.where(real, targets, 0)[:, None]
             factor = real.to(logits.dtype) if weights is None else torch.where(real, weights[part].to(logits.dtype), 0)
             log_sum = logits.logsumexp(dim=1, keepdim=True)
@@ -124,7 +126,7 @@ def _fused_kernel(hidden: Tensor, vocabulary: Tensor, labels: Tensor, smoothing:
         states,
         weight,
         labels,
-        ignore_index=IGNORED,
+        ignore_index=IGNORED_LABEL,
         label_smoothing=smoothing,
         reduction="sum",
         accum_dtype=torch.float32,

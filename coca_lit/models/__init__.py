@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from coca_lit.models.clip import CLIP, DualEncoder
     from coca_lit.models.coca import CoCa, CoCaOutput
+    from coca_lit.models.cost import part_sizes
     from coca_lit.models.generation.generate import Captions
     from coca_lit.models.packing import text_lengths
-    from coca_lit.models.parts import part_sizes
     from coca_lit.models.presets import PRESETS, create_model
     from coca_lit.models.registry import register_image_encoder, register_text_tower
 
@@ -21,7 +21,7 @@ _MODULES = {
     "DualEncoder": "clip",
     "CoCa": "coca",
     "CoCaOutput": "coca",
-    "part_sizes": "parts",
+    "part_sizes": "cost",
     "text_lengths": "packing",
     "Captions": "generation.generate",
     "PRESETS": "presets",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import QuickGELU
 from torch import Tensor, nn
 
 from coca_lit.models.coca import CoCa
@@ -18,20 +19,14 @@ from coca_lit.models.packing import expect_to_fit, expect_tokens
 from coca_lit.tokenizer import get_tokenizer
 
 
-class QuickGELU(nn.Module):
-    """x · sigmoid(1.702 x), the approximation of GELU that OpenAI trained with."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
 class CLIP(nn.Module):
     """A vision transformer and a causal text transformer with a common space of width `embed_dim`, and no captioner.
 
     Args:
         image_encoder_args: of timm's `vit_base_patch32_clip_224`: patch_size, embed_dim, depth, num_heads, mlp_ratio.
         image_size: side of the square input in pixels.
-        quick_gelu: QuickGELU instead of GELU, in both towers. Weights do not tell which one they were trained with.
+        quick_gelu: QuickGELU, x · sigmoid(1.702 x), with which OpenAI trained, instead of GELU, in both towers. Weights
+            do not tell which one they were trained with.
         interpolation, resize_mode: how photos are brought to `image_size`, see `build_transform`.
     """
 

@@ -1,6 +1,6 @@
 """CoCa: one network that embeds images and texts in a common space and captions images (arXiv 2205.01917).
 
-images ─ ImageEncoder ─ ImagePooling ─┬─ contrastive vector ─ projection ─ image features ─┐
+images ─ ImageEncoder ─ Pooling ──────┬─ contrastive vector ─ projection ─ image features ─┐
                                       └─ image tokens ──────────────┐                      ├─ contrastive loss
 tokens ─ TextTower ───────────────────┬─ CLS ─ projection ─ text features ─────────────────┘
                                       └─ token states ─ Decoder ────┴─ next-token logits ──── caption loss
@@ -17,28 +17,17 @@ from torch import Tensor, nn
 
 from coca_lit.errors import check_choice, check_number
 from coca_lit.models.generation.generate import write_captions
-from coca_lit.models.image import ImageEncoder, ImagePooling, build_image_encoder
+from coca_lit.models.image import build_image_encoder
 from coca_lit.models.init import init_projection
 from coca_lit.models.inputs import FramePooling, Images, Interpolation, Preprocessing, ResizeMode, preprocessing
-from coca_lit.models.layers import Pooling
 from coca_lit.models.likelihood import log_likelihood
 from coca_lit.models.packing import Layout, expect_to_fit, expect_tokens, text_lengths
-from coca_lit.models.parts import Trainable
+from coca_lit.models.poolers import Pooler, PoolingSizes, build_pooling
 from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS
 from coca_lit.models.text import ClsMask, Decoder, TextSizes, build_text_tower, expect_decoder
+from coca_lit.models.trainable import Trainable
 from coca_lit.tokenizer import CONTEXT_LENGTH, get_tokenizer
 
-Pooler = Literal[
-    "single",
-    "parallel",
-    "cascade",
-    "openclip_parallel",
-    "openclip_cascade",
-    "masked_parallel",
-    "masked_cascade",
-    "mean",
-    "mean_all",
-]
 Contrastive = Literal["softmax", "siglip"]
 
 SIZES = (  # arguments that are whole numbers of at least 1
@@ -46,7 +35,7 @@ SIZES = (  # arguments that are whole numbers of at least 1
     *("context_length", "text_width", "text_layers", "text_heads"),
 )
 IGNORED_LABEL = -100
-MAX_LOGIT_SCALE = 4.605170185988092  # ln 100, the bound that CLIP puts on the temperature
+MAX_LOGIT_SCALE = math.log(100)  # the bound that CLIP puts on the temperature
 
 
 class CoCaOutput(NamedTuple):
@@ -80,8 +69,8 @@ class CoCa(Trainable):
             patches that each training step leaves out).
         image_size: side of the square input in pixels. Images of any shape have as many patches as that square.
         embed_dim: width of the common space and of the image tokens.
-        pooler: single | parallel | cascade, see `ImagePooling`; openclip_parallel | openclip_cascade, see
-            `OpenClipPooling`; masked_parallel | masked_cascade, of naflex, see `MaskedPooling`; mean | mean_all,
+        pooler: single, see `SinglePooling`; parallel | cascade, see `TwoPoolers`; openclip_parallel | openclip_cascade,
+            see `OpenClipPooling`; masked_parallel | masked_cascade, of naflex, see `MaskedPooling`; mean | mean_all,
             without and with the class token, see `MeanPooling`.
         pooler_queries: learned queries of the (generative) pooler.
         pooler_heads: attention heads of the poolers.
@@ -135,39 +124,23 @@ class CoCa(Trainable):
         interpolation: Interpolation = "bicubic",
         resize_mode: ResizeMode = "shortest",
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         # Plain values that build this model again; they are stored in every checkpoint.
         self.config: dict[str, Any] = {
+            **given,
             "image_encoder": IMAGE_ENCODERS.spec(image_encoder),
             "image_encoder_args": dict(image_encoder_args or {}),
-            "image_size": image_size,
-            "embed_dim": embed_dim,
-            "pooler": pooler,
-            "pooler_queries": pooler_queries,
-            "pooler_heads": pooler_heads,
-            "tokenizer": tokenizer,
-            "context_length": context_length,
-            "cls_mask": cls_mask,
-            "text_width": text_width,
-            "text_layers": text_layers,
-            "text_heads": text_heads,
-            "decoder_layers": decoder_layers,
-            "dropout": dropout,
-            "contrastive": contrastive,
-            "tied_embeddings": tied_embeddings,
             "text_tower": text_tower and TEXT_TOWERS.spec(text_tower),
-            "text_tower_args": text_tower_args,
-            "decoder_args": decoder_args,
-            "frame_pooling": frame_pooling,
-            "frame_positions": frame_positions,
-            "interpolation": interpolation,
-            "resize_mode": resize_mode,
         }
         _check(self.config)
         self.tokenizer = get_tokenizer(tokenizer, context_length)
         self.config["tokenizer"] = self.tokenizer.spec
         self.image_encoder = build_image_encoder(image_encoder, image_size, **(image_encoder_args or {}))
-        self.pooling = build_pooling(pooler, self.image_encoder, embed_dim, pooler_queries, pooler_heads, text_width)
+        pooled = PoolingSizes(
+            self.image_encoder, embed_dim, pooler_queries, pooler_heads, text_width, captions=decoder_layers > 0
+        )
+        self.pooling = build_pooling(pooler, pooled)
         self.pooling.frame_pooling = frame_pooling
         if frame_positions:
             self.pooling.frame_positions = nn.Parameter(torch.empty(frame_positions, 1, self.image_encoder.width))
@@ -362,25 +335,6 @@ class CoCa(Trainable):
         return lengths
 
 
-def build_pooling(
-    variant: str, encoder: ImageEncoder, width: int, queries: int, heads: int, text_width: int
-) -> Pooling:
-    """The pooling of a name, from tokens of the encoder to a vector, and tokens of `width` or the text's width."""
-    check_choice("pooler", variant, get_args(Pooler))
-    if encoder.takes_patches != variant.startswith("masked_"):
-        raise ValueError(
-            f"poolers masked_parallel and masked_cascade belong to naflex, got {variant} with {type(encoder).__name__}"
-        )
-    if variant in ("single", "parallel", "cascade"):
-        return ImagePooling(variant, encoder.width, width, queries, heads)
-    from coca_lit.models.variants.poolers import MaskedPooling, MeanPooling, OpenClipPooling
-
-    if variant.startswith(("openclip_", "masked_")):
-        kind = MaskedPooling if encoder.takes_patches else OpenClipPooling
-        return kind(variant.endswith("_parallel"), encoder.width, width, queries, heads)
-    return MeanPooling(encoder.width, text_width, left_out=encoder.prefix_tokens if variant == "mean" else 0)
-
-
 def _check(config: Mapping[str, Any]) -> None:
     """Raises `ValueError` for arguments of `CoCa` that cannot work, or that a checkpoint could not store."""
     for name in ("image_encoder_args", "text_tower_args", "decoder_args"):
@@ -395,5 +349,3 @@ def _check(config: Mapping[str, Any]) -> None:
     check_number("frame_positions", config["frame_positions"], whole=True, at_least=0)
     for name, kind in {"contrastive": Contrastive, "cls_mask": ClsMask, "frame_pooling": FramePooling}.items():
         check_choice(name, config[name], get_args(kind))
-    if config["decoder_layers"] and config["pooler"] == "single" and config["pooler_queries"] < 2:
-        raise ValueError("pooler_queries must be at least 2 for the single pooler: the first is the contrastive vector")

@@ -6,9 +6,7 @@ With the statistics of each rank's own images, a network with batch norms would 
 Stages that are frozen at the beginning of an encoder are computed once for all epochs.
 """
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from timm.models.efficientnet import EfficientNet
@@ -17,9 +15,6 @@ from torch import Tensor, nn
 
 from coca_lit.distributed import sum_over_ranks, world_size
 from coca_lit.errors import DataError
-
-if TYPE_CHECKING:
-    from coca_lit.models.image import ImageEncoder, Normalise
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
@@ -75,7 +70,7 @@ class FrozenStages(nn.Module):
         width: of the encoder's output. Where C equals it, the encoder could not tell one from the other: `DataError`.
     """
 
-    def __init__(self, normalise: "Normalise", stages: Sequence[nn.Module], width: int) -> None:
+    def __init__(self, normalise: nn.Module, stages: Sequence[nn.Module], width: int) -> None:
         super().__init__()
         self.normalise = normalise
         self.stages = nn.Sequential(*stages)
@@ -91,23 +86,6 @@ class FrozenStages(nn.Module):
         return tokens
 
 
-def frozen_part(encoder: "ImageEncoder") -> nn.Module:
-    """The stages before the first one that is trained; the encoder itself if these are none or all."""
-    stages = stages_of(encoder.trunk)
-    count = _frozen(stages)
-    return FrozenStages(encoder.normalise, stages[:count], encoder.width) if 0 < count < len(stages) else encoder
-
-
-def run_remaining(encoder: "ImageEncoder", tokens: Tensor) -> Tensor:
-    """An output (B, S, C) of `frozen_part` -> tokens of the encoder (B, S', width)."""
-    stages, side = stages_of(encoder.trunk), math.isqrt(tokens.shape[1])
-    count = _frozen(stages)
-    if not 0 < count < len(stages):
-        raise ValueError(f"images must have the shape (batch, 3, height, width), got {tuple(tokens.shape)}")
-    grid = tokens.transpose(1, 2).unflatten(2, (side, side))  # (B, C, h, w)
-    return as_tokens(nn.Sequential(*stages[count:])(grid))
-
-
 def stages_of(trunk: nn.Module) -> list[nn.Module]:
     """The modules that pixels pass one after the other; the trunk alone if its family does more than that."""
     if isinstance(trunk, EfficientNet):
@@ -117,14 +95,16 @@ def stages_of(trunk: nn.Module) -> list[nn.Module]:
     return [trunk]
 
 
+def frozen_stages(trunk: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The stages before the first one that is trained, and the others; where all are frozen, none and all."""
+    stages = stages_of(trunk)
+    trained = [any(p.requires_grad for p in stage.parameters()) for stage in stages]
+    count = trained.index(True) if any(trained) else 0
+    return stages[:count], stages[count:]
+
+
 def as_tokens(features: Tensor, channels_last: bool = False) -> Tensor:
     """Tokens (B, S, C) unchanged, grids (B, C, H, W) or (B, H, W, C) as tokens."""
     if features.ndim == 3:
         return features
     return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
-
-
-def _frozen(stages: Sequence[nn.Module]) -> int:
-    """Number of stages before the first one that is trained."""
-    trained = [any(p.requires_grad for p in stage.parameters()) for stage in stages]
-    return [*trained, True].index(True)

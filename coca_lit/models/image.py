@@ -1,7 +1,6 @@
-"""The image side of CoCa: a timm encoder, or a registered one, that gives patch or grid tokens, and the poolings of
-OpenCLIP 3 and of the paper for the two tasks (others: `variants/poolers.py`).
-"""
+"""The image encoder of CoCa: one of timm's, or a registered one, that gives patch or grid tokens."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -12,11 +11,9 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from coca_lit.errors import check_number
-from coca_lit.models import convolutional, kernels
-from coca_lit.models.convolutional import as_tokens, use_global_batch_norms
-from coca_lit.models.init import init_pooler
+from coca_lit.models import kernels
+from coca_lit.models.convolutional import FrozenStages, as_tokens, frozen_stages, use_global_batch_norms
 from coca_lit.models.inputs import EncodedFrames, expect_batch, expect_pixels
-from coca_lit.models.layers import AttentionalPooler, Pooling
 from coca_lit.models.registry import IMAGE_ENCODERS, check_architecture
 
 CLIP_NORMALISATION = {
@@ -141,7 +138,7 @@ class ImageEncoder(nn.Module):
             return EncodedFrames(frames.unflatten(0, images.shape[:2]))
         if images.ndim == 3 and images.is_floating_point():
             tokens = images.to(self.normalise.mean.dtype)
-            return tokens if tokens.shape[2] == self.width else convolutional.run_remaining(self, tokens)
+            return tokens if tokens.shape[2] == self.width else self._run_remaining(tokens)
         features = self.trunk(self.normalise(images))  # all of it: in some families the head holds the last norm
         return as_tokens(features, getattr(self.trunk, "output_fmt", "NCHW") == "NHWC")
 
@@ -150,7 +147,17 @@ class ImageEncoder(nn.Module):
         (B, S, C). It shares its parameters with the encoder, and is the encoder itself if that is frozen or trained as
         a whole.
         """
-        return convolutional.frozen_part(self)
+        frozen, _ = frozen_stages(self.trunk)
+        return FrozenStages(self.normalise, frozen, self.width) if frozen else self
+
+    def _run_remaining(self, tokens: Tensor) -> Tensor:
+        """An output (B, S, C) of `frozen_part` -> tokens (B, S', width)."""
+        frozen, remaining = frozen_stages(self.trunk)
+        if not frozen:
+            raise ValueError(f"images must have the shape (batch, 3, height, width), got {tuple(tokens.shape)}")
+        side = math.isqrt(tokens.shape[1])
+        grid = tokens.transpose(1, 2).unflatten(2, (side, side))  # (B, C, h, w)
+        return as_tokens(nn.Sequential(*remaining)(grid))
 
 
 def build_image_encoder(name: str, image_size: int, **arguments: Any) -> ImageEncoder:
@@ -187,46 +194,3 @@ def _build_trunk(name: str, arguments: dict[str, Any], image_size: int) -> nn.Mo
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in module.state_dict().items()}
-
-
-class ImagePooling(Pooling):
-    """Learned queries that attend to the image tokens.
-
-    - single: one pooler; query 0 is the contrastive vector, the others are the decoder's tokens (OpenCLIP: 255 of 256).
-    - parallel: two poolers side by side on the encoder's tokens (CoCa paper, section 3.2).
-    - cascade: the contrastive pooler attends to the output of the generative one (same section).
-
-    Every pooler ends in a norm, and the contrastive vector is projected (`CoCa.image_projection`).
-    """
-
-    def __init__(self, variant: str, context_width: int, width: int, queries: int, heads: int) -> None:
-        super().__init__()
-        self.vector_width = self.token_width = width
-        self.variant = variant
-        self.generative = AttentionalPooler(context_width, width, queries, heads)
-        if variant != "single":
-            self.contrastive = AttentionalPooler(context_width if variant == "parallel" else width, width, 1, heads)
-
-    def parts_of_loss(self, loss: str) -> list[str]:
-        if loss == "contrastive":
-            return ["contrastive"] if self.variant != "single" else []
-        return ["generative"] if self.variant == "parallel" else []
-
-    def init_parameters(self) -> None:
-        init_pooler(self.generative)
-        if self.variant != "single":
-            init_pooler(self.contrastive)
-
-    def pool(self, tokens: Tensor, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:
-        if self.variant == "single":
-            queries = slice(0 if contrastive else 1, None if captioning else 1)
-            pooled = self.generative(tokens, queries)
-            first = 1 if contrastive else 0
-            return (pooled[:, 0] if contrastive else None), (pooled[:, first:] if captioning else None)
-        image_tokens = self.generative(tokens) if captioning or self.variant == "cascade" else None
-        source = image_tokens if self.variant == "cascade" else tokens
-        vector = self.contrastive(source)[:, 0] if contrastive else None
-        return vector, (image_tokens if captioning else None)
-
-    def attention(self, tokens: Tensor) -> Tensor:
-        return self.generative.weights(tokens, slice(1 if self.variant == "single" else 0, None))

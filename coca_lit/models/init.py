@@ -11,13 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from coca_lit.models.layers import (
-    AttentionalPooler,
-    CrossAttention,
-    CrossBlock,
-    SelfAttention,
-    SelfBlock,
-)
+from coca_lit.models.layers import CrossAttention, CrossBlock, SelfAttention, SelfBlock
 
 
 class Uninitialised(TorchFunctionMode):
@@ -41,13 +35,6 @@ def init_projection(linear: nn.Linear) -> None:
     nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
 
-def init_pooler(pooler: AttentionalPooler) -> None:
-    nn.init.normal_(pooler.query, std=1.0)
-    _init_attention(pooler.attention, out_std=pooler.attention.out.in_features**-0.5)
-    for norm in (m for m in pooler.children() if isinstance(m, nn.LayerNorm)):
-        norm.reset_parameters()
-
-
 def init_blocks(blocks: Iterable[nn.Module], depth: int) -> None:
     """Initialises blocks of a tower of `depth` blocks. Each adds two branches to the residual stream: the deviation of
     their outputs shrinks so that the sum keeps its scale.
@@ -56,7 +43,7 @@ def init_blocks(blocks: Iterable[nn.Module], depth: int) -> None:
         assert isinstance(block, SelfBlock | CrossBlock)
         width = block.norm_1.normalized_shape[0]
         branch_std = width**-0.5 * (2 * depth) ** -0.5
-        _init_attention(block.attention, branch_std)
+        init_attention(block.attention, branch_std)
         if block.mlp is not None:
             _init_linear(block.mlp[0], (2 * width) ** -0.5)
             _init_linear(block.mlp[2], branch_std)
@@ -64,7 +51,7 @@ def init_blocks(blocks: Iterable[nn.Module], depth: int) -> None:
             norm.reset_parameters()
 
 
-def _init_attention(attention: SelfAttention | CrossAttention, out_std: float) -> None:
+def init_attention(attention: SelfAttention | CrossAttention, out_std: float) -> None:
     for name, linear in attention.named_children():
         assert isinstance(linear, nn.Linear)
         _init_linear(linear, out_std if name == "out" else linear.in_features**-0.5)

@@ -1,19 +1,14 @@
-"""Transformer parts of CoCa: attention, pre-norm blocks, and the attentional pooler.
+"""Transformer parts of CoCa: attention and pre-norm blocks.
 
 Shape letters, here and in the other model files: B batch, T text positions, S image tokens, D width, H heads, E
 embedding width, V vocabulary, R rows of captions that are being written.
 """
 
-from abc import ABC, abstractmethod
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_lit.errors import DataError
 from coca_lit.models import kernels
-from coca_lit.models.inputs import EncodedFrames, FramePooling, joined
 from coca_lit.models.packing import Cache, Layout
 
 KeysValues = tuple[Tensor, Tensor]  # each (B, H, S, D/H)
@@ -171,33 +166,6 @@ def normalize_once(context: Tensor) -> Tensor:
     return normed
 
 
-class AttentionalPooler(nn.Module):
-    """Learned queries that attend to a sequence of any length and return one token each: no residual, no MLP
-    (CoCa, arXiv 2205.01917). The tokens pass a norm unless `norm_out` is off.
-    """
-
-    def __init__(self, context_width: int, width: int, queries: int, heads: int, norm_out: bool = True) -> None:
-        super().__init__()
-        self.query = nn.Parameter(torch.empty(queries, width))
-        self.norm_query = nn.LayerNorm(width)
-        self.norm_context = nn.LayerNorm(context_width)
-        self.attention = CrossAttention(width, context_width, heads)
-        self.norm_out = nn.LayerNorm(width) if norm_out else nn.Identity()
-
-    def forward(self, context: Tensor, queries: slice = slice(None), mask: Tensor | None = None) -> Tensor:
-        """context (B, S, C) -> (B, Q, E), for the given slice of the queries; `mask` as of `CrossAttention`."""
-        return self.norm_out(self.attention(*self._inputs(context, queries), mask=mask))
-
-    def weights(self, context: Tensor, queries: slice = slice(None), mask: Tensor | None = None) -> Tensor:
-        """Attention of each query: (B, Q, S) over the context (B, S, C), the mean over heads; rows add up to 1."""
-        return self.attention.weights(*self._inputs(context, queries), mask).mean(dim=1)
-
-    def _inputs(self, context: Tensor, queries: slice) -> tuple[Tensor, KeysValues]:
-        """The queries (B, Q, E), and keys and values of the context."""
-        query = self.norm_query(self.query[queries]).expand(context.shape[0], -1, -1)
-        return query, self.attention.keys_values(self.norm_context(context))
-
-
 def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, H, T, D/H)
 
@@ -214,67 +182,3 @@ def by_image(states: Tensor, images: int) -> Tensor:
     if rows == images:  # also where a graph is recorded for any number of them
         return states
     return states.reshape(images, rows // images * length, width)
-
-
-class Pooling(nn.Module, ABC):
-    """Image tokens -> one contrastive vector and the tokens that the decoder attends to.
-
-    Attributes:
-        vector_width, token_width: of the contrastive vector and of the decoder's tokens.
-        projected: whether `CoCa.image_projection` follows the vector.
-        frame_pooling, frame_positions: how clips are pooled, and the learned positions (F, 1, C) of their frames, see
-            `CoCa`, which sets both.
-    """
-
-    vector_width: int
-    token_width: int
-    projected = True
-    frame_pooling: FramePooling = "tokens"
-    frame_positions: nn.Parameter | None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_parameter("frame_positions", None)
-
-    @abstractmethod
-    def parts_of_loss(self, loss: str) -> list[str]:
-        """Children that only the "contrastive" or only the "caption" loss trains."""
-
-    @abstractmethod
-    def init_parameters(self) -> None:
-        """Overwrites all parameters with initial values."""
-
-    def forward(
-        self, tokens: Any, contrastive: bool = True, captioning: bool = True
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """As `pool`, also for `EncodedFrames` (B, F, S, C): of all their tokens together, or means of what `pool` makes
-        of each frame.
-        """
-        if not isinstance(tokens, EncodedFrames):
-            return self.pool(tokens, contrastive, captioning)
-        if self.frame_positions is not None:
-            frames, known = tokens.rows.shape[1], len(self.frame_positions)
-            if frames != known:
-                raise DataError(
-                    f"the model has positions for {known} frames, got clips of {frames}: set frames={known}"
-                )
-            tokens = EncodedFrames(tokens.rows + self.frame_positions)
-        if self.frame_pooling == "tokens":
-            return self.pool(self.joined(tokens), contrastive, captioning)
-        pooled = self.pool(tokens.rows.flatten(0, 1), contrastive, captioning)  # (B · F, E) and (B · F, Q, E)
-        vector, rows = (None if x is None else x.unflatten(0, tokens.rows.shape[:2]).mean(dim=1) for x in pooled)
-        return vector, rows
-
-    def joined(self, clips: EncodedFrames) -> Tensor:
-        """The tokens of all frames as `pool` takes those of an image."""
-        return joined(clips)
-
-    @abstractmethod
-    def pool(self, tokens: Any, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Tokens of the image encoder, (B, S, C) or `EncodedPatches`, -> contrastive vector (B, E) and decoder tokens
-        (B, Q, E), None where switched off.
-        """
-
-    @abstractmethod
-    def attention(self, tokens: Any) -> Tensor:
-        """Where each of the decoder's tokens looks among the encoder's: (B, Q, S), rows add up to 1."""

@@ -14,8 +14,8 @@ from coca_lit.models import kernels
 from coca_lit.models.init import init_blocks, init_projection
 from coca_lit.models.layers import CrossBlock, KeysValues, SelfBlock, by_image, normalize_once
 from coca_lit.models.packing import Cache, Layout, to_device
-from coca_lit.models.parts import GradCheckpointing, run
 from coca_lit.models.registry import TEXT_TOWERS
+from coca_lit.models.trainable import GradCheckpointing, run
 
 ClsMask = Literal["correct", "legacy"]
 
@@ -330,10 +330,9 @@ class CrossDecoder(Decoder):
 
     def blocks(self) -> list[tuple[SelfBlock, CrossBlock | None]]:
         """The self blocks, each with the cross block that follows it."""
-        found: list[tuple[Any, Any]] = []
-        for i, block in enumerate(self.self_blocks):
-            found.append((block, self.cross_blocks[i // self.every] if i % self.every == 0 else None))
-        return found
+        crossed = {self.every * i: block for i, block in enumerate(self.cross_blocks)}
+        pairs: Any = [(block, crossed.get(i)) for i, block in enumerate(self.self_blocks)]
+        return pairs
 
     @property
     def cached_layers(self) -> int:

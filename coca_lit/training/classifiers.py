@@ -19,10 +19,9 @@ from coca_lit.losses import caption_loss
 from coca_lit.metrics.vqa import enough_people, normalize_answer, vqa_accuracy
 from coca_lit.models import CoCa
 from coca_lit.models.coca import IGNORED_LABEL
-from coca_lit.models.init import init_pooler
 from coca_lit.models.inputs import Images, joined
-from coca_lit.models.layers import AttentionalPooler
 from coca_lit.models.packing import Layout, to_device
+from coca_lit.models.poolers import AttentionalPooler
 from coca_lit.models.text import expect_decoder
 from coca_lit.training.objectives import Objective
 from coca_lit.weights import CLASSIFIERS_KEY
@@ -269,7 +268,7 @@ class PoolerClassifier(Classifier):
         if net.image_encoder.takes_patches:
             raise ValueError("the classifier takes images of one shape: use another image encoder than naflex")
         self.pooler = AttentionalPooler(net.image_encoder.width, net.image_encoder.width, 1, self.heads)
-        init_pooler(self.pooler)
+        self.pooler.init_parameters()
         super().build(net)
 
     @property

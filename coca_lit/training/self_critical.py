@@ -21,8 +21,8 @@ from coca_lit.losses.caption import caption_loss
 from coca_lit.metrics.cider import END, CiderD, fast_words
 from coca_lit.models import CoCa
 from coca_lit.models.coca import IGNORED_LABEL
+from coca_lit.models.generation.decode import caption_lengths
 from coca_lit.models.generation.options import DEFAULT_MAX_LENGTH
-from coca_lit.models.generation.sampling import caption_lengths
 from coca_lit.training.objectives import Objective, Pairs
 
 # Scores of several captions of an image, from its sample key and their words

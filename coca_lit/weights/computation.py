@@ -26,27 +26,12 @@ ARGUMENTS = (
 CHOSEN = ("context_length", "frame_pooling")  # which may be chosen: `start` fits the position embeddings
 # Constants that matter in training alone or for clips, say how large an input is, or how fast the same is computed.
 _TRAINING = (
-    "training",
-    "frame_pooling",
-    "momentum",
-    "inplace",
-    "grad_checkpointing",
-    "weight_init_mode",
-    "fix_init",
-    "fused_attn",
+    *("training", "frame_pooling", "momentum", "inplace", "grad_checkpointing"),
+    *("weight_init_mode", "fix_init", "fused_attn"),
 )
 _SIZES = (
-    "image_size",
-    "img_size",
-    "grid_size",
-    "num_patches",
-    "size",
-    "input_resolution",
-    "feat_size",
-    "seq_len",
-    "max_patches",
-    "context_length",
-    "most_rows",
+    *("image_size", "img_size", "grid_size", "num_patches", "size", "input_resolution"),
+    *("feat_size", "seq_len", "max_patches", "context_length", "most_rows"),
 )
 _CONSTANT = 16  # numbers in a buffer; larger ones are tables that follow from the sizes
 _REGULARISERS = (nn.Identity, nn.Dropout)

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from timm.layers import QuickGELU
 from torch import Tensor
 
 from coca_lit.distributed import print_rank_zero
-from coca_lit.models.clip import CLIP, DualEncoder, QuickGELU
+from coca_lit.models.clip import CLIP, DualEncoder
 from coca_lit.models.coca import CoCa
 from coca_lit.models.layers import SelfBlock
 from coca_lit.models.text import ClassicDecoder, TextTower

@@ -87,7 +87,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "return total / count.clamp(min=1)",
             "losses/test_losses.py::test_losses_on_several_ranks_equal_one_process_with_the_global_batch",
         ),
-        ("caption_ignored", "real = targets != IGNORED", "real = targets != 0", "losses/test_losses.py"),
+        ("caption_ignored", "real = targets != IGNORED_LABEL", "real = targets != 0", "losses/test_losses.py"),
         ("caption_smoothing", "p.sub_(smoothing / len(vocabulary))", "p.sub_(smoothing)", "losses/test_losses.py"),
     ],
     "training/self_critical.py": [
@@ -252,7 +252,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "models/generation/test_open_clip_generation.py models/generation/test_strategies.py",
         ),
     ],
-    "models/generation/sampling.py": [
+    "models/generation/decode.py": [
         (
             "nucleus",
             "before = probabilities.cumsum(dim=-1) - probabilities",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from coca_lit.models import create_model
-from coca_lit.models.parts import forward_flops
+from coca_lit.models.cost import forward_flops
 from coca_lit.weights.load import load_model
 from coca_lit.weights.open_clip import to_open_clip
 from experiments.benchmarks.record import record

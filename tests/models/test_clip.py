@@ -11,7 +11,7 @@ from open_clip.model import CustomTextCLIP
 from torch import Tensor, nn
 
 from coca_lit.models.clip import CLIP
-from coca_lit.models.parts import forward_flops
+from coca_lit.models.cost import forward_flops
 from coca_lit.weights.load import load_dual_encoder, load_model
 from coca_lit.weights.open_clip import clip_from_open_clip
 from coca_lit.weights.open_clip.sizes import at_the_root, clip_sizes

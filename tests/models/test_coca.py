@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coca_lit.losses import caption_loss, contrastive_loss
-from coca_lit.models import PRESETS, CoCa, CoCaOutput, create_model
-from coca_lit.models.coca import SIZES, Pooler
-from coca_lit.models.parts import GradCheckpointing
+from coca_lit.models import PRESETS, CoCa, CoCaOutput, create_model, poolers
+from coca_lit.models.coca import SIZES
+from coca_lit.models.poolers import Pooler
 from coca_lit.models.text import ClsMask, legacy_attention_mask
+from coca_lit.models.trainable import GradCheckpointing
 from helpers.slow import slow
 
 POOLERS: tuple[Pooler, ...] = tuple(name for name in get_args(Pooler) if not name.startswith("masked_"))
@@ -256,6 +257,10 @@ def test_encoders_of_timm_work_end_to_end(tiny_model: Build, encoder: str) -> No
         assert parameter.grad is not None, name  # a parameter without gradient stops training on several ranks
         assert parameter.grad.isfinite().all(), name
     assert model.generate(images, max_length=5).shape == (2, 5)
+
+
+def test_every_pooler_is_registered() -> None:
+    assert tuple(poolers.POOLERS) == get_args(Pooler)
 
 
 @pytest.mark.slow

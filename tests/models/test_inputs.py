@@ -7,8 +7,8 @@ from torch import Tensor
 
 from coca_lit.errors import DataError
 from coca_lit.models import CLIP, CoCa, create_model
-from coca_lit.models.coca import Pooler
 from coca_lit.models.inputs import largest_shape, preprocessing
+from coca_lit.models.poolers import Pooler
 from coca_lit.training.classifiers import PoolerClassifier
 from coca_lit.weights.start import copy_weights
 

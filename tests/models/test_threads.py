@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coca_lit.losses import loss_terms
 from coca_lit.models import PRESETS, CoCa, create_model
-from coca_lit.models.coca import Pooler
+from coca_lit.models.poolers import Pooler
 from coca_lit.models.text import ClsMask
 
 pytestmark = pytest.mark.slow  # each case takes its step three times, on two threads

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
+from coca_lit.models.cost import forward_flops
 from coca_lit.models.inputs import Patches, stack_images
-from coca_lit.models.parts import forward_flops
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
 from helpers import coca2, oracle

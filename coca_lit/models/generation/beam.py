@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from coca_lit.models.generation.decode import NEVER, Constraints, force_token
 from coca_lit.models.generation.options import Scoring
-from coca_lit.models.generation.sampling import NEVER, Constraints, force_token
 from coca_lit.models.generation.state import UNFORCED, Decoding, Hypotheses, Prompts, look
 from coca_lit.models.packing import to_device
 
@@ -48,8 +48,7 @@ class BeamSearch:
     def search(self, decoding: Decoding, prompts: Prompts) -> Hypotheses:
         """Captions (B, K, L), best first; scores are -inf where there are fewer than K possible ones."""
         start, (count, length) = prompts.shortest, prompts.ids.shape
-        result = self._nothing(prompts, count)
-        opened, closed = self._nothing(prompts, count), self._nothing(prompts, count)
+        result, opened, closed = (self._nothing(prompts) for _ in range(3))
         opened.ids[:, :, :start] = prompts.ids[:, None, :start]  # the prompt is the only open caption
         opened.scores[:, 0] = opened.log_probs[:, 0] = 0
         active = torch.arange(count, device=prompts.ids.device)  # images in the batch
@@ -85,10 +84,10 @@ class BeamSearch:
         _put(result, active, closed)
         return result
 
-    def _nothing(self, prompts: Prompts, count: int) -> Hypotheses:
+    def _nothing(self, prompts: Prompts) -> Hypotheses:
         """No captions yet: scores of -inf."""
         ids = torch.full_like(prompts.ids, self.pad_id)[:, None].repeat(1, self.num_beams, 1)  # (B, K, L)
-        nothing = torch.full((count, self.num_beams), NEVER, device=ids.device)
+        nothing = torch.full(ids.shape[:2], NEVER, device=ids.device)
         return Hypotheses(ids, nothing, nothing.clone())
 
     def _candidates(self, opened: Hypotheses, logits: Tensor, prompts: Prompts, position: int) -> Candidates:

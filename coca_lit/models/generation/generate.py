@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coca_lit.models import kernels
+from coca_lit.models.generation.decode import Constraints, Sampling, caption_lengths, decode, greedy
 from coca_lit.models.generation.options import OPTIONS, GenerateOptions, Options, complete, describe
-from coca_lit.models.generation.sampling import Constraints, Sampling, caption_lengths, decode, greedy
 from coca_lit.models.generation.state import Decoding, Hypotheses, Prompts, encode_prompts
 from coca_lit.models.inputs import EncodedFrames, Images, Patches, expect_pixels
 from coca_lit.models.text import expect_decoder
@@ -181,9 +181,8 @@ def _attention(model: "CoCa", ids: Tensor, image_tokens: Tensor) -> Tensor:
     tokens = ids.flatten(0, 1)  # (B · N, L)
     lengths = caption_lengths(tokens, model.tokenizer.eot_id)
     states, _, _ = model.text(tokens, lengths, contrastive=False, packed=False)
-    weights = (
-        expect_decoder(model.decoder).attention(states, image_tokens).float()
-    )  # (B · N, T, S), row t has read the tokens up to t
+    # (B · N, T, S), row t has read the tokens up to t
+    weights = expect_decoder(model.decoder).attention(states, image_tokens).float()
     maps = weights.new_zeros(*tokens.shape, weights.shape[2])
     chosen = min(weights.shape[1], tokens.shape[1] - 1)
     maps[:, 1 : chosen + 1] = weights[:, :chosen]

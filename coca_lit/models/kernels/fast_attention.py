@@ -34,9 +34,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     At inference on a CPU, plain products for few queries take from a quarter (one, in bf16) of the time of the fused
     kernel to as much (16, in fp32).
     """
-    if (
-        mask is None and is_inference(q) and q.shape[2] <= FEW_QUERIES
-    ):  # in this order: a compiled graph must not depend on the number
+    # In this order: a compiled graph must not depend on the number.
+    if mask is None and is_inference(q) and q.shape[2] <= FEW_QUERIES:
         return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 

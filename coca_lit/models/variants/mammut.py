@@ -19,8 +19,8 @@ from coca_lit.models import kernels
 from coca_lit.models.init import init_blocks, init_projection
 from coca_lit.models.layers import CrossBlock, KeysValues, SelfBlock
 from coca_lit.models.packing import Cache, Layout, to_device
-from coca_lit.models.parts import run
 from coca_lit.models.text import CrossDecoder, TextSizes, Tower
+from coca_lit.models.trainable import run
 
 
 class TwoPassTower(Tower):

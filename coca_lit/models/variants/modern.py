@@ -19,8 +19,8 @@ from coca_lit.models import kernels
 from coca_lit.models.init import init_projection
 from coca_lit.models.layers import KeysValues, attend_cached, by_image, merge_heads, split_heads
 from coca_lit.models.packing import Cache, Layout, to_device
-from coca_lit.models.parts import run
 from coca_lit.models.text import Decoder, TextSizes, Tower
+from coca_lit.models.trainable import run
 
 TextPool = Literal["eos", "mean", "map"]
 

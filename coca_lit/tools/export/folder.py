@@ -19,9 +19,9 @@ from coca_lit.cli.schema import part_of
 from coca_lit.errors import DataError, UserError
 from coca_lit.files import TEMPORARY, remove_leftovers
 from coca_lit.models import CoCa, part_sizes
+from coca_lit.models.poolers import MeanPooling
 from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS
 from coca_lit.models.text import TextTower
-from coca_lit.models.variants.poolers import MeanPooling
 from coca_lit.reading import printable, read_run_file, read_run_json, read_run_yaml
 from coca_lit.runs.results import read_conditions
 from coca_lit.runs.run_folder import commit

@@ -26,6 +26,7 @@ from coca_lit.cli.command import compose
 from coca_lit.cli.train import run
 from coca_lit.losses import caption, loss_terms
 from coca_lit.models import CoCa, create_model
+from coca_lit.models.coca import IGNORED_LABEL
 from coca_lit.models.generation.static import CompiledGenerator
 from coca_lit.tools.plan.estimate import GPUS, Recipe, measure, memory, per_sample
 from coca_lit.tools.plan.trace import cost, on_gpu
@@ -262,11 +263,11 @@ def fused_loss() -> str:
     torch.manual_seed(0)
     hidden, vocabulary = torch.randn(33, 64, device="cuda"), torch.randn(101, 64, device="cuda")
     labels = torch.randint(0, 101, (33,), device="cuda")
-    labels[::4] = caption.IGNORED
+    labels[::4] = IGNORED_LABEL
     inputs = hidden.requires_grad_(), vocabulary.requires_grad_()
     found = torch.autograd.grad(caption.caption_loss(hidden, vocabulary, labels), inputs)
     logits = torch.nn.functional.linear(hidden, vocabulary)
-    plain = torch.nn.functional.cross_entropy(logits, labels, ignore_index=caption.IGNORED)
+    plain = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
     expected = torch.autograd.grad(plain, inputs)
     return _within(TOLERANCE["TF32"], gradients=_largest(map(_difference, found, expected)))
 

@@ -165,7 +165,7 @@ def points_of(runs: Sequence[Run], score: str) -> list[Point]:
     Raises:
         DataError: a run has no checkpoint, none has the score, or they have it of other images or under other settings.
     """
-    from coca_lit.models.parts import forward_flops
+    from coca_lit.models.cost import forward_flops
     from coca_lit.weights.load import load_dual_encoder
 
     sign = -1 if lower_is_better(score) else 1

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from coca_lit.models.clip import CLIP
 from coca_lit.models.coca import CoCa
-from coca_lit.models.image import ImageEncoder, ImagePooling
+from coca_lit.models.image import ImageEncoder
 from coca_lit.models.init import Uninitialised
+from coca_lit.models.poolers import MaskedPooling, MeanPooling, OpenClipPooling, SinglePooling
 from coca_lit.models.text import ClassicDecoder, TextTower
 from coca_lit.models.variants.mammut import TwoPassDecoder, TwoPassTower
 from coca_lit.models.variants.modern import ModernDecoder, ModernTextTower
 from coca_lit.models.variants.naflex import NaFlexEncoder
-from coca_lit.models.variants.poolers import MaskedPooling, MeanPooling, OpenClipPooling
 from coca_lit.weights.intact import without_memory
 from coca_lit.weights.open_clip.config import clip_arguments, coca_arguments, obstacle_to_open_clip
 from coca_lit.weights.open_clip.sizes import at_the_root, clip_sizes, coca_sizes, has_modern_towers
@@ -75,7 +75,7 @@ _NAMES: dict[type[nn.Module], Names] = {
         ("trunk.norm.", "visual.ln_post.", {}),  # of a CLIP
     ),
     NaFlexEncoder: (("trunk.", "visual.trunk.", {}),),
-    ImagePooling: (  # the single pooler
+    SinglePooling: (
         ("generative.norm_out.", "visual.ln_post.", {}),
         ("generative.", "visual.attn_pool.", _QUERY_POOLER),
     ),

@@ -11,13 +11,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from coca_lit.models.coca import CoCa
-from coca_lit.models.image import CLIP_NORMALISATION, ImageEncoder, ImagePooling
+from coca_lit.models.image import CLIP_NORMALISATION, ImageEncoder
+from coca_lit.models.poolers import AttentionalPooler, MeanPooling, OpenClipPooling, SinglePooling
 from coca_lit.models.registry import NORMALISATION
 from coca_lit.models.text import TextTower
 from coca_lit.models.variants.mammut import TwoPassDecoder, TwoPassTower, TwoPassTowerWithPads
 from coca_lit.models.variants.modern import ModernDecoder, ModernTextTower, Style
 from coca_lit.models.variants.naflex import DEFAULTS, TIMM_NAME, NaFlexEncoder
-from coca_lit.models.variants.poolers import MeanPooling, OpenClipPooling
 from coca_lit.tokenizer import get_tokenizer
 from coca_lit.weights.intact import MAX_CONTEXT, MAX_PATCHES
 from coca_lit.weights.open_clip.keys import (
@@ -59,8 +59,6 @@ def open_clip_config(model: CoCa, version: str = "3.3") -> dict[str, Any]:
         "output_tokens": model.decoder is not None,
         **_keys_of(model.pooling),
     }
-    if not isinstance(model.pooling, MeanPooling):
-        vision |= {"attn_pooler_queries": ours["pooler_queries"], "attn_pooler_heads": ours["pooler_heads"]}
     both = {
         "context_length": ours["context_length"],
         "vocab_size": model.tokenizer.vocab_size,
@@ -138,9 +136,9 @@ def _keys_of(part: nn.Module) -> dict[str, Any]:
         case MeanPooling():
             return {"pool_type": "avg" if part.left_out else "avg_all", "final_ln_after_pool": True}
         case OpenClipPooling():
-            return {"attentional_pool": "parallel" if part.parallel else "cascade"}
-        case ImagePooling(variant="single"):
-            return {"attentional_pool": True}
+            return {"attentional_pool": "parallel" if part.parallel else "cascade", **_pooler_keys(part.generative)}
+        case SinglePooling():
+            return {"attentional_pool": True, **_pooler_keys(part.generative)}
         case TextTower():
             return {"embed_cls": True, "correct_cls_mask": part.cls_mask == "correct"}
         case ModernTextTower():
@@ -155,6 +153,10 @@ def _keys_of(part: nn.Module) -> dict[str, Any]:
                 "proj_type": "none",
             }
     return {}  # also of a pooler that OpenCLIP lacks
+
+
+def _pooler_keys(pooler: AttentionalPooler) -> dict[str, int]:
+    return {"attn_pooler_queries": len(pooler.query), "attn_pooler_heads": pooler.attention.heads}
 
 
 def _style_keys(style: Style, width: int) -> dict[str, Any]:
@@ -200,7 +202,7 @@ def obstacle_to_open_clip(model: CoCa, version: str = "3.3") -> str | None:
             return "in OpenCLIP the blocks without an MLP are those before a cross block"
     elif isinstance(model.text, TwoPassTower) and only is not None:
         return "it has blocks without an MLP: export it with version=mammut"
-    old_parts = isinstance(model.pooling, ImagePooling) and isinstance(model.text, TextTower)
+    old_parts = isinstance(model.pooling, SinglePooling) and isinstance(model.text, TextTower)
     old = old_parts and not isinstance(model.image_encoder, NaFlexEncoder) and model.tokenizer.open_clip_version != "4"
     if version == "3.3" and not old:
         return "its pooler, tokenizer, image encoder or text tower needs OpenCLIP 4: export it with version=4"

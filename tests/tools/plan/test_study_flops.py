@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from coca_lit.models import create_model
-from coca_lit.models.parts import forward_flops
+from coca_lit.models.cost import forward_flops
 from coca_lit.tools.plan.trace import trace
 from helpers.study import PROFILE, SIZES
 

@@ -107,7 +107,7 @@ def test_points_are_of_one_set_of_images_and_have_their_own_cost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coca_lit.weights.load.load_dual_encoder", lambda folder: folder)
-    monkeypatch.setattr("coca_lit.models.parts.forward_flops", lambda folder: {"a": 1, "b": 2}[folder.name] * 10**9)
+    monkeypatch.setattr("coca_lit.models.cost.forward_flops", lambda folder: {"a": 1, "b": 2}[folder.name] * 10**9)
     conditions = Conditions("val", 64, "images", 320, "texts", {})
     for name, vocabulary in (("a", 100), ("b", 200)):
         (tmp_path / name).mkdir()
@@ -124,7 +124,7 @@ def test_points_are_of_one_set_of_images_and_have_their_own_cost(
 @pytest.mark.slow
 def test_the_command_predicts_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr("coca_lit.weights.load.load_dual_encoder", lambda folder: folder)
-    monkeypatch.setattr("coca_lit.models.parts.forward_flops", lambda model: 10**9)  # 1 GFLOP forward, 3 with backward
+    monkeypatch.setattr("coca_lit.models.cost.forward_flops", lambda model: 10**9)  # 1 GFLOP forward, 3 with backward
     folder = make_runs(tmp_path / "runs")
     report([str(folder), "--scaling"])
     said = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The parts of a network in training: how large they are, which are frozen, recomputed or compiled."""
+"""What is frozen, recomputed or compiled in a network that is trained."""
 
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
@@ -7,13 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from coca_lit.errors import check_choice
-from coca_lit.models import kernels
-from coca_lit.models.inputs import largest_shape
 
 if TYPE_CHECKING:
     from coca_lit.models.image import ImageEncoder
@@ -21,39 +17,6 @@ if TYPE_CHECKING:
 
 GradCheckpointing = Literal["none", "cross_attention", "blocks"]
 RECOMPILE_LIMIT = 32  # graphs of a block
-
-
-def part_sizes(model: nn.Module) -> dict[str, int]:
-    """Parameters of the image encoder with its pooling, the text encoder and the text decoder, as Table 3 of OpenCLIP's
-    CoCa report counts them; of a CoCa or a CLIP.
-    """
-    sizes = {"image encoder": 0, "text encoder": 0, "text decoder": 0}
-    for name, parameter in model.named_parameters():
-        if name.startswith(("image_", "pooling")):
-            sizes["image encoder"] += parameter.numel()
-        elif name.startswith("decoder"):
-            sizes["text decoder"] += parameter.numel()
-        elif not name.startswith("logit_"):
-            sizes["text encoder"] += parameter.numel()
-    return {part: size for part, size in sizes.items() if size}
-
-
-def forward_flops(model: Any) -> int:
-    """FLOPs of one image with one text of full length, with the logits of its caption if the model has a decoder; a
-    multiply-add counts twice. Of a CoCa or a CLIP, which computes them once.
-    """
-    images = torch.zeros(1, 3, *largest_shape(model.preprocessing), dtype=torch.uint8, device=model.device)
-    tokens = torch.ones(1, model.tokenizer.context_length, dtype=torch.long, device=model.device)
-    tokens[:, -1] = model.tokenizer.eot_id
-    counter = FlopCounterMode(display=False)
-    # Fused attention is not counted on a CPU.
-    with kernels.disabled(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        if model.decoder is None:
-            model.encode_image(images)
-            model.encode_text(tokens)
-        else:
-            _ = model(images, tokens).logits
-    return counter.get_total_flops()
 
 
 class Trainable(nn.Module):

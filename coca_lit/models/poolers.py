@@ -1,0 +1,320 @@
+"""Poolers: from the tokens of an image to one contrastive vector, and to the tokens that the decoder attends to.
+
+Another one is a subclass of `Pooling`, its name in `Pooler` and a line in `POOLERS`.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from coca_lit.errors import DataError, check_choice
+from coca_lit.models.image import ImageEncoder
+from coca_lit.models.init import init_attention, init_projection
+from coca_lit.models.inputs import EncodedFrames, EncodedPatches, FramePooling, joined
+from coca_lit.models.layers import CrossAttention, KeysValues
+
+Pooler = Literal[
+    "single",
+    "parallel",
+    "cascade",
+    "openclip_parallel",
+    "openclip_cascade",
+    "masked_parallel",
+    "masked_cascade",
+    "mean",
+    "mean_all",
+]
+
+
+class PoolingSizes(NamedTuple):
+    """What every pooling is built from.
+
+    Attributes:
+        encoder: whose tokens it takes.
+        width, queries, heads: of attentional poolers.
+        text_width: of the decoder.
+        captions: whether there is a decoder.
+    """
+
+    encoder: ImageEncoder
+    width: int
+    queries: int
+    heads: int
+    text_width: int
+    captions: bool
+
+
+class AttentionalPooler(nn.Module):
+    """Learned queries that attend to a sequence of any length and return one token each: no residual, no MLP
+    (CoCa, arXiv 2205.01917). The tokens pass a norm unless `norm_out` is off.
+    """
+
+    def __init__(self, context_width: int, width: int, queries: int, heads: int, norm_out: bool = True) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(queries, width))
+        self.norm_query = nn.LayerNorm(width)
+        self.norm_context = nn.LayerNorm(context_width)
+        self.attention = CrossAttention(width, context_width, heads)
+        self.norm_out = nn.LayerNorm(width) if norm_out else nn.Identity()
+
+    def init_parameters(self) -> None:
+        """Overwrites all parameters with initial values."""
+        nn.init.normal_(self.query, std=1.0)
+        init_attention(self.attention, out_std=self.attention.out.in_features**-0.5)
+        for norm in (m for m in self.children() if isinstance(m, nn.LayerNorm)):
+            norm.reset_parameters()
+
+    def forward(self, context: Tensor, queries: slice = slice(None), mask: Tensor | None = None) -> Tensor:
+        """context (B, S, C) -> (B, Q, E), for the given slice of the queries; `mask` as of `CrossAttention`."""
+        return self.norm_out(self.attention(*self._inputs(context, queries), mask=mask))
+
+    def weights(self, context: Tensor, queries: slice = slice(None), mask: Tensor | None = None) -> Tensor:
+        """Attention of each query: (B, Q, S) over the context (B, S, C), the mean over heads; rows add up to 1."""
+        return self.attention.weights(*self._inputs(context, queries), mask).mean(dim=1)
+
+    def _inputs(self, context: Tensor, queries: slice) -> tuple[Tensor, KeysValues]:
+        """The queries (B, Q, E), and keys and values of the context."""
+        query = self.norm_query(self.query[queries]).expand(context.shape[0], -1, -1)
+        return query, self.attention.keys_values(self.norm_context(context))
+
+
+class Pooling(nn.Module, ABC):
+    """Image tokens -> one contrastive vector and the tokens that the decoder attends to.
+
+    Args:
+        name: one of `Pooler`.
+
+    Attributes:
+        vector_width, token_width: of the contrastive vector and of the decoder's tokens.
+        projected: whether `CoCa.image_projection` follows the vector.
+        takes_patches: whether the image encoder is one for images of any shape.
+        left_out: leading tokens of an image, such as a class token, that are not used.
+        frame_pooling, frame_positions: how clips are pooled, and the learned positions (F, 1, C) of their frames, see
+            `CoCa`, which sets both.
+    """
+
+    vector_width: int
+    token_width: int
+    projected = True
+    takes_patches = False
+    left_out = 0
+    frame_pooling: FramePooling = "tokens"
+    frame_positions: nn.Parameter | None
+
+    def __init__(self, name: str, sizes: PoolingSizes) -> None:
+        super().__init__()
+        self.register_parameter("frame_positions", None)
+
+    @abstractmethod
+    def parts_of_loss(self, loss: str) -> list[str]:
+        """Children that only the "contrastive" or only the "caption" loss trains."""
+
+    @abstractmethod
+    def init_parameters(self) -> None:
+        """Overwrites all parameters with initial values."""
+
+    def forward(
+        self, tokens: Any, contrastive: bool = True, captioning: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """As `pool`, also for `EncodedFrames` (B, F, S, C): of all their tokens together, or means of what `pool` makes
+        of each frame.
+        """
+        if not isinstance(tokens, EncodedFrames):
+            return self.pool(tokens, contrastive, captioning)
+        if self.frame_positions is not None:
+            frames, known = tokens.rows.shape[1], len(self.frame_positions)
+            if frames != known:
+                raise DataError(
+                    f"the model has positions for {known} frames, got clips of {frames}: set frames={known}"
+                )
+            tokens = EncodedFrames(tokens.rows + self.frame_positions)
+        if self.frame_pooling == "tokens":
+            return self.pool(self.joined(tokens), contrastive, captioning)
+        pooled = self.pool(tokens.rows.flatten(0, 1), contrastive, captioning)  # (B · F, E) and (B · F, Q, E)
+        vector, rows = (None if x is None else x.unflatten(0, tokens.rows.shape[:2]).mean(dim=1) for x in pooled)
+        return vector, rows
+
+    def joined(self, clips: EncodedFrames) -> Tensor:
+        """The tokens of all frames as `pool` takes those of an image."""
+        return joined(clips)
+
+    @abstractmethod
+    def pool(self, tokens: Any, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens of the image encoder, (B, S, C) or `EncodedPatches`, -> contrastive vector (B, E) and decoder tokens
+        (B, Q, E), None where switched off.
+        """
+
+    @abstractmethod
+    def attention(self, tokens: Any) -> Tensor:
+        """Where each of the decoder's tokens looks among the encoder's: (B, Q, S), rows add up to 1."""
+
+
+class SinglePooling(Pooling):
+    """One pooler; query 0 is the contrastive vector, the others are the decoder's tokens (OpenCLIP: 255 of 256)."""
+
+    def __init__(self, name: str, sizes: PoolingSizes) -> None:
+        super().__init__(name, sizes)
+        if sizes.captions and sizes.queries < 2:
+            raise ValueError(
+                "pooler_queries must be at least 2 for the single pooler: the first is the contrastive vector"
+            )
+        self.vector_width = self.token_width = sizes.width
+        self.generative = AttentionalPooler(sizes.encoder.width, sizes.width, sizes.queries, sizes.heads)
+
+    def parts_of_loss(self, loss: str) -> list[str]:
+        return []
+
+    def init_parameters(self) -> None:
+        self.generative.init_parameters()
+
+    def pool(self, tokens: Tensor, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:
+        first = 1 if contrastive else 0
+        pooled = self.generative(tokens, slice(1 - first, None if captioning else 1))
+        return (pooled[:, 0] if contrastive else None), (pooled[:, first:] if captioning else None)
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        return self.generative.weights(tokens, slice(1, None))
+
+
+class TwoPoolers(Pooling):
+    """The paper's (section 3.2), each with a norm behind it. The generative one attends to the encoder's tokens; the
+    contrastive one does so too (parallel), or attends to what the generative one returns (cascade).
+    """
+
+    def __init__(self, name: str, sizes: PoolingSizes) -> None:
+        super().__init__(name, sizes)
+        image_width, width, queries, heads = sizes.encoder.width, sizes.width, sizes.queries, sizes.heads
+        self.vector_width = self.token_width = width
+        self.parallel = name.endswith("parallel")
+        self.norm = nn.Identity() if self.projected else nn.LayerNorm(image_width)
+        self.generative = AttentionalPooler(image_width, width, queries, heads, self.projected)
+        self.contrastive = AttentionalPooler(image_width if self.parallel else width, width, 1, heads, self.projected)
+
+    def parts_of_loss(self, loss: str) -> list[str]:
+        if loss == "contrastive":
+            return ["contrastive"]
+        return ["generative"] if self.parallel else []
+
+    def init_parameters(self) -> None:
+        self.generative.init_parameters()
+        self.contrastive.init_parameters()
+
+    def pool(
+        self, tokens: Tensor | EncodedPatches, contrastive: bool, captioning: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        context, mask = self._context(tokens)
+        image_tokens = self.generative(context, mask=mask) if captioning or not self.parallel else None
+        vector = None
+        if contrastive:
+            vector = self.contrastive(context, mask=mask) if self.parallel else self.contrastive(image_tokens)
+            vector = vector[:, 0]
+        return vector, (image_tokens if captioning else None)
+
+    def attention(self, tokens: Tensor | EncodedPatches) -> Tensor:
+        context, mask = self._context(tokens)
+        return self.generative.weights(context, mask=mask)
+
+    def _context(self, tokens: Tensor | EncodedPatches) -> tuple[Tensor, Tensor | None]:
+        """Image tokens (B, S, C), and a mask of those that are no padding; None if none is."""
+        rows, mask = (tokens.rows, tokens.key_mask()) if isinstance(tokens, EncodedPatches) else (tokens, None)
+        return self.norm(rows), mask
+
+
+class OpenClipPooling(TwoPoolers):
+    """The two poolers of OpenCLIP 4: the image tokens are normed once, and nothing follows either pooler, neither norm
+    nor projection. Padding is never looked at.
+    """
+
+    projected = False
+
+    def init_parameters(self) -> None:
+        """OpenCLIP 4's values: its attention starts as `nn.MultiheadAttention` does, with queries of deviation 1.
+
+        That layer keeps q, k and v in one matrix where they have the same input width, and Xavier's bound follows from
+        the shape of what is kept.
+        """
+        cast(nn.LayerNorm, self.norm).reset_parameters()
+        for pooler in (self.generative, self.contrastive):
+            nn.init.normal_(pooler.query, std=1.0)
+            attention = pooler.attention
+            width, context_width = attention.q.in_features, attention.kv.in_features
+            rows = 3 * width if width == context_width else width
+            for linear in (attention.q, attention.kv):
+                bound = (6 / (rows + linear.in_features)) ** 0.5
+                nn.init.uniform_(linear.weight, -bound, bound)
+            attention.out.reset_parameters()
+            for linear in (attention.q, attention.kv, attention.out):
+                nn.init.zeros_(linear.bias)
+            for norm in (pooler.norm_query, pooler.norm_context):
+                norm.reset_parameters()
+
+
+class MaskedPooling(OpenClipPooling):
+    """The same for images of any shape. In OpenCLIP these poolers are siblings of timm's encoder, not parts of it, and
+    their queries start smaller.
+    """
+
+    takes_patches = True
+
+    def init_parameters(self) -> None:
+        super().init_parameters()
+        for pooler in (self.generative, self.contrastive):
+            nn.init.normal_(pooler.query, std=pooler.query.shape[1] ** -0.5)
+
+
+class MeanPooling(Pooling):
+    """MaMMUT's: the contrastive vector is the normed mean of the image tokens; the decoder attends to all of them,
+    brought to its width. Both leave out a class token (mean), or neither does (mean_all).
+    """
+
+    def __init__(self, name: str, sizes: PoolingSizes) -> None:
+        super().__init__(name, sizes)
+        self.vector_width, self.token_width = sizes.encoder.width, sizes.text_width
+        self.left_out = sizes.encoder.prefix_tokens if name == "mean" else 0
+        self.norm = nn.LayerNorm(self.vector_width)
+        self.to_text = nn.Linear(self.vector_width, self.token_width, bias=False)
+
+    def parts_of_loss(self, loss: str) -> list[str]:
+        return ["norm"] if loss == "contrastive" else ["to_text"]
+
+    def init_parameters(self) -> None:
+        self.norm.reset_parameters()
+        init_projection(self.to_text)
+
+    def joined(self, clips: EncodedFrames) -> Tensor:
+        left_out, kept = clips.rows[:, 0, : self.left_out], clips.rows[:, :, self.left_out :]
+        return torch.cat([left_out, kept.flatten(1, 2)], dim=1)
+
+    def pool(self, tokens: Tensor, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:
+        tokens = tokens[:, self.left_out :]
+        vector = self.norm(tokens.mean(dim=1)) if contrastive else None
+        return vector, (self.to_text(tokens) if captioning else None)
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        # each at itself
+        return torch.eye(tokens.shape[1], device=tokens.device)[self.left_out :].expand(len(tokens), -1, -1)
+
+
+POOLERS: dict[Pooler, type[Pooling]] = {
+    "single": SinglePooling,
+    "parallel": TwoPoolers,
+    "cascade": TwoPoolers,
+    "openclip_parallel": OpenClipPooling,
+    "openclip_cascade": OpenClipPooling,
+    "masked_parallel": MaskedPooling,
+    "masked_cascade": MaskedPooling,
+    "mean": MeanPooling,
+    "mean_all": MeanPooling,
+}
+
+
+def build_pooling(name: Pooler, sizes: PoolingSizes) -> Pooling:
+    check_choice("pooler", name, [*POOLERS])
+    kind, encoder = POOLERS[name], sizes.encoder
+    if encoder.takes_patches != kind.takes_patches:
+        raise ValueError(
+            f"poolers masked_parallel and masked_cascade belong to naflex, got {name} with {type(encoder).__name__}"
+        )
+    return kind(name, sizes)
