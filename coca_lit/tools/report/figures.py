@@ -136,12 +136,10 @@ def comparison_figure(runs: Sequence[Run], objective: str | None = None) -> byte
     drawn = gaps(runs)  # in a figure of their own
     results = dict.fromkeys(score for run in runs for score in run.results if score not in drawn)
     several_have = [score for score in results if sum(score in run.results for run in runs) > 1]
-    results = {score: None for score in several_have if same_data(runs, score)}
-    if objective not in results:
-        objective = None
-    panels: list[tuple[str, str | None]] = [(score, swept and swept[0]) for score in headlines_of(results, PANELS)]
+    shown = [score for score in several_have if same_data(runs, score)]
+    panels: list[tuple[str, str | None]] = [(score, swept and swept[0]) for score in headlines_of(shown, PANELS)]
     many = len(runs) >= MANY or EVALUATED in differences(runs)
-    scattered = objective is not None and many and len(several) > 1
+    scattered = objective in shown and many and len(several) > 1
     if objective is not None and scattered:
         panels = [(objective, key) for key in list(several)[:PANELS]]
     if not panels:
