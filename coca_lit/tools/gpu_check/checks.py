@@ -67,7 +67,7 @@ def check_gpu(output: Path, quick: bool = False) -> int:
         net = create_model(name).to("cuda").train()
         for size in (64, 128, 256) if name != "coca_tiny" else (16,):
             try:
-                speed = _step_speed(net, size) | _open_clip_speed(name, size)
+                speed = _step_speed(net, size)
             except torch.cuda.OutOfMemoryError:
                 speed = {"samples/s": "out of memory"}
             rows.append({"model": name, "batch": size} | speed)
@@ -378,31 +378,6 @@ def _timed(step: Callable[[], None], steps: int = 5) -> dict[str, Any]:
         torch.cuda.synchronize()
     busy = sum(event.self_device_time_total for event in profiled.key_averages()) / 1e6
     return found | {"idle": round(max(0.0, 1 - busy / seconds), 2)}
-
-
-def open_clip_loss(net: Any, images: Tensor, tokens: Tensor) -> Tensor:
-    """The same losses of OpenCLIP's CoCa. Its images are normalised before they come, its texts padded (B, 76)."""
-    open_clip = importlib.import_module("open_clip")
-    loss = open_clip.CoCaLoss(caption_loss_weight=2, clip_loss_weight=1, pad_id=0)
-    return torch.stack(list(loss(**net(images, tokens), output_dict=True).values())).sum()
-
-
-def _open_clip_speed(name: str, size: int) -> dict[str, Any]:
-    """The same step of the same batch with OpenCLIP; nothing where it is not installed or has no such model."""
-    architecture = {"coca_vit_b32": "coca_ViT-B-32", "coca_vit_l14": "coca_ViT-L-14"}.get(name)
-    if architecture is None or importlib.util.find_spec("open_clip") is None:
-        return {}
-    open_clip = importlib.import_module("open_clip")
-    net = open_clip.create_model(architecture).to("cuda").train()
-    lengths = torch.tensor(_lengths(size, 76))
-    tokens = torch.randint(4, 40, (size, 76)).masked_fill(torch.arange(76) >= lengths[:, None], 0).to("cuda")
-    images = torch.randn(size, 3, 224, 224, device="cuda")
-    try:
-        found = _timed(_step(net, lambda: open_clip_loss(net, images, tokens)))
-    except torch.cuda.OutOfMemoryError:
-        return {"open_clip, samples/s": "out of memory"}
-    found = {"samples/s": round(size / found.pop("seconds"), 1), **found}
-    return {f"open_clip, {key}": value for key, value in found.items()}
 
 
 def _step_speed(net: CoCa, size: int) -> dict[str, Any]:
