@@ -18,7 +18,7 @@ from coca_lit.data.scenes.render import WORDINGS, captions, decode, scene_record
 LICENSES = [{"id": 0, "name": "synthetic", "url": ""}]
 
 
-def write_scenes(format: str, folder: Path, count: int, size: int = 32) -> None:
+def write_data_set(format: str, folder: Path, count: int, size: int = 32) -> None:
     """Writes a data set of scenes into the new folder.
 
     Args:

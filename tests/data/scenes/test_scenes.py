@@ -30,7 +30,7 @@ from coca_lit.data.scenes.render import (
 from coca_lit.models.presets import VOCABULARIES
 from coca_lit.tools.prepare.scenes import WRITERS, export_scenes, write_shards
 from helpers.running import ROOT
-from helpers.scene_files import write_scenes
+from helpers.scene_files import write_data_set
 
 SPLITS = {"train": 12_000, "val": 512, "test": 512, "compositional": 512}
 NAME = re.compile(rf"a (small|large) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
@@ -209,7 +209,7 @@ def test_shards_are_those_of_img2dataset(tmp_path):
 
 
 def test_karpathy_coco_has_every_split_and_its_images(tmp_path):
-    write_scenes("karpathy", tmp_path, count=16, size=32)
+    write_data_set("karpathy", tmp_path, count=16, size=32)
     content = load(tmp_path / "dataset_coco.json")
     splits = [image["split"] for image in content["images"]]
     assert {split: splits.count(split) for split in splits} == {"train": 12, "restval": 4, "val": 2, "test": 2}
@@ -226,7 +226,7 @@ def test_karpathy_coco_has_every_split_and_its_images(tmp_path):
 
 
 def test_nocaps_has_three_domains_and_ten_different_captions(tmp_path):
-    write_scenes("nocaps", tmp_path, count=8, size=32)
+    write_data_set("nocaps", tmp_path, count=8, size=32)
     content = load(tmp_path / "nocaps_val_4500_captions.json")
     domains = [image["domain"] for image in content["images"]]
     assert domains == 3 * ["in-domain"] + 3 * ["near-domain"] + 2 * ["out-domain"]
