@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from coca_lit.losses import caption, loss_terms
 from coca_lit.models import create_model
 from coca_lit.models.packing import to_device
-from coca_lit.tools.gpu_check.checks import open_clip_loss
 from coca_lit.training.optim import AdamW
 from experiments.benchmarks.record import record
 
@@ -59,7 +58,9 @@ def our_step(net: Any, images: Tensor, tokens: Tensor, lengths: Tensor) -> Tenso
 
 
 def their_step(net: Any, images: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
-    return open_clip_loss(net, images, tokens)
+    """The same losses of OpenCLIP's CoCa. Its images are normalised before they come, its texts padded (B, 76)."""
+    loss = open_clip.CoCaLoss(caption_loss_weight=2, clip_loss_weight=1, pad_id=0)
+    return torch.stack(list(loss(**net(images, tokens), output_dict=True).values())).sum()
 
 
 def training_row(way: str, net: nn.Module, step: Step) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from coca_lit.runs.run_folder import start_run_folder
 from coca_lit.tools.prepare.scenes import export_scenes
 from coca_lit.weights.load import load_model, save_model
 from helpers.running import NAFLEX, TINY, compose, logged, results, run, train_py, without_java
+from helpers.scene_files import write_data_set
 from helpers.slow import slow
 
 OVERLAP = {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"}
@@ -47,9 +48,10 @@ def named(name: str, *scores: set[str]) -> set[str]:
 def data_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one of each format, under the names that `data_dir` expects."""
     root = tmp_path_factory.mktemp("data")
-    for format, name in (("shards", "laion"), ("karpathy", "mscoco"), ("coco", "coco2017"), ("nocaps", "nocaps")):
-        export_scenes(format, root / name, count=24)
-    export_scenes("flickr8k", root / "flickr8k", count=24, size=64)
+    export_scenes("shards", root / "laion", count=24)
+    for format, name in (("karpathy", "mscoco"), ("coco", "coco2017"), ("nocaps", "nocaps")):
+        write_data_set(format, root / name, count=24)
+    write_data_set("flickr8k", root / "flickr8k", count=24, size=64)
     return root
 
 

@@ -20,6 +20,7 @@ from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.errors import DataError
 from coca_lit.tools.prepare.scenes import export_scenes
 from helpers.datamodules import TOKENIZER, fit
+from helpers.scene_files import write_data_set
 from helpers.shared_data import SHARED
 
 FLICKR8K = SHARED / "flickr8k"
@@ -59,7 +60,7 @@ def test_a_training_resumed_twice_in_an_epoch_sees_the_same_batches(tmp_path):
 
 def test_exported_data_sets_are_read(tmp_path):
     for form in ("karpathy", "coco", "nocaps"):
-        export_scenes(form, tmp_path / form, count=40, size=16)
+        write_data_set(form, tmp_path / form, count=40, size=16)
     modules: list[CaptionDataModule] = [
         RootDataModule(str(tmp_path / "karpathy"), mscoco_records, tokenizer=TOKENIZER, batch_size=8, image_size=16),
         RootDataModule(str(tmp_path / "coco"), mscoco_records, tokenizer=TOKENIZER, batch_size=8, image_size=16),

@@ -12,7 +12,7 @@ from coca_lit.data.text_batches import TextBatches, read_texts
 from coca_lit.errors import DataError
 from coca_lit.models.presets import VOCABULARIES
 from coca_lit.tokenizer import WordTokenizer
-from coca_lit.tools.prepare.scenes import export_scenes
+from helpers.scene_files import write_data_set
 
 TOKENIZER = WordTokenizer(VOCABULARIES["scenes"])
 SMALL = {"tokenizer": TOKENIZER, "batch_size": 4, "image_size": 16}
@@ -28,8 +28,8 @@ def file(tmp_path: Path) -> Path:
 
 def test_files_of_every_kind(tmp_path: Path, file: Path) -> None:
     (tmp_path / "more.jsonl").write_text('"a text"\n\n{"text": " a star ", "url": "…"}\n{"caption": "a ring"}\n')
-    export_scenes("karpathy", tmp_path / "karpathy", count=8, size=8)
-    export_scenes("coco", tmp_path / "coco", count=8, size=8)
+    write_data_set("karpathy", tmp_path / "karpathy", count=8, size=8)
+    write_data_set("coco", tmp_path / "coco", count=8, size=8)
     assert read_texts(str(file)) == LINES
     assert read_texts([str(tmp_path / "more.jsonl"), str(file)])[:4] == ["a text", "a star", "a ring", LINES[0]]
     assert read_texts(f"{tmp_path}/*.txt") == LINES

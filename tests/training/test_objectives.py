@@ -14,12 +14,12 @@ from coca_lit.data.datamodule import SceneQuestionsDataModule
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, create_model
-from coca_lit.tools.prepare.scenes import export_scenes
 from coca_lit.training.caption_objectives import ParallelPrediction, PrefixPrompts
 from coca_lit.training.objectives import Function, Objective, OfFeatures, Pairs, Texts
 from coca_lit.training.optim import AdamW
 from coca_lit.weights.load import load_model
 from helpers.running import run
+from helpers.scene_files import write_data_set
 
 OPTIMIZER = AdamW(lr=1e-3)
 
@@ -207,7 +207,7 @@ def test_a_run_that_answers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_on_the_files_of_vqa(tmp_path: Path) -> None:
-    export_scenes("vqa", tmp_path / "vqa", count=8, size=32)
+    write_data_set("vqa", tmp_path / "vqa", count=8, size=32)
     tiny = ("model.net.name=coca_tiny", "+model.net.tokenizer=scenes_vqa", "image_size=32", "data.num_workers=0")
     overrides = ("experiment=finetune_vqa", "init_from=null", "model=coca_answers", f"data.root={tmp_path}/vqa", *tiny)
     results = run(tmp_path / "run", "trainer=smoke", *overrides)

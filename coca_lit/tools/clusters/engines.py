@@ -63,7 +63,8 @@ class Machine:
 
     def run(self, jobs: Sequence[Runnable]) -> Iterator[tuple[int, Any]]:
         devices = self._found()[: len(jobs)]
-        if not devices or (devices == ["cpu"] and not self._must_hide_gpus()):
+        hides_gpus = self.devices not in (None, "cores") and _gpus() > 0  # which the calling process sees
+        if not devices or (devices == ["cpu"] and not hides_gpus):
             yield from ((i, job()) for i, job in enumerate(jobs))
             return
         waiting, attempts = deque(range(len(jobs))), [0] * len(jobs)
@@ -94,20 +95,12 @@ class Machine:
             for process in [*(process for _, process in idle), *(process for *_, process in running.values())]:
                 process.shutdown(cancel_futures=True)
 
-    def _must_hide_gpus(self) -> bool:
-        """Whether the calling process sees GPUs that "cpu" among the devices excludes."""
-        import torch
-
-        return self.devices != "cores" and torch.cuda.device_count() > 0
-
     def _found(self) -> list[int | str]:
         if self.devices is None:
             return []
         if self.devices == "cores":
             return ["cpu"] * int(os.environ.get("SLURM_CPUS_PER_TASK") or processors())
-        import torch
-
-        gpus = torch.cuda.device_count()
+        gpus = _gpus()
         found = [*range(gpus)] if self.devices == "auto" else [*self.devices]
         if not found or any(device != "cpu" and int(device) >= gpus for device in found):
             raise ConfigError(
@@ -115,6 +108,12 @@ class Machine:
                 "engine=local, or processes on the CPU (engine.devices=[cpu,cpu])"
             )
         return found
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _process_on(device: int | str) -> ProcessPoolExecutor:

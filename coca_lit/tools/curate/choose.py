@@ -1,7 +1,7 @@
 """Choosing samples by their scores: SQL over the Parquet files by DuckDB, which needs no server and spills to disk what
 does not fit into memory. The result is a selection, see `coca_lit.data.shards.selection`.
 
-The statements are plain SQL over the columns of `coca_lit.tools.curate.scores`; keys never become part of them,
+The statements are plain SQL over the columns of the scores, see README.md; keys never become part of them,
 formulas of the user do. These see the columns and nothing else: DuckDB opens no file but the scores and the selection.
 """
 

@@ -1,15 +1,7 @@
 """Scores of the samples of a shard: NAME.scores.parquet beside NAME.tar, or in a folder of their own.
 
-A row per usable sample, in the order of the tar. Any engine that reads Parquet can work with the columns:
-
-    shard, key              file name of the shard, and key of the sample in it
-    similarity              cosine of image and text embedding
-    likelihood              log-likelihood of the caption per token, given the image, in nats; absent without decoder
-    words, characters       of the caption
-    width, height, aspect   of the image in pixels; longer side to shorter side
-    phash                   perceptual hash, 64 bits as a signed integer
-    language                of the caption, ISO 639-1; on request
-    embedding               image features of unit length, float16; on request
+A row per usable sample, in the order of the tar. Any engine that reads Parquet can work with the columns, which
+README.md beside this file lists.
 """
 
 import glob

@@ -37,13 +37,10 @@ class Teaching(NamedTuple):
 
     Args:
         teachers: checkpoints for `load_dual_encoder`, CLIPs too.
-        output: folder of the files; None writes them beside the shards.
         caption_keys: "txt", or fields of the samples' JSON that hold captions, all of which are embedded.
         views: crops of each image.
         seed: of the crops.
-        batch_size: samples at a time.
-        num_workers: processes that decode images; 0 decodes in this one.
-        bf16: whether the teachers compute in bfloat16.
+        output, batch_size, num_workers, bf16: as of `Judgement`.
     """
 
     teachers: tuple[str, ...]

@@ -32,7 +32,6 @@ from coca_lit.tools.plan.estimate import GPUS, Recipe, measure, memory, per_samp
 from coca_lit.tools.plan.trace import cost, on_gpu
 from coca_lit.tools.report.tables import Table, markdown
 
-SIMULATED = "simulated GPU"  # the name of the device of tests/gpu
 CAPTIONS = [5, 9, 17, 6, 7, 12, 24, 4]  # tokens of the captions of a small batch
 TOLERANCE = {"fp32": 1e-4, "TF32": 2e-2, "bf16": 6e-2}  # of gradients, by the largest of them
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
@@ -60,31 +59,25 @@ def check_gpu(output: Path, quick: bool = False) -> int:
         output: folder for JSON and Markdown, which exists.
         quick: measure the smallest model alone.
     """
-    simulated = torch.cuda.get_device_name() == SIMULATED
-    lines = list(_checks(simulated))
+    lines = list(_checks())
     rows: list[dict[str, Any]] = []
-    for name in ["coca_tiny"] if quick or simulated else ["coca_vit_b32", "coca_vit_l14"]:
+    for name in ["coca_tiny"] if quick else ["coca_vit_b32", "coca_vit_l14"]:
         torch.manual_seed(0)
         net = create_model(name).to("cuda").train()
         for size in (64, 128, 256) if name != "coca_tiny" else (16,):
             try:
-                speed = _step_speed(net, size) | _open_clip_speed(name, size)
+                speed = _step_speed(net, size)
             except torch.cuda.OutOfMemoryError:
                 speed = {"samples/s": "out of memory"}
             rows.append({"model": name, "batch": size} | speed)
         rows.append({"model": name, "batch": 16} | _caption_speed(net.eval()))
-    found: dict[str, Any] = {
-        "device": environment(),
-        "simulated": simulated,
-        "checks": [line._asdict() for line in lines],
-    }
+    found: dict[str, Any] = {"device": environment(), "checks": [line._asdict() for line in lines]}
     (output / "gpu_check.json").write_text(json.dumps(found | {"measurements": rows}, indent=2) + "\n")
     device = ", ".join(f"{key} {value}" for key, value in found["device"].items())
-    title = "On a simulated GPU: values are those of the CPU, times mean nothing" if simulated else "Measured"
     columns = list(dict.fromkeys(key for row in rows for key in row))
     measured = [[str(row.get(key, "")) for key in columns] for row in rows]
     tables = Table("checks", ["check", "outcome", "detail"], lines), Table("measurements", columns, measured)
-    page = "\n\n".join([f"{title}. {device}", *map(markdown, tables)]) + "\n"
+    page = "\n\n".join([f"Measured. {device}", *map(markdown, tables)]) + "\n"
     (output / "gpu_check.md").write_text(page, encoding="utf-8")
     failed = sum(line.outcome == "FAIL" for line in lines)
     print(f"{len(lines)} checks, {failed} failed; JSON and Markdown are in {output}")
@@ -103,7 +96,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _checks(simulated: bool) -> Iterator[Line]:
+def _checks() -> Iterator[Line]:
     """Makes all checks and prints each."""
     checks: dict[str, Callable[[], str]] = {"environment": lambda: json.dumps(environment())}
     for pooler, mask, kind in product(("single", "parallel", "cascade"), ("correct", "legacy"), TOLERANCE):
@@ -128,8 +121,6 @@ def _checks(simulated: bool) -> Iterator[Line]:
     }
     for name, check in checks.items():
         try:
-            if simulated and ("compiled" in name or "NCCL" in name or "synchronisation" in name):
-                raise SkippedError("the simulation has no compiler, no NCCL and its own count of synchronisations")
             line = Line(name, "PASS", check())
         except SkippedError as reason:
             line = Line(name, "SKIP", str(reason))
@@ -371,39 +362,12 @@ def _timed(step: Callable[[], None], steps: int = 5) -> dict[str, Any]:
         step()
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - began) / steps
-    found = {"seconds": seconds, "GB": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
-    if torch.cuda.get_device_name() == SIMULATED:
-        return found
+    gigabytes = round(torch.cuda.max_memory_allocated() / 1e9, 2)  # before the profiler takes some
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:  # it slows the host down, not the kernels
         step()
         torch.cuda.synchronize()
     busy = sum(event.self_device_time_total for event in profiled.key_averages()) / 1e6
-    return found | {"idle": round(max(0.0, 1 - busy / seconds), 2)}
-
-
-def open_clip_loss(net: Any, images: Tensor, tokens: Tensor) -> Tensor:
-    """The same losses of OpenCLIP's CoCa. Its images are normalised before they come, its texts padded (B, 76)."""
-    open_clip = importlib.import_module("open_clip")
-    loss = open_clip.CoCaLoss(caption_loss_weight=2, clip_loss_weight=1, pad_id=0)
-    return torch.stack(list(loss(**net(images, tokens), output_dict=True).values())).sum()
-
-
-def _open_clip_speed(name: str, size: int) -> dict[str, Any]:
-    """The same step of the same batch with OpenCLIP; nothing where it is not installed or has no such model."""
-    architecture = {"coca_vit_b32": "coca_ViT-B-32", "coca_vit_l14": "coca_ViT-L-14"}.get(name)
-    if architecture is None or importlib.util.find_spec("open_clip") is None:
-        return {}
-    open_clip = importlib.import_module("open_clip")
-    net = open_clip.create_model(architecture).to("cuda").train()
-    lengths = torch.tensor(_lengths(size, 76))
-    tokens = torch.randint(4, 40, (size, 76)).masked_fill(torch.arange(76) >= lengths[:, None], 0).to("cuda")
-    images = torch.randn(size, 3, 224, 224, device="cuda")
-    try:
-        found = _timed(_step(net, lambda: open_clip_loss(net, images, tokens)))
-    except torch.cuda.OutOfMemoryError:
-        return {"open_clip, samples/s": "out of memory"}
-    found = {"samples/s": round(size / found.pop("seconds"), 1), **found}
-    return {f"open_clip, {key}": value for key, value in found.items()}
+    return {"seconds": seconds, "GB": gigabytes, "idle": round(max(0.0, 1 - busy / seconds), 2)}
 
 
 def _step_speed(net: CoCa, size: int) -> dict[str, Any]:
@@ -430,9 +394,7 @@ def _step_speed(net: CoCa, size: int) -> dict[str, Any]:
 
 
 def _caption_speed(net: CoCa, count: int = 16) -> dict[str, Any]:
-    writers: dict[str, Any] = {"eager": net}
-    if torch.cuda.get_device_name() != SIMULATED:
-        writers["reduce-overhead"] = CompiledGenerator(net, mode="reduce-overhead")
+    writers: dict[str, Any] = {"eager": net, "reduce-overhead": CompiledGenerator(net, mode="reduce-overhead")}
     images = torch.zeros(count, 3, net.image_size, net.image_size, dtype=torch.uint8, device="cuda")
     found = {}
     for mode, writer in writers.items():

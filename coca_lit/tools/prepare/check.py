@@ -46,7 +46,7 @@ def check_shard(path: Path, caption_key: str = "txt") -> ShardReport:
 
 def check_shards(paths: Sequence[Path], caption_key: str, run: Run) -> Iterator[ShardReport]:
     """Reports in the order in which they are ready. Each is recorded in a journal beside its shard, so that an
-    interrupted check resumes where it stopped; call `forget_journals` when all is done.
+    interrupted check resumes where it stopped; remove `JOURNAL` when all is done.
 
     Args:
         run: calls `check_shard` for all paths, anywhere.
@@ -62,11 +62,6 @@ def check_shards(paths: Sequence[Path], caption_key: str, run: Run) -> Iterator[
     for report in run(check_shard, todo, caption_key):
         append_lines(Path(report.path).parent / JOURNAL, [json.dumps([caption_key, report])])
         yield report
-
-
-def forget_journals(folders: set[Path]) -> None:
-    for folder in folders:
-        (folder / JOURNAL).unlink(missing_ok=True)
 
 
 def compare(reports: Sequence[ShardReport]) -> Iterator[str]:

@@ -111,7 +111,8 @@ def _check(options: argparse.Namespace) -> None:
         print(f"wrote {write_manifest(folder, others | entries)}")
     of_all = {folder / name: entry for folder, entries in folders.items() for name, entry in entries.items()}
     _write_indexes(of_all, options)
-    shard_check.forget_journals(set(folders))  # not before: they say what need not be decoded again
+    for folder in folders:  # not before: it says what need not be decoded again
+        (folder / shard_check.JOURNAL).unlink(missing_ok=True)
     _print_total([report.entry for report in reports], bad)
 
 

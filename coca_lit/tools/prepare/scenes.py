@@ -1,9 +1,9 @@
-"""Writes the built-in scenes in the file formats of well-known data sets, to try every reader offline.
+"""Writes the built-in scenes in the file formats of well-known data sets, to try their readers offline.
 
     python -m coca_lit.tools.prepare.scenes shards OUT --count 2000 --size 64
 
 The folders have the layout and the JSON schemas of the originals: image-text shards as img2dataset writes them,
-Karpathy's COCO and Flickr8k splits, COCO 2017 captions, nocaps validation, VQA v2, SNLI-VE, NLVR2, and your own pairs.
+SNLI-VE, NLVR2, and your own pairs.
 """
 
 import argparse
@@ -14,20 +14,16 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from coca_lit.data.records import Record
-from coca_lit.data.scenes.facts import scene_question_records
-from coca_lit.data.scenes.render import DEFAULT_COUNTS, HELD_OUT_SCENES, WORDINGS, captions, decode, scene_records
+from coca_lit.data.scenes.render import DEFAULT_COUNTS, scene_records
 from coca_lit.data.scenes.statements import comparison_records, entailment_records
 from coca_lit.data.shards.tar import tar_writer
 
 SPLIT_DIGITS = {"train": 1, "val": 2, "test": 3}  # that begin the names of photos
-LICENSES = [{"id": 0, "name": "synthetic", "url": ""}]
 
 
 def export_scenes(format: str, out: Path, count: int = 1500, size: int = 32) -> None:
@@ -35,7 +31,7 @@ def export_scenes(format: str, out: Path, count: int = 1500, size: int = 32) -> 
 
     Args:
         format: a key of WRITERS.
-        count: training images; val and test get an eighth of it each, at most 512. For nocaps: images of all domains.
+        count: training images; val and test get an eighth of it each, at most 512.
         size: height and width of the images in pixels.
 
     Raises:
@@ -79,86 +75,8 @@ def write_shards(folder: Path, count: int, size: int, per_shard: int = 250) -> N
         ended = time.time()
         stats = {"count": len(rows), "successes": len(rows), "failed_to_download": 0, "failed_to_resize": 0}
         times = {"duration": ended - started, "start_time": started, "end_time": ended}
-        _write_json(folder / f"{shard:05d}_stats.json", {**stats, **times, "status_dict": {"success": len(rows)}})
-
-
-def write_karpathy(folder: Path, count: int, size: int, name: str = "coco") -> None:
-    """Karpathy's splits: dataset_NAME.json and images/. Only coco has sub-folders, COCO ids and a split restval."""
-    entries: list[dict[str, Any]] = []
-    for split in ("train", "val", "test"):
-        for i, record in enumerate(scene_records(split, size, _split_count(split, count))):
-            entry: dict[str, Any] = {"filename": f"{record.id}.jpg", "split": split}
-            if name == "coco":
-                own_split = "restval" if split == "train" and i % 4 == 3 else split
-                place = "train2014" if own_split == "train" else "val2014"
-                entry = {"filepath": place, "filename": f"COCO_{place}_{record.id:012d}.jpg", "cocoid": record.id}
-                entry["split"] = own_split
-            imgid, texts = len(entries), record.captions
-            sentences = [
-                {"tokens": text.split(), "raw": text, "imgid": imgid, "sentid": imgid * len(texts) + number}
-                for number, text in enumerate(texts)
-            ]
-            ids = {"imgid": imgid, "sentids": [sentence["sentid"] for sentence in sentences]}
-            entries.append({**entry, **ids, "sentences": sentences})
-            _write_image(folder / "images" / entry.get("filepath", "") / entry["filename"], record.image)
-    _write_json(folder / f"dataset_{name}.json", {"images": entries, "dataset": name})
-
-
-def write_coco(folder: Path, count: int, size: int) -> None:
-    """COCO captions 2017: annotations/captions_{train,val}2017.json and the image folders train2017/ and val2017/."""
-    for split in ("train", "val"):
-        records = scene_records(split, size, _split_count(split, count))
-        images = []
-        for record in records:
-            images.append({"id": record.id, **_coco_image(f"{record.id:012d}.jpg", size), "flickr_url": ""})
-            _write_image(folder / f"{split}2017" / images[-1]["file_name"], record.image)
-        _write_json(folder / "annotations" / f"captions_{split}2017.json", _coco_captions(images, records))
-
-
-def write_nocaps(folder: Path, count: int, size: int) -> None:
-    """Nocaps validation with ten captions an image: nocaps_val_4500_captions.json and images/.
-
-    A third each: scenes as in training (in-domain), unseen colour-shape pairs (near-domain), three objects (out).
-    """
-    sources = (("in-domain", "val", 2), ("near-domain", "compositional", 2), ("out-domain", "val", 3))
-    if not len(sources) <= count <= len(sources) * HELD_OUT_SCENES:
-        raise ValueError(f"nocaps needs {len(sources)} to {len(sources) * HELD_OUT_SCENES} images, got count={count}")
-    images: list[dict[str, Any]] = []
-    records: list[Record] = []
-    for place, (domain, split, objects) in enumerate(sources):
-        share = len(range(place, count, len(sources)))
-        for record in scene_records(split, size, share, objects):
-            texts = captions(decode(int(record.id), objects), WORDINGS)
-            records.append(Record(len(records), record.image, texts, domain))
-            name = f"{records[-1].id:016x}"
-            images.append(
-                {"id": records[-1].id, "open_images_id": name, **_coco_image(f"{name}.jpg", size), "domain": domain}
-            )
-            _write_image(folder / "images" / f"{name}.jpg", record.image)
-    _write_json(folder / "nocaps_val_4500_captions.json", _coco_captions(images, records))
-
-
-def write_vqa(folder: Path, count: int, size: int) -> None:
-    """VQA v2: questions and annotations of train2014 and val2014, and the image folders of these names."""
-    for split in ("train", "val"):
-        name, images = f"{split}2014", set()
-        asked: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for record in scene_question_records(split, size, _split_count(split, count)):
-            image, answer = int(record.id) // 1000, record.captions[0]
-            ids = {"image_id": image, "question_id": record.id}
-            kind = "number" if record.domain == "count" else "other"
-            people = [
-                {"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(record.captions, 1)
-            ]
-            asked.append({**ids, "question": f"{record.question.capitalize()}?"})
-            annotations.append({**ids, "answer_type": kind, "multiple_choice_answer": answer, "answers": people})
-            if image not in images:
-                _write_image(folder / name / f"COCO_{name}_{image:012d}.jpg", record.image)
-                images.add(image)
-        about = {"info": {}, "license": LICENSES[0], "data_type": "mscoco", "data_subtype": name}
-        _write_json(folder / f"v2_OpenEnded_mscoco_{name}_questions.json", {**about, "questions": asked})
-        _write_json(folder / f"v2_mscoco_{name}_annotations.json", {**about, "annotations": annotations})
+        content = json.dumps({**stats, **times, "status_dict": {"success": len(rows)}})
+        (folder / f"{shard:05d}_stats.json").write_text(content)
 
 
 def write_snli_ve(folder: Path, count: int, size: int) -> None:
@@ -217,18 +135,6 @@ def _split_count(split: str, count: int) -> int:
     return count if split == "train" else min(DEFAULT_COUNTS[split], max(1, count // 8))
 
 
-def _coco_image(file_name: str, size: int) -> dict[str, Any]:
-    date = "2000-01-01 00:00:00"
-    return {"file_name": file_name, "height": size, "width": size, "license": 0, "coco_url": "", "date_captured": date}
-
-
-def _coco_captions(images: list[dict[str, Any]], records: Sequence[Record]) -> dict[str, Any]:
-    pairs = ((record.id, text) for record in records for text in record.captions)
-    annotations = [{"image_id": image, "id": i, "caption": text} for i, (image, text) in enumerate(pairs)]
-    info = {"description": "synthetic scenes", "version": "1.0", "year": 2000, "url": "", "contributor": ""}
-    return {"info": {**info, "date_created": ""}, "licenses": LICENSES, "images": images, "annotations": annotations}
-
-
 def _jpeg(image: Callable[[], Image.Image]) -> bytes:
     """JPEG with full chroma resolution (4:4:4): halving it would blur the colours of objects a few pixels wide."""
     buffer = io.BytesIO()
@@ -249,18 +155,8 @@ def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-
-
 WRITERS: dict[str, Callable[[Path, int, int], None]] = {
     "shards": write_shards,
-    "karpathy": write_karpathy,
-    "flickr8k": partial(write_karpathy, name="flickr8k"),
-    "coco": write_coco,
-    "nocaps": write_nocaps,
-    "vqa": write_vqa,
     "snli_ve": write_snli_ve,
     "nlvr2": write_nlvr2,
     "pairs": write_pairs,
@@ -272,13 +168,9 @@ def main() -> None:
         prog="python -m coca_lit.tools.prepare.scenes",
         description="Write the built-in scenes in the files of a well-known data set.",
     )
-    parser.add_argument(
-        "format", choices=list(WRITERS), help="karpathy: dataset_coco.json; flickr8k: dataset_flickr8k.json"
-    )
+    parser.add_argument("format", choices=list(WRITERS))
     parser.add_argument("out", type=Path, help="new or empty folder")
-    parser.add_argument(
-        "--count", type=int, default=1500, help="training images; for nocaps images of all domains (%(default)s)"
-    )
+    parser.add_argument("--count", type=int, default=1500, help="training images (%(default)s)")
     parser.add_argument("--size", type=int, default=32, help="pixels of height and width (%(default)s)")
     args = parser.parse_args()
     try:

@@ -14,13 +14,12 @@ from PIL import Image
 
 from coca_lit.reading import printable
 from coca_lit.runs.scores import HEADLINES, RERANKED, data_name, headlines_of, in_print_units, score_name
-from coca_lit.tools.report.runs import Curves, Run, differences, same_data
+from coca_lit.tools.report.runs import EVALUATED, Curves, Run, differences, same_data
 from coca_lit.tools.report.tables import published_scores, run_names
 
 LINES, PANELS = 24, 9  # in a panel; panels in a figure
 PANEL, ENTRY = (4.4, 3.4), 0.22  # inches: of a panel, about as wide as a phone; more for each line of its legend
 STAGES = {"train": "training", "val": "validation"}
-CHECKPOINT = "checkpoint"  # the key that names the model of an evaluation
 MANY = 8  # runs, of which more bars are hard to read
 GAP, SEVERAL = "/top1", 4  # the score whose gaps are drawn, if two runs share at least that many data sets
 
@@ -137,12 +136,10 @@ def comparison_figure(runs: Sequence[Run], objective: str | None = None) -> byte
     drawn = gaps(runs)  # in a figure of their own
     results = dict.fromkeys(score for run in runs for score in run.results if score not in drawn)
     several_have = [score for score in results if sum(score in run.results for run in runs) > 1]
-    results = {score: None for score in several_have if same_data(runs, score)}
-    if objective not in results:
-        objective = None
-    panels: list[tuple[str, str | None]] = [(score, swept and swept[0]) for score in headlines_of(results, PANELS)]
-    many = len(runs) >= MANY or CHECKPOINT in differences(runs)
-    scattered = objective is not None and many and len(several) > 1
+    shown = [score for score in several_have if same_data(runs, score)]
+    panels: list[tuple[str, str | None]] = [(score, swept and swept[0]) for score in headlines_of(shown, PANELS)]
+    many = len(runs) >= MANY or EVALUATED in differences(runs)
+    scattered = objective in shown and many and len(several) > 1
     if objective is not None and scattered:
         panels = [(objective, key) for key in list(several)[:PANELS]]
     if not panels:
@@ -222,9 +219,9 @@ def swept_numbers(runs: Sequence[Run]) -> dict[str, list[float]]:
     the names of checkpoints, the `model_numbers` of all of them.
     """
     found = differences(runs)
-    numbers = {key: [_number(value) for value in values] for key, values in found.items() if key != CHECKPOINT}
-    if CHECKPOINT in found:
-        models = [model_numbers(run, str(name)) for run, name in zip(runs, found[CHECKPOINT], strict=True)]
+    numbers = {key: [_number(value) for value in values] for key, values in found.items() if key != EVALUATED}
+    if EVALUATED in found:
+        models = [model_numbers(run, str(name)) for run, name in zip(runs, found[EVALUATED], strict=True)]
         rows = {key: [model.get(key, math.nan) for model in models] for key in models[0]}
         numbers |= {key: row for key, row in rows.items() if not any(map(math.isnan, row)) and len(set(row)) > 1}
     return {} if any(math.isnan(n) for row in numbers.values() for n in row) else numbers

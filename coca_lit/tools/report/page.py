@@ -291,9 +291,13 @@ def _cards(samples: Sequence[Mapping[str, Any]]) -> str:
     cards = []
     for sample in samples:
         question = f"{_text(sample['question'].rstrip('?'))}? " if "question" in sample else ""
-        caption = f"<p>{question}{_caption(sample)}</p>"
-        cards.append(f'<div class="card">{_image(sample["image"])}{caption}{_references(sample)}</div>')
+        cards.append(_card(sample, f"<p>{question}{_caption(sample)}</p>"))
     return '<div class="cards">' + "\n".join(cards) + "</div>"
+
+
+def _card(sample: Mapping[str, Any], paragraphs: str) -> str:
+    references = "".join(f"<li>{_text(text)}</li>" for text in sample["references"][:3])
+    return f'<div class="card">{_image(sample["image"])}{paragraphs}<ul class="note">{references}</ul></div>'
 
 
 def _caption(sample: Mapping[str, Any]) -> str:
@@ -302,10 +306,6 @@ def _caption(sample: Mapping[str, Any]) -> str:
         return f'<b class="hit">{_text(sample["caption"])} ✓</b>'
     parts = unlike(sample["caption"], sample["references"]) or [("(empty)", True)]
     return "<b>" + " ".join(f"<u>{_text(word)}</u>" if odd else _text(word) for word, odd in parts) + "</b>"
-
-
-def _references(sample: Mapping[str, Any]) -> str:
-    return '<ul class="note">' + "".join(f"<li>{_text(text)}</li>" for text in sample["references"][:3]) + "</ul>"
 
 
 def _side_by_side(runs: Sequence[Run]) -> str:
@@ -320,7 +320,7 @@ def _side_by_side(runs: Sequence[Run]) -> str:
             if all(same):
                 texts = zip(run_names(runs), [sample, *filter(None, same)], strict=True)
                 lines = "".join(f'<p><span class="note">{_text(run)}:</span> {_caption(s)}</p>' for run, s in texts)
-                cards.append(f'<div class="card">{_image(sample["image"])}{lines}{_references(sample)}</div>')
+                cards.append(_card(sample, lines))
         if cards:
             note = f'<p class="note">{MARKS_NOTE} Below: references.</p>'
             parts.append(f'<h2>{_text(data_name(name))}: captions</h2>{note}<div class="cards">{"".join(cards)}</div>')

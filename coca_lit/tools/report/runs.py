@@ -20,7 +20,7 @@ from coca_lit.runs.scores import cell, interval_cell
 
 Curves = dict[str, list[tuple[int, float]]]  # name -> (step, value)
 BOOKKEEPING = ("name", "output_dir", "evals.", "report.")  # keys that differ between equal runs
-EVALUATED = "checkpoint"  # a key that only evaluations have
+EVALUATED = "checkpoint"  # the key that names the model of an evaluation, which only evaluations have
 KNOWN = re.compile(r"(coca_lit|lightning)(\.\w+)+")  # constructors whose defaults are looked up, in their sources
 RESULTS, JOB = "results.json", "job.json"  # of a finished run; of a job of a sweep, see `coca_lit.cli.sweep`
 MAX_CURVES, MAX_SHEET = 2**28, 2**25  # bytes of metrics.csv and of a sheet of samples

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from coca_lit.metrics import lower_is_better
-from coca_lit.metrics.uncertainty import Difference, difference
+from coca_lit.metrics.uncertainty import difference
 from coca_lit.reading import printable
 from coca_lit.runs.scores import (
     DIRECTIONS,
@@ -340,9 +340,8 @@ def best_run(results: Mapping[str, Mapping[str, float]], score: str) -> str | No
     Args:
         results: run -> score -> value.
     """
-    values = {run: scores[score] for run, scores in results.items() if score in scores}
-    values = {run: value for run, value in values.items() if not math.isnan(value)}
-    return (min if lower_is_better(score) else max)(values, key=lambda run: values[run], default=None)
+    values = {run: scores[score] for run, scores in results.items() if not math.isnan(scores.get(score, math.nan))}
+    return (min if lower_is_better(score) else max)(values, key=values.__getitem__, default=None)
 
 
 def short_names(keys: Sequence[str]) -> list[str]:
@@ -373,13 +372,13 @@ class Comparison(NamedTuple):
     """A score of two runs.
 
     Attributes:
-        difference: None if it cannot be tested.
+        cells: difference, its interval and p for readers; empty if it cannot be tested.
         why_not: why the scores cannot be compared; empty if they can.
         better: 0 or 1 for the run that is better by the test; None for neither.
         verdict: in words.
     """
 
-    difference: Difference | None
+    cells: list[str]
     why_not: str
     better: int | None
     verdict: str
@@ -389,29 +388,25 @@ def compared(first: Run, second: Run, score: str) -> Comparison:
     """Whether one run is better than the other by a score that both have. Only if that was computed on the same data
     under the same conditions, and the difference is more than noise.
     """
-    why_not = obstacles([first, second], score)[1]
-    draws = [run.draws.get(score) for run in (first, second)]
-    if draws[0] is None or draws[1] is None or not same_data([first, second], score):
-        return Comparison(None, why_not, None, APART if why_not else "")
-    if draws[0].units != draws[1].units or draws[0].values.shape != draws[1].values.shape:  # as in folds of other sizes
-        return Comparison(None, why_not, None, APART)
-    found = difference(draws[0], draws[1])
+    runs = [first, second]
+    why_not = obstacles(runs, score)[1]
+    untested = Comparison(["", "", ""], why_not, None, APART if why_not else "")
+    own, other = first.draws.get(score), second.draws.get(score)
+    if own is None or other is None or not same_data(runs, score):
+        return untested
+    if own.units != other.units or own.values.shape != other.values.shape:  # as in folds of other sizes
+        return untested._replace(verdict=APART)
+    found = difference(own, other)
     if math.isnan(found.p):
-        return Comparison(None, why_not, None, APART if why_not else "")
-    if why_not or found.noise or score.endswith(STATISTICS):
-        return Comparison(found, why_not, None, APART if why_not else NOISE if found.noise else "differs")
-    better = int((found.value > 0) != lower_is_better(score))
-    return Comparison(found, "", better, f"{run_names([first, second])[better]} is better")
-
-
-def difference_cells(first: Run, second: Run, score: str, found: Difference | None) -> list[str]:
-    """Difference, its interval and p for readers; empty cells if there is none."""
-    if found is None:
-        return ["", "", ""]
+        return untested
     images = first.images(score)
     change = cell(score, found.value, images)
     signed = change if change.startswith("-") else f"+{change}"
-    return [signed, interval_cell(score, (found.low, found.high), images), f"{found.p:.3f}"]
+    cells = [signed, interval_cell(score, (found.low, found.high), images), f"{found.p:.3f}"]
+    if why_not or found.noise or score.endswith(STATISTICS):
+        return Comparison(cells, why_not, None, APART if why_not else NOISE if found.noise else "differs")
+    better = int((found.value > 0) != lower_is_better(score))
+    return Comparison(cells, "", better, f"{run_names(runs)[better]} is better")
 
 
 def difference_table(first: Run, second: Run) -> Table:
@@ -427,7 +422,7 @@ def difference_table(first: Run, second: Run) -> Table:
                 row += [run.cell(score), run.interval(score)]
             if score in first.results and score in second.results:
                 found = compared(first, second, score)
-                row += [*difference_cells(first, second, score, found.difference), found.verdict]
+                row += [*found.cells, found.verdict]
                 best += [(len(rows), (1, 3)[found.better])] if found.better is not None else []
             else:
                 row += ["", "", "", ""]

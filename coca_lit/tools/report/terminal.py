@@ -22,7 +22,6 @@ from coca_lit.tools.report.tables import (
     HEADLINES_OF_A_SWEEP,
     best_run,
     compared,
-    difference_cells,
     headline_cells,
     not_comparable,
     published_scores,
@@ -76,7 +75,7 @@ def _two(first: Run, second: Run, objective: str | None) -> Iterator[str]:
         reasons: list[str] = []
         for score in scores:
             found = compared(first, second, score)
-            change, _, p = difference_cells(first, second, score, found.difference)
+            change, _, p = found.cells
             verdict = found.verdict if found.better is None else f"{('first', 'second')[found.better]} is better"
             values = [first.cell(score), second.cell(score)]
             rows.append([f"  {score_name(score)}", *values, change, p and f"p {p}", verdict])

@@ -22,8 +22,8 @@ from coca_lit.errors import DataError
 from coca_lit.tools.prepare import write as prepare
 from coca_lit.tools.prepare.check import check_shard
 from coca_lit.tools.prepare.command import data as coca_data
-from coca_lit.tools.prepare.scenes import export_scenes
 from coca_lit.tools.prepare.write import Pair, read_pairs
+from helpers.scene_files import write_data_set
 from helpers.shards import TOKENIZER, members, read, write_tar
 
 
@@ -198,7 +198,7 @@ def test_texts_are_in_utf_8(photos, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["coco", "karpathy", "flickr8k"])
 def test_known_folders(tmp_path, format):
-    export_scenes(format, tmp_path / "set", 24, 16)
+    write_data_set(format, tmp_path / "set", 24, 16)
     run(tmp_path / "set", tmp_path / "out")
     assert sum(entry.samples for entry in read_manifest(tmp_path / "out").values()) == 24
     assert {len(json.loads(sample["json"])["captions"]) for sample in samples(tmp_path / "out").values()} == {5}
