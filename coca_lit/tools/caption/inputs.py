@@ -63,30 +63,12 @@ class Sample(NamedTuple):
         return image_of(self.members) or None
 
 
-class Files(NamedTuple):
-    """A batch of image files, or of clips."""
-
-    sources: list[Source]
-
-
-class Shard(NamedTuple):
-    """A tar of samples. Its content is unknown until it is opened."""
-
-    path: Path
-
-    def open(self) -> "OpenShard":
-        """Reads the positions of its samples."""
-        state = state_of(self.path)
-        samples, problem = scan_shard(self.path)
-        return OpenShard(self.path, samples, problem, state)
-
-
 class OpenShard(NamedTuple):
-    """The samples of a shard."""
+    """The complete samples of a tar that have an image, in order."""
 
     path: Path
     samples: list[Sample]
-    problem: str  # what is wrong with the tar, or ""
+    problem: str  # what is wrong with the rest of the tar, or ""
     state: tuple[int, ...]  # before it was read
 
     @property
@@ -95,7 +77,7 @@ class OpenShard(NamedTuple):
         return [Source(name, self.path, *place, state=self.state) for name, place in places if place]
 
 
-Unit = Files | Shard
+Unit = list[Source] | Path  # a batch of image files or of clips, or a shard, see `open_shard`
 
 
 class ImageBatch(NamedTuple):
@@ -125,9 +107,8 @@ def find_inputs(words: Sequence[str], batch_size: int, frames: int = 0) -> list[
     paths = dict.fromkeys(path for word in words for path in _paths(word))
     if not paths:
         raise DataError(f"nothing to caption: {EXPECTED}")
-    shards = [Shard(path) for path in paths if path.suffix.lower() == SHARD]
     files = [path for path in paths if path.suffix.lower() != SHARD]
-    return [*map(Files, in_batches(files, batch_size, frames)), *shards]
+    return [*in_batches(files, batch_size, frames), *(path for path in paths if path.suffix.lower() == SHARD)]
 
 
 def in_batches(paths: Iterable[Path], batch_size: int, frames: int) -> list[list[Source]]:
@@ -246,8 +227,9 @@ def _collate(items: list[Images | str]) -> ImageBatch:
 # that could hold code, which are left out. The same captions make the same file.
 
 
-def scan_shard(path: Path) -> tuple[list[Sample], str]:
-    """The complete samples of a tar that have an image, in order, and what is wrong with the rest of it, or ""."""
+def open_shard(path: Path) -> OpenShard:
+    """Reads the positions of its samples."""
+    state = state_of(path)
     samples: dict[str, Sample] = {}
     begun: set[str] = set()
     problem = ""
@@ -274,7 +256,7 @@ def scan_shard(path: Path) -> tuple[list[Sample], str]:
         if may_pass(error):
             raise DataError(f"{path} could not be read ({error}): start again, or leave it out") from error
         problem = str(error) or type(error).__name__  # the sample in which it occurs is not among the samples
-    return [*samples.values()], problem
+    return OpenShard(path, [*samples.values()], problem, state)
 
 
 def write_shard(source: OpenShard, target: Path, captions: Mapping[str, Sequence[str]]) -> None:
