@@ -129,10 +129,10 @@ class JsonLines(Writer):
         return known is None or known == list(source.state)  # None: a row that somebody has written
 
     def write(self, captions: Mapping[Source, Captions]) -> None:
-        rows = [
-            {self.key: self._id(source), **self._texts(found), **self._origin(source), "file": source.state}
-            for source, found in captions.items()
-        ]
+        rows = []
+        for source, found in captions.items():
+            texts = {"caption": found[0]} | ({"captions": list(found)} if len(found) > 1 else {})
+            rows.append({self.key: self._id(source), **texts, **self._origin(source), "file": source.state})
         append_lines(self.journal, map(json.dumps, rows))
         self.done |= {row[self.key]: row["file"] for row in rows}
 
@@ -181,9 +181,6 @@ class JsonLines(Writer):
     def _origin(self, source: Source) -> dict[str, str]:
         """What the rows say of the file besides."""
         return {}
-
-    def _texts(self, captions: Captions) -> dict[str, Any]:
-        return {"caption": captions[0]} | ({"captions": list(captions)} if len(captions) > 1 else {})
 
 
 class CocoResults(JsonLines):
@@ -273,7 +270,7 @@ class Recaptioned(Writer):
         self.captions |= {source.name: found for source, found in captions.items()}
 
     def end_shard(self, shard: OpenShard) -> None:
-        keys = {sample.key: f"{shard.path}/{sample.key}" for sample in shard.samples}
+        keys = {key: f"{shard.path}/{key}" for key in shard.samples}
         captions = {key: self.captions[name] for key, name in keys.items() if name in self.captions}
         write_shard(shard, self.folder / shard.path.name, captions)
         write_json(self._mark(shard.path), {"path": str(shard.path.resolve()), "file": shard.state})

@@ -57,7 +57,7 @@ def test_training_and_recaptioning_refuse_the_same(tmp_path, bad, reason):
     assert (
         reason in problem or "something in it is damaged" in problem
     )  # newer Pythons refuse negative sizes themselves
-    assert [sample.key for sample in samples] == keys
+    assert list(samples) == keys
     assert keys[:2] == ["0", "1"]
     assert reasons == {"broken or truncated shard": 1}
 
@@ -67,7 +67,7 @@ def test_a_truncated_tar_is_recaptioned_up_to_its_last_complete_sample(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: content.index(b"00002.txt")])
     _, samples, problem, _ = open_shard(path)
-    assert [sample.key for sample in samples] == ["00000", "00001"]
+    assert list(samples) == ["00000", "00001"]
     assert problem
 
 
@@ -76,7 +76,7 @@ def test_members_that_do_not_follow_each_other_are_a_problem(tmp_path):
     texts_first = write_tar(tmp_path / "y.tar", {"0.txt": b"a dog", "1.txt": b"a", "0.jpg": jpeg(0), "1.jpg": jpeg(1)})
     for tar in (path, texts_first):
         _, samples, problem, _ = open_shard(tar)
-        assert [sample.key for sample in samples] == ["0", "1"]
+        assert list(samples) == ["0", "1"]
         assert problem == "the members of '1' do not follow each other"
 
 
