@@ -37,7 +37,10 @@ def attention_samples(
     samples = []
     for record in spread(records, count):
         pixels = transform(record.image())  # (3, H, W) uint8, or patches
-        words, maps = word_maps(model, pixels, seeded_by([record], options, model.device))
+        own = seeded_by([record], options, model.device)
+        captions = model.generate(pixels[None], **own, return_attention=True)
+        assert captions.attention is not None
+        ((words, maps),) = maps_of_captions(model, pixels, captions.ids, captions.attention)
         seen = pixels.pixels() if isinstance(pixels, Patches) else pixels  # (3, H, W)
         picture = Image.fromarray(seen.permute(1, 2, 0).cpu().numpy())
         drawn = [thumbnail(overlay(picture, part)) for part in maps]
@@ -46,17 +49,10 @@ def attention_samples(
     return samples
 
 
-def word_maps(model: CoCa, pixels: Images, options: Mapping[str, Any]) -> tuple[list[str], Tensor]:
-    """The words of the caption of an image (3, H, W), or of its patches, and where the model looked for each:
-    (words, h, w), sums of 1.
-    """
-    captions = model.generate(pixels[None], **options, return_attention=True)
-    assert captions.attention is not None
-    return maps_of_captions(model, pixels, captions.ids, captions.attention)[0]
-
-
 def maps_of_captions(model: CoCa, pixels: Images, ids: Tensor, attention: Tensor) -> list[tuple[list[str], Tensor]]:
-    """As `word_maps`, of several captions (N, L) of an image, with their attention (N, L, Q)."""
+    """The words of each caption (N, L) of an image (3, H, W), or of its patches, and where the model looked for each
+    word: (words, h, w), sums of 1, from the attention (N, L, Q).
+    """
     images = pixels[None].to(model.device)
     pooled = evaluating(model, lambda x: model.pooling.attention(model.image_encoder(x)), images)
     places = pooled[0, :, model.image_encoder.prefix_tokens :].float()  # (Q, S) without class tokens

@@ -17,7 +17,7 @@ from coca_lit.errors import DataError, check_number
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import blind_log_likelihoods, embed_images, embed_texts, log_likelihoods
 from coca_lit.evals.samples import caption_samples, confusion_samples, sample_sheet
-from coca_lit.evals.vqa import accuracy_parts, blind_guesses
+from coca_lit.evals.vqa import accuracies_by_kind, blind_guesses
 from coca_lit.metrics.classification import (
     ZeroShotAccuracy,
     class_features,
@@ -262,7 +262,7 @@ class LabelScores(Evaluation):
                 settings.write_json("samples", f"{self.name}_captions.json", caption_samples(records, chosen))
                 settings.write_image("samples", f"{self.name}.png", sample_sheet(records, chosen))
         units = Units(self.together(record) if self.together else record.image_key for record in records)
-        parts = dict(accuracy_parts(units, records, right))
+        parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {**accuracies_by_kind(records, right, units.mean)}
         if len(classes) >= TOP5:
             parts["top5"] = units.mean(found < 5)
         if self.together is not None:

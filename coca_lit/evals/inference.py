@@ -99,39 +99,32 @@ def rows_of(
     """What `compute` makes of records and their pixels, see `image_batches`, (B, E) of a batch and (I, E) of all; on
     the CPU of every rank.
     """
-
-    def batches() -> Batches:
-        for positions, images in image_batches(model, records, batch_size, num_workers):
-            part = partial(compute, [records[i] for i in positions])
-            yield positions, evaluating(model, part, images).float().cpu()
-
-    return _gather_rows(batches(), len(records))
+    own = []
+    for positions, images in image_batches(model, records, batch_size, num_workers):
+        part = partial(compute, [records[i] for i in positions])
+        own.append((positions, evaluating(model, part, images).float().cpu()))
+    return _gather_rows(own, len(records))
 
 
 def embed_texts(model: DualEncoder, texts: Sequence[str], batch_size: int = 64) -> Tensor:
     """Features of all texts (T, E), of unit length, on the CPU of every rank."""
-    return _gather_rows(_text_features(model, texts, batch_size), len(texts))
+    numbers = range(rank(), len(texts), world_size())
+    by_length = sorted(numbers, key=lambda i: len(texts[i]))  # less padding, same result
+    own = []
+    for start in range(0, len(by_length), batch_size):
+        positions = by_length[start : start + batch_size]
+        tokens = model.tokenizer.tokens_of([texts[i] for i in positions]).to(model.device)
+        own.append((positions, evaluating(model, model.encode_text, tokens).float().cpu()))
+    return _gather_rows(own, len(texts))
 
 
-Batches = Iterator[tuple[list[int], Tensor]]  # positions in the data set, and a row for each
-
-
-def _gather_rows(batches: Batches, count: int) -> Tensor:
-    """The rows of all ranks (count, E), in order of their positions."""
-    parts = [batch for part in gather_objects(list(batches)) for batch in part]
+def _gather_rows(own: list[tuple[list[int], Tensor]], count: int) -> Tensor:
+    """The rows of all ranks (count, E) in order, from positions and a row for each."""
+    parts = [batch for part in gather_objects(own) for batch in part]
     gathered = torch.empty(count, parts[0][1].shape[1])
     for positions, rows in parts:
         gathered[positions] = rows
     return gathered
-
-
-def _text_features(model: DualEncoder, texts: Sequence[str], batch_size: int) -> Batches:
-    own = range(rank(), len(texts), world_size())
-    by_length = sorted(own, key=lambda i: len(texts[i]))  # less padding, same result
-    for start in range(0, len(by_length), batch_size):
-        positions = by_length[start : start + batch_size]
-        tokens = model.tokenizer.tokens_of([texts[i] for i in positions]).to(model.device)
-        yield positions, evaluating(model, model.encode_text, tokens).float().cpu()
 
 
 def log_likelihoods(

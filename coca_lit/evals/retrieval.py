@@ -146,15 +146,7 @@ def decoder_rerank(
         candidates: nearest images of each text that the decoder scores; for each image, as many nearest texts as give
             both directions the same number of pairs.
         weight: share of the log-likelihood, between 0 and 1.
-
-    Raises:
-        ValueError: no candidates, a weight outside [0, 1], or a model without decoder.
     """
-    if model.decoder is None:
-        raise ValueError("decoder re-ranking needs a model with a decoder, which decoder_layers=0 lacks")
-    if candidates < 1:
-        raise ValueError(f"decoder re-ranking needs at least 1 candidate, got {candidates}")
-    check_number("rerank_weight", weight, at_least=0, at_most=1)
     similarity = model.logit_scale.exp().item() * image_features @ text_features.T  # (I, T)
     found = log_likelihoods(model, records, candidate_pairs(similarity, candidates), batch_size, num_workers)
     return reranked(similarity, found, weight)

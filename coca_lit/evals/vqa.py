@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,8 +17,8 @@ from coca_lit.errors import DataError
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import seeded_by, write_texts
 from coca_lit.evals.samples import caption_samples, sample_sheet
-from coca_lit.metrics.uncertainty import Draws, Parts, Ratios, Units, bootstrap
-from coca_lit.metrics.vqa import blind_answers, enough_people, questions_by_score, vqa_accuracy, vqa_scores
+from coca_lit.metrics.uncertainty import Draws, Ratios, Units, bootstrap
+from coca_lit.metrics.vqa import blind_answers, enough_people, vqa_accuracy
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.inputs import Images
 from coca_lit.tokenizer import Tokenizer
@@ -26,6 +26,7 @@ from coca_lit.tokenizer import Tokenizer
 MAX_ANSWER = 10  # tokens, the end included
 LEAST_OVERLAP = 0.5  # intersection over union of a box that counts as right
 Answers = dict[int | str, str]  # by question id
+T = TypeVar("T")
 
 
 class VQAScores(Evaluation):
@@ -67,7 +68,7 @@ class VQAScores(Evaluation):
             classes = settings.classifier.classes
             answers["classifier"] = {record.id: classes[i] for record, i in zip(records, likeliest, strict=True)}
         if not settings.full:
-            return _accuracies(records, answers)
+            return _accuracies(records, answers, full=False)[0]
         if rank() == 0:
             for way, found in answers.items():
                 predictions = [{"question_id": id, "answer": answer} for id, answer in found.items()]
@@ -79,41 +80,45 @@ class VQAScores(Evaluation):
             return {}
         if (guesses := blind_guesses(self, records, self.training_records)) is not None:
             answers["blind"] = guesses
-        self.draws = _draws(records, answers)
-        return _accuracies(records, answers)
+        scores, self.draws = _accuracies(records, answers, full=True)
+        return scores
 
 
-def _accuracies(records: Sequence[Record], answers: Mapping[str, Answers]) -> dict[str, float]:
-    """Of written answers also for each kind."""
-    people = {record.id: enough_people(record.captions) for record in records}
-    kinds = {record.id: record.domain for record in records}
-    others = {f"{way}/accuracy": vqa_scores(people, found)["accuracy"] for way, found in answers.items() if way}
-    return vqa_scores(people, answers[""], kinds) | others
-
-
-def _draws(records: Sequence[Record], answers: Mapping[str, Answers]) -> dict[str, Draws]:
-    """Of the scores of `_accuracies`. Images are drawn, each with all its questions: those are not independent."""
+def _accuracies(
+    records: Sequence[Record], answers: Mapping[str, Answers], full: bool
+) -> tuple[dict[str, float], dict[str, Draws]]:
+    """Scores, and with `full` their draws: of images, each with all its questions, as those are not independent."""
+    people = [enough_people(record.captions) for record in records]
     right = {
-        way and f"{way}/": np.array(
-            [vqa_accuracy(found[record.id], enough_people(record.captions)) for record in records]
-        )
+        way and f"{way}/": np.array([vqa_accuracy(found[r.id], of) for r, of in zip(records, people, strict=True)])
         for way, found in answers.items()
     }
+    scores = accuracies_by_kind(records, right, lambda values, rows: sum(values[rows].tolist()) / len(rows))
+    if not full:
+        return scores, {}
     units = Units(record.image_key for record in records)
-    return bootstrap([records[i].id for i in units.first], Ratios(accuracy_parts(units, records, right)))
+    parts = accuracies_by_kind(records, right, units.mean)
+    return scores, bootstrap([records[i].id for i in units.first], Ratios(parts))
 
 
-def accuracy_parts(units: Units, records: Sequence[Record], right: Mapping[str, np.ndarray]) -> Parts:
-    """For `Ratios`: the accuracies of answers, and of those that were found in the way "" also for each kind of record.
+def accuracies_by_kind(
+    records: Sequence[Record], right: Mapping[str, np.ndarray], mean: Callable[[np.ndarray, list[int]], T]
+) -> dict[str, T]:
+    """The accuracies of answers, and of those that were found in the way "" also for each kind: "number/accuracy".
 
     Args:
         right: the way in which answers were found, a prefix of the score -> how right (I,) they are.
+        mean: of such values and numbers of records.
     """
-    kinds = {i: record.domain for i, record in enumerate(records)}
+    chosen = {"accuracy": list(range(len(records)))}
+    for i, record in enumerate(records):
+        if record.domain:
+            chosen.setdefault(f"{record.domain}/accuracy", []).append(i)
     return {
-        f"{way}{score}": units.mean(values, rows)
+        f"{way}{score}": mean(values, rows)
         for way, values in right.items()
-        for score, rows in questions_by_score(kinds, None if way else kinds).items()
+        for score, rows in chosen.items()
+        if not way or score == "accuracy"
     }
 
 

@@ -75,32 +75,6 @@ def enough_people(answers: Sequence[str]) -> Sequence[str]:
     return answers if len(answers) > ENOUGH else [answer for answer in answers for _ in range(10)]
 
 
-def vqa_scores(
-    answers: Mapping[Id, Sequence[str]],
-    predictions: Mapping[Id, str],
-    kinds: Mapping[Id, str | None] | None = None,
-) -> dict[str, float]:
-    """{"accuracy": …} over all questions, and {"KIND/accuracy": …} over the questions of each kind.
-
-    Args:
-        answers: what people answered to each question.
-        predictions: one answer to each question.
-        kinds: the kind of each question, such as "yes-no"; None for one without.
-    """
-    found = {id: vqa_accuracy(predictions[id], people) for id, people in answers.items()}
-    return {name: sum(found[id] for id in ids) / len(ids) for name, ids in questions_by_score(found, kinds).items()}
-
-
-def questions_by_score(ids: Iterable[Id], kinds: Mapping[Id, str | None] | None = None) -> dict[str, list[Id]]:
-    """Name of a score -> the questions whose accuracies it is the mean of."""
-    chosen: dict[str, list[Id]] = defaultdict(list)
-    for id in ids:
-        chosen["accuracy"].append(id)
-        if kind := (kinds or {}).get(id):
-            chosen[f"{kind}/accuracy"].append(id)
-    return chosen
-
-
 def blind_answers(questions: Mapping[Id, str], training: Iterable[tuple[str, str]]) -> dict[Id, str]:
     """What one would answer without looking: the most frequent answer to training questions of the same words,
     and to a question that is new the most frequent answer to all of them.

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from coca_lit.data.scenes.render import scene_records
-from coca_lit.evals.attention import attention_samples, overlay, word_maps, words_of
+from coca_lit.evals.attention import attention_samples, maps_of_captions, overlay, words_of
 from coca_lit.models import create_model
 from coca_lit.models.layers import CrossAttention
 from coca_lit.models.variants.modern import ImageAttention
@@ -62,10 +62,10 @@ def test_maps_are_products_of_both_attentions(encoder, grid):
     torch.manual_seed(0)
     model = create_model("coca_tiny", **encoder).train()
     pixels = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
-    words, maps = word_maps(model, pixels, {"min_length": 6})
+    captions = model.generate(pixels[None], min_length=6, return_attention=True)
+    ((words, maps),) = maps_of_captions(model, pixels, captions.ids, captions.attention)
     assert model.training
     model.eval()
-    captions = model.generate(pixels[None], min_length=6, return_attention=True)
     assert " ".join(words) == model.tokenizer.decode(captions.ids[0])
     assert maps.shape == (len(words), grid, grid)
     torch.testing.assert_close(maps.sum(dim=(1, 2)), torch.ones(len(words)))

@@ -9,8 +9,8 @@ from coca_lit.data.records import Record
 from coca_lit.data.scenes.facts import scene_question_records
 from coca_lit.data.transforms import build_transform
 from coca_lit.evals import Settings
-from coca_lit.evals.vqa import VQAScores, as_people_write, fitting, generate_answers
-from coca_lit.metrics.vqa import CONTRACTIONS, blind_answers, normalize_answer, vqa_accuracy, vqa_scores
+from coca_lit.evals.vqa import VQAScores, _accuracies, as_people_write, fitting, generate_answers
+from coca_lit.metrics.vqa import CONTRACTIONS, blind_answers, normalize_answer, vqa_accuracy
 from coca_lit.models import create_model
 from coca_lit.tokenizer import get_tokenizer
 
@@ -69,9 +69,12 @@ def test_where_all_agree_nothing_is_normalised() -> None:
 
 
 def test_scores_of_all_and_of_each_kind() -> None:
-    people = {1: ["red"] * 10, 2: ["red"] * 10, 3: ["1"] * 10}
-    scores = vqa_scores(people, {1: "red", 2: "blue", 3: "1"}, {1: "other", 2: "other", 3: "number"})
-    assert scores == {"accuracy": pytest.approx(2 / 3), "other/accuracy": 0.5, "number/accuracy": 1}
+    asked = [(1, "red", "other"), (2, "red", "other"), (3, "1", "number"), (4, "yes", None)]
+    records = [Record(id, "unused.jpg", [answer] * 10, domain=kind, question="?") for id, answer, kind in asked]
+    answers = {"": {1: "red", 2: "blue", 3: "1", 4: "yes"}, "blind": dict.fromkeys(range(1, 5), "red")}
+    scores, draws = _accuracies(records, answers, full=False)
+    assert scores == {"accuracy": 0.75, "other/accuracy": 0.5, "number/accuracy": 1, "blind/accuracy": 0.5}
+    assert not draws
 
 
 def test_blind_guesses_are_the_usual_answers() -> None:

@@ -15,7 +15,7 @@ from coca_lit.callbacks.guards import read_bad_samples
 from coca_lit.metrics.uncertainty import Conditions, Draws
 from coca_lit.models import CoCa, create_model
 from coca_lit.runs.results import write_draws
-from coca_lit.tools.caption.inputs import Files, Source
+from coca_lit.tools.caption.inputs import Source
 from coca_lit.tools.caption.outputs import open_writer
 from coca_lit.tools.prepare.check import JOURNAL as CHECK_JOURNAL
 from coca_lit.tools.prepare.check import _journals, check_shards
@@ -70,7 +70,7 @@ def test_forged_captions_of_a_resumed_command(folder, data):
         if data.draw(st.booleans()):
             (folder / f"{name}.settings.json").write_bytes(data.draw(forged(options)))
         with bounded():
-            writer = open_writer(str(path), [Files(sources)], options)
+            writer = open_writer(str(path), [sources], options)
             writer.write({source: ["a cat"] for source in sources if not writer.has(source)})
             writer.finish()
 

@@ -1,9 +1,7 @@
 """METEOR 1.5 as one Java process that stays alive between evaluations.
 
 Loading its paraphrase table costs 6 s of CPU time, so ``warm_up`` starts the process while a model still generates, and
-later evaluations find it ready. The process cannot block its owner: a watchdog kills it when an answer is overdue, and
-that ends any pending read. Nor does it outlive its owner: it is killed by ``close``, at garbage collection and at exit,
-and if Python itself is killed it reads the end of its input and stops.
+later evaluations find it ready.
 """
 
 import functools

@@ -166,10 +166,9 @@ def _start(jars: Path) -> Conversation:
     if find_spec("jpype") is None:
         raise SpiceError("SPICE needs JPype, by which Python calls Java: run `pip install 'coca_lit[spice]'`")
     program = pycocoevalcap_file("spice/spice-1.0.jar")
-    cache: Path | None = CACHE.expanduser()
+    cache: str | None = str(CACHE.expanduser())
     try:
-        assert cache is not None
-        cache.mkdir(parents=True, exist_ok=True)
+        CACHE.expanduser().mkdir(parents=True, exist_ok=True)
     except OSError as error:
         warnings.warn(f"SPICE keeps no scene graphs: cannot make {cache}: {error.strerror}", stacklevel=3)
         cache = None
@@ -182,7 +181,7 @@ def _start(jars: Path) -> Conversation:
             *("-Xmx4G", f"-Djava.io.tmpdir={folder.name}"),
         ],
         "class_path": [str(program), *map(str, program.parent.glob("lib/*.jar")), *(str(jars / name) for name in JARS)],
-        "cache": cache and str(cache),
+        "cache": cache,
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     }
     worker = Path(__file__).with_name("spice_process.py")

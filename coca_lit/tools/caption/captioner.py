@@ -7,6 +7,7 @@ captions do not depend on them either.
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from coca_lit.models.generation.options import complete
 from coca_lit.models.inputs import Images
 from coca_lit.progress import ProgressBar
 from coca_lit.reading import printable
-from coca_lit.tools.caption.inputs import MayPass, OpenShard, Shard, Source, Unit, load_images
+from coca_lit.tools.caption.inputs import MayPass, OpenShard, Source, Unit, load_images, open_shard
 from coca_lit.tools.caption.outputs import Captions, Writer
 
 
@@ -95,12 +96,15 @@ def _plan(
     for done, unit in enumerate(own):
         if writer.has_unit(unit):
             continue
-        opened = unit.open() if isinstance(unit, Shard) else unit
-        shard = opened if isinstance(opened, OpenShard) else None
-        if shard and shard.problem:
-            broken = f"{shard.path} is broken or truncated ({shard.problem}): captioning what can be read"
-            progress.print(printable(broken))
-        sources = opened.sources
+        shard: OpenShard | None = None
+        if isinstance(unit, Path):
+            shard = open_shard(unit)
+            if shard.problem:
+                broken = f"{shard.path} is broken or truncated ({shard.problem}): captioning what can be read"
+                progress.print(printable(broken))
+            sources = shard.sources
+        else:
+            sources = unit
         starts = range(0, max(len(sources), 1), batch_size)  # a shard without samples is one empty batch
         for start in starts:
             batch = sources[start : start + batch_size]

@@ -86,10 +86,9 @@ def run(cfg: DictConfig) -> None:
 def _run_on(engine: Engine, cfg: DictConfig, units: "Sequence[Unit]") -> None:
     """New captions for shards, on an engine."""
     from coca_lit.tools.caption.captioner import total
-    from coca_lit.tools.caption.inputs import Shard
     from coca_lit.tools.caption.outputs import open_writer
 
-    shards = [unit for unit in units if isinstance(unit, Shard)]
+    shards = [unit for unit in units if isinstance(unit, Path)]
     if not cfg.output or cfg.output.endswith((".json", ".jsonl")) or len(shards) < len(units):
         raise ConfigError("an engine recaptions shards: give .tar files and output=FOLDER/, or set engine=local")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -100,7 +99,7 @@ def _run_on(engine: Engine, cfg: DictConfig, units: "Sequence[Unit]") -> None:
     _options(cfg, model)
     writer = open_writer(cfg.output, units, _settings(cfg, digest))
     del model
-    work, todo = Work(engine, "captioning"), [shard.path for shard in shards if not writer.has_unit(shard)]
+    work, todo = Work(engine, "captioning"), [shard for shard in shards if not writer.has_unit(shard)]
     if parts := [*work(caption_shard, todo, cfg)]:
         print(total(parts)._replace(seconds=time.monotonic() - start), file=sys.stderr)
     work.close(len(units))
@@ -111,7 +110,6 @@ def caption_shard(path: Path, cfg: DictConfig) -> "Totals":
     from coca_lit.distributed import process_group
     from coca_lit.models.registry import import_modules
     from coca_lit.tools.caption.captioner import caption_units
-    from coca_lit.tools.caption.inputs import Shard
     from coca_lit.tools.caption.outputs import SETTINGS, Recaptioned
 
     import_modules(cfg.imports)
@@ -119,9 +117,9 @@ def caption_shard(path: Path, cfg: DictConfig) -> "Totals":
     with process_group() as device:
         model, digest = _loaded(cfg.checkpoint, cfg.precision, device)
         claim(Path(cfg.output) / SETTINGS, _settings(cfg, digest), taken=True)  # the checkpoint may have changed since
-        writer = Recaptioned(Path(cfg.output), [Shard(path)])
+        writer = Recaptioned(Path(cfg.output), [path])
         options, workers = _options(cfg, model), decoders(cfg.num_workers)
-        return caption_units(model, [Shard(path)], writer, options, cfg.batch_size, workers, cfg.seed)
+        return caption_units(model, [path], writer, options, cfg.batch_size, workers, cfg.seed)
 
 
 def _choose_precision(cfg: DictConfig) -> None:

@@ -52,50 +52,24 @@ class Source(NamedTuple):
     state: tuple[int, ...] = ()  # of the file when it was found, see `state_of`
 
 
-class Sample(NamedTuple):
-    """Where the members KEY.EXTENSION of a sample lie: {extension in lower case: (offset, size)}."""
-
-    key: str
-    members: dict[str, tuple[int, int]]
-
-    @property
-    def image(self) -> tuple[int, int] | None:
-        return image_of(self.members) or None
-
-
-class Files(NamedTuple):
-    """A batch of image files, or of clips."""
-
-    sources: list[Source]
-
-
-class Shard(NamedTuple):
-    """A tar of samples. Its content is unknown until it is opened."""
-
-    path: Path
-
-    def open(self) -> "OpenShard":
-        """Reads the positions of its samples."""
-        state = state_of(self.path)
-        samples, problem = scan_shard(self.path)
-        return OpenShard(self.path, samples, problem, state)
-
-
 class OpenShard(NamedTuple):
-    """The samples of a shard."""
+    """The complete samples of a tar that have an image, in order: where the members KEY.EXTENSION lie."""
 
     path: Path
-    samples: list[Sample]
-    problem: str  # what is wrong with the tar, or ""
+    samples: dict[str, dict[str, tuple[int, int]]]  # key -> extension in lower case -> (offset, size)
+    problem: str  # what is wrong with the rest of the tar, or ""
     state: tuple[int, ...]  # before it was read
 
     @property
     def sources(self) -> list[Source]:
-        places = [(f"{self.path}/{sample.key}", sample.image) for sample in self.samples]
-        return [Source(name, self.path, *place, state=self.state) for name, place in places if place]
+        return [
+            Source(f"{self.path}/{key}", self.path, offset, size, state=self.state)
+            for key, members in self.samples.items()
+            for offset, size in [image_of(members)]
+        ]
 
 
-Unit = Files | Shard
+Unit = list[Source] | Path  # a batch of image files or of clips, or a shard, see `open_shard`
 
 
 class ImageBatch(NamedTuple):
@@ -125,9 +99,8 @@ def find_inputs(words: Sequence[str], batch_size: int, frames: int = 0) -> list[
     paths = dict.fromkeys(path for word in words for path in _paths(word))
     if not paths:
         raise DataError(f"nothing to caption: {EXPECTED}")
-    shards = [Shard(path) for path in paths if path.suffix.lower() == SHARD]
     files = [path for path in paths if path.suffix.lower() != SHARD]
-    return [*map(Files, in_batches(files, batch_size, frames)), *shards]
+    return [*in_batches(files, batch_size, frames), *(path for path in paths if path.suffix.lower() == SHARD)]
 
 
 def in_batches(paths: Iterable[Path], batch_size: int, frames: int) -> list[list[Source]]:
@@ -246,35 +219,36 @@ def _collate(items: list[Images | str]) -> ImageBatch:
 # that could hold code, which are left out. The same captions make the same file.
 
 
-def scan_shard(path: Path) -> tuple[list[Sample], str]:
-    """The complete samples of a tar that have an image, in order, and what is wrong with the rest of it, or ""."""
-    samples: dict[str, Sample] = {}
+def open_shard(path: Path) -> OpenShard:
+    """Reads the positions of its samples."""
+    state = state_of(path)
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
     begun: set[str] = set()
     problem = ""
-    members = (member for member in tar_members(path) if not holds_code(member.name))
+    harmless = (member for member in tar_members(path) if not holds_code(member.name))
     try:
-        for fields in group_members(members, content=False):
+        for fields in group_members(harmless, content=False):
             if TWICE in fields:
                 problem = f"two members have the name {fields[TWICE]!r}"
                 continue
-            places = {name: place for name, place in fields.items() if name and not name.startswith("_")}
-            sample = Sample(fields["__key__"], places)
-            if not sample.image and kind_of(places, CLIP_SUFFIXES):
+            key, has_image = fields["__key__"], bool(kind_of(fields))
+            if not has_image and kind_of(fields, CLIP_SUFFIXES):
                 raise DataError(f"{path} holds clips: only clips in files of their own are captioned")
-            if sample.image and sample.key in samples:  # captions are kept by key
-                problem = f"two samples have the key {sample.key!r}"
-            elif sample.key in begun:
-                problem = f"the members of {sample.key!r} do not follow each other"
-            if sample.image:
-                samples.setdefault(sample.key, sample)
-            begun.add(sample.key)
+            if has_image and key in samples:  # captions are kept by key
+                problem = f"two samples have the key {key!r}"
+            elif key in begun:
+                problem = f"the members of {key!r} do not follow each other"
+            if has_image:
+                members = {name: place for name, place in fields.items() if name and not name.startswith("_")}
+                samples.setdefault(key, members)
+            begun.add(key)
     except DataError:
         raise
     except Exception as error:  # Python's reader raises many types on damaged files
         if may_pass(error):
             raise DataError(f"{path} could not be read ({error}): start again, or leave it out") from error
         problem = str(error) or type(error).__name__  # the sample in which it occurs is not among the samples
-    return [*samples.values()], problem
+    return OpenShard(path, samples, problem, state)
 
 
 def write_shard(source: OpenShard, target: Path, captions: Mapping[str, Sequence[str]]) -> None:
@@ -289,14 +263,14 @@ def write_shard(source: OpenShard, target: Path, captions: Mapping[str, Sequence
     with tar_writer(target) as tar, open_regular(source.path) as file:
         if state_of(file.fileno()) != source.state:
             raise DataError(f"{source.path} has changed while it was captioned: start again")
-        for sample in source.samples:
-            if sample.key not in captions:
+        for key, places in source.samples.items():
+            if key not in captions:
                 continue
             members = {}
-            for extension, (offset, size) in sample.members.items():
+            for extension, (offset, size) in places.items():
                 file.seek(offset)
                 members[extension] = file.read(size)
-            tar.write({"__key__": sample.key, **_recaptioned(members, captions[sample.key])})
+            tar.write({"__key__": key, **_recaptioned(members, captions[key])})
 
 
 def _recaptioned(members: dict[str, bytes], captions: Sequence[str]) -> dict[str, bytes]:

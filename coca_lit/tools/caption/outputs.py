@@ -31,7 +31,7 @@ from coca_lit.files import (
     write_json,
 )
 from coca_lit.reading import is_int64, parse_json, printable, read_json
-from coca_lit.tools.caption.inputs import Files, OpenShard, Shard, Source, Unit, write_shard
+from coca_lit.tools.caption.inputs import OpenShard, Source, Unit, open_shard, write_shard
 
 SETTINGS = "settings.json"
 OLD = 3600.0  # seconds, after which no command is still writing a shard; several may share a folder
@@ -129,10 +129,10 @@ class JsonLines(Writer):
         return known is None or known == list(source.state)  # None: a row that somebody has written
 
     def write(self, captions: Mapping[Source, Captions]) -> None:
-        rows = [
-            {self.key: self._id(source), **self._texts(found), **self._origin(source), "file": source.state}
-            for source, found in captions.items()
-        ]
+        rows = []
+        for source, found in captions.items():
+            texts = {"caption": found[0]} | ({"captions": list(found)} if len(found) > 1 else {})
+            rows.append({self.key: self._id(source), **texts, **self._origin(source), "file": source.state})
         append_lines(self.journal, map(json.dumps, rows))
         self.done |= {row[self.key]: row["file"] for row in rows}
 
@@ -181,9 +181,6 @@ class JsonLines(Writer):
     def _origin(self, source: Source) -> dict[str, str]:
         """What the rows say of the file besides."""
         return {}
-
-    def _texts(self, captions: Captions) -> dict[str, Any]:
-        return {"caption": captions[0]} | ({"captions": list(captions)} if len(captions) > 1 else {})
 
 
 class CocoResults(JsonLines):
@@ -239,7 +236,7 @@ class Recaptioned(Writer):
     """
 
     def __init__(self, folder: Path, units: Sequence[Unit]) -> None:
-        shards = [unit.path for unit in units if isinstance(unit, Shard)]
+        shards = [unit for unit in units if isinstance(unit, Path)]
         if len(shards) < len(units):
             raise DataError(f"{folder} is a folder for shards, but the inputs are files: write output=NAME.jsonl")
         names: dict[str, Path] = {}
@@ -255,10 +252,10 @@ class Recaptioned(Writer):
         self.captions: dict[str, Captions] = {}  # of the current shard, by the name of the image
 
     def has_unit(self, unit: Unit) -> bool:
-        if not isinstance(unit, Shard) or not (self.folder / unit.path.name).exists():
+        if not isinstance(unit, Path) or not (self.folder / unit.name).exists():
             return False
-        made = self._made_of(unit.path)
-        return made is not None and made.get("file") == list(state_of(unit.path))
+        made = self._made_of(unit)
+        return made is not None and made.get("file") == list(state_of(unit))
 
     def _made_of(self, source: Path) -> dict[str, Any] | None:
         """Of which file the existing shard of this name was made."""
@@ -273,7 +270,7 @@ class Recaptioned(Writer):
         self.captions |= {source.name: found for source, found in captions.items()}
 
     def end_shard(self, shard: OpenShard) -> None:
-        keys = {sample.key: f"{shard.path}/{sample.key}" for sample in shard.samples}
+        keys = {key: f"{shard.path}/{key}" for key in shard.samples}
         captions = {key: self.captions[name] for key, name in keys.items() if name in self.captions}
         write_shard(shard, self.folder / shard.path.name, captions)
         write_json(self._mark(shard.path), {"path": str(shard.path.resolve()), "file": shard.state})
@@ -317,7 +314,7 @@ def _claim(file: Path, taken: bool, settings: dict[str, Any], outputs: str, olde
 def _all_sources(units: Sequence[Unit]) -> Iterator[Source]:
     """The images of the units, in order. Opens every shard."""
     for unit in units:
-        yield from unit.sources if isinstance(unit, Files) else unit.open().sources
+        yield from unit if isinstance(unit, list) else open_shard(unit).sources
 
 
 def _read_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:

@@ -34,12 +34,8 @@ MAX_GRADES = 100_000  # each is compared with each
 TOKENS = "Flickr8k.token.txt"
 CONSENSUS = "consensus_pascal.mat"
 PASCAL_REFERENCES = 5  # of 48, as in the literature, drawn once
-PASCAL_KINDS = {
-    1: "HC",
-    2: "HI",
-    3: "HM",
-    4: "MM",
-}  # both human and right, one human and wrong, one or both a machine's
+# Of the two captions: both human and right, one human and wrong, one or both a machine's.
+PASCAL_KINDS = {1: "HC", 2: "HI", 3: "HM", 4: "MM"}
 COMPOSITE_URL, COMPOSITE_COLUMNS = 27, 34  # where its images are, and the fewest columns
 COMPOSITE_USED = 3  # captions of each row; all studies leave out the fourth
 GRADE_COLUMNS = ("grade", "rating", "score", "judgment", "judgement")

@@ -27,7 +27,7 @@ from coca_lit.data.shards.tar import MAX_HEADER, MAX_MEMBER
 from coca_lit.errors import DataError
 from coca_lit.evals.clip_benchmark import classified_shards
 from coca_lit.tokenizer import get_tokenizer
-from coca_lit.tools.caption.inputs import scan_shard
+from coca_lit.tools.caption.inputs import open_shard
 from helpers.fuzzing import bounded, damaged, forged, fuzz
 from helpers.hostile import Evil, good
 from helpers.shards import jpeg, members, write_shards, write_tar
@@ -183,7 +183,7 @@ def test_two_members_of_the_same_name_cost_their_sample_alone(tmp_path):
     keys, bad, _ = train_on(path, batches=4)
     assert keys == {f"good{i}" for i in range(8)}
     assert {found[1:] for found in bad} == {("twice", "two members of the same name", "twice.JPG")}
-    assert [sample.key for sample in scan_shard(path)[0]] == [f"good{i}" for i in range(8)]
+    assert list(open_shard(path).samples) == [f"good{i}" for i in range(8)]
 
 
 def test_torn_shards_are_no_small_loss(tmp_path):
@@ -278,7 +278,7 @@ def test_forged_shards(folder, data):
                 pairs.append(pair_of(index.read(i), ["txt", "caption"], str(path))[0])
         assert pairs == [sample.image.args[0] for sample in samples]
     with bounded():
-        scan_shard(path)
+        open_shard(path)
 
 
 @fuzz
