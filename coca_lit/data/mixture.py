@@ -9,7 +9,7 @@ from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
 
 if TYPE_CHECKING:
-    from coca_lit.data.shards.indexed import TarIndex
+    from coca_lit.data.shards.index import TarIndex
 
 T = TypeVar("T")
 

@@ -589,7 +589,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "data/test_mixture.py -k shares",
         ),
     ],
-    "data/shards/indexed.py": [
+    "data/shards/training.py": [
         (
             "replacement_source",
             "self.source_ends[source - 1] if source else 0, self.source_ends[source]",
@@ -597,7 +597,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "data/test_mixture.py -k broken_sample",
         ),
     ],
-    "data/shards/indexing.py": [
+    "data/shards/index.py": [
         (
             "foreign_index",
             "if not index or index.stamp._replace(changed_at=0) != shard.stamp():",

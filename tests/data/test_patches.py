@@ -20,9 +20,9 @@ from coca_lit.data.datamodule import RecordsDataModule
 from coca_lit.data.examples import CaptionDataset
 from coca_lit.data.loader import Schedule
 from coca_lit.data.records import Record
-from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.indexed import IndexedBatches
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.shard import Shard
+from coca_lit.data.shards.training import IndexedBatches
 from coca_lit.data.shards.windows import WindowedBatches, Windows
 from coca_lit.data.transforms import build_transform, random_box, whole_box
 from coca_lit.errors import DataError

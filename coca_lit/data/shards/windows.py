@@ -24,7 +24,7 @@ import torch
 from coca_lit.data.examples import Index
 from coca_lit.data.loader import epoch_order
 from coca_lit.data.mixture import Source, counts_after, weighted_round_robin
-from coca_lit.data.shards.indexed import IndexedBatches
+from coca_lit.data.shards.training import IndexedBatches
 from coca_lit.distributed import stable_seed
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.data.pixels import CLIPS, MAX_IMAGE, SUFFIXES, decode_image
 from coca_lit.data.prefetch import worker_options
-from coca_lit.data.shards.indexed import CLIP_SUFFIXES, image_of, kind_of
 from coca_lit.data.shards.listing import local_shards
+from coca_lit.data.shards.sample import CLIP_SUFFIXES, image_of, kind_of
 from coca_lit.data.shards.scan import holds_code
 from coca_lit.data.shards.tar import TWICE, group_members, tar_members, tar_writer
 from coca_lit.data.transforms import build_transform, loaded

@@ -19,10 +19,9 @@ from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.batch import Batch
 from coca_lit.data.loader import Schedule, epoch_batches
 from coca_lit.data.mixture import counts_after, weighted_round_robin
-from coca_lit.data.shards import indexing
-from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.indexed import TarIndex
-from coca_lit.data.shards.indexing import load_index, make_index, tar_indexes
+from coca_lit.data.shards import index as indexing
+from coca_lit.data.shards.index import TarIndex, load_index, make_index, tar_indexes
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import Shard

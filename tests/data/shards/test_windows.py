@@ -17,12 +17,12 @@ import torch
 from coca_lit.data.examples import Index
 from coca_lit.data.loader import Schedule
 from coca_lit.data.mixture import Source, weighted_round_robin
-from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.indexed import IndexedBatches, TarIndex
-from coca_lit.data.shards.indexing import make_index
+from coca_lit.data.shards.index import TarIndex, make_index
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.remote import shards as remote_shards
 from coca_lit.data.shards.selection import write_selection
 from coca_lit.data.shards.shard import Shard, Stamp
+from coca_lit.data.shards.training import IndexedBatches
 from coca_lit.data.shards.windows import WindowedBatches, Windows
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
@@ -429,6 +429,6 @@ def test_what_is_read_how(store, tmp_path, monkeypatch):
         return [key.rpartition("/")[2] for batch in read(data) for key in batch.keys]
 
     near = keys(laion(tmp_path, str(local)))
-    monkeypatch.setattr("coca_lit.data.shards.datamodule.AUTO_BYTES", 1000)
+    monkeypatch.setattr("coca_lit.data.shards.laion.AUTO_BYTES", 1000)
     assert laion(tmp_path, str(local)).windows
     assert near != keys(laion(tmp_path, str(local))) == keys(laion(tmp_path))

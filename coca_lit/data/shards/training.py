@@ -1,23 +1,18 @@
-"""Indexed shards as a map-style data set: shuffling over all samples at once, and access to any batch.
+"""What training reads of indexed shards: a map-style data set of their samples, shuffled all at once, and any batch.
 
-A shard is a tar of KEY.jpg, or a clip KEY.mp4, KEY.txt and KEY.json, as img2dataset writes them; how indexes are made
-is told in `coca_lit.data.shards.indexing`.
+What makes a sample is told in `coca_lit.data.shards.sample`, how it is found in `coca_lit.data.shards.index`.
 
 The order depends on the seed alone, not on the number of ranks and workers. The samples are read in passes, each in
 its own order; epochs are cut from the passes one after the other, whatever their length.
 """
 
 import random
-import re
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from coca_lit.data.bad_samples import BadSample, BadSampleError, LostShardError
@@ -25,122 +20,19 @@ from coca_lit.data.batch import Example
 from coca_lit.data.examples import Index, TrainingExamples
 from coca_lit.data.loader import Schedule, epoch_order, per_rank
 from coca_lit.data.mixture import Source, counts_after, draw, weighted_round_robin
-from coca_lit.data.pixels import CLIPS, MAX_IMAGE, decode_pixels
-from coca_lit.data.records import clean_captions
-from coca_lit.data.shards.shard import ChangedError, Shard, Stamp
-from coca_lit.data.shards.tar import MAX_MEMBER
+from coca_lit.data.pixels import decode_pixels
+from coca_lit.data.shards.sample import CLIP_SUFFIXES, IMAGE_SUFFIXES, Pair, pair_of
 from coca_lit.data.transforms import TrainTransform, as_tensor, augmented
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
 from coca_lit.models.inputs import Images
-from coca_lit.reading import encoding_of, parse_json
 from coca_lit.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from coca_lit.data.encoded import CropOfEncoded, EncodedCrop
     from coca_lit.losses.distillation import Teacher
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-CLIP_SUFFIXES = tuple(suffix.removeprefix(".") for suffix in CLIPS)
-MAX_TEXT = 2**20  # bytes of a caption or of the JSON
 NEAR_TRIES = 10  # of samples of a shard in place of a bad one
-_WANTED = re.compile(rf".*\.({'|'.join((*IMAGE_SUFFIXES, *CLIP_SUFFIXES))}|txt|json)", re.IGNORECASE | re.DOTALL)
-FILES = (IMAGE_SUFFIXES, ("txt",), ("json",), CLIP_SUFFIXES)  # of a sample; the first of each that is there
-
-Pair = tuple[bytes, dict[str, tuple[str, ...]]]
-"""An encoded image or clip, and its captions by caption key, "txt" or a field of the JSON; none is empty."""
-
-
-@dataclass(frozen=True, eq=False)
-class TarIndex:
-    """The N samples of a shard in tar order, complete or not."""
-
-    shard: Shard
-    stamp: Stamp
-    keys: NDArray[np.uint8]  # all of them in UTF-8, one after the other: one long key must not make every other long
-    key_ends: NDArray[np.int64]  # (N) in `keys`
-    places: NDArray[np.int64]  # (N, 4, 2) offset and size of image, .txt, .json and clip, 0 where there is none
-    faults: Sequence[BadSample]  # found while reading the headers; without a key: of the shard as a whole
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    @property
-    def is_torn(self) -> bool:
-        """Whether samples of the shard are lost, or it has none."""
-        return any(not fault.key for fault in self.faults)
-
-    def key(self, i: int) -> str:
-        return self.keys[self.key_ends[i - 1] if i else 0 : self.key_ends[i]].tobytes().decode()
-
-    def read(self, i: int, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, Any]:
-        """The texts and the image or clip of sample `i` as in `read_fields`; `LostShardError` if the shard is gone or
-        has changed.
-        """
-        key = self.key(i)
-        fields: dict[str, Any] = {"__key__": key}
-        try:
-            with self.shard.open(self.stamp) as file:
-                for names, (offset, size) in zip(FILES, self.places[i].tolist(), strict=True):
-                    if size and names[0] in ("txt", "json", *suffixes):
-                        file.seek(offset)
-                        fields[names[0]] = file.read(min(size, read_limit(f".{names[0]}")))
-        except ChangedError as error:
-            raise LostShardError(BadSample(self.shard.name, key, "shard changed after it was indexed")) from error
-        except OSError as error:
-            raise LostShardError(BadSample(self.shard.name, key, "unreadable shard", str(error))) from error
-        return fields
-
-
-def pair_of(
-    fields: dict[str, Any], caption_keys: Collection[str], shard: str, suffixes: Sequence[str] = IMAGE_SUFFIXES
-) -> Pair:
-    """The image or clip, and the captions, among the members with one key.
-
-    Args:
-        suffixes: see `kind_of`.
-        caption_keys: where captions may be: "txt" for KEY.txt, else a field of KEY.json that holds a text or a list
-            of texts. A sample needs at least one of them.
-
-    Raises:
-        BadSampleError: it is not complete.
-    """
-    key, image = fields["__key__"], image_of(fields, suffixes)
-    captions, content = {}, {}
-    whole = {name: text for name in ("txt", "json") if len(text := fields.get(name, b"")) <= MAX_TEXT}
-    if any(key != "txt" for key in caption_keys):
-        with suppress(DataError):
-            content = parse_json(whole.get("json", b""), "the JSON", dict)
-    for name in caption_keys:
-        of_file = whole.get("txt", b"")
-        text = of_file.decode(encoding_of(of_file), errors="replace") if name == "txt" else content.get(name)
-        texts = text if isinstance(text, list) else [text]
-        if fitting := clean_captions(text for text in texts if isinstance(text, str)):
-            captions[name] = fitting
-    if image and captions:
-        return image, captions
-    missing = f"no caption in the JSON under {', '.join(caption_keys)}"
-    if not image or "txt" in caption_keys:
-        missing = "missing caption" if image else f"missing {'clip' if suffixes == CLIP_SUFFIXES else 'image'}"
-    raise BadSampleError(BadSample(shard, key, missing))
-
-
-def kind_of(fields: Mapping[str, Any], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> str:
-    """The suffix of the image or clip among the members of a sample: the first that is there, "" if none is."""
-    return next((suffix for suffix in suffixes if suffix in fields), "")
-
-
-def image_of(fields: Mapping[str, Any], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Any:
-    """The image or clip among the members of a sample, empty bytes if there is none."""
-    return fields[kind] if (kind := kind_of(fields, suffixes)) else b""
-
-
-def read_limit(member: str) -> int:
-    """How many bytes of a member are read, at most: one more than its kind may have."""
-    if not (found := _WANTED.fullmatch(member)):
-        return 0
-    suffix = found[1].lower()
-    return (MAX_TEXT if suffix in ("txt", "json") else MAX_MEMBER if suffix in CLIP_SUFFIXES else MAX_IMAGE) + 1
 
 
 @dataclass(eq=False, repr=False)

@@ -14,11 +14,12 @@ from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.datamodule import CaptionDataModule, LoaderArguments
 from coca_lit.data.mixture import Source, check_weights
 from coca_lit.data.records import Record, drawn
-from coca_lit.data.shards.indexed import CLIP_SUFFIXES, IMAGE_SUFFIXES, IndexedBatches, IndexedShards
-from coca_lit.data.shards.indexing import count_faults, tar_indexes
+from coca_lit.data.shards.index import count_faults, tar_indexes
 from coca_lit.data.shards.listing import find_shards
+from coca_lit.data.shards.sample import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import CacheSettings, Shard
+from coca_lit.data.shards.training import IndexedBatches, IndexedShards
 from coca_lit.data.transforms import RandomCrop
 from coca_lit.errors import DataError, check_number, whole_number
 
