@@ -31,6 +31,7 @@ from coca_lit.runs.run_folder import (
     ENVIRONMENT,
     JOBS,
     METRICS,
+    NEWEST,
     RESULTS,
     command,
     environment,
@@ -40,11 +41,10 @@ from coca_lit.weights.sharded import is_checkpoint
 
 RUN_KEY = "coca_lit_run"  # under which our checkpoints keep what resuming needs: see `coca_lit.callbacks.checkpoint`
 LOOPS = "loops"  # where Lightning's checkpoints keep how far a training has come
-AUTO = "auto"
 LAST = "last.ckpt"
 EARLIER = "earlier_results.json"  # of a run that went on
 # What belongs to one run, as outputs/README.md lists it.
-FILES = (
+RUN_FILES = (
     *("config.yaml", "environment.json", "results.json", "not_run.json", "curves.png", "report.html", "report.md"),
     *(
         EARLIER,
@@ -119,7 +119,7 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
     """
     if ckpt_path is None:
         return None
-    if ckpt_path != AUTO:
+    if ckpt_path != NEWEST:
         path = Path(os.path.expanduser(ckpt_path))
         if not is_checkpoint(path):
             why = ": it is a folder; name the checkpoint in it" if path.is_dir() else ""
@@ -205,7 +205,7 @@ def is_same_run(cfg: DictConfig, start: Start | None) -> bool:
     """
     config = Path(cfg.output_dir) / CONFIG
     unchanged = config.exists() and config.read_text(encoding="utf-8") == masked_yaml(cfg)
-    return cfg.ckpt_path == AUTO and (start is not None or unchanged)
+    return cfg.ckpt_path == NEWEST and (start is not None or unchanged)
 
 
 def finished_results(cfg: DictConfig, start: Start) -> dict[str, float] | None:
@@ -216,7 +216,7 @@ def finished_results(cfg: DictConfig, start: Start) -> dict[str, float] | None:
     folder = Path(cfg.output_dir)
     results, config = folder / RESULTS, folder / CONFIG
     if (
-        cfg.ckpt_path != AUTO
+        cfg.ckpt_path != NEWEST
         or not results.exists()
         or not config.exists()
         or (cfg.report is not None and not (folder / "report.html").exists())
@@ -275,7 +275,7 @@ def rewind_run(folder: Path, start: Start) -> None:
 
 def start_fresh(folder: Path) -> None:
     """Empties a run folder without losing anything: what an earlier run left there is archived."""
-    left = [folder / name for name in FILES if (folder / name).exists()]
+    left = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if step_files(folder / CHECKPOINTS) or (folder / "results.json").exists():
         print_rank_zero(f"the earlier run in {folder} was moved to {archive(folder, left)}")
     else:

@@ -26,6 +26,7 @@ from coca_lit.runs.redaction import redact
 CONFIG, ENVIRONMENT, RESULTS = "config.yaml", "environment.json", "results.json"
 ARCHIVED = re.compile(r"earlier_\d+")  # the folders of earlier runs in the folder of one that was started afresh
 METRICS, BAD_STEPS, CHECKPOINTS = "metrics.csv", "bad_steps.jsonl", "checkpoints"
+NEWEST = "auto"  # as `ckpt_path`: the newest checkpoint in the run folder, if it has one
 LOCK, HOLDER = ".lock", ".lock.json"
 JOBS = "jobs"  # in `environment.json`: in which the run was begun or resumed last
 # What names a job that SLURM or torchrun may start again, with the same command: how often it did.

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 SHARD = ".tar"
 UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff", ".jxl", ".jp2", ".dng")  # photos in other formats
-FILES = (*SUFFIXES, *CLIPS)
+PICTURES = (*SUFFIXES, *CLIPS)
 EXPECTED = f"expected images ({', '.join(SUFFIXES)}), clips ({', '.join(CLIPS)}), folders, or shards ({SHARD})"
 ORIGINAL = "original_caption"  # key of KEY.json that keeps what KEY.txt said
 ALL = "generated_captions"  # key of KEY.json with all new captions, if several were requested
@@ -162,12 +162,12 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path
 def _paths(word: str) -> Iterator[Path]:
     path = Path(word)
     if os.path.isdir(path):  # unlike Path's, it also takes names that no file can have
-        found = find_images(path, FILES) or find_images(path, (SHARD,))
+        found = find_images(path, PICTURES) or find_images(path, (SHARD,))
         if not found:
             raise DataError(f"no image and no shard in '{word}'")
         yield from found
     elif os.path.isfile(path):
-        if path.suffix.lower() not in (*FILES, SHARD):
+        if path.suffix.lower() not in (*PICTURES, SHARD):
             raise DataError(f"'{word}' has the unknown suffix '{path.suffix}': {EXPECTED}")
         yield path
     elif os.path.lexists(path):
