@@ -19,7 +19,6 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from coca_lit.errors import DataError
-from coca_lit.reading import open_regular
 
 MAX_IMAGE = 32 * 2**20  # bytes of an encoded image
 # So that an image takes at most a second: a file of 20 kB can claim any number of pixels.
@@ -77,20 +76,6 @@ def decode_pixels(content: bytes, name: str | Path) -> np.ndarray:
 def decode_image(content: bytes, name: str | Path) -> Image.Image:
     """`decode_pixels` as an image of Pillow."""
     return Image.fromarray(decode_pixels(content, name))
-
-
-def read_image(path: str | Path) -> bytes:
-    """The content of an image file, at most one byte more than is decoded; raises `DataError` if it cannot be read."""
-    try:
-        with open_regular(path) as file:
-            return file.read(MAX_IMAGE + 1)
-    except OSError as error:
-        raise DataError(f"{path} is not a readable image: {error}") from error
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """The image file at `path`, see `decode_pixels`."""
-    return decode_image(read_image(path), path)
 
 
 def check_bytes(size: int, name: str | Path) -> None:

@@ -24,7 +24,7 @@ from coca_lit.data.shards.sample import CLIP_SUFFIXES, image_of, kind_of
 from coca_lit.data.shards.scan import holds_code
 from coca_lit.data.shards.tar import TWICE, group_members, tar_members, tar_writer
 from coca_lit.data.transforms import build_transform, loaded
-from coca_lit.data.video import image_file
+from coca_lit.data.video import image_or_clip
 from coca_lit.errors import DataError
 from coca_lit.files import state_of
 from coca_lit.machine import is_first_process
@@ -223,7 +223,7 @@ class _Decoded(Dataset[Images | str]):
     def __getitem__(self, source: Source) -> Images | str:
         try:
             if source.size < 0:
-                return loaded(image_file(source.path, source.frames), self.transform)
+                return loaded(image_or_clip(source.path, source.frames), self.transform)
             with open_regular(source.path) as file:
                 file.seek(source.offset)
                 content = file.read(min(source.size, MAX_IMAGE + 1))

@@ -26,7 +26,7 @@ def search() -> None:
 
 def run(cfg: DictConfig) -> "list[Hit]":
     """Updates the index if it belongs to a folder, prints the hits and returns them."""
-    from coca_lit.data.video import image_file
+    from coca_lit.data.video import image_or_clip
     from coca_lit.tools.caption.inputs import PICTURES
     from coca_lit.tools.caption.outputs import print_rows
     from coca_lit.tools.search.index import ImageIndex, refresh
@@ -56,7 +56,7 @@ def run(cfg: DictConfig) -> "list[Hit]":
     with error_context("query"):
         if not is_file and query.lower().endswith(PICTURES):
             raise ConfigError(f"query: there is no image '{query}'")
-        asked = image_file(path, cfg.frames) if is_file else query
+        asked = image_or_clip(path, cfg.frames) if is_file else query
         hits = index.query(asked, cfg.k, without=path if is_file else None)
     print_rows([(f"{hit.score:.4f}", str(hit.path)) for hit in hits])
     return hits
