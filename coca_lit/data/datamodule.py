@@ -4,9 +4,8 @@ as most readers of `coca_lit.data.datasets` are, and one per kind of built-in sc
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Required, TypedDict, Unpack, cast
 
@@ -16,7 +15,15 @@ from torch.utils.data import DataLoader
 
 from coca_lit.data.batch import Batch
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index, TrainingExamples
-from coca_lit.data.loader import Schedule, TrainLoader, epoch_batches, per_rank, training_loader, validation_loader
+from coca_lit.data.loader import (
+    Schedule,
+    ShuffledBatches,
+    TrainLoader,
+    per_rank,
+    training_loader,
+    validation_loader,
+)
+from coca_lit.data.mixture import Source
 from coca_lit.data.records import Clip, Record, drawn, trainable
 from coca_lit.data.scenes.facts import scene_question_records
 from coca_lit.data.scenes.motion import motion_records
@@ -328,14 +335,11 @@ class RecordsDataModule(CaptionDataModule):
             return CachedCaptionDataset(self.train_records, views, self.tokenizer, self.seed)
         return CaptionDataset(self.train_records, self.train_transform(), self.tokenizer, self.seed)
 
-    def indices_from(self, epoch: int, start: int) -> Iterator[list[Index]]:
-        schedule = self.schedule(len(self.train_records))
-        for number in count(epoch) if self.endless else [epoch]:
-            first = start if number == epoch else 0
-            ranks = self.rank_and_world()
-            yield from epoch_batches(
-                len(self.train_records), schedule, self.seed, number, first, *ranks, together=self.together
-            )
+    def indices_from(self, epoch: int, start: int) -> ShuffledBatches:
+        source, schedule = Source("", len(self.train_records)), self.schedule(len(self.train_records))
+        begin, end = epoch * len(schedule) + start, None if self.endless else (epoch + 1) * len(schedule)
+        position = (begin, end, *self.rank_and_world())
+        return ShuffledBatches([source], schedule, self.seed, *position, together=self.together, by_epoch=True)
 
     def val_dataloader(self) -> DataLoader | list:
         if self.val_split is None:

@@ -15,15 +15,12 @@ T = TypeVar("T")
 
 
 class Source(NamedTuple):
-    """One set of shards in a mixture; the name is empty where there is only one."""
+    """One set of shards or records in a mixture; the name is empty where there is only one."""
 
     name: str
-    shards: "Sequence[TarIndex]"
+    samples: int
     weight: float = 1.0
-
-    @property
-    def samples(self) -> int:
-        return sum(map(len, self.shards))
+    shards: "Sequence[TarIndex]" = ()
 
 
 def weighted_round_robin(weights: Sequence[float], counts: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -537,8 +537,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "data/loader.py": [
         (
             "ranks_share_batches",
-            "order[first + rank : first + size : world]",
-            "order[first : first + size : world]",
+            "islice(order, self.rank, size, self.world)",
+            "islice(order, 0, size, self.world)",
             "data/test_loader.py",
         ),
     ],

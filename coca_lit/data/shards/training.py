@@ -1,16 +1,13 @@
-"""What training reads of indexed shards: a map-style data set of their samples, shuffled all at once, and any batch.
+"""What training reads of indexed shards: a map-style data set of all their samples, as examples.
 
 What makes a sample is told in `coca_lit.data.shards.sample`, how it is found in `coca_lit.data.shards.index`.
-
-The order depends on the seed alone, not on the number of ranks and workers. The samples are read in passes, each in
-its own order; epochs are cut from the passes one after the other, whatever their length.
 """
 
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -18,10 +15,9 @@ from torch import Tensor
 from coca_lit.data.bad_samples import BadSample, BadSampleError, LostShardError
 from coca_lit.data.batch import Example
 from coca_lit.data.examples import Index, TrainingExamples
-from coca_lit.data.loader import Schedule, epoch_order, per_rank
-from coca_lit.data.mixture import Source, counts_after, draw, weighted_round_robin
+from coca_lit.data.mixture import Source, draw
 from coca_lit.data.pixels import decode_pixels
-from coca_lit.data.shards.sample import CLIP_SUFFIXES, IMAGE_SUFFIXES, Pair, pair_of
+from coca_lit.data.shards.sample import CLIP_SUFFIXES, IMAGE_SUFFIXES, pair_of
 from coca_lit.data.transforms import TrainTransform, as_tensor, augmented
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
@@ -68,24 +64,20 @@ class IndexedShards(TrainingExamples):
         return self.shard_ends[-1]
 
     def example(self, index: Index) -> Example:
+        """Crop and caption depend on seed, pass and key alone."""
         number = bisect_right(self.shard_ends, index.i)
-        shard = self.indexes[number]
-        row = index.i - self.shard_ends[number] + len(shard)
+        tar = self.indexes[number]
+        row, shard = index.i - self.shard_ends[number] + len(tar), tar.shard.name
         if number in self._lost:
-            raise LostShardError(self._lost[number].sample._replace(key=shard.key(row)))
+            raise LostShardError(self._lost[number].sample._replace(key=tar.key(row)))
         try:
-            fields = shard.read(row, self.suffixes)
+            fields = tar.read(row, self.suffixes)
         except LostShardError as error:
-            if shard.shard.is_remote:
+            if tar.shard.is_remote:
                 self._lost[number] = error
             raise
-        pair = pair_of(fields, self.caption_keys, shard.shard.name, self.suffixes)
-        source = self.sources[bisect_right(self.source_ends, index.i)].name
-        return self._preprocessed(pair, fields["__key__"], shard.shard.name, index, source)
-
-    def _preprocessed(self, pair: Pair, key: str, shard: str, index: Index, source: str) -> Example:
-        """Crop and caption depend on seed, pass and key alone. Raises `BadSampleError` for an unreadable image."""
-        image, captions = pair
+        image, captions = pair_of(fields, self.caption_keys, shard, self.suffixes)
+        key = fields["__key__"]
         seed = (self.seed, index.turn, key)
         rng, name = random.Random(stable_seed("image", *seed)), f"{key} in {shard}"
         caption = draw(captions, self.caption_keys, "caption", *seed)
@@ -106,6 +98,7 @@ class IndexedShards(TrainingExamples):
             raise BadSampleError(BadSample(shard, key, reason, str(error))) from error
         if self.replay:
             crop, teachers = self.replay(pixels, shard, key, caption, rng)
+        source = self.sources[bisect_right(self.source_ends, index.i)].name
         return Example(crop, self.tokenizer.encode(caption), f"{shard}/{key}", source=source, teachers=teachers)
 
     def replacement(self, i: int, rng: random.Random, error: BadSampleError, tries: int) -> int:
@@ -119,43 +112,3 @@ class IndexedShards(TrainingExamples):
                 shard = bisect_right(self.shard_ends, after if after < end else start)
             start, end = self.shard_ends[shard] - len(self.indexes[shard]), self.shard_ends[shard]
         return rng.randrange(start, end)
-
-
-@dataclass(eq=False)
-class IndexedBatches:
-    """A rank's batches, from global batch `start` to `stop` of a schedule, counted over all epochs."""
-
-    sources: Sequence[Source]
-    schedule: Schedule
-    seed: int
-    start: int
-    stop: int
-    rank: int = 0
-    world: int = 1
-
-    def __post_init__(self) -> None:
-        per_rank(self.schedule.batch_size, self.world)
-        self.weights = [source.weight for source in self.sources]
-        self.counts = [source.samples for source in self.sources]  # a sum over all shards
-        self.starts = [0, *accumulate(self.counts)]  # of each source, in samples
-        self._orders: dict[int, tuple[int, Tensor]] = {}  # of each source: its current pass and the order of that
-
-    def __iter__(self) -> Iterator[list[Index]]:
-        for number in range(self.start, self.stop):
-            yield self.part(number)
-
-    def part(self, number: int) -> list[Index]:
-        """This rank's samples in a global batch, computed without the batches before it."""
-        first, size, patches = self.schedule.at(number)
-        order = weighted_round_robin(self.weights, counts_after(first, self.weights))
-        samples: list[Index] = []
-        for source, k in islice(order, self.rank, size, self.world):
-            count = self.counts[source]
-            if len(self.sources) == 1 and count >= self.schedule.batch_size:
-                count -= count % self.schedule.batch_size  # only whole batches, as with records
-            turn, place = divmod(k, count)
-            if self._orders.get(source, (None,))[0] != turn:
-                name = [self.sources[source].name] if self.sources[source].name else []
-                self._orders[source] = turn, epoch_order(self.counts[source], self.seed, turn, *name)
-            samples.append(Index(turn, self.starts[source] + int(self._orders[source][1][place]), patches))
-        return samples
