@@ -71,6 +71,12 @@ class SharedArguments(LoaderArguments, total=False):
     cache_dir: str | None
 
 
+class SceneArguments(SharedArguments, total=False):
+    """What every DataModule of built-in scenes takes; `ScenesDataModule` explains the rest."""
+
+    train_count: int | None
+
+
 class CaptionDataModule(LightningDataModule):
     """What a run needs of its data. A subclass provides `steps_per_epoch`, `training_examples` and `indices_from`.
 
@@ -387,7 +393,7 @@ class ScenesDataModule(RecordsDataModule):
     """The built-in scenes, rendered at `image_size`, see `scene_records`.
 
     Args:
-        train_count: number of training scenes; None takes the default of `scene_records`.
+        train_count: number of training scenes, pairs of them or clips; None takes the default of their function.
         objects: shapes per scene.
         style: of the captions, standard or narrated.
     """
@@ -416,27 +422,20 @@ class ScenesDataModule(RecordsDataModule):
 
 
 class SceneQuestionsDataModule(ScenesDataModule):
-    """Questions about the built-in scenes, see `scene_question_records`.
+    """Questions about the built-in scenes, see `scene_question_records`."""
 
-    Args:
-        train_count: number of training scenes; None takes the default of `scene_records`.
-    """
-
-    def __init__(self, train_count: int | None = None, **shared: Unpack[SharedArguments]) -> None:
-        super().__init__(train_count, **shared)
+    def __init__(self, **shared: Unpack[SceneArguments]) -> None:
+        super().__init__(**shared)
         self._scenes = scene_question_records
 
 
 class ScenePlacesDataModule(ScenesDataModule):
     """The built-in scenes with their captions, and with questions that give the box of a thing or ask for it, see
     `scene_place_records`.
-
-    Args:
-        train_count: number of training scenes; None takes the default of `scene_records`.
     """
 
-    def __init__(self, train_count: int | None = None, **shared: Unpack[SharedArguments]) -> None:
-        super().__init__(train_count, **shared)
+    def __init__(self, **shared: Unpack[SceneArguments]) -> None:
+        super().__init__(**shared)
         if self.cached_augmentations > 1:
             raise ValueError("cached_augmentations must be 0 or 1 for places: mirror images would keep their boxes")
         self._scenes = scene_place_records
@@ -449,16 +448,10 @@ class SceneStatementsDataModule(ScenesDataModule):
 
     Args:
         task: entailment: one scene and three labels; comparison: two scenes, true or false.
-        train_count: number of training scenes, or pairs of them; None takes the default.
     """
 
-    def __init__(
-        self,
-        task: Literal["entailment", "comparison"],
-        train_count: int | None = None,
-        **shared: Unpack[SharedArguments],
-    ) -> None:
-        super().__init__(train_count, **shared)
+    def __init__(self, task: Literal["entailment", "comparison"], **shared: Unpack[SceneArguments]) -> None:
+        super().__init__(**shared)
         tasks = {"entailment": (entailment_records, len(LABELS)), "comparison": (comparison_records, len(TRUTHS) ** 2)}
         if task not in tasks:
             raise ValueError(f"task must be {' or '.join(tasks)}, got {task!r}")
@@ -475,9 +468,8 @@ class MovingScenesDataModule(ScenesDataModule):
 
     Args:
         frames: of each clip.
-        train_count: number of training clips; None takes the default.
     """
 
-    def __init__(self, frames: int, train_count: int | None = None, **shared: Unpack[SharedArguments]) -> None:
-        super().__init__(train_count, **shared)
+    def __init__(self, frames: int, **shared: Unpack[SceneArguments]) -> None:
+        super().__init__(**shared)
         self._scenes = partial(motion_records, frames=frames)
