@@ -65,12 +65,12 @@ def decode_pixels(content: bytes, name: str | Path) -> np.ndarray:
     check_bytes(len(content), name)
     jpeg = read_jpeg(content, name)
     if jpeg is None:
-        return upright(*_with_pillow(content, name))
+        return _with_pillow(content, name)
     pixels = None
     if jpeg.ordinary:
         with suppress(ValueError):  # not complete: Pillow refuses it, or not
             pixels = simplejpeg.decode_jpeg(jpeg.content, "RGB")
-    return upright(_with_pillow(jpeg.content, name)[0] if pixels is None else pixels, jpeg.orientation)
+    return upright(_with_pillow(jpeg.content, name) if pixels is None else pixels, jpeg.orientation)
 
 
 def decode_image(content: bytes, name: str | Path) -> Image.Image:
@@ -199,15 +199,14 @@ class _Counted(BytesIO):
         return super().read(size)
 
 
-def _with_pillow(content: bytes, name: str | Path) -> tuple[np.ndarray, int]:
-    """(H, W, 3) as stored, and the orientation."""
+def _with_pillow(content: bytes, name: str | Path) -> np.ndarray:
+    """(H, W, 3), upright by the EXIF data in the content."""
     try:
         with Image.open(_Counted(content, name), formats=FORMATS) as image:
-            check_shape(
-                *image.size, name, MAX_PIXELS if image.format == "JPEG" else MAX_SLOW_PIXELS
-            )  # from the header: nothing is decoded yet
+            most = MAX_PIXELS if image.format == "JPEG" else MAX_SLOW_PIXELS
+            check_shape(*image.size, name, most)  # from the header: nothing is decoded yet
             pixels = np.array(in_rgb(image))
-            return pixels, orientation_of(image.info.get("exif", b""))  # which may follow the pixels
+            return upright(pixels, orientation_of(image.info.get("exif", b"")))  # which may follow the pixels
     except DataError:
         raise
     except UnidentifiedImageError as error:
