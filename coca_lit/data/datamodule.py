@@ -393,7 +393,7 @@ class ScenesDataModule(RecordsDataModule):
     """The built-in scenes, rendered at `image_size`, see `scene_records`.
 
     Args:
-        train_count: number of training scenes, pairs of them or clips; None takes the default of their function.
+        train_count: number of training scenes, or of pairs of them, or of clips; None takes the default.
         objects: shapes per scene.
         style: of the captions, standard or narrated.
     """
