@@ -12,7 +12,6 @@ import pytest
 from omegaconf import OmegaConf
 
 from coca_lit.data.datasets.captions import coco_folder_records
-from coca_lit.data.pixels import open_image
 from coca_lit.data.records import ImageFile
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.shard import MANIFEST
@@ -48,7 +47,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "out.jsonl": _captions,
     "out.jsonl.settings.json": _captions,
     "x.safetensors": lambda folder: ImageIndex.load(folder / "x.safetensors", None),
-    "x.jpg": lambda folder: open_image(folder / "x.jpg"),
+    "x.jpg": lambda folder: ImageFile(folder / "x.jpg")(),
     "x.png": lambda folder: load_pixels(ImageFile(folder / "x.png")),
     "texts.jsonl": lambda folder: read_texts(str(folder / "texts.jsonl")),
 }

@@ -237,7 +237,7 @@ def build_trainer(
     strategy = cfg.trainer.strategy
     if isinstance(strategy, DictConfig):
         strategy = build(strategy, "trainer.strategy")
-    accelerator, precision = cfg.trainer.get("accelerator", AUTO), cfg.trainer.precision
+    accelerator, precision = cfg.trainer.get("accelerator", "auto"), cfg.trainer.precision
     if precision == AUTO:
         precision = best_precision("cpu" if accelerator == "cpu" else best_device())
     parts = trainer_parts(callbacks, loggers, accelerator, strategy, precision)

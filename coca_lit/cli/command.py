@@ -49,13 +49,13 @@ from coca_lit.runs.launch import (
     run_id,
 )
 from coca_lit.runs.redaction import masked_yaml, redact
-from coca_lit.runs.run_folder import CHECKPOINTS, restarted
+from coca_lit.runs.run_folder import CHECKPOINTS, NEWEST, restarted
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # In a checkout the configs lie beside the package, in a wheel inside it.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 # Keys that name a file with weights, unless it is a released model, or one that a part of the network knows.
-FILES = ("checkpoint", "interpolate_with", "init_from", "ckpt_path", "init_parts.image_encoder", "init_parts.decoder")
+WEIGHTS = ("checkpoint", "interpolate_with", "init_from", "ckpt_path", "init_parts.image_encoder", "init_parts.decoder")
 NAMES = ("auto", "required", "builtin", "photos", "efficientnet_lite0", "efficientnet_lite2")
 _KEY = re.compile(r"(?!hydra\.)[A-Za-z_][\w-]*(\.[\w-]+)*", re.ASCII)
 
@@ -239,9 +239,9 @@ def _prepare(config: str, cfg: DictConfig) -> None:
         with error_context("model.net.name"):
             preset(net.name)
     # A run that goes on has its weights: the file that it began with may be gone.
-    resumes = config == "train" and (cfg.ckpt_path == AUTO or bool(restarted()))  # which obeyed `ckpt_path` before
+    resumes = config == "train" and (cfg.ckpt_path == NEWEST or bool(restarted()))  # which obeyed `ckpt_path` before
     resumes = resumes and any(Path(cfg.output_dir, CHECKPOINTS).glob("step_*"))
-    for key in FILES if config != "plan" and not resumes else ():
+    for key in WEIGHTS if config != "plan" and not resumes else ():
         file = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
         if isinstance(file, str) and file not in NAMES and not os.path.exists(os.path.expanduser(file)):
             from coca_lit.weights.hub import PREFIX, hint, released

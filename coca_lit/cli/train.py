@@ -19,7 +19,7 @@ from coca_lit.cli.schema import argument_defaults
 from coca_lit.cli.sweep import SWEEP_VARIABLE, check_processes, check_study
 from coca_lit.errors import DataError, error_context
 from coca_lit.machine import in_shell, is_first_process
-from coca_lit.runs.run_folder import in_use, start_run_folder
+from coca_lit.runs.run_folder import NEWEST, in_use, start_run_folder
 
 OWN_PHOTOS = "coca_lit.data.datasets.folder.folder_records"  # what reads them
 
@@ -46,7 +46,6 @@ def run(cfg: DictConfig) -> dict[str, float]:
         from coca_lit.models.generation.state import check_options
         from coca_lit.runs.results import finish_run, read_conditions, read_draws
         from coca_lit.runs.resume import (
-            AUTO,
             check_same_run,
             find_checkpoint,
             finished_results,
@@ -62,11 +61,11 @@ def run(cfg: DictConfig) -> dict[str, float]:
         configure_libraries(cfg.threads, cfg.kernels.enabled, tf32=True)
         with error_context("seed"):
             L.seed_everything(cfg.seed, workers=True, verbose=False)
-        strict = cfg.ckpt_path == AUTO
+        strict = cfg.ckpt_path == NEWEST
         forget_jobs(folder)
         if is_requeued(folder):
             cfg = cfg.copy()
-            cfg.ckpt_path = AUTO
+            cfg.ckpt_path = NEWEST
         start = find_checkpoint(folder, cfg.ckpt_path, is_first_process())
         resumed = start is not None and start.lies_in(folder)
         source = None if resumed else load_source(cfg)

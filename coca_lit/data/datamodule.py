@@ -4,9 +4,8 @@ as most readers of `coca_lit.data.datasets` are, and one per kind of built-in sc
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Required, TypedDict, Unpack, cast
 
@@ -16,7 +15,15 @@ from torch.utils.data import DataLoader
 
 from coca_lit.data.batch import Batch
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index, TrainingExamples
-from coca_lit.data.loader import Schedule, TrainLoader, epoch_batches, per_rank, training_loader, validation_loader
+from coca_lit.data.loader import (
+    Schedule,
+    ShuffledBatches,
+    TrainLoader,
+    per_rank,
+    training_loader,
+    validation_loader,
+)
+from coca_lit.data.mixture import Source
 from coca_lit.data.records import Clip, Record, drawn, trainable
 from coca_lit.data.scenes.facts import scene_question_records
 from coca_lit.data.scenes.motion import motion_records
@@ -62,6 +69,12 @@ class SharedArguments(LoaderArguments, total=False):
     val_split: str | None
     cached_augmentations: int
     cache_dir: str | None
+
+
+class SceneArguments(SharedArguments, total=False):
+    """What every DataModule of built-in scenes takes; `ScenesDataModule` explains the rest."""
+
+    train_count: int | None
 
 
 class CaptionDataModule(LightningDataModule):
@@ -327,14 +340,11 @@ class RecordsDataModule(CaptionDataModule):
             return CachedCaptionDataset(self.train_records, views, self.tokenizer, self.seed)
         return CaptionDataset(self.train_records, self.train_transform(), self.tokenizer, self.seed)
 
-    def indices_from(self, epoch: int, start: int) -> Iterator[list[Index]]:
-        schedule = self.schedule(len(self.train_records))
-        for number in count(epoch) if self.endless else [epoch]:
-            first = start if number == epoch else 0
-            ranks = self.rank_and_world()
-            yield from epoch_batches(
-                len(self.train_records), schedule, self.seed, number, first, *ranks, together=self.together
-            )
+    def indices_from(self, epoch: int, start: int) -> ShuffledBatches:
+        source, schedule = Source("", len(self.train_records)), self.schedule(len(self.train_records))
+        begin, end = epoch * len(schedule) + start, None if self.endless else (epoch + 1) * len(schedule)
+        position = (begin, end, *self.rank_and_world())
+        return ShuffledBatches([source], schedule, self.seed, *position, together=self.together, by_epoch=True)
 
     def val_dataloader(self) -> DataLoader | list:
         if self.val_split is None:
@@ -382,7 +392,7 @@ class ScenesDataModule(RecordsDataModule):
     """The built-in scenes, rendered at `image_size`, see `scene_records`.
 
     Args:
-        train_count: number of training scenes; None takes the default of `scene_records`.
+        train_count: number of training scenes, or of pairs of them, or of clips; None takes the default.
         objects: shapes per scene.
         style: of the captions, standard or narrated.
     """
@@ -411,27 +421,20 @@ class ScenesDataModule(RecordsDataModule):
 
 
 class SceneQuestionsDataModule(ScenesDataModule):
-    """Questions about the built-in scenes, see `scene_question_records`.
+    """Questions about the built-in scenes, see `scene_question_records`."""
 
-    Args:
-        train_count: number of training scenes; None takes the default of `scene_records`.
-    """
-
-    def __init__(self, train_count: int | None = None, **shared: Unpack[SharedArguments]) -> None:
-        super().__init__(train_count, **shared)
+    def __init__(self, **shared: Unpack[SceneArguments]) -> None:
+        super().__init__(**shared)
         self._scenes = scene_question_records
 
 
 class ScenePlacesDataModule(ScenesDataModule):
     """The built-in scenes with their captions, and with questions that give the box of a thing or ask for it, see
     `scene_place_records`.
-
-    Args:
-        train_count: number of training scenes; None takes the default of `scene_records`.
     """
 
-    def __init__(self, train_count: int | None = None, **shared: Unpack[SharedArguments]) -> None:
-        super().__init__(train_count, **shared)
+    def __init__(self, **shared: Unpack[SceneArguments]) -> None:
+        super().__init__(**shared)
         if self.cached_augmentations > 1:
             raise ValueError("cached_augmentations must be 0 or 1 for places: mirror images would keep their boxes")
         self._scenes = scene_place_records
@@ -444,16 +447,10 @@ class SceneStatementsDataModule(ScenesDataModule):
 
     Args:
         task: entailment: one scene and three labels; comparison: two scenes, true or false.
-        train_count: number of training scenes, or pairs of them; None takes the default.
     """
 
-    def __init__(
-        self,
-        task: Literal["entailment", "comparison"],
-        train_count: int | None = None,
-        **shared: Unpack[SharedArguments],
-    ) -> None:
-        super().__init__(train_count, **shared)
+    def __init__(self, task: Literal["entailment", "comparison"], **shared: Unpack[SceneArguments]) -> None:
+        super().__init__(**shared)
         tasks = {"entailment": (entailment_records, len(LABELS)), "comparison": (comparison_records, len(TRUTHS) ** 2)}
         if task not in tasks:
             raise ValueError(f"task must be {' or '.join(tasks)}, got {task!r}")
@@ -470,9 +467,8 @@ class MovingScenesDataModule(ScenesDataModule):
 
     Args:
         frames: of each clip.
-        train_count: number of training clips; None takes the default.
     """
 
-    def __init__(self, frames: int, train_count: int | None = None, **shared: Unpack[SharedArguments]) -> None:
-        super().__init__(train_count, **shared)
+    def __init__(self, frames: int, **shared: Unpack[SceneArguments]) -> None:
+        super().__init__(**shared)
         self._scenes = partial(motion_records, frames=frames)

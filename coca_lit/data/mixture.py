@@ -9,21 +9,18 @@ from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
 
 if TYPE_CHECKING:
-    from coca_lit.data.shards.indexed import TarIndex
+    from coca_lit.data.shards.index import TarIndex
 
 T = TypeVar("T")
 
 
 class Source(NamedTuple):
-    """One set of shards in a mixture; the name is empty where there is only one."""
+    """One set of shards or records in a mixture; the name is empty where there is only one."""
 
     name: str
-    shards: "Sequence[TarIndex]"
+    samples: int
     weight: float = 1.0
-
-    @property
-    def samples(self) -> int:
-        return sum(map(len, self.shards))
+    shards: "Sequence[TarIndex]" = ()
 
 
 def weighted_round_robin(weights: Sequence[float], counts: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from coca_lit.data.video import image_file
+from coca_lit.data.video import image_or_clip
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
 from coca_lit.files import state_of
@@ -53,7 +53,7 @@ def hash_files(paths: Sequence[Path]) -> list[int | None]:
             progress.reach(len(hashes), len(paths))
     if {*hashes} == {None}:
         try:
-            image_file(paths[0], frames=1)()
+            image_or_clip(paths[0], frames=1)()
         except DataError as error:
             raise DataError(f"none of {len(paths)} photos can be decoded, e.g. {error}") from error
     return hashes
@@ -62,7 +62,7 @@ def hash_files(paths: Sequence[Path]) -> list[int | None]:
 @lru_cache(maxsize=2**18)
 def _hash_of(path: Path, state: tuple[int, ...]) -> int | None:
     try:
-        return perceptual_hash(image_file(path, frames=1)())
+        return perceptual_hash(image_or_clip(path, frames=1)())
     except DataError:
         return None
 

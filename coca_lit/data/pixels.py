@@ -19,7 +19,6 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from coca_lit.errors import DataError
-from coca_lit.reading import open_regular
 
 MAX_IMAGE = 32 * 2**20  # bytes of an encoded image
 # So that an image takes at most a second: a file of 20 kB can claim any number of pixels.
@@ -66,31 +65,17 @@ def decode_pixels(content: bytes, name: str | Path) -> np.ndarray:
     check_bytes(len(content), name)
     jpeg = read_jpeg(content, name)
     if jpeg is None:
-        return upright(*_with_pillow(content, name))
+        return _with_pillow(content, name)
     pixels = None
     if jpeg.ordinary:
         with suppress(ValueError):  # not complete: Pillow refuses it, or not
             pixels = simplejpeg.decode_jpeg(jpeg.content, "RGB")
-    return upright(_with_pillow(jpeg.content, name)[0] if pixels is None else pixels, jpeg.orientation)
+    return upright(_with_pillow(jpeg.content, name) if pixels is None else pixels, jpeg.orientation)
 
 
 def decode_image(content: bytes, name: str | Path) -> Image.Image:
     """`decode_pixels` as an image of Pillow."""
     return Image.fromarray(decode_pixels(content, name))
-
-
-def read_image(path: str | Path) -> bytes:
-    """The content of an image file, at most one byte more than is decoded; raises `DataError` if it cannot be read."""
-    try:
-        with open_regular(path) as file:
-            return file.read(MAX_IMAGE + 1)
-    except OSError as error:
-        raise DataError(f"{path} is not a readable image: {error}") from error
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """The image file at `path`, see `decode_pixels`."""
-    return decode_image(read_image(path), path)
 
 
 def check_bytes(size: int, name: str | Path) -> None:
@@ -214,15 +199,14 @@ class _Counted(BytesIO):
         return super().read(size)
 
 
-def _with_pillow(content: bytes, name: str | Path) -> tuple[np.ndarray, int]:
-    """(H, W, 3) as stored, and the orientation."""
+def _with_pillow(content: bytes, name: str | Path) -> np.ndarray:
+    """(H, W, 3), upright by the EXIF data in the content."""
     try:
         with Image.open(_Counted(content, name), formats=FORMATS) as image:
-            check_shape(
-                *image.size, name, MAX_PIXELS if image.format == "JPEG" else MAX_SLOW_PIXELS
-            )  # from the header: nothing is decoded yet
+            most = MAX_PIXELS if image.format == "JPEG" else MAX_SLOW_PIXELS
+            check_shape(*image.size, name, most)  # from the header: nothing is decoded yet
             pixels = np.array(in_rgb(image))
-            return pixels, orientation_of(image.info.get("exif", b""))  # which may follow the pixels
+            return upright(pixels, orientation_of(image.info.get("exif", b"")))  # which may follow the pixels
     except DataError:
         raise
     except UnidentifiedImageError as error:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 from PIL import Image
 
-from coca_lit.data.pixels import open_image
+from coca_lit.data.pixels import MAX_IMAGE, decode_pixels
 from coca_lit.errors import DataError, DataNotFoundError
-from coca_lit.reading import printable
+from coca_lit.reading import open_regular, printable
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -84,12 +85,21 @@ class Record(_Record):
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image on disk: called, it decodes the file as `open_image` does."""
+    """An image on disk; called, it is decoded."""
 
     path: Path
 
+    def pixels(self) -> np.ndarray:
+        """(H, W, 3) uint8; raises `DataError` if it cannot be read, and as `decode_pixels`."""
+        try:
+            with open_regular(self.path) as file:
+                content = file.read(MAX_IMAGE + 1)  # a byte more than is decoded
+        except OSError as error:
+            raise DataError(f"{self.path} is not a readable image: {error}") from error
+        return decode_pixels(content, self.path)
+
     def __call__(self) -> Image.Image:
-        return open_image(self.path)
+        return Image.fromarray(self.pixels())
 
 
 class Clip(ABC):

@@ -16,8 +16,8 @@ import torch
 
 from coca_lit.data.batch import Batch, padded
 from coca_lit.data.datasets.annotations import read_references
-from coca_lit.data.examples import Index
-from coca_lit.data.loader import Schedule, epoch_batches
+from coca_lit.data.loader import Schedule, ShuffledBatches
+from coca_lit.data.mixture import Source
 from coca_lit.data.records import clean_captions, not_found
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
@@ -89,7 +89,6 @@ class TextBatches:
     def __init__(self, files: TextFiles, tokenizer: Tokenizer, batch_size: int, image_size: int, seed: int = 0) -> None:
         self.files, self.tokenizer, self.batch_size = files, tokenizer, batch_size
         self.image_size, self.seed = image_size, seed
-        self._pass: tuple[tuple[int, int, int], list[list[Index]]] | None = None  # the current one
 
     @cached_property
     def texts(self) -> list[str]:
@@ -97,6 +96,11 @@ class TextBatches:
         if len(texts) < self.batch_size:
             raise DataError(f"data.text holds {len(texts)} texts, less than one batch of {self.batch_size}")
         return texts
+
+    @cached_property
+    def _order(self) -> ShuffledBatches:
+        schedule = Schedule(len(self.texts), self.batch_size)
+        return ShuffledBatches([Source("", len(self.texts))], schedule, self.seed, start=0, stop=None, by_epoch=True)
 
     @cached_property
     def digest(self) -> int:
@@ -108,12 +112,7 @@ class TextBatches:
 
     def batch(self, number: int, rank: int = 0, world: int = 1) -> Batch:
         """This rank's part of global batch `number`, counted over all passes."""
-        number_of_pass, place = divmod(number, len(self))
-        if self._pass is None or self._pass[0] != (number_of_pass, rank, world):
-            schedule = Schedule(len(self.texts), self.batch_size)
-            order = epoch_batches(len(self.texts), schedule, self.seed, number_of_pass, rank=rank, world=world)
-            self._pass = (number_of_pass, rank, world), order
-        indices = [index.i for index in self._pass[1][place]]
+        indices = [index.i for index in self._order.part(number)[rank::world]]
         rows = self.tokenizer.encode_batch([self.texts[i] for i in indices])
         tokens, lengths = padded(rows, self.tokenizer.pad_id)
         images = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)

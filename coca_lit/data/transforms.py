@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 from torchvision.transforms.functional import pil_to_tensor, resize
 
-from coca_lit.data.pixels import decode_pixels, in_rgb, orientation_of, read_image, upright
+from coca_lit.data.pixels import in_rgb, orientation_of, upright
 from coca_lit.data.records import Clip, ImageFile
 from coca_lit.errors import DataError
 from coca_lit.models.inputs import Images, Interpolation, Patches, ResizeMode, patch_grid, preprocessing
@@ -141,10 +141,8 @@ def _stacked(frames: list[Images]) -> Tensor:
 
 
 def load_pixels(image: Callable[[], Image.Image]) -> Tensor:
-    """(3, H, W) uint8 of the image of a record, see `decode_pixels`."""
-    if not isinstance(image, ImageFile):
-        return as_tensor(np.array(_to_rgb(image())))
-    return as_tensor(decode_pixels(read_image(image.path), image.path))
+    """(3, H, W) uint8 of the image of a record; those of a file without the copies that Pillow would make."""
+    return as_tensor(image.pixels() if isinstance(image, ImageFile) else np.array(_to_rgb(image())))
 
 
 def as_tensor(pixels: np.ndarray) -> Tensor:

@@ -78,7 +78,7 @@ class EncodedClip(Clip):
         return read_frames(BytesIO(self.content), self.name, count or self.count)
 
 
-def image_file(path: Path, frames: int) -> ImageFile | ClipFile:
+def image_or_clip(path: Path, frames: int) -> ImageFile | ClipFile:
     """The image of a record: an image file, or by its suffix a clip of which a model sees `frames` frames."""
     return ClipFile(path, frames) if path.suffix.lower() in CLIPS else ImageFile(path)
 

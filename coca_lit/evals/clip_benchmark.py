@@ -18,7 +18,7 @@ from PIL import Image
 from coca_lit.data.datasets.classification import Classification
 from coca_lit.data.pixels import MAX_IMAGE, decode_image
 from coca_lit.data.records import Record, not_found
-from coca_lit.data.shards.indexed import IMAGE_SUFFIXES, MAX_TEXT
+from coca_lit.data.shards.sample import IMAGE_SUFFIXES, MAX_TEXT
 from coca_lit.data.shards.tar import tar_members
 from coca_lit.errors import DataError
 from coca_lit.evals.base import Evaluation

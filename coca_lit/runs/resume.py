@@ -21,12 +21,21 @@ from coca_lit.machine import in_shell, is_first_process
 from coca_lit.reading import read_json
 from coca_lit.runs.checkpoint_io import inspect, newest_valid
 from coca_lit.runs.redaction import masked_yaml
-from coca_lit.runs.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, JOBS, RESULTS, command, restarted, step_files
+from coca_lit.runs.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    JOBS,
+    NEWEST,
+    RESULTS,
+    command,
+    restarted,
+    step_files,
+)
 from coca_lit.weights.sharded import is_checkpoint
 
 RUN_KEY = "coca_lit_run"  # under which our checkpoints keep what resuming needs: see `coca_lit.callbacks.checkpoint`
 LOOPS = "loops"  # where Lightning's checkpoints keep how far a training has come
-AUTO = "auto"
 LAST = "last.ckpt"
 # Keys that decide what is computed, and among them those that only decide where and how fast.
 IDENTITY = (
@@ -85,7 +94,7 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
     """
     if ckpt_path is None:
         return None
-    if ckpt_path != AUTO:
+    if ckpt_path != NEWEST:
         path = Path(os.path.expanduser(ckpt_path))
         if not is_checkpoint(path):
             why = ": it is a folder; name the checkpoint in it" if path.is_dir() else ""
@@ -171,7 +180,7 @@ def is_same_run(cfg: DictConfig, start: Start | None) -> bool:
     """
     config = Path(cfg.output_dir) / CONFIG
     unchanged = config.exists() and config.read_text(encoding="utf-8") == masked_yaml(cfg)
-    return cfg.ckpt_path == AUTO and (start is not None or unchanged)
+    return cfg.ckpt_path == NEWEST and (start is not None or unchanged)
 
 
 def finished_results(cfg: DictConfig, start: Start) -> dict[str, float] | None:
@@ -182,7 +191,7 @@ def finished_results(cfg: DictConfig, start: Start) -> dict[str, float] | None:
     folder = Path(cfg.output_dir)
     results, config = folder / RESULTS, folder / CONFIG
     if (
-        cfg.ckpt_path != AUTO
+        cfg.ckpt_path != NEWEST
         or not results.exists()
         or not config.exists()
         or (cfg.report is not None and not (folder / "report.html").exists())

@@ -32,12 +32,13 @@ ARCHIVED = re.compile(r"earlier_\d+")  # the folders of earlier runs in the fold
 METRICS, BAD_STEPS, CHECKPOINTS = "metrics.csv", "bad_steps.jsonl", "checkpoints"
 EARLIER = "earlier_results.json"  # of a run that went on
 # What belongs to one run, as outputs/README.md lists it.
-FILES = (
+RUN_FILES = (
     *(CONFIG, ENVIRONMENT, RESULTS, EARLIER, INTERVALS, DRAWS, CONDITIONS, CHECKPOINTS, METRICS, BAD_STEPS),
     *("not_run.json", "curves.png", "report.html", "report.md"),
     *("bad_samples", "predictions", "samples", "judgments"),
     *("tensorboard", "wandb", "wandb_run", "mlflow_run"),
 )
+NEWEST = "auto"  # as `ckpt_path`: the newest checkpoint in the run folder, if it has one
 LOCK, HOLDER = ".lock", ".lock.json"
 JOBS = "jobs"  # in `environment.json`: in which the run was begun or resumed last
 # What names a job that SLURM or torchrun may start again, with the same command: how often it did.
@@ -268,7 +269,7 @@ def rewind_run(folder: Path, resumed: Mapping[str, Any]) -> None:
 
 def start_fresh(folder: Path) -> None:
     """Empties a run folder without losing anything: what an earlier run left there is archived."""
-    left = [folder / name for name in FILES if (folder / name).exists()]
+    left = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if step_files(folder / CHECKPOINTS) or (folder / RESULTS).exists():
         print(f"the earlier run in {folder} was moved to {archive(folder, left)}", flush=True)
     else:

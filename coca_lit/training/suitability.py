@@ -27,7 +27,8 @@ ALIKE = 64  # images that are looked at where the first `IMAGES` are equal: they
 SOME, MOST = 0.05, 0.25  # share of unknown words or cut captions worth a warning; of unknown words: an error
 SPACED = 12  # characters; longer texts should be several words
 FAR = 2  # times that the model's input is larger than an image
-FILES, COMPARED = 20_000, 200  # training photos up to which contents are compared, and photos held out that are
+MAX_TRAINING = 20_000  # training photos up to which contents are compared
+MAX_HELD_OUT = 200  # photos held out that are compared with them
 
 
 def check_data(
@@ -133,7 +134,7 @@ def check_held_out(training: Sequence[Record], sets: Mapping[str, Sequence[Recor
     if not files:
         return
     by_size: dict[int, list[Path]] = {}
-    for path in files if len(files) <= FILES else ():
+    for path in files if len(files) <= MAX_TRAINING else ():
         if path.is_file():
             by_size.setdefault(path.stat().st_size, []).append(path)
     for name, records in sets.items():
@@ -141,7 +142,7 @@ def check_held_out(training: Sequence[Record], sets: Mapping[str, Sequence[Recor
         shared = [path for path in paths if path in files]
         looked_at = len(paths)
         if not shared and by_size:
-            some = [path for path in drawn(paths, COMPARED) if path.is_file()]
+            some = [path for path in drawn(paths, MAX_HELD_OUT) if path.is_file()]
             looked_at = len(some)
             shared = [
                 path

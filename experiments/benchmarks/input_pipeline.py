@@ -30,10 +30,10 @@ from PIL import Image
 
 from coca_lit.data.batch import Example, collate
 from coca_lit.data.pixels import decode_pixels
-from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.indexed import Pair, pair_of
-from coca_lit.data.shards.indexing import tar_indexes
+from coca_lit.data.shards.index import tar_indexes
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.listing import find_shards
+from coca_lit.data.shards.sample import Pair, pair_of
 from coca_lit.data.transforms import Box, RandomCrop, as_tensor, random_box, resized
 from coca_lit.tokenizer import get_tokenizer
 from experiments.benchmarks.harness import interleaved, ratio

@@ -7,7 +7,7 @@ from PIL import Image
 from coca_lit import callbacks, lit_module  # noqa: F401
 from coca_lit.cli.command import compose
 from coca_lit.cli.train import run  # noqa: F401
-from coca_lit.data.shards import datamodule  # noqa: F401
+from coca_lit.data.shards import laion  # noqa: F401
 from coca_lit.evals import retrieval  # noqa: F401
 from coca_lit.models import create_model
 from coca_lit.tools import report  # noqa: F401

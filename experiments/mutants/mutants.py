@@ -539,8 +539,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "data/loader.py": [
         (
             "ranks_share_batches",
-            "order[first + rank : first + size : world]",
-            "order[first : first + size : world]",
+            "islice(order, self.rank, size, self.world)",
+            "islice(order, 0, size, self.world)",
             "data/test_loader.py",
         ),
     ],
@@ -591,7 +591,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "data/test_mixture.py -k shares",
         ),
     ],
-    "data/shards/indexed.py": [
+    "data/shards/training.py": [
         (
             "replacement_source",
             "self.source_ends[source - 1] if source else 0, self.source_ends[source]",
@@ -599,7 +599,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "data/test_mixture.py -k broken_sample",
         ),
     ],
-    "data/shards/indexing.py": [
+    "data/shards/index.py": [
         (
             "foreign_index",
             "if not index or index.stamp._replace(changed_at=0) != shard.stamp():",

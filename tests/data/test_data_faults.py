@@ -14,7 +14,7 @@ from PIL import Image
 from coca_lit.callbacks.guards import BadSampleLog, read_bad_samples
 from coca_lit.data.examples import CaptionDataset, Index
 from coca_lit.data.records import ImageFile, Record
-from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.shard import MANIFEST, read_manifest
 from coca_lit.data.transforms import RandomCrop
 from coca_lit.errors import DataError, DataNotFoundError

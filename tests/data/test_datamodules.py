@@ -16,7 +16,7 @@ from coca_lit.data.datamodule import (
     SceneStatementsDataModule,
 )
 from coca_lit.data.datasets.captions import flickr_records, mscoco_records, nocaps_records
-from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.errors import DataError
 from coca_lit.tools.prepare.scenes import export_scenes
 from helpers.datamodules import TOKENIZER, fit

@@ -3,8 +3,9 @@
 import multiprocessing
 import random
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from multiprocessing.synchronize import Event
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +13,17 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from coca_lit.data.any_shape import PatchSchedule
 from coca_lit.data.batch import Batch, Example, collate
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index
-from coca_lit.data.loader import Schedule, TrainLoader, epoch_batches, training_loader, validation_loader
+from coca_lit.data.loader import Schedule, ShuffledBatches, TrainLoader, training_loader, validation_loader
+from coca_lit.data.mixture import Source
 from coca_lit.data.prefetch import worker_errors
 from coca_lit.data.records import Record
 from coca_lit.data.transforms import RandomCrop, build_transform
 from coca_lit.errors import DataError
 from coca_lit.tokenizer import WordTokenizer
-from helpers.epochs import open_epoch
+from helpers.epochs import epoch_batches, open_epoch
 
 TOKENIZER = WordTokenizer(["a", "b", "c", "dog"])
 
@@ -56,21 +59,35 @@ def test_collate_pads_to_the_longest_caption_only():
     assert batch.tokens.dtype == batch.lengths.dtype == torch.int64
 
 
+def of_epoch(samples: int, schedule: Schedule, seed: int, epoch: int, **more: Any) -> list[list[Index]]:
+    start, stop = epoch * len(schedule), (epoch + 1) * len(schedule)
+    return list(ShuffledBatches([Source("", samples)], schedule, seed, start, stop, by_epoch=True, **more))
+
+
+@pytest.mark.parametrize("together", [1, 4])
+@pytest.mark.parametrize("schedule", [Schedule(52, 6), PatchSchedule(52, 2, (4, 8, 16), seed=3)])
+def test_an_epoch_is_one_permutation_cut_into_batches(schedule, together):
+    for epoch in (0, 1, 7):
+        expected = epoch_batches(52, schedule, 3, epoch, together=together)
+        assert of_epoch(52, schedule, 3, epoch, together=together) == expected
+        halves = [epoch_batches(52, schedule, 3, epoch, rank=rank, world=2) for rank in range(2)]
+        assert [of_epoch(52, schedule, 3, epoch, rank=rank, world=2) for rank in range(2)] == halves
+    start, endless = 2 * len(schedule) + 3, [*epoch_batches(52, schedule, 3, 2, 3), *epoch_batches(52, schedule, 3, 3)]
+    batches = ShuffledBatches([Source("", 52)], schedule, 3, start, None, by_epoch=True)
+    assert list(islice(batches, len(endless))) == endless
+
+
 def test_an_epoch_holds_every_sample_once_in_a_new_order():
-    first, second = (epoch_batches(23, Schedule(23, 4), seed=1, epoch=epoch) for epoch in (0, 1))
+    first, second = (of_epoch(23, Schedule(23, 4), seed=1, epoch=epoch) for epoch in (0, 1))
     assert [len(batch) for batch in first] == [4] * 5  # 23 // 4
     assert len({index for batch in first for index in batch}) == 20
     assert {index.turn for batch in second for index in batch} == {1}
     assert [index.i for batch in first for index in batch] != [index.i for batch in second for index in batch]
-    assert (
-        epoch_batches(23, Schedule(23, 4), seed=2, epoch=0)
-        != first
-        == epoch_batches(23, Schedule(23, 4), seed=1, epoch=0)
-    )
+    assert of_epoch(23, Schedule(23, 4), seed=2, epoch=0) != first == of_epoch(23, Schedule(23, 4), seed=1, epoch=0)
 
 
 def test_samples_that_belong_together_follow_each_other():
-    batches = epoch_batches(24, Schedule(24, 6), seed=1, epoch=0, together=3)
+    batches = of_epoch(24, Schedule(24, 6), seed=1, epoch=0, together=3)
     assert sorted(index.i for batch in batches for index in batch) == list(range(24))
     for batch in batches:
         for first in (0, 3):
@@ -81,8 +98,8 @@ def test_samples_that_belong_together_follow_each_other():
 
 
 def test_global_batches_do_not_depend_on_the_number_of_ranks():
-    alone = epoch_batches(50, Schedule(50, 8), seed=1, epoch=3)
-    ranks = [epoch_batches(50, Schedule(50, 8), seed=1, epoch=3, rank=rank, world=4) for rank in range(4)]
+    alone = of_epoch(50, Schedule(50, 8), seed=1, epoch=3)
+    ranks = [of_epoch(50, Schedule(50, 8), seed=1, epoch=3, rank=rank, world=4) for rank in range(4)]
     for step, batch in enumerate(alone):
         parts = [part[step] for part in ranks]
         assert [len(part) for part in parts] == [2] * 4

@@ -16,7 +16,7 @@ from coca_lit.callbacks import SourceCounts
 from coca_lit.data.datasets.classification import class_labels, class_records, scene_class_records, scene_classes
 from coca_lit.data.mixture import draw, weighted_records, weighted_round_robin
 from coca_lit.data.records import Record
-from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.distributed import rank, world_size
 from coca_lit.errors import DataError
 from coca_lit.tokenizer import WordTokenizer

@@ -15,7 +15,7 @@ from coca_lit.cli.command import CONF
 from coca_lit.cli.train import resume_data
 from coca_lit.data import ImageFile, Record
 from coca_lit.data.datamodule import CaptionDataModule, RecordsDataModule
-from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.errors import DataError
 from coca_lit.runs.resume import Start
 from coca_lit.tokenizer import WordTokenizer

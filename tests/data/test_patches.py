@@ -18,10 +18,9 @@ from coca_lit.data.any_shape import CropToPatches, PatchSchedule
 from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import RecordsDataModule
 from coca_lit.data.examples import CaptionDataset
-from coca_lit.data.loader import Schedule
+from coca_lit.data.loader import Schedule, ShuffledBatches
 from coca_lit.data.records import Record
-from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.indexed import IndexedBatches
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.shard import Shard
 from coca_lit.data.shards.windows import WindowedBatches, Windows
 from coca_lit.data.transforms import build_transform, random_box, whole_box
@@ -171,14 +170,14 @@ def test_batches_of_shards(shards: list[Shard]) -> None:
     data = LAIONDataModule([shard.name for shard in shards], None, tokenizer=TOKENIZER, batch_size=2, patches=BUDGETS)
     schedule, sources = data.schedule(40), data.sources
     assert data.steps_per_epoch == len(schedule)
-    whole = list(IndexedBatches(sources, schedule, 0, 0, 12))
+    whole = list(ShuffledBatches(sources, schedule, 0, 0, 12))
     planned = [schedule.at(number) for number in range(12)]
     assert [{(len(batch), patches) for _, _, patches in batch} for batch in whole] == [
         {(size, patches)} for _, size, patches in planned
     ]
-    halves = [list(IndexedBatches(sources, schedule, 0, 0, 12, rank, 2)) for rank in range(2)]
+    halves = [list(ShuffledBatches(sources, schedule, 0, 0, 12, rank, 2)) for rank in range(2)]
     assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(batch) for batch in whole]
-    assert list(IndexedBatches(sources, schedule, 0, 5, 12)) == whole[5:]
+    assert list(ShuffledBatches(sources, schedule, 0, 5, 12)) == whole[5:]
     seen = [i for batch in whole for _, i, _ in batch]
     assert len(set(seen[:40])) == 40
 

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from coca_lit.data.datasets.captions import flickr_records, mscoco_records, nocaps_records
-from coca_lit.data.pixels import open_image
-from coca_lit.data.records import trainable
+from coca_lit.data.records import ImageFile, trainable
 from coca_lit.errors import DataError, DataNotFoundError
 
 
@@ -50,10 +49,10 @@ def flickr(tmp_path: Path) -> Path:
 
 def test_open_image_gives_rgb_and_names_broken_files(tmp_path):
     Image.new("L", (4, 3), 7).save(tmp_path / "grey.png")
-    assert open_image(tmp_path / "grey.png").mode == "RGB"
+    assert ImageFile(tmp_path / "grey.png")().mode == "RGB"
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
     with pytest.raises(DataError, match=r"broken\.jpg"):
-        open_image(tmp_path / "broken.jpg")
+        ImageFile(tmp_path / "broken.jpg")()
 
 
 def test_flickr_records(flickr):

@@ -10,7 +10,7 @@ from PIL import Image
 from coca_lit.data import Record
 from coca_lit.data.datamodule import RecordsDataModule
 from coca_lit.data.scenes.render import render
-from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.errors import DataError
 from coca_lit.models import create_model
 from coca_lit.tokenizer import WordTokenizer, get_tokenizer

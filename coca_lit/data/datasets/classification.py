@@ -31,7 +31,7 @@ from coca_lit.data.scenes.render import (
     render,
     scene_records,
 )
-from coca_lit.data.video import image_file
+from coca_lit.data.video import image_or_clip
 from coca_lit.errors import DataError
 from coca_lit.reading import printable, read_json
 
@@ -96,7 +96,7 @@ def image_folder(
         log.warning("left out %d files or folders of classes in %s, e.g. %s", len(unread), root, printable(unread[0]))
     random.Random(0).shuffle(images)
     number = {folder: i for i, folder in enumerate(names)}
-    records = [Record(file, image_file(root / file, frames)) for _, file in images]
+    records = [Record(file, image_or_clip(root / file, frames)) for _, file in images]
     return Classification(records, {file: number[folder] for folder, file in images}, tuple(names.values()), templates)
 
 

@@ -11,7 +11,7 @@ from coca_lit.data.datasets.annotations import MAX_BYTES, find_file, listing, na
 from coca_lit.data.datasets.folder import folder_records
 from coca_lit.data.pixels import CLIPS
 from coca_lit.data.records import ImageFile, Listing, Record, records_on_disk
-from coca_lit.data.video import image_file
+from coca_lit.data.video import image_or_clip
 from coca_lit.errors import DataError
 from coca_lit.reading import read_json
 
@@ -30,7 +30,7 @@ def as_clips(records: Iterable[Record], frames: int) -> list[Record]:
     """The records; a model sees `frames` frames of each clip."""
     files = ((record, record.image) for record in records)
     return [
-        record._replace(image=image_file(image.path, frames)) if isinstance(image, ImageFile) else record
+        record._replace(image=image_or_clip(image.path, frames)) if isinstance(image, ImageFile) else record
         for record, image in files
     ]
 

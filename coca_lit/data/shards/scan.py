@@ -18,7 +18,7 @@ from PIL import Image
 from coca_lit.data.bad_samples import BadSampleError, BadSamples
 from coca_lit.data.pixels import decode_image
 from coca_lit.data.records import Record
-from coca_lit.data.shards.indexed import CLIP_SUFFIXES, IMAGE_SUFFIXES, kind_of, pair_of, read_limit
+from coca_lit.data.shards.sample import CLIP_SUFFIXES, IMAGE_SUFFIXES, kind_of, pair_of, read_limit
 from coca_lit.data.shards.shard import ChangedError, Shard
 from coca_lit.data.shards.tar import TWICE, Member, group_members, tar_members
 from coca_lit.errors import DataError

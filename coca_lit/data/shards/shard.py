@@ -109,7 +109,7 @@ class Shard:
 
 
 def index_name(name: str) -> str:
-    """Of the file beside a shard that holds its index, see `coca_lit.data.shards.indexed`."""
+    """Of the file beside a shard that holds its index, see `coca_lit.data.shards.index`."""
     return f".{name}.index"
 
 

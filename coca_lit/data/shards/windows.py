@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 
 from coca_lit.data.examples import Index
-from coca_lit.data.loader import epoch_order
+from coca_lit.data.loader import ShuffledBatches, epoch_order
 from coca_lit.data.mixture import Source, counts_after, weighted_round_robin
-from coca_lit.data.shards.indexed import IndexedBatches
 from coca_lit.distributed import stable_seed
 
 if TYPE_CHECKING:
@@ -158,7 +157,7 @@ class SourceOrder:
 
 
 @dataclass(eq=False, kw_only=True)
-class WindowedBatches(IndexedBatches):
+class WindowedBatches(ShuffledBatches):
     """The same in the order of windows, with the shards fetched ahead.
 
     All readers take from the same source at a time, from each by its weight.
@@ -184,7 +183,7 @@ class WindowedBatches(IndexedBatches):
         from coca_lit.data.shards.remote.shards import Ahead
 
         with closing(Ahead()) as ahead:
-            for number in range(self.start, self.stop):
+            for number in self.numbers():
                 ahead.need(number, self._remote_shards(number))
                 ahead.release(number - self.behind)
                 yield self.part(number)

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.data.pixels import CLIPS, MAX_IMAGE, SUFFIXES, decode_image
 from coca_lit.data.prefetch import worker_options
-from coca_lit.data.shards.indexed import CLIP_SUFFIXES, image_of, kind_of
 from coca_lit.data.shards.listing import local_shards
+from coca_lit.data.shards.sample import CLIP_SUFFIXES, image_of, kind_of
 from coca_lit.data.shards.scan import holds_code
 from coca_lit.data.shards.tar import TWICE, group_members, tar_members, tar_writer
 from coca_lit.data.transforms import build_transform, loaded
-from coca_lit.data.video import image_file
+from coca_lit.data.video import image_or_clip
 from coca_lit.errors import DataError
 from coca_lit.files import state_of
 from coca_lit.machine import is_first_process
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 SHARD = ".tar"
 UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff", ".jxl", ".jp2", ".dng")  # photos in other formats
-FILES = (*SUFFIXES, *CLIPS)
+PICTURES = (*SUFFIXES, *CLIPS)
 EXPECTED = f"expected images ({', '.join(SUFFIXES)}), clips ({', '.join(CLIPS)}), folders, or shards ({SHARD})"
 ORIGINAL = "original_caption"  # key of KEY.json that keeps what KEY.txt said
 ALL = "generated_captions"  # key of KEY.json with all new captions, if several were requested
@@ -135,12 +135,12 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path
 def _paths(word: str) -> Iterator[Path]:
     path = Path(word)
     if os.path.isdir(path):  # unlike Path's, it also takes names that no file can have
-        found = find_images(path, FILES) or find_images(path, (SHARD,))
+        found = find_images(path, PICTURES) or find_images(path, (SHARD,))
         if not found:
             raise DataError(f"no image and no shard in '{word}'")
         yield from found
     elif os.path.isfile(path):
-        if path.suffix.lower() not in (*FILES, SHARD):
+        if path.suffix.lower() not in (*PICTURES, SHARD):
             raise DataError(f"'{word}' has the unknown suffix '{path.suffix}': {EXPECTED}")
         yield path
     elif os.path.lexists(path):
@@ -196,7 +196,7 @@ class _Decoded(Dataset[Images | str]):
     def __getitem__(self, source: Source) -> Images | str:
         try:
             if source.size < 0:
-                return loaded(image_file(source.path, source.frames), self.transform)
+                return loaded(image_or_clip(source.path, source.frames), self.transform)
             with open_regular(source.path) as file:
                 file.seek(source.offset)
                 content = file.read(min(source.size, MAX_IMAGE + 1))

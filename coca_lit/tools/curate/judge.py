@@ -18,8 +18,8 @@ from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, Los
 from coca_lit.data.near_duplicates import perceptual_hash
 from coca_lit.data.pixels import decode_image
 from coca_lit.data.prefetch import worker_errors, worker_options
-from coca_lit.data.shards.indexed import TarIndex, pair_of
-from coca_lit.data.shards.indexing import load_index, make_index
+from coca_lit.data.shards.index import TarIndex, load_index, make_index
+from coca_lit.data.shards.sample import pair_of
 from coca_lit.data.shards.shard import Shard, read_manifest
 from coca_lit.data.transforms import Transform, build_transform
 from coca_lit.errors import DataError, error_context

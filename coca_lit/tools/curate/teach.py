@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from coca_lit.data.bad_samples import BadSample, BadSamples
 from coca_lit.data.pixels import decode_pixels
 from coca_lit.data.prefetch import worker_errors, worker_options
-from coca_lit.data.shards.indexed import TarIndex
+from coca_lit.data.shards.index import TarIndex
 from coca_lit.data.shards.reinforced import Reinforced, reinforced_path, write_reinforced
 from coca_lit.data.transforms import Box, as_tensor, random_box, resized
 from coca_lit.distributed import stable_seed

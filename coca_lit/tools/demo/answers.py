@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from coca_lit.data.pixels import FORMATS, MAX_PIXELS, MAX_SLOW_PIXELS, open_image
+from coca_lit.data.pixels import FORMATS, MAX_PIXELS, MAX_SLOW_PIXELS
+from coca_lit.data.records import ImageFile
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
 from coca_lit.evals.attention import maps_of_captions
@@ -56,7 +57,7 @@ def read_photo(path: str | Path) -> Image.Image:
         DataError: the file is not an intact photo, or has too many pixels.
     """
     try:
-        return open_image(path)
+        return ImageFile(Path(path))()
     except DataError as error:
         raise DataError(
             f"{Path(path).name} is refused: expected an intact {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of at "

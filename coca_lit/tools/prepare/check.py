@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples
-from coca_lit.data.shards.indexed import CLIP_SUFFIXES, IMAGE_SUFFIXES
+from coca_lit.data.shards.sample import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import MANIFEST, ManifestEntry, Shard, entry_of, read_manifest, sha256_of
 from coca_lit.errors import DataError

@@ -118,7 +118,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _write_indexes(entries: "Mapping[Path, ManifestEntry]", options: argparse.Namespace) -> None:
     """Beside the shards, for training on these and on copies of the folder on an object store."""
-    from coca_lit.data.shards.indexing import load_index, make_index
+    from coca_lit.data.shards.index import load_index, make_index
     from coca_lit.data.shards.shard import Shard
 
     shards = [Shard(str(path), entry) for path, entry in entries.items() if path.suffix == ".tar"]

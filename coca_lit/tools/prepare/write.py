@@ -27,7 +27,7 @@ from coca_lit.data.datasets.captions import FlickrName, flickr_records, mscoco_r
 from coca_lit.data.datasets.folder import captions_beside, captions_file, folder_records, no_split, split_of
 from coca_lit.data.pixels import MAX_IMAGE, SUFFIXES, decode_image
 from coca_lit.data.records import ImageFile, Record
-from coca_lit.data.shards.indexed import MAX_TEXT, image_of
+from coca_lit.data.shards.sample import MAX_TEXT, image_of
 from coca_lit.data.shards.scan import read_fields
 from coca_lit.data.shards.shard import ManifestEntry, Shard, entry_of, sha256_of
 from coca_lit.data.shards.tar import tar_writer

@@ -26,8 +26,8 @@ def search() -> None:
 
 def run(cfg: DictConfig) -> "list[Hit]":
     """Updates the index if it belongs to a folder, prints the hits and returns them."""
-    from coca_lit.data.video import image_file
-    from coca_lit.tools.caption.inputs import FILES
+    from coca_lit.data.video import image_or_clip
+    from coca_lit.tools.caption.inputs import PICTURES
     from coca_lit.tools.caption.outputs import print_rows
     from coca_lit.tools.search.index import ImageIndex, refresh
     from coca_lit.weights.load import load_dual_encoder
@@ -54,9 +54,9 @@ def run(cfg: DictConfig) -> "list[Hit]":
     query, path = str(cfg.query), Path(str(cfg.query))
     is_file = os.path.isfile(path)  # unlike Path's, False also for a text that is too long for a name
     with error_context("query"):
-        if not is_file and query.lower().endswith(FILES):
+        if not is_file and query.lower().endswith(PICTURES):
             raise ConfigError(f"query: there is no image '{query}'")
-        asked = image_file(path, cfg.frames) if is_file else query
+        asked = image_or_clip(path, cfg.frames) if is_file else query
         hits = index.query(asked, cfg.k, without=path if is_file else None)
     print_rows([(f"{hit.score:.4f}", str(hit.path)) for hit in hits])
     return hits

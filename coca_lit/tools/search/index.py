@@ -25,7 +25,7 @@ from coca_lit.files import replacing, state_of
 from coca_lit.models import DualEncoder
 from coca_lit.progress import ProgressBar
 from coca_lit.tokenizer import Tokenizer, unknown_words
-from coca_lit.tools.caption.inputs import FILES, find_images, in_batches, load_images
+from coca_lit.tools.caption.inputs import PICTURES, find_images, in_batches, load_images
 from coca_lit.weights.computation import fingerprint
 
 FORMAT = "coca_lit image index 1"
@@ -150,7 +150,7 @@ class ImageIndex:
         Raises:
             DataError: there is no such folder, or no readable image in it.
         """
-        suffixes = FILES if self.frames else SUFFIXES
+        suffixes = PICTURES if self.frames else SUFFIXES
         paths = {str(path.relative_to(self.folder)): path for path in find_images(self.folder, suffixes)}
         stamps = {name: _stamp(path, self.frames) for name, path in paths.items()}
         before = self._stamps

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from coca_lit.data.bad_samples import BadSamples
-from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.remote import cache as remote
 from coca_lit.data.shards.remote.cache import ShardCache
@@ -44,7 +44,7 @@ def laion(shards: str, tmp_path: Path, **more) -> LAIONDataModule:
 
 @pytest.mark.parametrize("pattern", ["memory://set", "memory://set/{00000..00003}.tar"])
 def test_training_reads_the_same_from_afar(store, tmp_path, pattern, monkeypatch):
-    monkeypatch.setattr("coca_lit.data.shards.datamodule.AUTO_BYTES", 0)  # windows of local shards, too
+    monkeypatch.setattr("coca_lit.data.shards.laion.AUTO_BYTES", 0)  # windows of local shards, too
     _, local = store
     far, near = laion(pattern, tmp_path), laion(str(local), tmp_path)
     assert far.steps_per_epoch == near.steps_per_epoch == 6

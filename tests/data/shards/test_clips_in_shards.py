@@ -11,11 +11,11 @@ pytest.importorskip("av")
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.records import Clip
-from coca_lit.data.shards.clips import clip_shard_records
-from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.indexed import CLIP_SUFFIXES
+from coca_lit.data.shards.laion import LAIONDataModule
+from coca_lit.data.shards.sample import CLIP_SUFFIXES
 from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import Shard
+from coca_lit.data.shards.stored_clips import clip_shard_records
 from coca_lit.data.video import ClipFile
 from coca_lit.errors import DataError
 from coca_lit.tools.prepare.check import check_shard

@@ -16,7 +16,7 @@ from coca_lit.data.any_shape import CropToPatches
 from coca_lit.data.batch import Batch
 from coca_lit.data.encoded import CropOfEncoded, check_decoder
 from coca_lit.data.pixels import decode_pixels
-from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.transforms import RandomCrop, as_tensor, whole_box
 from coca_lit.errors import DataError
 from coca_lit.tokenizer import WordTokenizer

@@ -18,9 +18,9 @@ from coca_lit.callbacks.guards import BadSampleLog
 from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples
 from coca_lit.data.batch import Batch
 from coca_lit.data.records import Record
-from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.indexed import pair_of
-from coca_lit.data.shards.indexing import load_index, make_index, tar_indexes
+from coca_lit.data.shards.index import load_index, make_index, tar_indexes
+from coca_lit.data.shards.laion import LAIONDataModule
+from coca_lit.data.shards.sample import pair_of
 from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import MANIFEST, Shard, read_manifest, write_manifest
 from coca_lit.data.shards.tar import MAX_HEADER, MAX_MEMBER

@@ -12,7 +12,7 @@ import pytest
 
 from coca_lit.cli.train import resume_data
 from coca_lit.data.batch import Batch
-from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.remote.store import StoreError, at_commit
 from coca_lit.errors import DataError

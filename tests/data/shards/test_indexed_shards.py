@@ -17,18 +17,18 @@ from safetensors.numpy import save_file
 from coca_lit.cli.train import resume_data
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.batch import Batch
-from coca_lit.data.loader import Schedule, epoch_batches
+from coca_lit.data.loader import Schedule
 from coca_lit.data.mixture import counts_after, weighted_round_robin
-from coca_lit.data.shards import indexing
-from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.indexed import TarIndex
-from coca_lit.data.shards.indexing import load_index, make_index, tar_indexes
+from coca_lit.data.shards import index as indexing
+from coca_lit.data.shards.index import TarIndex, load_index, make_index, tar_indexes
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import Shard
 from coca_lit.data.shards.tar import tar_members
 from coca_lit.errors import DataError
 from coca_lit.runs.resume import Start
+from helpers.epochs import epoch_batches
 from helpers.forking import FORKSERVER
 from helpers.shards import TOKENIZER, contents, members, spoil, write_shards, write_tar
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coca_lit import save_model
 from coca_lit.data.pixels import decode_pixels
-from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.reinforced import Reinforced
 from coca_lit.data.transforms import as_tensor, resized
 from coca_lit.errors import DataError

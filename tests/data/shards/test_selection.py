@@ -14,7 +14,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from coca_lit.data.batch import Batch
-from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.selection import Selection, read_selection
 from coca_lit.data.shards.shard import Shard
 from coca_lit.errors import DataError
@@ -92,7 +92,7 @@ def test_batches_are_those_of_copied_shards(folder, tmp_path, rank):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_windows_are_those_of_copied_shards_on_any_ranks_and_workers(folder, tmp_path, monkeypatch, workers):
     """Four samples at a time of each of two readers."""
-    monkeypatch.setattr("coca_lit.data.shards.datamodule.AUTO_BYTES", 0)
+    monkeypatch.setattr("coca_lit.data.shards.laion.AUTO_BYTES", 0)
     chosen, copied = select(tmp_path / "kept.parquet", rows()), copy(folder, tmp_path / "copied", rows())
     windows = {"window": 8, "readers": 2}
     expected = batches(tmp_path, copied, **windows)

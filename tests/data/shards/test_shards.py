@@ -11,7 +11,7 @@ import pytest
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.datasets.annotations import file_name
-from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.listing import find_shards, local_shards
 from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import Shard
@@ -185,7 +185,7 @@ def test_local_shards_load_nothing_that_remote_ones_need(tmp_path):
     write_shards(tmp_path, 2, 4)
     program = f"""
 import sys
-from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.tokenizer import WordTokenizer
 data = LAIONDataModule("{tmp_path}", None, tokenizer=WordTokenizer(["a"]), batch_size=2, image_size=16)
 print(len(list(data.train_dataloader())), *sys.modules)

@@ -28,8 +28,8 @@ from lightning.pytorch import Trainer
 
 from coca_lit.callbacks import Checkpoints
 from coca_lit.data.shards import listing
-from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.indexing import load_index, make_index
+from coca_lit.data.shards.index import load_index, make_index
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.remote import shards as remote_shards
 from coca_lit.data.shards.remote import store as object_store
@@ -227,7 +227,7 @@ def named(found: list[tuple], folder: str) -> list[tuple]:
 def windows(local: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
     """Twelve batches of the local set, two passes, read in windows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("coca_lit.data.shards.datamodule.AUTO_BYTES", 0)
+        patch.setattr("coca_lit.data.shards.laion.AUTO_BYTES", 0)
         data = in_windows(tmp_path_factory.mktemp("windows"))
         data.patterns = {"": str(local)}
         return batches(data)

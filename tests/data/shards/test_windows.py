@@ -15,11 +15,10 @@ import pytest
 import torch
 
 from coca_lit.data.examples import Index
-from coca_lit.data.loader import Schedule
+from coca_lit.data.loader import Schedule, ShuffledBatches
 from coca_lit.data.mixture import Source, weighted_round_robin
-from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.indexed import IndexedBatches, TarIndex
-from coca_lit.data.shards.indexing import make_index
+from coca_lit.data.shards.index import TarIndex, make_index
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.remote import shards as remote_shards
 from coca_lit.data.shards.selection import write_selection
 from coca_lit.data.shards.shard import Shard, Stamp
@@ -45,7 +44,7 @@ def index(name: str, count: int) -> TarIndex:
 
 def sources(weights: dict[str, float]) -> list[Source]:
     return [
-        Source(name, [index(f"{name}{i}", count) for i, count in enumerate(COUNTS[name])], weight)
+        Source(name, sum(COUNTS[name]), weight, [index(f"{name}{i}", count) for i, count in enumerate(COUNTS[name])])
         for name, weight in weights.items()
     ]
 
@@ -132,9 +131,9 @@ def test_a_batch_is_mixed_from_the_shards_of_its_windows():
     """The defaults at a hundredth of their size: windows of 2,621 samples of 16 readers, and 200 shards of 100. Of the
     pairs in a batch of a permutation one in 200 is of one shard.
     """
-    one, schedule = [Source("", [index(str(i), 100) for i in range(200)])], Schedule(20_000, 928)
+    one, schedule = [Source("", 20_000, shards=[index(str(i), 100) for i in range(200)])], Schedule(20_000, 928)
 
-    def mixing(batches: IndexedBatches) -> tuple[float, float]:
+    def mixing(batches: ShuffledBatches) -> tuple[float, float]:
         """Shards in a batch, and the share of its pairs that are of one shard."""
         found = [Counter(i // 100 for _, i, _ in batch) for batch in batches]
         pairs = [sum(n * (n - 1) for n in counts.values()) / (928 * 927) for counts in found]
@@ -143,7 +142,7 @@ def test_a_batch_is_mixed_from_the_shards_of_its_windows():
     shards, pairs = mixing(WindowedBatches(one, schedule, SEED, 0, 20, windows=Windows(2621, 1e9, 16)))
     assert 42 <= shards <= 1.25 * 42
     assert 1 / 42 <= pairs <= 1 / 26
-    shards, pairs = mixing(IndexedBatches(one, schedule, SEED, 0, 20))
+    shards, pairs = mixing(ShuffledBatches(one, schedule, SEED, 0, 20))
     assert shards > 190
     assert pairs == pytest.approx(1 / 200, rel=0.05)
 
@@ -429,6 +428,6 @@ def test_what_is_read_how(store, tmp_path, monkeypatch):
         return [key.rpartition("/")[2] for batch in read(data) for key in batch.keys]
 
     near = keys(laion(tmp_path, str(local)))
-    monkeypatch.setattr("coca_lit.data.shards.datamodule.AUTO_BYTES", 1000)
+    monkeypatch.setattr("coca_lit.data.shards.laion.AUTO_BYTES", 1000)
     assert laion(tmp_path, str(local)).windows
     assert near != keys(laion(tmp_path, str(local))) == keys(laion(tmp_path))

@@ -23,7 +23,7 @@ from coca_lit import build_transform, save_model
 from coca_lit.data.bad_samples import BadSample, LostShardError
 from coca_lit.data.near_duplicates import perceptual_hash
 from coca_lit.data.scenes.render import render
-from coca_lit.data.shards.indexed import TarIndex
+from coca_lit.data.shards.index import TarIndex
 from coca_lit.errors import DataError
 from coca_lit.models import CoCa
 from coca_lit.tools.curate import judge

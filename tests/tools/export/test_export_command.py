@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "checkpoints").mkdir()
     (run / "results.json").write_text(json.dumps(RESULTS))
     (run / "environment.json").write_text(json.dumps({"command": "python train.py seed=7", "commit": "abc1234"}))
-    data = {"_target_": "coca_lit.data.shards.datamodule.LAIONDataModule", "shards": "${oc.env:SHARDS}"}
+    data = {"_target_": "coca_lit.data.shards.laion.LAIONDataModule", "shards": "${oc.env:SHARDS}"}
     (run / "config.yaml").write_text(yaml.safe_dump({"seed": 7, "scoring": {"split": "val"}, "data": data}))
     path = run / "checkpoints" / "best.safetensors"
     save_model(create_model("coca_vit_b32", **SMALL), path)

@@ -25,7 +25,7 @@ from onnx import load
 from coca_lit.cli.command import compose
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import build_transform
-from coca_lit.data.video import image_file
+from coca_lit.data.video import image_or_clip
 from coca_lit.models import CoCa, create_model
 from coca_lit.tools.export import command as cli
 from coca_lit.tools.export import onnx
@@ -185,7 +185,7 @@ def test_photos_are_read_as_in_evaluation(exported: tuple[CoCa, Path], tmp_path:
     deep = np.linspace(0, 65535, num=size[0] * size[1]).astype(np.uint16).reshape(size)
     Image.fromarray(deep).save(tmp_path / "deep.png")  # 16 bits of grey
     for name in ("photo.png", "deep.png"):
-        expected = build_transform(size=32)(image_file(tmp_path / name, 0)())
+        expected = build_transform(size=32)(image_or_clip(tmp_path / name, 0)())
         assert np.array_equal(Captioner(folder).read_image(tmp_path / name), expected.numpy())
 
 

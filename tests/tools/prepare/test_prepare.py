@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from coca_lit.data.datasets.folder import folder_records
-from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.shard import MANIFEST, read_manifest
 from coca_lit.errors import DataError
 from coca_lit.tools.prepare import write as prepare

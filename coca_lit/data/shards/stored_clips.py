@@ -8,9 +8,9 @@ from PIL import Image
 
 from coca_lit.data.bad_samples import BadSampleError, BadSamples
 from coca_lit.data.records import Clip, Record
-from coca_lit.data.shards.indexed import CLIP_SUFFIXES, TarIndex, image_of, pair_of
-from coca_lit.data.shards.indexing import count_faults, tar_indexes
+from coca_lit.data.shards.index import TarIndex, count_faults, tar_indexes
 from coca_lit.data.shards.listing import find_shards
+from coca_lit.data.shards.sample import CLIP_SUFFIXES, image_of, pair_of
 from coca_lit.data.shards.shard import CacheSettings
 from coca_lit.data.video import EncodedClip
 from coca_lit.errors import DataError

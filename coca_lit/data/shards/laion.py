@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.datamodule import CaptionDataModule, LoaderArguments
+from coca_lit.data.loader import ShuffledBatches
 from coca_lit.data.mixture import Source, check_weights
 from coca_lit.data.records import Record, drawn
-from coca_lit.data.shards.indexed import CLIP_SUFFIXES, IMAGE_SUFFIXES, IndexedBatches, IndexedShards
-from coca_lit.data.shards.indexing import count_faults, tar_indexes
+from coca_lit.data.shards.index import count_faults, tar_indexes
 from coca_lit.data.shards.listing import find_shards
+from coca_lit.data.shards.sample import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import CacheSettings, Shard
+from coca_lit.data.shards.training import IndexedShards
 from coca_lit.data.transforms import RandomCrop
 from coca_lit.errors import DataError, check_number, whole_number
 
@@ -200,7 +202,8 @@ class LAIONDataModule(CaptionDataModule):
         if clips and not images and not self.frames:
             raise DataError("the shards hold clips and no images: set data.frames, the number of frames of each")
         rest = iter(found)
-        sources = [Source(name, [*islice(rest, len(shards))]) for name, shards in self.shards.items()]
+        by_name = {name: [*islice(rest, len(shards))] for name, shards in self.shards.items()}
+        sources = [Source(name, sum(map(len, of)), shards=of) for name, of in by_name.items()]
         if empty := [source.name for source in sources if not source.samples]:
             raise DataError(f"the shards of {empty[0]!r} hold no samples: check them, or leave them out of the mixture")
         one = len(sources) == 1
@@ -287,11 +290,11 @@ class LAIONDataModule(CaptionDataModule):
         near, how = self.windows is not None, (self.caption_keys, self.seed, self.max_bad_fraction)
         return IndexedShards(self.sources, transform, self.tokenizer, *how, near, encoded, replay, self.frames)
 
-    def indices_from(self, epoch: int, start: int) -> IndexedBatches:
+    def indices_from(self, epoch: int, start: int) -> ShuffledBatches:
         steps, schedule = self.steps_per_epoch, self.schedule(self.epoch_samples)
         position = (epoch * steps + start, (epoch + 1) * steps, *self.rank_and_world())
         if self.windows is None:
-            return IndexedBatches(self.sources, schedule, self.seed, *position)
+            return ShuffledBatches(self.sources, schedule, self.seed, *position)
         from coca_lit.data.shards.windows import WindowedBatches
 
         return WindowedBatches(self.sources, schedule, self.seed, *position, windows=self.windows, behind=self._behind)

@@ -1,4 +1,4 @@
-"""Makes, stores and finds the index of a shard, which says where its samples lie.
+"""The index of a shard, which says where its samples lie: made, stored and found.
 
 It is made in one pass over the headers and kept beside its shard as `.00000.tar.index`, or in the cache where that
 folder cannot be written, and is valid as long as size, modification time and manifest entry of the shard stay the
@@ -12,7 +12,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from coca_lit.data.bad_samples import BadSample, BadSamples
-from coca_lit.data.shards.indexed import FILES, TarIndex
+from coca_lit.data.bad_samples import BadSample, BadSamples, LostShardError
 from coca_lit.data.shards.listing import REQUESTS
+from coca_lit.data.shards.sample import IMAGE_SUFFIXES, MEMBERS, read_limit
 from coca_lit.data.shards.scan import read_fields
-from coca_lit.data.shards.shard import Shard, Stamp, index_name
+from coca_lit.data.shards.shard import ChangedError, Shard, Stamp, index_name
 from coca_lit.data.shards.tar import MAX_MEMBER
 from coca_lit.errors import DataError
 from coca_lit.files import atomic_write, replacing
@@ -39,6 +39,47 @@ if TYPE_CHECKING:
     from coca_lit.data.shards.remote.shards import RemoteShard
 
 PER_PROCESS = 2 * 10**9  # bytes of local shards for which a further process pays
+
+
+@dataclass(frozen=True, eq=False)
+class TarIndex:
+    """The N samples of a shard in tar order, complete or not."""
+
+    shard: Shard
+    stamp: Stamp
+    keys: NDArray[np.uint8]  # all of them in UTF-8, one after the other: one long key must not make every other long
+    key_ends: NDArray[np.int64]  # (N) in `keys`
+    places: NDArray[np.int64]  # (N, 4, 2) offset and size of image, .txt, .json and clip, 0 where there is none
+    faults: Sequence[BadSample]  # found while reading the headers; without a key: of the shard as a whole
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether samples of the shard are lost, or it has none."""
+        return any(not fault.key for fault in self.faults)
+
+    def key(self, i: int) -> str:
+        return self.keys[self.key_ends[i - 1] if i else 0 : self.key_ends[i]].tobytes().decode()
+
+    def read(self, i: int, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, Any]:
+        """The texts and the image or clip of sample `i` as in `read_fields`; `LostShardError` if the shard is gone or
+        has changed.
+        """
+        key = self.key(i)
+        fields: dict[str, Any] = {"__key__": key}
+        try:
+            with self.shard.open(self.stamp) as file:
+                for names, (offset, size) in zip(MEMBERS, self.places[i].tolist(), strict=True):
+                    if size and names[0] in ("txt", "json", *suffixes):
+                        file.seek(offset)
+                        fields[names[0]] = file.read(min(size, read_limit(f".{names[0]}")))
+        except ChangedError as error:
+            raise LostShardError(BadSample(self.shard.name, key, "shard changed after it was indexed")) from error
+        except OSError as error:
+            raise LostShardError(BadSample(self.shard.name, key, "unreadable shard", str(error))) from error
+        return fields
 
 
 def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
@@ -130,12 +171,12 @@ def make_index(shard: Shard, fallback_dir: Path, file: BinaryIO | None = None) -
     bad = BadSamples(1.0, quiet=True)
     stamp = shard.stamp() if file is None else cast("RemoteShard", shard).stamp_of_headers()
     rows = [
-        (fields["__key__"].encode(), [next((fields[name] for name in n if name in fields), (0, 0)) for n in FILES])
+        (fields["__key__"].encode(), [next((fields[name] for name in n if name in fields), (0, 0)) for n in MEMBERS])
         for fields in read_fields(shard, bad, verify=True, content=False, file=file)
     ]
     keys = np.frombuffer(b"".join(key for key, _ in rows), dtype=np.uint8)
     key_ends = np.cumsum([len(key) for key, _ in rows], dtype=np.int64)
-    places = np.array([place for _, place in rows], dtype=np.int64).reshape(-1, len(FILES), 2)
+    places = np.array([place for _, place in rows], dtype=np.int64).reshape(-1, len(MEMBERS), 2)
     index = TarIndex(shard, stamp, keys, key_ends, places, bad.found)
     write_index(index, index_path(shard, fallback_dir))
     return index
@@ -211,7 +252,7 @@ def _sound(index: TarIndex) -> bool:
     names, ends, places = index.keys, index.key_ends, index.places
     if (names.dtype, ends.dtype, places.dtype) != (np.uint8, np.int64, np.int64) or names.ndim != 1:
         return False
-    if ends.ndim != 1 or places.shape != (len(ends), len(FILES), 2):
+    if ends.ndim != 1 or places.shape != (len(ends), len(MEMBERS), 2):
         return False
     text = names.tobytes().decode()
     starts = np.concatenate([[0], ends[:-1]])[: len(ends)]
