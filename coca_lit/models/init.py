@@ -26,8 +26,10 @@ class Uninitialised(TorchFunctionMode):
 
 
 # Draws, also by way of those of `torch.nn.init`, and what makes a truncated normal distribution of a uniform one.
-_DRAWS = {Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.clamp_, nn.init.normal_, nn.init.uniform_}
-_DRAWS |= {nn.init.kaiming_uniform_, nn.init.kaiming_normal_}
+_DRAWS = {
+    *(Tensor.normal_, nn.init.normal_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.uniform_),
+    *(Tensor.uniform_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_),
+}
 
 
 def init_projection(linear: nn.Linear) -> None:
