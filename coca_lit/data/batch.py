@@ -14,7 +14,7 @@ from coca_lit.models.inputs import Images, Patches, stack_images
 from coca_lit.models.packing import to_device
 
 if TYPE_CHECKING:
-    from coca_lit.data.encoded import EncodedCrop, EncodedCrops
+    from coca_lit.data.encoded_images import EncodedCrop, EncodedCrops
     from coca_lit.losses.distillation import Teacher
 
 
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
         the batch replaces one that cannot be decoded, which is listed in `bad`; raises `DataError` if none can be.
         """
         if self.encoded is not None:
-            from coca_lit.data.encoded import decoded
+            from coca_lit.data.encoded_images import decoded
 
             return decoded(self, self.encoded, device).to(device)
         images = self.images
@@ -101,7 +101,7 @@ def _stack(images: "Sequence[Images | EncodedCrop]") -> "tuple[Images, EncodedCr
     if all(isinstance(image, Patches) for image in images):
         return stack_images(cast(Sequence[Patches], images)), None
     if any(not isinstance(image, Tensor) for image in images):
-        from coca_lit.data.encoded import stack_encoded
+        from coca_lit.data.encoded_images import stack_encoded
 
         return stack_encoded(images)
     tensors = cast(Sequence[Tensor], images)

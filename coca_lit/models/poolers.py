@@ -1,6 +1,7 @@
 """Poolers: from the tokens of an image to one contrastive vector, and to the tokens that the decoder attends to.
 
-Another one is a subclass of `Pooling`, its name in `Pooler` and a line in `POOLERS`.
+Another one is a subclass of `Pooling`, its name in `Pooler` and a line in `POOLERS`. To read and write it in OpenCLIP's
+files, `coca_lit.weights.open_clip` needs the names of its tensors and its keys of their config.
 """
 
 from abc import ABC, abstractmethod

@@ -1,5 +1,5 @@
 """AdamW and timm's optimizers with CLIP's decay groups and layer-wise learning rates; schedules of the learning rate:
-warm-up, then half a cosine, or a constant rate with a cooldown at the end.
+warm-up, then half a cosine, or a constant rate with a cooldown at the end; and what of a network is frozen.
 """
 
 import inspect

@@ -708,7 +708,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "weights/test_intact.py -k tensors",
         ),
     ],
-    "weights/open_clip/__init__.py": [
+    "weights/open_clip/tensors.py": [
         (
             "compiled_prefix",
             r'r"^(module\.|_orig_mod\.)+"',

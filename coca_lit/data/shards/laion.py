@@ -265,7 +265,7 @@ class LAIONDataModule(CaptionDataModule):
     def training_examples(self) -> IndexedShards:
         transform, encoded, replay = self.train_transform(), None, None
         if self.decode != "full":
-            from coca_lit.data.encoded import CropOfEncoded, check_decoder
+            from coca_lit.data.encoded_images import CropOfEncoded, check_decoder
 
             if not isinstance(transform, RandomCrop):
                 raise DataError(f"data.decode={self.decode} makes square images: take full for images of any shape")

@@ -25,7 +25,7 @@ from coca_lit.models.inputs import Images
 from coca_lit.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from coca_lit.data.encoded import CropOfEncoded, EncodedCrop
+    from coca_lit.data.encoded_images import CropOfEncoded, EncodedCrop
     from coca_lit.losses.distillation import Teacher
 
 NEAR_TRIES = 10  # of samples of a shard in place of a bad one

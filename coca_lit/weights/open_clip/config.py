@@ -20,7 +20,7 @@ from coca_lit.models.variants.modern import ModernDecoder, ModernTextTower, Styl
 from coca_lit.models.variants.naflex import DEFAULTS, TIMM_NAME, NaFlexEncoder
 from coca_lit.tokenizer import get_tokenizer
 from coca_lit.weights.intact import MAX_CONTEXT, MAX_PATCHES
-from coca_lit.weights.open_clip.keys import (
+from coca_lit.weights.open_clip.config_keys import (
     CLIP_KEYS,
     COCA_KEYS,
     FILE,

@@ -14,7 +14,7 @@ from torch import Tensor
 from coca_lit.data import encoded as encoder
 from coca_lit.data.any_shape import CropToPatches
 from coca_lit.data.batch import Batch
-from coca_lit.data.encoded import CropOfEncoded, check_decoder
+from coca_lit.data.encoded_images import CropOfEncoded, check_decoder
 from coca_lit.data.pixels import decode_pixels
 from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.transforms import RandomCrop, as_tensor, whole_box

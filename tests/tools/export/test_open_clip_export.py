@@ -24,7 +24,7 @@ from coca_lit.data.transforms import build_transform
 from coca_lit.models import CoCa, create_model
 from coca_lit.tools.export.open_clip import write_open_clip
 from coca_lit.weights.load import load_model
-from coca_lit.weights.open_clip import from_open_clip, keys, to_open_clip
+from coca_lit.weights.open_clip import config_keys, from_open_clip, to_open_clip
 from helpers.slow import slow
 
 TEXTS = ["a dog", "two cats sit on a very long wooden bench!", "word " * 90]
@@ -233,10 +233,10 @@ def test_keys_that_are_honoured(exported: tuple[dict[str, Any], dict[str, Any]])
 
 def test_every_key_of_open_clip_is_known() -> None:
     known = {
-        CLIPVisionCfg: keys._VISION,
-        CLIPTextCfg: keys._COCA_TEXT,
-        MultimodalCfg: keys._DECODER,
-        PreprocessCfg: keys._PREPROCESS,
+        CLIPVisionCfg: config_keys._VISION,
+        CLIPTextCfg: config_keys._COCA_TEXT,
+        MultimodalCfg: config_keys._DECODER,
+        PreprocessCfg: config_keys._PREPROCESS,
     }
     for section, allowed in known.items():
         assert {field.name for field in fields(section)} <= allowed.keys()
