@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from coca_lit.cli.command import compose as compose_config
-from coca_lit.data import encoded
+from coca_lit.data import encoded_images
 from coca_lit.distributed import world_size
 from coca_lit.errors import ConfigError
 from coca_lit.losses import loss_terms
@@ -241,8 +241,8 @@ def test_wrong_set_ups_are_refused(tmp_path: Path, overrides: tuple[str, ...], m
 @pytest.mark.slow
 def test_jpegs_that_the_training_processes_decode(on_ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`data.decode=device`, from shards to weights: two processes end where one does."""
-    decode = mock.Mock(wraps=encoded.decode_jpeg)
-    monkeypatch.setattr(encoded, "decode_jpeg", decode)
+    decode = mock.Mock(wraps=encoded_images.decode_jpeg)
+    monkeypatch.setattr(encoded_images, "decode_jpeg", decode)
     write_shards(tmp_path / "shards", 16, 32)
     data = ("data=laion", f"data.shards={tmp_path}/shards", "data.epoch_samples=16", "data.decode=device")
     run(tmp_path / "one", *SHORT, *data)

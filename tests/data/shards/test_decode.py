@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from coca_lit.data import encoded as encoder
+from coca_lit.data import encoded_images as encoder
 from coca_lit.data.any_shape import CropToPatches
 from coca_lit.data.batch import Batch
 from coca_lit.data.encoded_images import CropOfEncoded, check_decoder
