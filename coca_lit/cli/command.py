@@ -276,6 +276,8 @@ def explain(error: Exception) -> str:
         found = error.options or [path.stem for path in sorted((CONF / group).glob("*.yaml"))]  # of a list: none
         options = [option for option in found if not option.startswith("_")]
         return f"'{group}' has no option '{option}'{suggest(option, options)} The options: {', '.join(options)}"
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark) is not None:
+        return f"'{mark.name}', line {mark.line + 1}: {error.problem}"
     if isinstance(error, HydraException | yaml.YAMLError):
         return " ".join(" ".join(str(part).split()) for part in (error, error.__cause__) if part is not None)
     if isinstance(error.__cause__, UserError) and not isinstance(error, UserError):  # raised by a resolver

@@ -82,10 +82,11 @@ def read_signature(target: Any) -> Signature:
     others = ast.unparse(made.args.kwarg.annotation or ast.Constant(""))
     if not (named := re.fullmatch(r"'?(Unpack\[|Annotated\[Any, )(\w+)\]'?", others)):
         return Signature(arguments | inherited, True)  # perhaps for its base class
-    # The keys of a TypedDict, or the arguments of a class; their defaults are those of the base class, if any.
+    # The keys of a TypedDict, with defaults of the base class; or the arguments of a class, which gets other defaults.
     others = f"{module}.{named[2]}"
     taken = Signature(_fields(others), False) if named[1] == "Unpack[" else read_signature(others)
-    further = {name: inherited.get(name, Argument(other.annotation)) for name, other in taken.arguments.items()}
+    known = inherited if named[1] == "Unpack[" else {}
+    further = {name: known.get(name, Argument(other.annotation)) for name, other in taken.arguments.items()}
     return Signature(arguments | further | arguments, taken.takes_any)  # its own first
 
 
@@ -114,8 +115,10 @@ def definition(name: str) -> tuple[ast.ClassDef | ast.FunctionDef, str] | None:
             for alias in node.names:
                 if leaf == (alias.asname or alias.name):
                     package = module if _source(f"{module}.__init__").body else module.rpartition(".")[0]
-                    source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-                    return definition(f"{source}.{alias.name}") if f"{source}.{alias.name}" != name else None
+                    parents = package.split(".")
+                    near = parents[: len(parents) - node.level + 1] if node.level else []
+                    source = ".".join(filter(None, (*near, node.module, alias.name)))
+                    return definition(source) if source != name else None
     return None
 
 

@@ -161,19 +161,28 @@ class ShuffledBatches:
     def part(self, number: int) -> list[Index]:
         """This rank's samples in a global batch, computed without the batches before it."""
         first, size, patches = self.schedule.at(number)
-        order = weighted_round_robin(self.weights, counts_after(first, self.weights))
+        order: Iterable[tuple[int, int]]
+        if len(self.sources) == 1:  # a global batch of many processes takes time to go through
+            order = ((0, k) for k in range(first + self.rank, first + size, self.world))
+        else:
+            turns = weighted_round_robin(self.weights, counts_after(first, self.weights))
+            order = islice(turns, self.rank, size, self.world)
         samples: list[Index] = []
-        for source, k in islice(order, self.rank, size, self.world):
+        for source, k in order:
             turn, place = divmod(k, self._per_pass[source])
-            if self._orders.get(source, (None,))[0] != turn:
-                self._orders[source] = turn, self._order(self.sources[source], turn)
-            samples.append(Index(turn, self.starts[source] + int(self._orders[source][1][place]), patches))
+            group, within = divmod(place, self.together)
+            i = self.starts[source] + self.together * self._group(source, turn, group) + within
+            samples.append(Index(turn, i, patches))
         return samples
 
-    def _order(self, source: Source, turn: int) -> NDArray[np.int64]:
-        name = [source.name] if source.name else []
-        groups = epoch_order(source.samples // self.together, self.seed, turn, *name).numpy()
-        return (groups[:, None] * self.together + np.arange(self.together)).ravel()
+    def _group(self, source: int, turn: int, place: int) -> int:
+        """Which group of samples that stay together has this place in a pass."""
+        if self._orders.get(source, (None,))[0] != turn:
+            self._orders.pop(source, None)  # makes room for the next
+            samples, name = self.sources[source].samples, self.sources[source].name
+            order = epoch_order(samples // self.together, self.seed, turn, *filter(None, [name]))
+            self._orders[source] = turn, order.numpy()
+        return int(self._orders[source][1][place])
 
 
 def epoch_order(count: int, seed: int, epoch: int, *of: str) -> Tensor:

@@ -89,6 +89,7 @@ class TextBatches:
     def __init__(self, files: TextFiles, tokenizer: Tokenizer, batch_size: int, image_size: int, seed: int = 0) -> None:
         self.files, self.tokenizer, self.batch_size = files, tokenizer, batch_size
         self.image_size, self.seed = image_size, seed
+        self._orders: dict[tuple[int, int], ShuffledBatches] = {}  # of each rank that was asked for
 
     @cached_property
     def texts(self) -> list[str]:
@@ -96,11 +97,6 @@ class TextBatches:
         if len(texts) < self.batch_size:
             raise DataError(f"data.text holds {len(texts)} texts, less than one batch of {self.batch_size}")
         return texts
-
-    @cached_property
-    def _order(self) -> ShuffledBatches:
-        schedule = Schedule(len(self.texts), self.batch_size)
-        return ShuffledBatches([Source("", len(self.texts))], schedule, self.seed, start=0, stop=None, by_epoch=True)
 
     @cached_property
     def digest(self) -> int:
@@ -112,7 +108,11 @@ class TextBatches:
 
     def batch(self, number: int, rank: int = 0, world: int = 1) -> Batch:
         """This rank's part of global batch `number`, counted over all passes."""
-        indices = [index.i for index in self._order.part(number)[rank::world]]
+        if (rank, world) not in self._orders:
+            schedule, source = Schedule(len(self.texts), self.batch_size), Source("", len(self.texts))
+            order = ShuffledBatches([source], schedule, self.seed, 0, None, rank, world, by_epoch=True)
+            self._orders[rank, world] = order
+        indices = [index.i for index in self._orders[rank, world].part(number)]
         rows = self.tokenizer.encode_batch([self.texts[i] for i in indices])
         tokens, lengths = padded(rows, self.tokenizer.pad_id)
         images = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)

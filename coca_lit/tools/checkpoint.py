@@ -95,12 +95,12 @@ def knows_only_scenes(model: "CoCa") -> bool:
     return model.tokenizer.spec == VOCABULARIES["scenes"]
 
 
-def write_scenes(folder: Path) -> Path:
+def write_scenes(folder: Path, count: int = SCENES) -> Path:
     """Writes unseen scenes as PNG files named after their first caption; existing files are kept."""
     from coca_lit.data.scenes.render import scene_records
 
     folder.mkdir(parents=True, exist_ok=True)
-    for record in scene_records("test", EDGE, SCENES):
+    for record in scene_records("test", EDGE, count):
         path = folder / f"{record.captions[0]}.png"
         if not path.exists():
             record.image().save(path)

@@ -7,6 +7,7 @@ stored beside its weights, and modules named there are not imported. `intact` li
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,8 @@ def _own_model(path: Path, state: Mapping[str, Tensor], config: Any) -> CoCa:
         if reason := misfit(shapes, tensors):
             raise RuntimeError(reason)  # PyTorch's own message lists all tensors
         if model is None:
-            with Uninitialised():
+            # A part from outside may derive what no file holds from its first values.
+            with nullcontext() if _of_guests(arguments) else Uninitialised():
                 model = CoCa(**arguments)
         model.load_state_dict(tensors)
     except ValueError as error:  # of the constructor

@@ -539,8 +539,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "data/loader.py": [
         (
             "ranks_share_batches",
-            "islice(order, self.rank, size, self.world)",
-            "islice(order, 0, size, self.world)",
+            "range(first + self.rank, first + size, self.world)",
+            "range(first, first + size, self.world)",
             "data/test_loader.py",
         ),
     ],

@@ -177,6 +177,20 @@ def test_parts_behind_relative_imports_get_what_they_ask_for(
         check({"x": {"_target_": f"{target}.Log", "outputdir": 1}}, {"x": None})
 
 
+def test_parts_of_a_file_that_is_also_a_package_get_what_they_ask_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that runs alone, too, where a relative import fails."""
+    (tmp_path / "alone.py").write_text(
+        "try:\n    from .alone_parts import Own\nexcept ImportError:\n    from alone_parts import Own\n"
+    )
+    (tmp_path / "alone_parts.py").write_text("class Own:\n    def __init__(self, width=3): self.width = width\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert argument_defaults({"_target_": "alone.Own"}) == {"width": 3}
+    with pytest.raises(ConfigError, match=r"'x\.widht'.*'x\.width'"):
+        check({"x": {"_target_": "alone.Own", "widht": 1}}, {"x": None})
+
+
 def test_an_objective_begins_with_the_weights_of_init_from(guest: None, tmp_path: Path) -> None:
     source = build_module(compose()).net
     save_model(source, tmp_path / "start.safetensors")

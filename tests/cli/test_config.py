@@ -518,8 +518,12 @@ def test_a_run_that_goes_on_does_not_need_the_file_that_it_began_with(
     [
         ("# größer\nseed: 1\n".encode("latin-1"), "error: a config is no text in UTF-8"),
         (b"# @package _global_\nseed: 1\x01\n", r'error: .*special characters.*mine.yaml", position \d+'),
+        (
+            b"# @package _global_\nname: 'mine\n",
+            r"error: '.*mine\.yaml', line 3: ",
+        ),
     ],
-    ids=["latin-1", "a control character"],
+    ids=["latin-1", "a control character", "an open quote"],
 )
 def test_a_config_that_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, said: str

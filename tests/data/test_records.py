@@ -47,7 +47,7 @@ def flickr(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_open_image_gives_rgb_and_names_broken_files(tmp_path):
+def test_an_image_file_is_rgb_and_a_broken_one_is_named(tmp_path):
     Image.new("L", (4, 3), 7).save(tmp_path / "grey.png")
     assert ImageFile(tmp_path / "grey.png")().mode == "RGB"
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")

@@ -1,5 +1,6 @@
 """Training on texts between pairs: what it trains, and that ranks do not matter."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.scenes.render import scene_training_captions
 from coca_lit.data.text_batches import TextBatches
 from coca_lit.distributed import rank, world_size
-from coca_lit.errors import ConfigError
+from coca_lit.errors import ConfigError, DataError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import create_model
+from coca_lit.tokenizer import get_tokenizer
 from coca_lit.training.optim import AdamW
 from coca_lit.training.trainer import ddp_options
 from coca_lit.weights.load import load_model
@@ -83,6 +85,14 @@ def test_texts_between_pairs_on_two_ranks_are_those_of_one_process(on_ranks: Any
     alone = train("ptpt", file, {})
     for found in on_ranks(2, train, "ptpt", file, {}):
         torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
+
+
+def test_texts_are_split_evenly_over_ranks(texts: str) -> None:
+    batches = TextBatches(texts.removeprefix("data.text="), get_tokenizer("clip"), 6, 32)
+    parts = [batches.batch(8, rank, 3).keys for rank in range(3)]
+    assert [*itertools.chain(*zip(*parts, strict=True))] == batches.batch(8).keys
+    with pytest.raises(DataError, match=r"6 .* 4 processes"):
+        batches.batch(0, 0, 4)
 
 
 def test_a_step_of_texts_leaves_the_image_half_alone(texts: str) -> None:

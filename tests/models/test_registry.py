@@ -218,6 +218,29 @@ def test_arguments_of_guests_are_their_own(tmp_path: Path) -> None:
         coca_lit.load_model(tmp_path / "model.safetensors")
 
 
+def test_what_a_guest_derives_from_its_first_values_is_as_before(tmp_path: Path) -> None:
+    """Here a fixed random projection, which no file holds."""
+    import_modules(["their_package"])
+    patches = IMAGE_ENCODERS.get("patches")
+
+    @register_image_encoder("projected")
+    class Projected(patches):
+        def __init__(self, image_size: int) -> None:
+            super().__init__(image_size)
+            with torch.random.fork_rng():
+                torch.manual_seed(3)
+                self.fixed = [nn.Linear(48, 48)]  # a list is no module
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.fixed[0](super().forward(images).flatten(2).mT)
+
+    model = create_model("coca_tiny", image_encoder="projected", image_encoder_args={}).eval()
+    coca_lit.save_model(model, tmp_path / "model.safetensors")
+    images, _ = inputs(model)
+    loaded = coca_lit.load_model(tmp_path / "model.safetensors")
+    assert torch.equal(loaded.encode_image(images), model.encode_image(images))
+
+
 def test_a_guest_whose_constructor_reads_tensors_is_loaded(tmp_path: Path) -> None:
     """As the rates of stochastic depth are often made; tensors without memory have no values."""
     import_modules(["their_package"])

@@ -72,7 +72,7 @@ def test_a_job_is_requeued_while_it_starts_and_while_it_trains(slurm: Cluster, t
     """One log, one folder, one curve, and the bits of an undisturbed `srun --ntasks=2`, which gives no number of tasks
     per node; experiments/slurm does it ten times.
     """
-    words = (*SIZES, *SHORT, *LOGS, "trainer.max_epochs=6")  # a signal is late on a busy machine
+    words = (*SIZES, *SHORT, *LOGS, "trainer.max_epochs=8")  # a signal is late on a busy machine
     job = slurm.submit(*words)
     requeue(job, 2)
     assert job.completes(), job.log()
@@ -86,7 +86,7 @@ def test_a_job_is_requeued_while_it_starts_and_while_it_trains(slurm: Cluster, t
     done = slurm.call(*tasks, "experiment=demo", *words, "name=undisturbed")
     assert done.returncode == 0, done.stderr
     assert differences(job.run, tmp_path / "outputs" / "undisturbed") == ""
-    assert len(curve(job.run)) == 48
+    assert len(curve(job.run)) == 64
     assert len([*tmp_path.glob("*.log")]) == 1
 
 
