@@ -124,14 +124,33 @@ class CoCa(Trainable):
         interpolation: Interpolation = "bicubic",
         resize_mode: ResizeMode = "shortest",
     ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         # Plain values that build this model again; they are stored in every checkpoint.
         self.config: dict[str, Any] = {
-            **given,
             "image_encoder": IMAGE_ENCODERS.spec(image_encoder),
             "image_encoder_args": dict(image_encoder_args or {}),
+            "image_size": image_size,
+            "embed_dim": embed_dim,
+            "pooler": pooler,
+            "pooler_queries": pooler_queries,
+            "pooler_heads": pooler_heads,
+            "tokenizer": tokenizer,
+            "context_length": context_length,
+            "cls_mask": cls_mask,
+            "text_width": text_width,
+            "text_layers": text_layers,
+            "text_heads": text_heads,
+            "decoder_layers": decoder_layers,
+            "dropout": dropout,
+            "contrastive": contrastive,
+            "tied_embeddings": tied_embeddings,
             "text_tower": text_tower and TEXT_TOWERS.spec(text_tower),
+            "text_tower_args": text_tower_args,
+            "decoder_args": decoder_args,
+            "frame_pooling": frame_pooling,
+            "frame_positions": frame_positions,
+            "interpolation": interpolation,
+            "resize_mode": resize_mode,
         }
         _check(self.config)
         self.tokenizer = get_tokenizer(tokenizer, context_length)

@@ -312,6 +312,7 @@ POOLERS: dict[Pooler, type[Pooling]] = {
 
 
 def build_pooling(name: Pooler, sizes: PoolingSizes) -> Pooling:
+    """The pooling of this name; raises `ValueError` if there is none, or if it does not go with the image encoder."""
     check_choice("pooler", name, [*POOLERS])
     kind, encoder = POOLERS[name], sizes.encoder
     if encoder.takes_patches != kind.takes_patches:
