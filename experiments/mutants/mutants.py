@@ -434,7 +434,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "resumed_position",
             'counts.update(dict.fromkeys(counts, counts["completed"]))',
             "counts.update(counts)",
-            "runs/test_resume.py::test_killed_twice_in_an_epoch[indexed-2-extra1]",
+            "runs/test_resume.py::test_killed_twice_in_an_epoch[indexed-2-extra0]",
         ),
     ],
     "training/caption_objectives.py": [
@@ -522,7 +522,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "rewound_rows",
             "kept = [row for row in whole if int(row[column]) < logged_steps]",
             "kept = [row for row in whole if int(row[column]) <= logged_steps]",
-            "runs/test_resume.py::test_killed_twice_in_an_epoch[indexed-2-extra1]",
+            "runs/test_resume.py::test_killed_twice_in_an_epoch[indexed-2-extra0]",
         ),
     ],
     "runs/redaction.py": [
