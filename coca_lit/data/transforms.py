@@ -141,7 +141,7 @@ def _stacked(frames: list[Images]) -> Tensor:
 
 
 def load_pixels(image: Callable[[], Image.Image]) -> Tensor:
-    """(3, H, W) uint8 of the image of a record; those of a file without the copies that Pillow would make."""
+    """(3, H, W) uint8 of the image of a record; a file is read without the copies that Pillow would make."""
     return as_tensor(image.pixels() if isinstance(image, ImageFile) else np.array(_to_rgb(image())))
 
 

@@ -25,7 +25,7 @@ class Uninitialised(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-# Draws, also by way of those of `torch.nn.init`, and what makes a truncated normal distribution of a uniform one.
+# Draws, also by functions of `torch.nn.init`, and what turns uniform numbers into truncated normal ones.
 _DRAWS = {
     *(Tensor.normal_, nn.init.normal_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.uniform_),
     *(Tensor.uniform_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_),

@@ -169,3 +169,11 @@ def check_architecture(name: str, arguments: Mapping[str, Any]) -> None:
                 f"image_encoder_args.{key} is no part of an architecture; for weights of an image encoder see"
                 " init_parts.image_encoder"
             )
+
+
+def of_guests(arguments: Mapping[str, Any]) -> list[str]:
+    """The arguments that go to parts from outside, which alone know what they mean."""
+    guests = ["image_encoder_args"] if IMAGE_ENCODERS.is_guest(arguments.get("image_encoder", "")) else []
+    if TEXT_TOWERS.is_guest(arguments.get("text_tower") or ""):
+        guests += ["text_tower_args", "decoder_args"]
+    return guests

@@ -17,7 +17,7 @@ from torch import Tensor
 from coca_lit.errors import DataError, why_unreadable
 from coca_lit.models import CLIP, CoCa, DualEncoder
 from coca_lit.models.init import Uninitialised
-from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS, import_modules
+from coca_lit.models.registry import import_modules, of_guests
 from coca_lit.reading import parse_json, read_json
 from coca_lit.weights import MODEL_KEY
 from coca_lit.weights.computation import misfit
@@ -186,7 +186,7 @@ def _own_model(path: Path, state: Mapping[str, Tensor], config: Any) -> CoCa:
         try:
             shapes = without_memory(lambda: CoCa(**arguments), tensors).state_dict()
         except (NotImplementedError, RuntimeError, TypeError) as error:
-            if "meta" not in str(error) or not _of_guests(arguments):
+            if "meta" not in str(error) or not of_guests(arguments):
                 raise
             model = CoCa(**arguments)  # a constructor from outside needs the values of tensors, as many do
             shapes = model.state_dict()
@@ -194,7 +194,7 @@ def _own_model(path: Path, state: Mapping[str, Tensor], config: Any) -> CoCa:
             raise RuntimeError(reason)  # PyTorch's own message lists all tensors
         if model is None:
             # A part from outside may derive what no file holds from its first values.
-            with nullcontext() if _of_guests(arguments) else Uninitialised():
+            with nullcontext() if of_guests(arguments) else Uninitialised():
                 model = CoCa(**arguments)
         model.load_state_dict(tensors)
     except ValueError as error:  # of the constructor
@@ -207,7 +207,7 @@ def _own_model(path: Path, state: Mapping[str, Tensor], config: Any) -> CoCa:
 def _check_numbers(arguments: dict[str, Any], state: Mapping[str, Tensor]) -> None:
     """Raises `RuntimeError` for a number that no size explains: a constructor may make a list of that length."""
     largest = max([4096, *(size for tensor in state.values() for size in tensor.shape)])  # 4096: of an image or depth
-    guests = _of_guests(arguments)
+    guests = of_guests(arguments)
     ours = {name: value for name, value in arguments.items() if name not in guests}
     if wrong := [number for number in _numbers(ours) if number > largest]:
         raise RuntimeError(f"a size of {wrong[0]} is larger than any in its tensors")
@@ -215,14 +215,6 @@ def _check_numbers(arguments: dict[str, Any], state: Mapping[str, Tensor]) -> No
         raise RuntimeError(f"a context_length above {MAX_CONTEXT}")
     if (ours.get("image_encoder_args") or {}).get("max_patches", 0) > MAX_PATCHES:
         raise RuntimeError(f"max_patches above {MAX_PATCHES}")
-
-
-def _of_guests(arguments: Mapping[str, Any]) -> list[str]:
-    """The arguments that go to parts from outside, which alone know what they mean."""
-    guests = ["image_encoder_args"] if IMAGE_ENCODERS.is_guest(arguments.get("image_encoder", "")) else []
-    if TEXT_TOWERS.is_guest(arguments.get("text_tower") or ""):
-        guests += ["text_tower_args", "decoder_args"]
-    return guests
 
 
 def _numbers(node: Any) -> Iterator[float]:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from coca_lit.errors import ConfigError
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model, register_image_encoder, register_text_tower
 from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS, import_modules
+from coca_lit.models.text import TextTower
 from coca_lit.tools.plan.command import build_without_weights
 from coca_lit.weights import MODEL_KEY
+from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from helpers.running import compose
 
 PACKAGE = '''
@@ -239,6 +242,26 @@ def test_what_a_guest_derives_from_its_first_values_is_as_before(tmp_path: Path)
     images, _ = inputs(model)
     loaded = coca_lit.load_model(tmp_path / "model.safetensors")
     assert torch.equal(loaded.encode_image(images), model.encode_image(images))
+
+
+def test_what_a_guest_derives_is_as_before_with_tensors_of_open_clip() -> None:
+    """Where a tower from outside takes the place of OpenCLIP's."""
+
+    class Offset(TextTower):
+        def __init__(self, **sizes: Any) -> None:
+            super().__init__(**sizes)
+            with torch.random.fork_rng():
+                torch.manual_seed(3)
+                self.fixed = [nn.Linear(4, 4)]  # a list is no module
+
+    register_text_tower("offset")(Offset)
+    trunk = {"patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 1}
+    encoder = {"image_encoder": "vit_base_patch32_clip_224", "image_encoder_args": trunk}
+    model = create_model("coca_tiny", **encoder, tokenizer="clip", text_tower="offset")
+    state = to_open_clip(create_model("coca_tiny", **encoder, tokenizer="clip"))
+    guest, own = from_open_clip(state, text_tower="offset"), from_open_clip(state)
+    assert torch.equal(guest.text.fixed[0].weight, model.text.fixed[0].weight)
+    torch.testing.assert_close(guest.state_dict(), own.state_dict(), atol=0, rtol=0)
 
 
 def test_a_guest_whose_constructor_reads_tensors_is_loaded(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The tensors of OpenCLIP's files: those of its captioners from and to ours, and those of its CLIP.
+"""Tensors of OpenCLIP's files: of its captioners, to and from ours, and of its CLIP.
 
 The tensors of a CoCa have the names of open_clip 2.11 to 3.3. Values differ in three ways: projections are stored
 transposed there, the packed query/key/value projection of a cross-attention is two matrices here, and temperature and
@@ -12,6 +12,7 @@ tensors. Files with other towers are refused.
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from coca_lit.models.coca import CoCa
 from coca_lit.models.image import ImageEncoder
 from coca_lit.models.init import Uninitialised
 from coca_lit.models.poolers import MaskedPooling, MeanPooling, OpenClipPooling, SinglePooling
+from coca_lit.models.registry import of_guests
 from coca_lit.models.text import ClassicDecoder, TextTower
 from coca_lit.models.variants.mammut import TwoPassDecoder, TwoPassTower
 from coca_lit.models.variants.modern import ModernDecoder, ModernTextTower
@@ -179,7 +181,8 @@ def from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = 
     sizes = coca_sizes(theirs)
     if "map_viz2txt_kv" in theirs and "text.lm_head" not in theirs:  # names of the code that trained openMaMMUT
         theirs["text.lm_head"] = theirs.pop("text.text_projection")
-    model = _built(lambda: CoCa(**sizes | coca_arguments(config, sizes) | overrides), theirs)
+    guests = bool(of_guests(overrides))
+    model = _built(lambda: CoCa(**sizes | coca_arguments(config, sizes) | overrides), theirs, guests)
     _load(model, theirs, _names(model))
     return model
 
@@ -203,12 +206,13 @@ def clip_from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | No
     return model
 
 
-def _built(make: Callable[[], Model], theirs: Mapping[str, Tensor]) -> Model:
+def _built(make: Callable[[], Model], theirs: Mapping[str, Tensor], guests: bool = False) -> Model:
     try:
         without_memory(make, theirs)
     except RuntimeError as error:
         raise ValueError(f"the checkpoint is damaged: {error}") from error
-    with Uninitialised():
+    # A part from outside may derive what no file holds from its first values.
+    with nullcontext() if guests else Uninitialised():
         return make()
 
 
