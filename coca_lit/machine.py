@@ -52,13 +52,11 @@ def in_shell(words: Sequence[str]) -> str:
 
 
 def best_device() -> str:
-    """The kind of device that computes fastest here: "cuda", else Intel's "xpu", else Apple's "mps", else "cpu"."""
+    """The kind of device that computes fastest here: "cuda", else Apple's "mps", else "cpu"."""
     import torch
 
     if torch.cuda.is_available():
         return "cuda"
-    if torch.xpu.is_available():
-        return "xpu"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 

@@ -9,17 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 
 from coca_lit import machine
 from coca_lit.callbacks import SharedMachine
 from coca_lit.callbacks.progress import SHARED_AFTER
 from coca_lit.distributed import print_rank_zero
 from coca_lit.machine import best_device, in_shell, is_first_process, memory_bytes, processors, set_up_environment
-from coca_lit.training.trainer import trainer_parts
 from helpers.running import ROOT
 
 CORES = len(os.sched_getaffinity(0))
@@ -159,23 +156,12 @@ def test_a_real_control_group(controller: str, limits: dict[str, str], rest: str
 
 @pytest.mark.parametrize(
     ("there", "chosen"),
-    [((), "cpu"), (("mps",), "mps"), (("xpu", "mps"), "xpu"), (("cuda", "xpu", "mps"), "cuda")],
+    [((), "cpu"), (("mps",), "mps"), (("cuda", "mps"), "cuda")],
 )
 def test_the_fastest_device_is_chosen(monkeypatch: pytest.MonkeyPatch, there: tuple[str, ...], chosen: str) -> None:
-    for name, backend in {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}.items():
+    for name, backend in {"cuda": torch.cuda, "mps": torch.backends.mps}.items():
         monkeypatch.setattr(backend, "is_available", lambda name=name: name in there)
     assert best_device() == chosen
-
-
-def test_a_training_takes_an_intel_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of which Lightning knows nothing: it would train on the CPU, and cast for CUDA."""
-    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
-    for precision, weights in (("bf16-mixed", "bf16-mixed"), ("32-true", "32-true")):
-        trainer = L.Trainer(**trainer_parts([], [], "auto", "auto", precision))
-        assert trainer.strategy.root_device == torch.device("xpu", 0)
-        assert trainer.precision == weights
-    assert MixedPrecision in map(type, trainer_parts([], [], "xpu", "auto", "bf16-mixed")["plugins"])
-    assert trainer_parts([], [], "cpu", "auto", "bf16-mixed")["accelerator"] == "cpu"
 
 
 @pytest.mark.parametrize(("system", "told"), [("darwin", "1"), ("linux", None)])

@@ -194,7 +194,7 @@ def build_settings(cfg: DictConfig) -> "Settings":
             locate(judge)
     node = _without(cfg.scoring, *NOT_SETTINGS)
     if node.workers is None:
-        node.workers = min(4, processors()) if best_device() in ("cuda", "xpu") else 0  # macOS starts workers slowly
+        node.workers = min(4, processors()) if best_device() == "cuda" else 0  # macOS starts workers slowly
     return build(node, "scoring", output_dir=cfg.output_dir)
 
 

@@ -70,7 +70,6 @@ def best_precision(device: str) -> str:
 
     computes_bf16 = {
         "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-        "xpu": lambda: torch.xpu.is_bf16_supported(including_emulation=False),
         "mps": lambda: False,  # not measured there
         "cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False),
     }

@@ -90,7 +90,7 @@ def small_data(
         steps=given.get("trainer.max_steps"),
         tokenizer=any(key.startswith("model.net.tokenizer") for key in given),
     )
-    others = {"xpu": "an Intel GPU", "mps": "an Apple GPU", "cpu": "no GPU"}
+    others = {"mps": "an Apple GPU", "cpu": "no GPU"}
     device = torch.cuda.get_device_name() if kind == "cuda" else others[kind]
     what = f"{facts.photos:,} photos to train on, {facts.captions:,} captions; {facts.cores} cores, {device}"
     return what, [*choose(facts), *(_new(facts) if arguments is None else _finetuned(facts, arguments))]

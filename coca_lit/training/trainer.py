@@ -8,18 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, WeightAveraging
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins import MixedPrecision, TorchCheckpointIO
+from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn.utils.parametrize import is_parametrized
 
 from coca_lit.data.datamodule import CaptionDataModule
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import ConfigError, check_number, error_context, why_unreadable
-from coca_lit.machine import best_device
 from coca_lit.models import CoCa, kernels
 from coca_lit.models.kernels.process import Fp32Matmul
 from coca_lit.runs.checkpoint_io import save
@@ -52,39 +49,6 @@ class SafeCheckpointIO(TorchCheckpointIO):
         return nested(content, read_tensors(path))
 
 
-class XpuAccelerator(Accelerator):
-    """One GPU of Intel, of which Lightning knows nothing."""
-
-    def setup_device(self, device: torch.device) -> None:
-        torch.xpu.set_device(device)
-
-    def get_device_stats(self, device: Any) -> dict[str, Any]:
-        return torch.xpu.memory_stats(device)
-
-    def teardown(self) -> None:
-        torch.xpu.empty_cache()
-
-    @staticmethod
-    def parse_devices(devices: Any) -> int:
-        return 1
-
-    @staticmethod
-    def get_parallel_devices(devices: int) -> list[torch.device]:
-        return [torch.device("xpu", 0)]
-
-    @staticmethod
-    def auto_device_count() -> int:
-        return 1
-
-    @staticmethod
-    def is_available() -> bool:
-        return torch.xpu.is_available()
-
-    @staticmethod
-    def name() -> str:
-        return "xpu"
-
-
 def trainer_parts(
     callbacks: Sequence[L.Callback], loggers: Sequence[Logger], accelerator: str, strategy: Any, precision: Any
 ) -> dict[str, Any]:
@@ -101,14 +65,6 @@ def trainer_parts(
             "model does not fit one GPU"
         )
     plugins: list[Any] = [SafeCheckpointIO()]
-    kind: Any = best_device() if accelerator == "auto" else accelerator
-    if kind == "xpu":
-        kind = XpuAccelerator()
-        strategy = SingleDeviceStrategy(torch.device("xpu", 0)) if strategy == "auto" else strategy
-        full_name: Any = full_precision_name(precision)
-        if full_name.endswith("-mixed"):
-            plugins.append(MixedPrecision(full_name, "xpu"))
-            precision = None
     if under_srun() and not TorchElasticEnvironment.detect():
         # `srun --ntasks=2` sets no number per node, without which Lightning refuses to start.
         os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(launched_devices()))
@@ -118,7 +74,7 @@ def trainer_parts(
     return {
         "callbacks": kept,
         "logger": list(loggers),
-        "accelerator": kind,
+        "accelerator": accelerator,
         "precision": precision,
         "strategy": strategy,
         "plugins": plugins,
