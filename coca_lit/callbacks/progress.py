@@ -182,8 +182,7 @@ class Throughput(L.Callback):
             if share > MAX_WAIT:
                 print(
                     f"training waited for data {share:.0%} of the time (train/data_wait): raise data.num_workers up to "
-                    "the number of CPU cores, store smaller images, such as shards resized to 256 pixels, or set "
-                    "data.decode for shards of large JPEGs",
+                    "the number of CPU cores, or store smaller images, such as shards resized to 256 pixels",
                     flush=True,
                 )
 

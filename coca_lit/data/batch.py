@@ -14,7 +14,6 @@ from coca_lit.models.inputs import Images, Patches, stack_images
 from coca_lit.models.packing import to_device
 
 if TYPE_CHECKING:
-    from coca_lit.data.encoded_images import EncodedCrop, EncodedCrops
     from coca_lit.losses.distillation import Teacher
 
 
@@ -33,18 +32,12 @@ class Batch(NamedTuple):
     sources: tuple[str, ...] = ()  # (B) the source of each sample in a mixture
     prefix_lengths: Tensor | None = None  # (B,) int64, leading tokens that are not predicted: start and question
     answers: tuple[tuple[str, ...], ...] = ()  # (B) all captions of each record: the answers, or the label
-    encoded: "EncodedCrops | None" = None  # images that `to` decodes on the device; `images` then holds only the others
     teachers: "tuple[Teacher, ...]" = ()  # what each of them says of these crops and texts, fp16
 
     def to(self, device: torch.device) -> "Batch":
         """With images and tokens on the device. Lengths stay on the host, where the layout of the texts is computed:
-        to read them from a GPU, the host would wait for it. Encoded images are decoded on the device. Another pair of
-        the batch replaces one that cannot be decoded, which is listed in `bad`; raises `DataError` if none can be.
+        to read them from a GPU, the host would wait for it.
         """
-        if self.encoded is not None:
-            from coca_lit.data.encoded_images import decoded
-
-            return decoded(self, self.encoded, device).to(device)
         images = self.images
         if isinstance(images, Patches):
             images = replace(images, rows=to_device(images.rows, device))
@@ -60,14 +53,14 @@ class Batch(NamedTuple):
 class Example(NamedTuple):
     """One training pair, the input of `collate`."""
 
-    image: "Images | EncodedCrop"  # (3, H, W) uint8, (F, 3, H, W) of a clip, or `Patches`, or (S, C) fp16
+    image: Images  # (3, H, W) uint8, (F, 3, H, W) of a clip, or `Patches`, or (S, C) fp16
     tokens: list[int]  # with start and end, not padded
     key: str
     bad: tuple[BadSample, ...] = ()  # samples that this one replaces
     source: str = ""
     prefix_length: int = 1  # leading tokens that are not predicted: the start, and a question if there is one
     answers: tuple[str, ...] = ()  # all captions of the record
-    further: "tuple[Images | EncodedCrop, ...]" = ()  # images after the first one
+    further: tuple[Images, ...] = ()  # images after the first one
     teachers: "tuple[Teacher, ...]" = ()  # what each says of this crop and text, (E,) each
 
 
@@ -79,7 +72,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     if len(counts) > 1:
         raise DataError(f"samples of a batch have {counts[0]} and {counts[-1]} images: all records need equally many")
     tokens, lengths = padded([example.tokens for example in examples], pad_id)
-    images, encoded = _stack([image for example in examples for image in (example.image, *example.further)])
+    images = _stack([image for example in examples for image in (example.image, *example.further)])
     bad = tuple(found for example in examples for found in example.bad)
     sources = tuple(example.source for example in examples if example.source)
     keys, answers = [example.key for example in examples], tuple(example.answers for example in examples)
@@ -90,26 +83,21 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     for rows in zip(*(example.teachers for example in examples), strict=True):
         vectors, texts = (torch.stack(found) for found in zip(*(row[:2] for row in rows), strict=True))  # (B, E)
         teachers.append(rows[0]._replace(images=vectors, texts=texts))
-    return Batch(images, tokens, lengths, keys, bad, sources, prefix_lengths, answers, encoded, tuple(teachers))
+    return Batch(images, tokens, lengths, keys, bad, sources, prefix_lengths, answers, tuple(teachers))
 
 
-def _stack(images: "Sequence[Images | EncodedCrop]") -> "tuple[Images, EncodedCrops | None]":
-    """Pixels (B, 3, H, W) channels last, clips (B, F, 3, H, W), `Patches`, or cached features (B, S, C); and JPEGs that
-    are still encoded. A worker writes pixels and features into memory that the training process shares, which saves a
-    copy.
+def _stack(images: Sequence[Images]) -> Images:
+    """Pixels (B, 3, H, W) channels last, clips (B, F, 3, H, W), `Patches`, or cached features (B, S, C). A worker
+    writes pixels and features into memory that the training process shares, which saves a copy.
     """
-    if all(isinstance(image, Patches) for image in images):
-        return stack_images(cast(Sequence[Patches], images)), None
-    if any(not isinstance(image, Tensor) for image in images):
-        from coca_lit.data.encoded_images import stack_encoded
-
-        return stack_encoded(images)
+    if isinstance(images[0], Patches):
+        return stack_images(images)
     tensors = cast(Sequence[Tensor], images)
     if len({tensor.shape for tensor in tensors if tensor.ndim == 4} | {tensors[0].shape}) > 1:
         raise DataError("images and clips, or clips of several numbers of frames, are in one batch: train on one kind")
     if tensors[0].ndim != 3:
-        return default_collate([*tensors]), None
-    return default_collate([image.permute(1, 2, 0) for image in tensors]).permute(0, 3, 1, 2), None
+        return default_collate([*tensors])
+    return default_collate([image.permute(1, 2, 0) for image in tensors]).permute(0, 3, 1, 2)
 
 
 def padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,4 @@
-"""From the bytes of an image, which may come from strangers, to its pixels. Only `data.decode=reduced` and
-`data.decode=device` decode elsewhere, in `encoded_images.py`.
+"""From the bytes of an image, which may come from strangers, to its pixels: the only place that decodes images.
 
 Training, evaluation, curation, captions and search get the same pixels. They are upright: the orientation in EXIF is
 applied, as photos from phones need it. OpenCLIP's pipelines ignore it, so the pixels of such photos differ from theirs.

@@ -91,17 +91,14 @@ def random_box(height: int, width: int, rng: random.Random, aspect: float = 1.0)
 
 
 def resized(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
-    """The box of pixels (3, H, W) with another height and width, bicubic with antialiasing as Pillow does it.
+    """The box of pixels (3, H, W) uint8 with another height and width, bicubic with antialiasing as Pillow does it.
 
-    Cropping comes first, so that no pixel from outside the box contributes. On a GPU torch has no such filter for
-    uint8: pixels are resized as floats and rounded.
+    Cropping comes first, so that no pixel from outside the box contributes.
     """
     top, left, height, width = box
     part = pixels[None, :, top : top + height, left : left + width]  # (1, 3, height, width)
     part = part.contiguous(memory_format=torch.channels_last)  # torch has a fast path for it
-    if part.device.type == "cpu":
-        return interpolate(part, size, mode="bicubic", antialias=True)[0]
-    return interpolate(part.float(), size, mode="bicubic", antialias=True)[0].round_().clamp_(0, 255).to(part.dtype)
+    return interpolate(part, size, mode="bicubic", antialias=True)[0]
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -12,13 +11,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from coca_lit.cli.command import compose as compose_config
-from coca_lit.data import encoded_images
 from coca_lit.distributed import world_size
 from coca_lit.errors import ConfigError
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.tools.export import command as export
-from coca_lit.tools.prepare.scenes import write_shards
 from coca_lit.training.sharding import check_sharded, shard, unsharded
 from coca_lit.weights.load import load_model
 from helpers.parallel import DDP, SHARDED, SHORT, UNSCORED, saved
@@ -236,17 +233,3 @@ def test_each_rank_holds_its_part_and_scores_with_all(sharded) -> None:
 def test_wrong_set_ups_are_refused(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(tmp_path, *SHORT, *overrides)
-
-
-@pytest.mark.slow
-def test_jpegs_that_the_training_processes_decode(on_ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`data.decode=device`, from shards to weights: two processes end where one does."""
-    decode = mock.Mock(wraps=encoded_images.decode_jpeg)
-    monkeypatch.setattr(encoded_images, "decode_jpeg", decode)
-    write_shards(tmp_path / "shards", 16, 32)
-    data = ("data=laion", f"data.shards={tmp_path}/shards", "data.epoch_samples=16", "data.decode=device")
-    run(tmp_path / "one", *SHORT, *data)
-    assert [len(call.args[0]) for call in decode.call_args_list] == [1, 8, 8]  # whether it can, then two steps
-    on_ranks(2, train, tmp_path / "two", *data, *DDP)
-    expected, found = saved(tmp_path / "one"), saved(tmp_path / "two")
-    torch.testing.assert_close(found["state_dict"], expected["state_dict"], atol=2e-6, rtol=0)

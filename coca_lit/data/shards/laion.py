@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import cached_property, partial
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Unpack
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.datamodule import CaptionDataModule, LoaderArguments
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from coca_lit.data.shards.windows import Windows
 
 Patterns = str | Sequence[str]
-Decode = Literal["full", "reduced", "device"]
 AUTO_BYTES = 100 * 10**9  # of shards: what page caches and SSDs still serve in any order
 
 
@@ -54,9 +53,6 @@ class LAIONDataModule(CaptionDataModule):
         readers: logical readers of windows, each with its own shards; reduced to a divisor of `batch_size`.
         max_bad_fraction: share of broken samples, or of torn or empty shards, above which training stops.
         cache_dir, cache_gb: folder and size of the cache of remote shards, shared by the processes of a machine.
-        decode: full: workers decode whole JPEGs. reduced: workers decode large ones at 1/2, 1/4 or 1/8 of their size,
-            if the crop keeps four times the wanted pixels on each side. device: workers only read and check; the
-            device of the training decodes, crops and resizes (nvJPEG on a GPU). Images of any shape need full.
         frames: of each clip, KEY.mp4 and so on, which are then read in place of images; 0 for images.
         store_patience: seconds that an object store may be unreachable before the run stops, see
             `coca_lit.data.shards.remote.store`.
@@ -78,7 +74,6 @@ class LAIONDataModule(CaptionDataModule):
         max_bad_fraction: float = 0.05,
         cache_dir: str = "~/.cache/coca_lit/shards",
         cache_gb: float = 100,
-        decode: Decode = "full",
         frames: int = 0,
         store_patience: float = 600.0,
         teachers: str | None = None,
@@ -89,16 +84,12 @@ class LAIONDataModule(CaptionDataModule):
         if min(window, window_gb, readers, cache_gb) <= 0:
             numbers = f"{window}, {window_gb}, {readers}, {cache_gb}"
             raise ValueError(f"window, window_gb, readers and cache_gb must be above 0, not {numbers}")
-        if decode not in get_args(Decode):
-            raise ValueError(f"decode must be one of {', '.join(get_args(Decode))}, not {decode!r}")
         check_number("store_patience", store_patience, at_least=0)
         frames = whole_number("frames", frames, at_least=0)
         if epoch_samples is not None:
             epoch_samples = whole_number("epoch_samples", epoch_samples, at_least=1)
-        if frames and (decode != "full" or teachers is not None):
-            raise ValueError("clips need decode=full and no teachers: leave out frames, or these")
-        if teachers is not None and decode != "full":
-            raise ValueError(f"teachers need decode=full, not {decode!r}: crops are cut from whole images")
+        if frames and teachers is not None:
+            raise ValueError("teachers see images and no clips: leave out frames, or teachers")
         self.teachers, self.frames = teachers, frames
         BadSamples(max_bad_fraction)  # checks the number here rather than in a worker
         keys = {caption_keys: 1.0} if isinstance(caption_keys, str) else caption_keys
@@ -110,7 +101,7 @@ class LAIONDataModule(CaptionDataModule):
         self.selections = dict(selection) if isinstance(selection, Mapping) else {"": selection} if selection else {}
         if unknown := sorted(self.selections.keys() - self.patterns.keys()):
             raise ValueError(f"a selection belongs to a set of shards: got {unknown[0]!r}, not of {[*self.patterns]}")
-        self._epoch_samples, self.decode, self.max_bad_fraction = epoch_samples, decode, max_bad_fraction
+        self._epoch_samples, self.max_bad_fraction = epoch_samples, max_bad_fraction
         self.window, self.window_bytes, self.readers = window, window_gb * 1e9, math.gcd(readers, self.batch_size)
         self.commits: dict[str, str] = {}  # at which data sets on the Hub are read, by "ORG/NAME@REVISION"
         self.cache = CacheSettings(Path(cache_dir).expanduser(), int(cache_gb * 1e9), store_patience)
@@ -263,15 +254,7 @@ class LAIONDataModule(CaptionDataModule):
                 self.__dict__.pop(name, None)
 
     def training_examples(self) -> IndexedShards:
-        transform, encoded, replay = self.train_transform(), None, None
-        if self.decode != "full":
-            from coca_lit.data.encoded_images import CropOfEncoded, check_decoder
-
-            if not isinstance(transform, RandomCrop):
-                raise DataError(f"data.decode={self.decode} makes square images: take full for images of any shape")
-            if self.decode == "device" and self.trainer:
-                check_decoder(self.trainer.strategy.root_device)
-            encoded = CropOfEncoded(transform.size, self.decode)
+        transform, replay = self.train_transform(), None
         if self.teachers is not None:
             from coca_lit.data.shards.reinforced import check_reinforced, reinforced_path, replayed
 
@@ -288,7 +271,7 @@ class LAIONDataModule(CaptionDataModule):
                     )
                 check_reinforced(path, index.stamp.bytes, first=next(iter(files)))
         near, how = self.windows is not None, (self.caption_keys, self.seed, self.max_bad_fraction)
-        return IndexedShards(self.sources, transform, self.tokenizer, *how, near, encoded, replay, self.frames)
+        return IndexedShards(self.sources, transform, self.tokenizer, *how, near, replay, self.frames)
 
     def indices_from(self, epoch: int, start: int) -> ShuffledBatches:
         steps, schedule = self.steps_per_epoch, self.schedule(self.epoch_samples)

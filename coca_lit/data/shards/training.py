@@ -25,7 +25,6 @@ from coca_lit.models.inputs import Images
 from coca_lit.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from coca_lit.data.encoded_images import CropOfEncoded, EncodedCrop
     from coca_lit.losses.distillation import Teacher
 
 NEAR_TRIES = 10  # of samples of a shard in place of a bad one
@@ -45,7 +44,6 @@ class IndexedShards(TrainingExamples):
     seed: int
     max_bad_fraction: float
     near: bool = False
-    encoded: "CropOfEncoded | None" = None  # in place of `transform`, for images that are not decoded whole
     replay: "Callable[..., tuple[Tensor, tuple[Teacher, ...]]] | None" = None  # instead: crops that teachers have seen
     frames: int = 0  # of clips, which are read in place of images
 
@@ -83,10 +81,8 @@ class IndexedShards(TrainingExamples):
         caption = draw(captions, self.caption_keys, "caption", *seed)
         teachers: tuple[Teacher, ...] = ()
         try:
-            crop: Images | EncodedCrop
-            if self.encoded:
-                crop = self.encoded(image, name, rng, shard)
-            elif self.frames:
+            crop: Images
+            if self.frames:
                 from coca_lit.data.video import EncodedClip
 
                 crop = augmented(EncodedClip(image, name, self.frames), self.transform, rng, index.patches)
