@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from coca_lit.cli.runtime import best_precision
 from coca_lit.cli.schema import AUTO, read_signature, unresolved
 from coca_lit.errors import ConfigError, DataError, DataNotFoundError, error_context
+from coca_lit.extensions import where_to_get
 from coca_lit.machine import best_device, processors
 from coca_lit.runs.redaction import mask
 
@@ -73,7 +74,7 @@ def resolve_target(target: Any, path: str) -> Callable[..., Any]:
     try:
         found: Any = pkgutil.resolve_name(str(target))
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{path}: there is no '{target}' ({error})") from error
+        raise ConfigError(f"{path}: there is no '{target}' ({error}){where_to_get(str(target))}") from error
     if not callable(found) or "." not in target:
         raise ConfigError(f"{path}: '{target}' is a {type(found).__name__}, not a class or a function")
     return found

@@ -22,6 +22,7 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
@@ -29,10 +30,10 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from coca_lit import __version__
+from coca_lit import __version__, extensions
 from coca_lit.cli.schema import AUTO, MissingValueError, check, check_complete, targets, unresolved
 from coca_lit.cli.sweep import branch_of, cooldown_of, end_sweep, job_record, sweep_score
-from coca_lit.cli.words import Positional, parse
+from coca_lit.cli.words import Positional, parse, quote
 from coca_lit.errors import ConfigError, UserError, error_context, suggest
 from coca_lit.machine import is_first_process, set_up_environment
 from coca_lit.models.generation.options import check_shared
@@ -57,6 +58,7 @@ CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path
 # Keys that name a file with weights, unless it is a released model, or one that a part of the network knows.
 WEIGHTS = ("checkpoint", "interpolate_with", "init_from", "ckpt_path", "init_parts.image_encoder", "init_parts.decoder")
 NAMES = ("auto", "required", "builtin", "photos", "efficientnet_lite0", "efficientnet_lite2")
+SEARCH_PATH = "hydra.searchpath="
 _KEY = re.compile(r"(?!hydra\.)[A-Za-z_][\w-]*(\.[\w-]+)*", re.ASCII)
 
 OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
@@ -174,11 +176,31 @@ def _answered(config: str, options: argparse.Namespace, words: Sequence[str]) ->
 @contextmanager
 def _hydra(job: str = "app") -> Iterator[Any]:
     """Hydra on our configs. It reads them as UTF-8, and does not say which one is something else."""
+    _store_configs_of_projects()
     with hydra.initialize_config_dir(str(CONF), job_name=job, version_base="1.3"):
         try:
             yield GlobalHydra.instance().hydra
         except UnicodeDecodeError as error:
             raise ConfigError(f"a config is no text in UTF-8 ({error}): save it as UTF-8") from error
+
+
+@functools.cache
+def _store_configs_of_projects() -> None:
+    """Gives Hydra what our configs take from all projects: the folders of their data sets, and their evaluations."""
+    store = ConfigStore.instance()
+    store.store("roots_of_projects", extensions.declared("roots"), package="roots")
+    store.store("_usual_of_projects", {"defaults": extensions.usual_evals()}, group="evals")
+
+
+def _with_search_path(words: Sequence[str]) -> list[str]:
+    """The words, with the configs of projects on Hydra's search path behind the user's own."""
+    folders = [quote(f"file://{folder}") for folder in extensions.config_folders()]
+    others = [word for word in words if not word.startswith(SEARCH_PATH)]
+    for word in words:
+        if word.startswith(SEARCH_PATH):
+            own = word.removeprefix(SEARCH_PATH).strip().removeprefix("[").removesuffix("]")
+            folders = [own, *folders]
+    return [*others, f"{SEARCH_PATH}[{','.join(folders)}]"]
 
 
 def compose(config: str, words: Sequence[str] = (), with_hydra: bool = False) -> DictConfig:
@@ -201,7 +223,7 @@ def _overrides(config: str, words: Sequence[str]) -> list[str]:
         ConfigError: null in place of the name of an option, on which Hydra breaks off.
     """
     overrides, groups = [], options_of(config, "", words)
-    for word in words:
+    for word in _with_search_path(words):
         key, _, value = word.partition("=")
         if key in groups and value == "null":
             raise ConfigError(f"{key} must be an option or a list of options, got null: {key}=[] chooses none")
@@ -273,7 +295,9 @@ def explain(error: Exception) -> str:
         return f"'{override}' is not in Hydra's grammar; put the value in quotes: {key}='\"{value}\"'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        found = error.options or [path.stem for path in sorted((CONF / group).glob("*.yaml"))]  # of a list: none
+        folders = [CONF, *extensions.config_folders()]
+        files = [path.stem for folder in folders for path in (folder / group).glob("*.yaml")]
+        found = error.options or sorted(files)  # of a list: none
         options = [option for option in found if not option.startswith("_")]
         return f"'{group}' has no option '{option}'{suggest(option, options)} The options: {', '.join(options)}"
     if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark) is not None:
@@ -296,7 +320,8 @@ def options_of(config: str, group: str = "", words: Sequence[str] = ()) -> tuple
     """The options of a config group, such as the evaluations, or without one the groups; on the user's own search path
     too, if the words name one.
     """
-    return _options(config, group, tuple(word for word in words if word.startswith("hydra.searchpath=")))
+    search = [word for word in _with_search_path(words) if word.startswith(SEARCH_PATH)]
+    return _options(config, group, tuple(search))
 
 
 @functools.cache
@@ -320,7 +345,8 @@ def _filled_help(config: str, words: Sequence[str]) -> str:
         filled = [textwrap.fill(line, width=150, subsequent_indent="  ") for line in lines]
         template = template.replace(place, "\n".join(filled))
     # Experiments by task, a line each: the task and the first sentence are comments at the top of the file.
-    folders = [CONF, *map(Path, re.findall(r"file://([^\"',\]]+)", " ".join(words)))]
+    own_folders = re.findall(r"file://([^\"',\]]+)", " ".join(words))
+    folders = [CONF, *extensions.config_folders(), *map(Path, own_folders)]
     tasks: dict[str, list[str]] = {}
     for name in options("experiment"):
         found = [file for folder in folders if (file := folder / "experiment" / f"{name}.yaml").is_file()]
@@ -330,7 +356,20 @@ def _filled_help(config: str, words: Sequence[str]) -> str:
         task = next((line.removeprefix("Task:").strip() for line in lines if line.startswith("Task:")), "others")
         tasks.setdefault(task, []).append(f"    {name:26}{re.split(r'[.:;](?: |$)', text, maxsplit=1)[0]}")
     listed = "\n".join("\n".join([f"  {task}", *experiments]) for task, experiments in tasks.items())
-    return template.replace("$EXPERIMENTS", listed)
+    return template.replace("$EXPERIMENTS", listed) + _added_by_packages()
+
+
+def _added_by_packages() -> str:
+    """What the projects of other installed packages add, for the end of the help; nothing if there are none."""
+    lines: list[str] = []
+    for project in extensions.projects():
+        if project.is_own:
+            continue
+        lines.append(f"  {project.name} (from the package {project.distribution}): {project.about}")
+        files = sorted((project.folder / "conf").glob("*/*.yaml"))
+        shown = [f"{file.parent.name}={file.stem}" for file in files if not file.stem.startswith("_")]
+        lines.append(textwrap.fill(", ".join(shown), width=150, initial_indent="    ", subsequent_indent="    "))
+    return "\n".join(["\n\nAdded by installed packages", *lines]) if lines else ""
 
 
 def _first_example(config: str) -> str:

@@ -1,0 +1,196 @@
+"""Installed projects, ours and those of other packages, and what each of them adds.
+
+A project is a package folder named by an entry point of the group `coca_lit.projects`. Its file `project.toml` says
+what it adds. Both are read without importing the project, whose code is imported when one of its names is asked for.
+
+    about = "One sentence."        # required
+    requires = ["other_project"]   # projects whose modules it imports
+    usual_evals = ["my_score"]     # of its evals, those that evals=all takes
+    [roots]                        # folders of data sets: roots.NAME
+    vqa = "${data_dir}/vqa"
+    [presets]                      # models by name: a dictionary of them, and the names in it
+    module = "my_package.presets:PRESETS"
+    names = ["my_vit_b32"]
+    [text_towers]                  # and the other tables of `TABLES`: name = "module:object"
+    mine = "my_package.text:MyTower"
+    [commands.data]                # `coca-data teach …` calls run(["teach", …])
+    teach = { run = "my_package.command:teach", help = "what it does" }
+
+Its folder `conf/` holds config groups, which Hydra finds as if they lay among ours.
+"""
+
+import functools
+import importlib.util
+import pkgutil
+import sys
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from coca_lit.errors import ConfigError, check_names, suggest
+
+GROUP = "coca_lit.projects"
+MANIFEST = "project.toml"
+OWN = "coca_lit"  # the distribution of the nucleus, whose projects take precedence
+TABLES = {
+    "text_towers": "classes of text towers",
+    "image_encoders": "classes of image encoders",
+    "poolers": "classes of poolers",
+    "vocabularies": "lists of words, for model.net.tokenizer",
+    "inputs": "readers of files, by their ending",
+    "scenes": "functions that make built-in scenes, by their kind",
+}
+KEYS = ("about", "requires", "usual_evals", "roots", "presets", "commands", *TABLES)
+
+
+@dataclass(frozen=True)
+class Project:
+    """What is known of a project without importing it.
+
+    Attributes:
+        package: import path of its folder.
+        distribution: name of the installed package that brings it.
+        manifest: content of its `project.toml`.
+    """
+
+    name: str
+    package: str
+    folder: Path
+    distribution: str
+    manifest: Mapping[str, Any]
+
+    @property
+    def about(self) -> str:
+        return str(self.manifest["about"])
+
+    @property
+    def is_own(self) -> bool:
+        return self.distribution == OWN
+
+    def table(self, kind: str) -> dict[str, Any]:
+        """What it declares of a kind: name -> "module:object"."""
+        table = dict(self.manifest.get(kind, {}))
+        if kind == "presets":
+            return {name: table["module"] for name in table.get("names", ())}
+        return table
+
+
+@functools.cache
+def projects() -> tuple[Project, ...]:
+    """All projects that can be used, ours first. One that cannot is left out, with a sentence on standard error."""
+    found: dict[str, Project] = {}
+    entries = sorted(entry_points(group=GROUP), key=lambda entry: (_distribution(entry) != OWN, entry.name))
+    for entry in entries:
+        try:
+            project = _read(entry)
+            _check_names(project, found)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            _leave_out(entry.name, _distribution(entry), str(error))
+        else:
+            found[project.name] = project
+    for project in [*found.values()]:
+        missing = [name for name in project.manifest.get("requires", ()) if name not in found]
+        if missing:
+            _leave_out(project.name, project.distribution, f"it requires the project '{missing[0]}'")
+            del found[project.name]
+    return tuple(found.values())
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else "?"
+
+
+def _leave_out(name: str, distribution: str, reason: str) -> None:
+    print(f"note: the project '{name}' of the package '{distribution}' is left out: {reason}", file=sys.stderr)
+
+
+def _read(entry: EntryPoint) -> Project:
+    folder = _folder_of(entry.value)
+    manifest = tomllib.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    check_names(str(folder / MANIFEST), manifest, KEYS)
+    if "about" not in manifest:
+        raise ValueError(f"{folder / MANIFEST} lacks the key 'about'")
+    return Project(entry.name, entry.value, folder, _distribution(entry), manifest)
+
+
+def _folder_of(package: str) -> Path:
+    """The folder of a package, found without importing it."""
+    top, *inner = package.split(".")
+    spec = importlib.util.find_spec(top)
+    places = (spec.submodule_search_locations or ()) if spec is not None else ()
+    for place in places:
+        folder = Path(place, *inner)
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"there is no folder of the package '{package}'")
+
+
+def _check_names(project: Project, others: Mapping[str, Project]) -> None:
+    """Raises `ValueError` for a name that another project has taken already."""
+    if project.name in others:
+        raise ValueError(f"the package '{others[project.name].distribution}' has a project of the same name")
+    for other in others.values():
+        for kind in (*TABLES, "presets", "roots"):
+            twice = project.table(kind).keys() & other.table(kind).keys()
+            if twice:
+                raise ValueError(f"'{min(twice)}' of its {kind} is also the name of one of the project '{other.name}'")
+
+
+@functools.cache
+def declared(kind: str) -> dict[str, str]:
+    """What all projects declare of a kind, a table of `project.toml`: name -> "module:object"."""
+    return {name: target for project in projects() for name, target in project.table(kind).items()}
+
+
+def usual_evals() -> list[str]:
+    """The evaluations of projects that `evals=all` takes."""
+    return [name for project in projects() for name in project.manifest.get("usual_evals", ())]
+
+
+def config_folders() -> list[Path]:
+    """The folders with configs of projects."""
+    return [project.folder / "conf" for project in projects() if (project.folder / "conf").is_dir()]
+
+
+def load(target: str) -> Any:
+    """The object "module:object" of a project, imported.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    try:
+        return pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"there is no '{target}' ({error}){where_to_get(target)}") from error
+
+
+def where_to_get(target: str) -> str:
+    """The end of a sentence about an object that is missing because its project is; else nothing."""
+    module = target.partition(":")[0].removeprefix(f"{GROUP}.")
+    name = module.partition(".")[0]
+    known = [project.name for project in projects()]
+    if module == target.partition(":")[0] or name in known:
+        return ""
+    return f"; the project '{name}' is not installed{suggest(name, known)} It comes with the package {OWN}"
+
+
+def command_for(tool: str, words: Sequence[str]) -> Callable[[Sequence[str]], None] | None:
+    """The function of a project that answers these words of a tool's command, if one of them is declared by it."""
+    commands = commands_of(tool)
+    for word in words:
+        if word in commands:
+            run: Callable[[Sequence[str]], None] = load(commands[word]["run"])
+            return run
+    return None
+
+
+def commands_of(tool: str) -> dict[str, dict[str, str]]:
+    """What projects add to the command of a tool: word -> {"run": "module:function", "help": sentence}."""
+    return {
+        word: command
+        for project in projects()
+        for word, command in project.manifest.get("commands", {}).get(tool, {}).items()
+    }

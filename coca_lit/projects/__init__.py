@@ -1,0 +1,1 @@
+"""Ideas upon the nucleus and the tools, a folder each, that nothing else names: see `coca_lit.extensions`."""

@@ -1,0 +1,113 @@
+"""Projects of an installed package: found without importing it, and left out with one sentence if they are broken."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MANIFEST = """\
+about = "Counts things."
+[roots]
+things = "${data_dir}/things"
+[text_towers]
+counting = "outsider.idea.tower:Tower"
+[commands.data]
+count = { run = "outsider.idea.tower:count", help = "count things" }
+"""
+EXPERIMENT = "# @package _global_\n# Counts. More.\n# Task: counting\nseed: 7\n"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder of installed packages with one that has a project, whose import fails."""
+    package = tmp_path / "outsider" / "idea"
+    (package / "conf" / "experiment").mkdir(parents=True)
+    (package.parent / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "__init__.py").touch()
+    (package / "project.toml").write_text(MANIFEST)
+    (package / "conf" / "experiment" / "counted.yaml").write_text(EXPERIMENT)
+    add_entry(tmp_path, "outsider", "idea = outsider.idea")
+    return tmp_path
+
+
+def add_entry(site: Path, distribution: str, line: str) -> None:
+    info = site / f"{distribution}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[coca_lit.projects]\n{line}\n")
+
+
+def python(site: Path, program: str) -> subprocess.CompletedProcess[str]:
+    start = f"import sys; sys.path.insert(0, {str(site)!r})\nfrom coca_lit import extensions\n"
+    return subprocess.run([sys.executable, "-c", start + program], cwd=ROOT, capture_output=True, text=True)
+
+
+def train(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return python(
+        site, f"sys.argv = ['coca-train', *{words!r}]\nfrom coca_lit.cli import train_command\ntrain_command()"
+    )
+
+
+def test_names_are_known_without_an_import(site: Path) -> None:
+    program = "print(extensions.declared('text_towers')['counting'], 'outsider' in sys.modules)"
+    assert python(site, program).stdout == "outsider.idea.tower:Tower False\n"
+
+
+def test_configs_roots_and_help_are_found_without_an_import(site: Path) -> None:
+    done = train(site, "experiment=counted", "data_dir=/d", "--cfg", "job", "--resolve")
+    assert "seed: 7\n" in done.stdout, done.stderr
+    assert "things: /d/things\n" in done.stdout
+    listed = train(site, "--help").stdout
+    assert "  counting\n    counted                   Counts\n" in listed
+    assert listed.endswith(
+        "Added by installed packages\n  idea (from the package outsider): Counts things.\n    experiment=counted\n"
+    )
+
+
+def test_a_folder_of_the_user_is_searched_beside_those_of_projects(site: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own folder" / "experiment"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text("# @package _global_\nseed: 8\n")
+    for words in (("--config-dir", str(own.parent)), (f"hydra.searchpath=['file://{own.parent}']",)):
+        for experiment, seed in (("mine", 8), ("counted", 7)):
+            done = train(site, *words, f"experiment={experiment}", "--cfg", "job")
+            assert f"seed: {seed}\n" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("manifest", "reason"),
+    [
+        ("about = 'x'\nrots = 1", "has no argument 'rots'; did you mean 'roots'?"),
+        ("[roots]", "lacks the key 'about'"),
+        ("about =", "Invalid value"),
+        ("about = 'x'\nrequires = ['another']", "it requires the project 'another'"),
+        ("about = 'x'\n[text_towers]\ncounting = 'a:b'", "'counting' of its text_towers is also the name of one"),
+        (None, "project.toml"),
+    ],
+)
+def test_a_broken_project_costs_one_sentence(site: Path, manifest: str | None, reason: str) -> None:
+    broken = site / "broken"
+    broken.mkdir()
+    if manifest is not None:
+        (broken / "project.toml").write_text(manifest)
+    add_entry(site, "zbroken", "worse = broken")
+    done = python(site, "print(*(project.name for project in extensions.projects() if not project.is_own))")
+    assert done.stdout == "idea\n"
+    assert done.stderr.startswith("note: the project 'worse' of the package 'zbroken' is left out: ")
+    assert reason in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_is_missing_says_where_it_is_to_be_had(site: Path) -> None:
+    program = """
+for target in ("coca_lit.projects.gone.x:Y", "outsider.nothing:Y"):
+    try:
+        extensions.load(target)
+    except extensions.ConfigError as error:
+        print(error)
+"""
+    first, second = python(site, program.replace("outsider.", "absent.")).stdout.splitlines()
+    assert first.endswith("; the project 'gone' is not installed. It comes with the package coca_lit")
+    assert "package coca_lit" not in second
