@@ -1,12 +1,14 @@
 """What MkDocs is told beyond mkdocs.yml: the pages lie all over the repository, and link to files that are no pages.
 
 The Markdown files keep the links that a forge follows. Here each page becomes a page of the site at the same path, each
-file that a page links to is copied, and a link to a folder leads to its README, if it has one.
+file that a page links to is copied, and a link to a folder leads to its README, if it has one. The page of all keys is
+generated.
 """
 
 import re
 from pathlib import Path
 
+import key_reference
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -28,6 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in sorted(pages | linked):
         source = path.relative_to(ROOT).as_posix()
         files.append(File(source, str(ROOT), config.site_dir, config.use_directory_urls))
+    files.append(File.generated(config, "conf/KEYS.md", content=key_reference.reference()))
     return files
 
 

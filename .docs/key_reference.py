@@ -1,7 +1,7 @@
-"""The key reference of a training run, `conf/KEYS.md`, from the comments of `conf/train.yaml` and the docstrings of the
-constructors that a run builds.
+"""The page of the site that lists all keys of a training run, from the comments of `conf/train.yaml` and the docstrings
+of the constructors that a run builds.
 
-    python tests/docs/key_reference.py      writes the file; a test compares it
+    python .docs/key_reference.py      prints it
 """
 
 import ast
@@ -16,8 +16,6 @@ from coca_lit.cli.command import CONF, compose
 from coca_lit.cli.schema import definition, read_signature, written
 from coca_lit.models.generation.options import OPTIONS, describe
 
-ROOT = Path(__file__).resolve().parents[2]
-FILE = ROOT / "conf" / "KEYS.md"
 OBJECTS = {
     *("net", "optimizer", "tokenizer", "micro_batch_size", "texts", "output_dir", "identity", "classifier"),
     *("kwargs", "imports"),
@@ -25,9 +23,9 @@ OBJECTS = {
 INTRODUCTION = """\
 # All keys of a training run
 
-Written by `python tests/docs/key_reference.py` from the constructors; a test keeps it current. A run without
-overrides (`experiment=demo`), or with the option in the heading, has these defaults. Below `model.net` they are the
-constructor's; the preset that `model.net.name` names has its own. What to set for a task: [README.md](README.md).
+A run without overrides (`experiment=demo`), or with the option in the heading, has these defaults. Below `model.net`
+they are the constructor's; the preset that `model.net.name` names has its own. What to set for a task:
+[README.md](README.md).
 """
 
 
@@ -35,10 +33,6 @@ class Row(NamedTuple):
     key: str
     default: Any
     meaning: str
-
-
-def main() -> None:
-    FILE.write_text(reference())
 
 
 def reference() -> str:
@@ -94,7 +88,7 @@ def _rows(path: str, node: dict[str, Any]) -> list[Row]:
     return [Row(f"{path}.{name}", node.get(name, defaults[name]), meanings.get(name, "")) for name in names]
 
 
-# Read from the source, not imported: a test of documentation need not wait for PyTorch
+# Read from the source, not imported: documentation need not wait for PyTorch
 
 
 def _constructor(name: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -148,4 +142,4 @@ def _section(heading: str, rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    print(reference(), end="")
