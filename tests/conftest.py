@@ -28,16 +28,11 @@ os.environ["COCA_SPICE_JARS"] = os.devnull  # else tests would parse for minutes
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
+def _one_thread() -> None:
     """Two processes run tests side by side, and on tensors too small to share among cores."""
     import torch
 
-    from coca_lit.machine import SharedCores
-
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SharedCores, "run", lambda watch: None)  # it would never rest where a test replaces time.sleep
-        yield
 
 
 # These two are for speed alone; without them and the line above `pytest` takes a fifth longer.

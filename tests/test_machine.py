@@ -1,20 +1,14 @@
-"""Shares of a machine: control groups as files that look like theirs, a busy core as a real one."""
+"""Shares of a machine: control groups as files that look like theirs."""
 
-import errno
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
-from coca_lit import machine
-from coca_lit.callbacks import SharedMachine
-from coca_lit.callbacks.progress import SHARED_AFTER
 from coca_lit.distributed import print_rank_zero
 from coca_lit.machine import best_device, in_shell, is_first_process, memory_bytes, processors, set_up_environment
 from helpers.running import ROOT
@@ -185,122 +179,6 @@ def test_waiting_threads_sleep_unless_told_otherwise(
     set_up_environment()
     found = os.environ.pop("GOMP_SPINCOUNT", None)
     assert found == spins
-
-
-# Two threads on two cores, and another program that comes and goes: what the kernel and the clocks would say of it is
-# made up, since the cores of a test are not its own. Threads, their cores and the products are real.
-PROGRAM = """
-import contextlib, hashlib, os, time, torch
-from types import SimpleNamespace
-from coca_lit import machine
-cores, other = sorted(os.sched_getaffinity(0))[:2], [0.0]
-os.sched_setaffinity(0, cores)
-spent, looks = dict.fromkeys(cores, 0.0), [0]
-def busy():
-    looks[0] += 1  # a second in which each core of this process was busy for half of it
-    on = machine.shared_cores.cache_info().currsize and machine.shared_cores()._used or cores
-    for core in cores:
-        spent[core] += 0.5 * (core in on) + other[0] * (core == cores[0])
-    own[0] += 0.5 * len(on)
-    return dict(spent)
-own = [0.0]
-machine._busy = busy
-clocks = {"process_time": lambda: own[0], "monotonic": lambda: float(looks[0])}
-machine.time = SimpleNamespace(sleep=lambda _: time.sleep(0.1), **clocks)
-torch.set_num_threads(2)
-torch.manual_seed(0)
-x, results = torch.randn(500, 500), set()
-
-def cores_of_threads():
-    found = set()
-    for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(ProcessLookupError):  # it has ended
-            found.add(frozenset(os.sched_getaffinity(int(thread))))
-    return found
-
-def compute(until):
-    began = time.monotonic()
-    while not until() and time.monotonic() - began < 120:
-        results.add(hashlib.sha1((x @ x).softmax(0).sum().numpy().tobytes()).hexdigest())
-
-watch = machine.shared_cores()
-compute(until=lambda: looks[0] > 3)
-assert cores_of_threads() == {frozenset(cores)}
-assert not watch.crowded
-other[0] = 1.0
-compute(until=lambda: watch.crowded and cores_of_threads() == {frozenset(cores[1:])})
-assert cores_of_threads() == {frozenset(cores[1:])}, "the core without the other program"
-if not (child := os.fork()):
-    os._exit(sorted(os.sched_getaffinity(0)) != cores)
-assert os.waitpid(child, 0)[1] == 0, "a child may use all"
-other[0] = 0.0
-compute(until=lambda: not watch.crowded and cores_of_threads() == {frozenset(cores)})
-assert cores_of_threads() == {frozenset(cores)}
-assert len(results) == 1
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CORES < 2 or not Path("/proc/stat").exists(), reason="needs two cores of a Linux machine")
-def test_threads_leave_a_core_that_another_program_uses() -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    subprocess.run([sys.executable, "-c", PROGRAM], env=environment, check=True)
-
-
-@pytest.mark.parametrize("counted", [{}, {10**6: 1.0}])
-def test_a_container_that_counts_no_core_of_this_process_is_not_watched(
-    monkeypatch: pytest.MonkeyPatch, counted: dict[int, float]
-) -> None:
-    monkeypatch.setattr(machine, "_busy", lambda: counted)
-    assert machine.shared_cores.__wrapped__() is None
-
-
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc")
-def test_the_kernel_counts_what_this_process_does() -> None:
-    """Its cores are busy for at least as long as this process, whatever else runs."""
-    busy, own = machine._busy(), time.process_time()
-    while time.process_time() - own < 0.5:
-        pass
-    after = machine._busy()
-    assert sum(after[core] - busy[core] for core in os.sched_getaffinity(0)) >= 0.45  # ticks of 10 ms
-    assert set(after) >= os.sched_getaffinity(0)
-
-
-@pytest.mark.parametrize(
-    ("processes", "threads", "taken", "told"),
-    [(1, 2, 0.1, ""), (1, 2, 0.9, "them, or start with threads=1"), (2, 1, 1.2, ""), (2, 1, 1.9, "them\n")],
-)
-def test_a_shared_machine_is_said_once(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    processes: int,
-    threads: int,
-    taken: float,
-    told: str,
-) -> None:
-    """The cores of the training's other processes are not shared with others, and one thread cannot become fewer."""
-    monkeypatch.setattr("coca_lit.callbacks.progress.shared_cores", lambda: SimpleNamespace(taken=taken, cores=[0, 1]))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    callback, trainer = SharedMachine(), SimpleNamespace(is_global_zero=True, num_devices=processes)
-    module, anything = SimpleNamespace(device=torch.device("cpu")), cast("Any", None)
-    for step in range(2 * SHARED_AFTER):
-        callback.on_train_batch_end(cast("Any", trainer), cast("Any", module), anything, anything, step)
-    printed = capsys.readouterr().out
-    assert printed.count("0.9 of 2") == bool(told)
-    assert told in printed
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no such cores")
-def test_cores_that_a_container_has_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(thread: int, cores: Any) -> None:
-        raise OSError(errno.EINVAL, "Invalid argument")
-
-    monkeypatch.setattr(os, "register_at_fork", lambda **_: None)
-    watch = machine.SharedCores()
-    monkeypatch.setattr(os, "sched_setaffinity", refuse)
-    watch._pin([0])
-    watch.crowded = True
-    watch._in_child()
 
 
 # Who is the first

@@ -12,7 +12,6 @@ from coca_lit.callbacks.loggers import LogRunFacts, MetricsLog
 from coca_lit.callbacks.progress import (
     RunSummary,
     SamplesSeen,
-    SharedMachine,
     SourceCounts,
     Throughput,
     progress_bar,
@@ -32,7 +31,6 @@ __all__ = [
     "RunSummary",
     "SamplesSeen",
     "ScoreDuringTraining",
-    "SharedMachine",
     "SourceCounts",
     "StallGuard",
     "StepSeeds",

@@ -18,13 +18,11 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from coca_lit.data.batch import Batch
 from coca_lit.data.loader import TrainLoader
 from coca_lit.distributed import gather_objects, totals_over_ranks, world_size
-from coca_lit.machine import shared_cores
 from coca_lit.runs.run_folder import add_facts
 from coca_lit.training.lightning_fixes import accumulates, callbacks_of
 
 MAX_WAIT = 0.05  # share of a training that may be spent waiting for data before there is advice
 RECENT = 5  # lines from which the time left is estimated, as other programs come and go
-SHARED_AFTER, SHARED = 50, 0.3  # steps, and the cores that others use, before it is said
 
 
 class RunSummary(L.Callback):
@@ -188,31 +186,6 @@ class Throughput(L.Callback):
 
     def _restart(self) -> None:
         self._since, self._samples, self._waited = time.monotonic(), 0, 0.0
-
-
-class SharedMachine(L.Callback):
-    """Says once, after some steps on a CPU, that other programs use its cores: speed and time left depend on them."""
-
-    def __init__(self) -> None:
-        self._steps = 0  # of this process
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        self._steps += 1
-        if self._steps != SHARED_AFTER or pl_module.device.type != "cpu" or not trainer.is_global_zero:
-            return
-        if (watch := shared_cores()) is None:
-            return
-        threads = torch.get_num_threads()
-        taken = watch.taken - threads * (trainer.num_devices - 1)  # by others than the processes of this training
-        if taken > SHARED:
-            fewer = ", or start with threads=1" if threads > 1 else ""
-            print(
-                f"data workers and other programs use {taken:.1f} of {len(watch.cores)} cores: training is "
-                f"slower meanwhile; its results stay the same. Faster: end them{fewer}",
-                flush=True,
-            )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from coca_lit.errors import ConfigError
-from coca_lit.machine import best_device, processors, shared_cores
+from coca_lit.machine import best_device, processors
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +35,6 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bo
         torch.set_num_threads(threads)
     elif processors() < torch.get_num_threads():  # PyTorch does not know of a container's limit
         torch.set_num_threads(processors())
-    if best_device() == "cpu":
-        shared_cores()
     kernels.enable(fast_kernels)
     kernels.keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -55,7 +53,6 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bo
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
     warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback")  # with whole weights only
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
-    warnings.filterwarnings("ignore", message="This DataLoader will create .* worker")  # see `SharedCores`
     # Outside of an allocation a machine merely has SLURM installed.
     allocated = "SLURM_JOB_ID" in os.environ
     warnings.filterwarnings("once" if allocated else "ignore", message="The `srun` command is available on your system")
