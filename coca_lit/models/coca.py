@@ -22,8 +22,8 @@ from coca_lit.models.init import init_projection
 from coca_lit.models.inputs import FramePooling, Images, Interpolation, Preprocessing, ResizeMode, preprocessing
 from coca_lit.models.likelihood import log_likelihood
 from coca_lit.models.packing import Layout, expect_to_fit, expect_tokens, text_lengths
-from coca_lit.models.poolers import Pooler, PoolingSizes, build_pooling
-from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS
+from coca_lit.models.poolers import PoolingSizes, build_pooling
+from coca_lit.models.registry import IMAGE_ENCODERS, POOLERS, TEXT_TOWERS, build_from
 from coca_lit.models.text import ClsMask, Decoder, TextSizes, build_text_tower, expect_decoder
 from coca_lit.models.trainable import Trainable
 from coca_lit.tokenizer import CONTEXT_LENGTH, get_tokenizer
@@ -71,7 +71,8 @@ class CoCa(Trainable):
         embed_dim: width of the common space and of the image tokens.
         pooler: single, see `SinglePooling`; parallel | cascade, see `TwoPoolers`; openclip_parallel | openclip_cascade,
             see `OpenClipPooling`; masked_parallel | masked_cascade, of naflex, see `MaskedPooling`; mean | mean_all,
-            without and with the class token, see `MeanPooling`.
+            without and with the class token, see `MeanPooling`; or one registered with `register_pooler`.
+        pooler_args: further arguments of the pooler.
         pooler_queries: learned queries of the (generative) pooler.
         pooler_heads: attention heads of the poolers.
         tokenizer: "clip", "r50k" (GPT-2's byte pairs), a word list or a packed `tokenizer.json`, for `get_tokenizer`;
@@ -103,7 +104,8 @@ class CoCa(Trainable):
         image_encoder_args: dict[str, Any] | None = None,
         image_size: int = 224,
         embed_dim: int = 512,
-        pooler: Pooler = "single",
+        pooler: str = "single",
+        pooler_args: dict[str, Any] | None = None,
         pooler_queries: int = 256,
         pooler_heads: int = 8,
         tokenizer: str | Sequence[str] | Mapping[str, str] = "clip",
@@ -131,7 +133,8 @@ class CoCa(Trainable):
             "image_encoder_args": dict(image_encoder_args or {}),
             "image_size": image_size,
             "embed_dim": embed_dim,
-            "pooler": pooler,
+            "pooler": POOLERS.spec(pooler),
+            "pooler_args": pooler_args,
             "pooler_queries": pooler_queries,
             "pooler_heads": pooler_heads,
             "tokenizer": tokenizer,
@@ -159,7 +162,7 @@ class CoCa(Trainable):
         pooled = PoolingSizes(
             self.image_encoder, embed_dim, pooler_queries, pooler_heads, text_width, captions=decoder_layers > 0
         )
-        self.pooling = build_pooling(pooler, pooled)
+        self.pooling = build_pooling(pooler, pooled, **(pooler_args or {}))
         self.pooling.frame_pooling = frame_pooling
         if frame_positions:
             self.pooling.frame_positions = nn.Parameter(torch.empty(frame_positions, 1, self.image_encoder.width))
@@ -173,8 +176,8 @@ class CoCa(Trainable):
         self.text.pad_id = self.tokenizer.pad_id
         self.decoder: Decoder | None = None
         if decoder_layers:
-            width = self.pooling.token_width
-            self.decoder = self.text.make_decoder(sizes, width, decoder_layers, **(decoder_args or {}))
+            given = {"sizes": sizes, "image_width": self.pooling.token_width, "layers": decoder_layers}
+            self.decoder = build_from(self.text.make_decoder, "decoder_args", given, decoder_args or {})
         if tied_embeddings and self.decoder is not None:
             self.decoder.vocabulary.weight = self.text.token_embedding.weight
         # One dimension, not zero: sharding engines split along the first.
@@ -356,7 +359,7 @@ class CoCa(Trainable):
 
 def _check(config: Mapping[str, Any]) -> None:
     """Raises `ValueError` for arguments of `CoCa` that cannot work, or that a checkpoint could not store."""
-    for name in ("image_encoder_args", "text_tower_args", "decoder_args"):
+    for name in ("image_encoder_args", "pooler_args", "text_tower_args", "decoder_args"):
         try:
             json.dumps(config[name])
         except TypeError as error:

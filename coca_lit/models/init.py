@@ -47,8 +47,8 @@ def init_blocks(blocks: Iterable[nn.Module], depth: int) -> None:
         branch_std = width**-0.5 * (2 * depth) ** -0.5
         init_attention(block.attention, branch_std)
         if block.mlp is not None:
-            _init_linear(block.mlp[0], (2 * width) ** -0.5)
-            _init_linear(block.mlp[2], branch_std)
+            _init_linear(block.mlp.first, (2 * width) ** -0.5)
+            _init_linear(block.mlp.last, branch_std)
         for norm in (m for m in block.children() if isinstance(m, nn.LayerNorm)):
             norm.reset_parameters()
 

@@ -95,12 +95,30 @@ class CrossAttention(nn.Module):
 
 
 class MLP(nn.Sequential):
-    def __init__(self, width: int, activation: type[nn.Module] = nn.GELU) -> None:
-        super().__init__(kernels.Linear(width, 4 * width), activation(), kernels.Linear(4 * width, width))
+    """Two linear layers.
+
+    Args:
+        hidden: the width between them.
+    """
+
+    def __init__(self, width: int, hidden: int, activation: type[nn.Module] = nn.GELU) -> None:
+        super().__init__(kernels.Linear(width, hidden), activation(), kernels.Linear(hidden, width))
+
+    @property
+    def first(self) -> nn.Module:
+        return self[0]
+
+    @property
+    def last(self) -> nn.Module:
+        return self[2]
 
 
 class SelfBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)) unless `has_mlp` is off."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        mlp_width: hidden width of the MLP; None for four times the width, 0 for a block without MLP.
+    """
 
     def __init__(
         self,
@@ -108,13 +126,14 @@ class SelfBlock(nn.Module):
         heads: int,
         dropout: float = 0.0,
         activation: type[nn.Module] = nn.GELU,
-        has_mlp: bool = True,
+        mlp_width: int | None = None,
     ) -> None:
         super().__init__()
+        hidden = 4 * width if mlp_width is None else mlp_width
         self.norm_1 = nn.LayerNorm(width)
         self.attention = SelfAttention(width, heads)
-        self.norm_2 = nn.LayerNorm(width) if has_mlp else None
-        self.mlp = MLP(width, activation=activation) if has_mlp else None
+        self.norm_2 = nn.LayerNorm(width) if hidden else None
+        self.mlp = MLP(width, hidden, activation) if hidden else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -131,15 +150,20 @@ class CrossBlock(nn.Module):
 
     All blocks look at the same tokens, so these arrive with mean 0 and variance 1 already (`normalize_once`): one
     tensor for all blocks instead of one that each block's backward pass would have to keep.
+
+    Args:
+        mlp_width: hidden width of the MLP; None for four times the width.
     """
 
-    def __init__(self, width: int, context_width: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, width: int, context_width: int, heads: int, dropout: float = 0.0, mlp_width: int | None = None
+    ) -> None:
         super().__init__()
         self.norm_1 = nn.LayerNorm(width)
         self.norm_context = nn.LayerNorm(context_width)
         self.attention = CrossAttention(width, context_width, heads)
         self.norm_2 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, 4 * width if mlp_width is None else mlp_width)
         self.dropout = nn.Dropout(dropout)
 
     def keys_values(self, normed: Tensor) -> KeysValues:

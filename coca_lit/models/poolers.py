@@ -1,32 +1,20 @@
 """Poolers: from the tokens of an image to one contrastive vector, and to the tokens that the decoder attends to.
 
-Another one is a subclass of `Pooling`, its name in `Pooler` and a line in `POOLERS`. To read and write it in OpenCLIP's
-files, `coca_lit.weights.open_clip` needs the names of its tensors and its keys of their config.
+Another one is a subclass of `Pooling` under a name of its own, see `register_pooler`.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from coca_lit.errors import DataError, check_choice
+from coca_lit.errors import DataError
 from coca_lit.models.image import ImageEncoder
 from coca_lit.models.init import init_attention, init_projection
 from coca_lit.models.inputs import EncodedFrames, EncodedPatches, FramePooling, joined
 from coca_lit.models.layers import CrossAttention, KeysValues
-
-Pooler = Literal[
-    "single",
-    "parallel",
-    "cascade",
-    "openclip_parallel",
-    "openclip_cascade",
-    "masked_parallel",
-    "masked_cascade",
-    "mean",
-    "mean_all",
-]
+from coca_lit.models.registry import POOLERS
 
 
 class PoolingSizes(NamedTuple):
@@ -84,8 +72,8 @@ class AttentionalPooler(nn.Module):
 class Pooling(nn.Module, ABC):
     """Image tokens -> one contrastive vector and the tokens that the decoder attends to.
 
-    Args:
-        name: one of `Pooler`.
+    A pooler of another kind is a subclass of this, registered with `register_pooler`. Its constructor takes `sizes`
+    and what `pooler_args` may hold.
 
     Attributes:
         vector_width, token_width: of the contrastive vector and of the decoder's tokens.
@@ -104,7 +92,7 @@ class Pooling(nn.Module, ABC):
     frame_pooling: FramePooling = "tokens"
     frame_positions: nn.Parameter | None
 
-    def __init__(self, name: str, sizes: PoolingSizes) -> None:
+    def __init__(self, sizes: PoolingSizes) -> None:
         super().__init__()
         self.register_parameter("frame_positions", None)
 
@@ -155,8 +143,8 @@ class Pooling(nn.Module, ABC):
 class SinglePooling(Pooling):
     """One pooler; query 0 is the contrastive vector, the others are the decoder's tokens (OpenCLIP: 255 of 256)."""
 
-    def __init__(self, name: str, sizes: PoolingSizes) -> None:
-        super().__init__(name, sizes)
+    def __init__(self, sizes: PoolingSizes) -> None:
+        super().__init__(sizes)
         if sizes.captions and sizes.queries < 2:
             raise ValueError(
                 "pooler_queries must be at least 2 for the single pooler: the first is the contrastive vector"
@@ -184,11 +172,12 @@ class TwoPoolers(Pooling):
     contrastive one does so too (parallel), or attends to what the generative one returns (cascade).
     """
 
-    def __init__(self, name: str, sizes: PoolingSizes) -> None:
-        super().__init__(name, sizes)
+    parallel: ClassVar[bool]
+
+    def __init__(self, sizes: PoolingSizes) -> None:
+        super().__init__(sizes)
         image_width, width, queries, heads = sizes.encoder.width, sizes.width, sizes.queries, sizes.heads
         self.vector_width = self.token_width = width
-        self.parallel = name.endswith("parallel")
         self.norm = nn.Identity() if self.projected else nn.LayerNorm(image_width)
         self.generative = AttentionalPooler(image_width, width, queries, heads, self.projected)
         self.contrastive = AttentionalPooler(image_width if self.parallel else width, width, 1, heads, self.projected)
@@ -223,6 +212,14 @@ class TwoPoolers(Pooling):
         return self.norm(rows), mask
 
 
+class ParallelPooling(TwoPoolers):
+    parallel = True
+
+
+class CascadePooling(TwoPoolers):
+    parallel = False
+
+
 class OpenClipPooling(TwoPoolers):
     """The two poolers of OpenCLIP 4: the image tokens are normed once, and nothing follows either pooler, neither norm
     nor projection. Padding is never looked at.
@@ -252,6 +249,14 @@ class OpenClipPooling(TwoPoolers):
                 norm.reset_parameters()
 
 
+class OpenClipParallelPooling(OpenClipPooling):
+    parallel = True
+
+
+class OpenClipCascadePooling(OpenClipPooling):
+    parallel = False
+
+
 class MaskedPooling(OpenClipPooling):
     """The same for images of any shape. In OpenCLIP these poolers are siblings of timm's encoder, not parts of it, and
     their queries start smaller.
@@ -265,15 +270,25 @@ class MaskedPooling(OpenClipPooling):
             nn.init.normal_(pooler.query, std=pooler.query.shape[1] ** -0.5)
 
 
+class MaskedParallelPooling(MaskedPooling):
+    parallel = True
+
+
+class MaskedCascadePooling(MaskedPooling):
+    parallel = False
+
+
 class MeanPooling(Pooling):
     """MaMMUT's: the contrastive vector is the normed mean of the image tokens; the decoder attends to all of them,
-    brought to its width. Both leave out a class token (mean), or neither does (mean_all).
+    brought to its width. Both leave out a class token.
     """
 
-    def __init__(self, name: str, sizes: PoolingSizes) -> None:
-        super().__init__(name, sizes)
+    class_token: ClassVar[bool] = False
+
+    def __init__(self, sizes: PoolingSizes) -> None:
+        super().__init__(sizes)
         self.vector_width, self.token_width = sizes.encoder.width, sizes.text_width
-        self.left_out = sizes.encoder.prefix_tokens if name == "mean" else 0
+        self.left_out = 0 if self.class_token else sizes.encoder.prefix_tokens
         self.norm = nn.LayerNorm(self.vector_width)
         self.to_text = nn.Linear(self.vector_width, self.token_width, bias=False)
 
@@ -298,25 +313,18 @@ class MeanPooling(Pooling):
         return torch.eye(tokens.shape[1], device=tokens.device)[self.left_out :].expand(len(tokens), -1, -1)
 
 
-POOLERS: dict[Pooler, type[Pooling]] = {
-    "single": SinglePooling,
-    "parallel": TwoPoolers,
-    "cascade": TwoPoolers,
-    "openclip_parallel": OpenClipPooling,
-    "openclip_cascade": OpenClipPooling,
-    "masked_parallel": MaskedPooling,
-    "masked_cascade": MaskedPooling,
-    "mean": MeanPooling,
-    "mean_all": MeanPooling,
-}
+class MeanPoolingWithClassToken(MeanPooling):
+    """The same of all tokens, the class token included."""
+
+    class_token = True
 
 
-def build_pooling(name: Pooler, sizes: PoolingSizes) -> Pooling:
+def build_pooling(name: str, sizes: PoolingSizes, **arguments: Any) -> Pooling:
     """The pooling of this name; raises `ValueError` if there is none, or if it does not go with the image encoder."""
-    check_choice("pooler", name, [*POOLERS])
-    kind, encoder = POOLERS[name], sizes.encoder
-    if encoder.takes_patches != kind.takes_patches:
+    pooling = cast(Pooling, POOLERS.build(name, {"sizes": sizes}, arguments))
+    if sizes.encoder.takes_patches != pooling.takes_patches:
         raise ValueError(
-            f"poolers masked_parallel and masked_cascade belong to naflex, got {name} with {type(encoder).__name__}"
+            f"poolers masked_parallel and masked_cascade belong to naflex, got {name} with"
+            f" {type(sizes.encoder).__name__}"
         )
-    return kind(name, sizes)
+    return pooling

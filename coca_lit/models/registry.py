@@ -1,4 +1,5 @@
-"""Image encoders and text towers by name: the package's own, imported on demand, and registered ones from outside.
+"""Image encoders, poolers and text towers by name: the package's own, imported on demand, and registered ones from
+outside.
 
 A checkpoint stores the name of a registered part together with the module that registered it ("module:name"), as data:
 reading a checkpoint never imports that module. Import it first, or pass `imports=["module"]` to what reads or builds
@@ -9,15 +10,17 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from coca_lit.errors import check_names
+from coca_lit.errors import check_names, suggest
 
 Factory = Callable[..., nn.Module]
+Part = TypeVar("Part", bound=nn.Module)
 # Beginnings of what timm's constructors take besides an architecture: where weights are read from, and wrappers.
 READS_WEIGHTS = (
     *("pretrained", "checkpoint", "cache_dir", "url", "file", "hf_hub", "state_dict", "source", "custom_load"),
@@ -34,12 +37,14 @@ class Registry:
 
     Args:
         kind: what the factories make, for messages.
-        own: where the factories of this package are, "module:class", by name.
+        own: where CoCa's own factories are, "module:class", by name. Checkpoints store their names alone.
+        declared: where further ones are that are imported when they are asked for.
     """
 
-    def __init__(self, kind: str, **own: str) -> None:
+    def __init__(self, kind: str, own: Mapping[str, str], declared: Mapping[str, str]) -> None:
         self.kind = kind
         self._own = own
+        self._declared = declared
         self._factories: dict[str, Factory] = {}
         self._registrars: dict[str, str] = {}  # the modules that registered them
 
@@ -68,8 +73,10 @@ class Registry:
         or out of a notebook.
         """
         module, _, name = spec.rpartition(":")
-        if name in self._own and name not in self._factories:
-            self._factories[name] = pkgutil.resolve_name(self._own[name])
+        if name not in self._factories:
+            place = self._own.get(name) or self._declared.get(name)
+            if place is not None:
+                self._factories[name] = pkgutil.resolve_name(place)
         factory = self._factories.get(name)
         if factory is not None and module not in ("", "__main__"):
             places = {_package(factory.__module__), _package(self._registrar(name, factory))}
@@ -82,15 +89,21 @@ class Registry:
 
     def is_guest(self, spec: str) -> bool:
         """Whether it is registered from outside this package."""
-        return spec in self and spec.rpartition(":")[2] not in self._own
+        factory = self.get(spec)
+        if factory is None:
+            return False
+        return _package(self._registrar(spec.rpartition(":")[2], factory)) != _package(__name__)
 
     def __contains__(self, spec: str) -> bool:
         return self.get(spec) is not None
 
     def spec(self, spec: str) -> str:
         """A registered name in the form that checkpoints store, "module:name"; other names unchanged."""
-        factory, name = self.get(spec), spec.rpartition(":")[2]
-        return spec if factory is None else f"{self._registrar(name, factory)}:{name}"
+        factory = self.get(spec)
+        name = spec.rpartition(":")[2]
+        if factory is None or name in self._own:
+            return spec
+        return f"{self._registrar(name, factory)}:{name}"
 
     def build(
         self, spec: str, ours: Mapping[str, Any], given: Mapping[str, Any], known: Iterable[str] = ()
@@ -104,20 +117,46 @@ class Registry:
 
         Raises:
             ValueError: there is no such factory; the message says which module registered it, or suggests a name. Or
-                it does not take a given argument; the message suggests one.
+                it does not take a given argument, or needs another one, see `build_from`.
         """
-        if (factory := self.get(spec)) is not None:
-            parameters = inspect.signature(factory).parameters.values()
-            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-                names = [parameter.name for parameter in parameters if parameter.name not in ours]
-                check_names(f"{self.kind.replace(' ', '_')}_args", given, names)
-            return factory(**ours, **given)
+        factory = self.get(spec)
+        if factory is not None:
+            return build_from(factory, f"{self.kind.replace(' ', '_')}_args", ours, given)
         module, _, name = spec.rpartition(":")
         if module:
             raise ValueError(f"the {self.kind} '{name}' is registered by '{module}': pass imports=['{module}']")
-        names = list(dict.fromkeys([*self._own, *self._factories, *known]))
+        names = list(dict.fromkeys([*self._own, *self._declared, *self._factories, *known]))
         close = difflib.get_close_matches(name, names, n=5) or names[:5]
         raise ValueError(f"there is no {self.kind} '{name}'; similar names: {', '.join(close)}")
+
+
+def build_from(factory: Callable[..., Part], key: str, ours: Mapping[str, Any], given: Mapping[str, Any]) -> Part:
+    """What a class or function makes of its arguments.
+
+    Args:
+        key: what the user calls the given arguments, such as "decoder_args".
+        ours: the arguments that every factory of its kind gets.
+        given: those that the user chose.
+
+    Raises:
+        ValueError: it does not take a given argument, and the message suggests one; or it needs one that is not given.
+    """
+    parameters = inspect.signature(factory).parameters.values()
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in ours]
+    names = [parameter.name for parameter in named]
+    if not takes_any:
+        check_names(key, given, names)
+    for parameter in named:
+        if parameter.default is parameter.empty and parameter.name not in given:
+            raise ValueError(f"{key} lacks '{parameter.name}', without which it cannot be built")
+    try:
+        return factory(**ours, **given)
+    except TypeError as error:  # of a base class, to which it hands on what it does not know
+        refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if refused is None or refused[1] not in given:
+            raise
+        raise ValueError(f"{key} has no argument '{refused[1]}'{suggest(refused[1], names)}") from error
 
 
 def _origin(factory: Factory) -> tuple[str, str]:
@@ -145,14 +184,33 @@ def import_modules(modules: Iterable[str]) -> None:
             raise ValueError(f"imports: there is no module '{module}'; is its package installed?") from error
 
 
-IMAGE_ENCODERS = Registry("image encoder", naflex="coca_lit.models.variants.naflex:NaFlexEncoder")
+IMAGE_ENCODERS = Registry("image encoder", {}, {"naflex": "coca_lit.models.variants.naflex:NaFlexEncoder"})
+POOLERS = Registry(
+    "pooler",
+    {
+        "single": "coca_lit.models.poolers:SinglePooling",
+        "parallel": "coca_lit.models.poolers:ParallelPooling",
+        "cascade": "coca_lit.models.poolers:CascadePooling",
+        "openclip_parallel": "coca_lit.models.poolers:OpenClipParallelPooling",
+        "openclip_cascade": "coca_lit.models.poolers:OpenClipCascadePooling",
+        "masked_parallel": "coca_lit.models.poolers:MaskedParallelPooling",
+        "masked_cascade": "coca_lit.models.poolers:MaskedCascadePooling",
+        "mean": "coca_lit.models.poolers:MeanPooling",
+        "mean_all": "coca_lit.models.poolers:MeanPoolingWithClassToken",
+    },
+    {},
+)
 TEXT_TOWERS = Registry(
     "text tower",
-    modern="coca_lit.models.variants.modern:ModernTextTower",
-    two_pass="coca_lit.models.variants.mammut:TwoPassTower",
-    two_pass_with_pads="coca_lit.models.variants.mammut:TwoPassTowerWithPads",
+    {},
+    {
+        "modern": "coca_lit.models.variants.modern:ModernTextTower",
+        "two_pass": "coca_lit.models.variants.mammut:TwoPassTower",
+        "two_pass_with_pads": "coca_lit.models.variants.mammut:TwoPassTowerWithPads",
+    },
 )
 register_image_encoder = IMAGE_ENCODERS.register
+register_pooler = POOLERS.register
 register_text_tower = TEXT_TOWERS.register
 
 
@@ -173,7 +231,11 @@ def check_architecture(name: str, arguments: Mapping[str, Any]) -> None:
 
 def of_guests(arguments: Mapping[str, Any]) -> list[str]:
     """The arguments that go to parts from outside, which alone know what they mean."""
-    guests = ["image_encoder_args"] if IMAGE_ENCODERS.is_guest(arguments.get("image_encoder", "")) else []
+    guests = []
+    if IMAGE_ENCODERS.is_guest(arguments.get("image_encoder", "")):
+        guests.append("image_encoder_args")
+    if POOLERS.is_guest(arguments.get("pooler", "")):
+        guests.append("pooler_args")
     if TEXT_TOWERS.is_guest(arguments.get("text_tower") or ""):
         guests += ["text_tower_args", "decoder_args"]
     return guests

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_lit.errors import check_names, check_number
+from coca_lit.errors import check_number
 from coca_lit.models import kernels
 from coca_lit.models.init import init_blocks, init_projection
 from coca_lit.models.layers import CrossBlock, KeysValues, SelfBlock, by_image, normalize_once
 from coca_lit.models.packing import Cache, Layout, to_device
-from coca_lit.models.registry import TEXT_TOWERS
+from coca_lit.models.registry import TEXT_TOWERS, build_from
 from coca_lit.models.trainable import GradCheckpointing, run
 
 ClsMask = Literal["correct", "legacy"]
@@ -45,7 +45,8 @@ class TextSizes:
 class Tower(nn.Module, ABC):
     """Token ids -> a state per token for the decoder, and a text feature.
 
-    A text tower of another kind, see `register_text_tower`, is a subclass of this or of `TextTower`.
+    A text tower of another kind, see `register_text_tower`, is a subclass of this or of `TextTower`. It brings its
+    decoder, see `make_decoder`.
 
     Attributes:
         blocks: its transformer blocks.
@@ -66,7 +67,13 @@ class Tower(nn.Module, ABC):
 
     @abstractmethod
     def make_decoder(self, sizes: TextSizes, image_width: int, layers: int, **arguments: Any) -> "Decoder":
-        """The decoder that reads the states of this tower, and image tokens of the given width."""
+        """The decoder that reads the states of this tower, and image tokens of the given width. A tower with a decoder
+        of its own overrides this method: it goes with the name of the tower.
+
+        Args:
+            layers: of the decoder.
+            arguments: the user's `decoder_args`; `build_from` checks them against the signature of a class.
+        """
 
     @abstractmethod
     def init_parameters(self) -> None:
@@ -149,8 +156,8 @@ class TextTower(Tower):
         init_blocks(self.blocks, depth=len(self.blocks))
 
     def make_decoder(self, sizes: TextSizes, image_width: int, layers: int, **arguments: Any) -> "ClassicDecoder":
-        check_names("decoder_args", arguments, ["init_depth"])
-        return ClassicDecoder(sizes, image_width, layers, **arguments)
+        given = {"sizes": sizes, "image_width": image_width, "layers": layers}
+        return build_from(ClassicDecoder, "decoder_args", given, arguments)
 
     def forward(
         self,

@@ -15,12 +15,13 @@ from coca_lit.errors import check_number
 from coca_lit.models.clip import CLIP, DualEncoder
 from coca_lit.models.coca import CoCa
 from coca_lit.models.image import CLIP_NORMALISATION
+from coca_lit.models.registry import POOLERS
 from coca_lit.tokenizer import is_same
 from coca_lit.weights.intact import digest
 
 # Arguments of `CoCa` whose values its tensors do not show.
 ARGUMENTS = (
-    *("cls_mask", "pooler", "pooler_heads", "text_heads", "interpolation", "resize_mode"),
+    *("cls_mask", "pooler", "pooler_args", "pooler_heads", "text_heads", "interpolation", "resize_mode"),
     *("image_encoder", "image_encoder_args", "text_tower", "text_tower_args", "decoder_args"),
 )
 CHOSEN = ("context_length", "frame_pooling")  # which may be chosen: `start` fits the position embeddings
@@ -169,6 +170,8 @@ def merge(given: Mapping[str, Any], preset: Mapping[str, Any], theirs: Mapping[s
             found[name] = {**value, **own}
         elif name not in chosen:
             found[name] = value
+        elif name == "pooler":
+            _check_equal(name, POOLERS.spec(chosen[name]), value, where)
         elif name not in ("image_encoder", "text_tower", *CHOSEN):
             _check_equal(name, chosen[name], value, where)
     return found

@@ -1,4 +1,4 @@
-"""Image encoders and text towers from a package that is not ours."""
+"""Image encoders, poolers and text towers from a package that is not ours."""
 
 import sys
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ import coca_lit
 from coca_lit.errors import ConfigError
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model, register_image_encoder, register_text_tower
-from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS, import_modules
-from coca_lit.models.text import TextTower
+from coca_lit.models.registry import IMAGE_ENCODERS, POOLERS, TEXT_TOWERS, build_from, import_modules
+from coca_lit.models.text import ClassicDecoder, TextSizes, TextTower
 from coca_lit.tools.plan.command import build_without_weights
 from coca_lit.weights import MODEL_KEY
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
@@ -26,7 +26,8 @@ PACKAGE = '''
 import torch
 from torch import nn
 
-from coca_lit.models import register_image_encoder, register_text_tower
+from coca_lit.models import register_image_encoder, register_pooler, register_text_tower
+from coca_lit.models.poolers import Pooling
 from coca_lit.models.text import TextTower
 
 
@@ -46,6 +47,30 @@ class Patches(nn.Module):
         return self.norm(self.project(images))
 
 
+@register_pooler("strongest")
+class Strongest(Pooling):
+    """The largest value of each channel, and all tokens scaled."""
+
+    def __init__(self, sizes, scale=1.0):
+        super().__init__(sizes)
+        self.vector_width = self.token_width = sizes.encoder.width
+        self.scale = scale
+        self.norm = nn.LayerNorm(self.vector_width)
+
+    def parts_of_loss(self, loss):
+        return ["norm"] if loss == "contrastive" else []
+
+    def init_parameters(self):
+        self.norm.reset_parameters()
+
+    def pool(self, tokens, contrastive, captioning):
+        vector = self.norm(tokens.amax(dim=1)) if contrastive else None
+        return vector, (self.scale * tokens if captioning else None)
+
+    def attention(self, tokens):
+        return torch.eye(tokens.shape[1]).expand(len(tokens), -1, -1)
+
+
 @register_text_tower("shifted")
 def shifted(shift=1.0, **sizes):
     class Shifted(TextTower):
@@ -57,6 +82,8 @@ def shifted(shift=1.0, **sizes):
 GUESTS = {
     "image_encoder": "patches",
     "image_encoder_args": {"size": 4},
+    "pooler": "strongest",
+    "pooler_args": {"scale": 0.5},
     "text_tower": "shifted",
     "text_tower_args": {"shift": 0.5},
 }
@@ -64,7 +91,7 @@ GUESTS = {
 
 @pytest.fixture(autouse=True)
 def forget_guests() -> Iterator[None]:
-    built_in = [(registry, dict(registry._factories)) for registry in (IMAGE_ENCODERS, TEXT_TOWERS)]
+    built_in = [(registry, dict(registry._factories)) for registry in (IMAGE_ENCODERS, POOLERS, TEXT_TOWERS)]
     yield
     sys.modules.pop("their_package", None)
     for registry, factories in built_in:
@@ -106,7 +133,11 @@ def test_guests_train_and_write() -> None:
 def test_a_file_stores_names_and_plain_arguments(tmp_path: Path) -> None:
     model = guest().eval()
     stored = {key: model.config[key] for key in GUESTS}
-    assert stored == GUESTS | {"image_encoder": "their_package:patches", "text_tower": "their_package:shifted"}
+    assert stored == GUESTS | {
+        "image_encoder": "their_package:patches",
+        "pooler": "their_package:strongest",
+        "text_tower": "their_package:shifted",
+    }
     coca_lit.save_model(model, tmp_path / "model.safetensors")
     again = coca_lit.load_model(tmp_path / "model.safetensors")
     images, tokens = inputs(model)
@@ -292,8 +323,8 @@ def test_reading_a_file_imports_nothing_by_itself(tmp_path: Path, kind: str) -> 
     else:
         coca_lit.save_model(model, path)
     del sys.modules["their_package"]
-    IMAGE_ENCODERS._factories.clear()
-    TEXT_TOWERS._factories.clear()
+    for registry in (IMAGE_ENCODERS, POOLERS, TEXT_TOWERS):
+        registry._factories.clear()
     with pytest.raises(ValueError, match=r"'patches'.*imports=\['their_package'\]"):
         coca_lit.load_model(path)
     assert "their_package" not in sys.modules
@@ -317,3 +348,43 @@ def test_errors() -> None:
         create_model("coca_tiny", text_tower="lstm")
     with pytest.raises(ValueError, match=r"imports.*'not_there'"):
         create_model("coca_tiny", imports=["not_there"])
+
+
+def test_a_file_names_the_package_of_a_pooler(tmp_path: Path) -> None:
+    """The pooler alone is from outside."""
+    model = create_model("coca_tiny", imports=["their_package"], pooler="strongest").eval()
+    coca_lit.save_model(model, tmp_path / "model.safetensors")
+    POOLERS._factories.clear()
+    with pytest.raises(ValueError, match=r"'strongest'.*imports=\['their_package'\]"):
+        coca_lit.load_model(tmp_path / "model.safetensors")
+
+
+def test_arguments_of_poolers_and_decoders() -> None:
+    """A wrong one is named as it is typed; so is one that is missing."""
+    import_modules(["their_package"])
+
+    class Thinned(ClassicDecoder):
+        def __init__(self, keep: float = 1.0, **others: Any) -> None:
+            super().__init__(**others)
+
+    @register_text_tower("thinned")
+    class ThinnedTower(TextTower):
+        def __init__(self, sizes: TextSizes, rate: float) -> None:
+            super().__init__(sizes)
+
+        def make_decoder(self, sizes: TextSizes, image_width: int, layers: int, **arguments: Any) -> Thinned:
+            given = {"sizes": sizes, "image_width": image_width, "layers": layers}
+            return build_from(Thinned, "decoder_args", given, arguments)
+
+    tower = {"text_tower": "thinned", "text_tower_args": {"rate": 0.5}}
+    assert isinstance(create_model("coca_tiny", **tower, decoder_args={"keep": 0.5}).decoder, Thinned)
+    with pytest.raises(ValueError, match=r"decoder_args.*'kep'.*'keep'"):
+        create_model("coca_tiny", **tower, decoder_args={"kep": 0.5})
+    with pytest.raises(ValueError, match=r"text_tower_args.*'rate'"):
+        create_model("coca_tiny", text_tower="thinned")
+    with pytest.raises(ValueError, match=r"pooler_args.*'scal'.*'scale'"):
+        create_model("coca_tiny", pooler="strongest", pooler_args={"scal": 0.5})
+    with pytest.raises(ValueError, match=r"pooler_args.*'scale'"):
+        create_model("coca_tiny", pooler="single", pooler_args={"scale": 0.5})
+    with pytest.raises(ValueError, match=r"'strongst'.*strongest"):
+        create_model("coca_tiny", pooler="strongst")

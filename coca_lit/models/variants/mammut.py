@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_lit.errors import check_names, check_number
+from coca_lit.errors import check_number
 from coca_lit.models import kernels
 from coca_lit.models.init import init_blocks, init_projection
 from coca_lit.models.layers import CrossBlock, KeysValues, SelfBlock
 from coca_lit.models.packing import Cache, Layout, to_device
+from coca_lit.models.registry import build_from
 from coca_lit.models.text import CrossDecoder, TextSizes, Tower
 from coca_lit.models.trainable import run
 
@@ -47,7 +48,7 @@ class TwoPassTower(Tower):
             )
         self.position_embedding = nn.Parameter(torch.empty(sizes.context_length, width))
         self.blocks = nn.ModuleList(
-            SelfBlock(width, sizes.heads, sizes.dropout, has_mlp=every is None or i % every != 0)
+            SelfBlock(width, sizes.heads, sizes.dropout, mlp_width=0 if every is not None and i % every == 0 else None)
             for i in range(sizes.layers)
         )
         self.norm = nn.LayerNorm(width)
@@ -55,8 +56,8 @@ class TwoPassTower(Tower):
     def make_decoder(self, sizes: TextSizes, image_width: int, layers: int, **arguments: Any) -> "TwoPassDecoder":
         if layers != len(self.blocks):
             raise ValueError(f"decoder_layers must be the {len(self.blocks)} of a two-pass text tower, got {layers}")
-        check_names("decoder_args", arguments, ["cross_attention_every"])
-        return TwoPassDecoder(self, sizes, image_width, **arguments)
+        given = {"tower": self, "sizes": sizes, "image_width": image_width}
+        return build_from(TwoPassDecoder, "decoder_args", given, arguments)
 
     def init_parameters(self) -> None:
         nn.init.normal_(self.token_embedding.weight, std=0.02)

@@ -19,6 +19,7 @@ from coca_lit.models import kernels
 from coca_lit.models.init import init_projection
 from coca_lit.models.layers import KeysValues, attend_cached, by_image, merge_heads, split_heads
 from coca_lit.models.packing import Cache, Layout, to_device
+from coca_lit.models.registry import build_from
 from coca_lit.models.text import Decoder, TextSizes, Tower
 from coca_lit.models.trainable import run
 
@@ -245,7 +246,8 @@ class ModernTextTower(Tower):
         return ("pool", "projection") if isinstance(self.pool, MapPool) else ("projection",)
 
     def make_decoder(self, sizes: TextSizes, image_width: int, layers: int, **arguments: Any) -> "ModernDecoder":
-        return ModernDecoder(sizes, image_width, layers, **arguments)
+        given = {"sizes": sizes, "image_width": image_width, "layers": layers}
+        return build_from(ModernDecoder, "decoder_args", given, arguments)
 
     def init_parameters(self) -> None:
         nn.init.normal_(self.token_embedding.weight, std=0.02)

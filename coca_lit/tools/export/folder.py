@@ -19,8 +19,8 @@ from coca_lit.cli.schema import part_of
 from coca_lit.errors import DataError, UserError
 from coca_lit.files import TEMPORARY, remove_leftovers
 from coca_lit.models import CoCa, part_sizes
-from coca_lit.models.poolers import MeanPooling
-from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS
+from coca_lit.models.poolers import AttentionalPooler
+from coca_lit.models.registry import IMAGE_ENCODERS, POOLERS, TEXT_TOWERS
 from coca_lit.models.text import TextTower
 from coca_lit.reading import printable, read_run_file, read_run_json, read_run_yaml
 from coca_lit.runs.results import read_conditions
@@ -67,7 +67,11 @@ class Exported(NamedTuple):
 def write_safetensors(model: CoCa, folder: Path) -> Exported:
     """Weights and architecture in one file of ours, without the optimizer of a training checkpoint."""
     save_model(model, folder / WEIGHTS)
-    parts = ((IMAGE_ENCODERS, model.config["image_encoder"]), (TEXT_TOWERS, model.config["text_tower"] or ""))
+    parts = (
+        (IMAGE_ENCODERS, model.config["image_encoder"]),
+        (POOLERS, model.config["pooler"]),
+        (TEXT_TOWERS, model.config["text_tower"] or ""),
+    )
     guests = list(dict.fromkeys(part.partition(":")[0] for registry, part in parts if registry.is_guest(part)))
     usage = USAGE.replace("{imports}", f", imports={json.dumps(guests)}" if guests else "")
     return Exported(
@@ -250,7 +254,9 @@ def _architecture(model: CoCa) -> dict[str, Any]:
     other = "words" if isinstance(config["tokenizer"], list) else "tokens of a tokenizer.json"
     words = {"clip": "CLIP's byte pairs", "r50k": "byte pairs of GPT-2"}.get(str(config["tokenizer"]), other)
     decoder = f"{config['decoder_layers']} layers of width {config['text_width']}, {config['text_heads']} heads"
-    poolers = f"{config['pooler']}, {config['pooler_queries']} queries, {config['pooler_heads']} heads"
+    pooler = config["pooler"].rpartition(":")[2]
+    if any(isinstance(part, AttentionalPooler) for part in model.pooling.modules()):
+        pooler += f", {config['pooler_queries']} queries, {config['pooler_heads']} heads"
     arguments = ", ".join(f"{key}={value}" for key, value in config["image_encoder_args"].items())
     spec = config["image_encoder"]
     module, _, encoder = spec.rpartition(":") if spec in IMAGE_ENCODERS else ("", "", spec)
@@ -258,7 +264,7 @@ def _architecture(model: CoCa) -> dict[str, Any]:
         "image encoder": f"`{encoder}` of {f'`{module}`' if module else 'timm'}"
         + (f" with {arguments}" if arguments else ""),
         "image size": f"{config['image_size']} pixels",
-        "pooler": config["pooler"] if isinstance(model.pooling, MeanPooling) else poolers,
+        "pooler": pooler,
         "common space": f"{config['embed_dim']} dimensions",
         "text tower": f"{config['text_layers']} layers of width {config['text_width']}, {config['text_heads']} heads",
         "decoder": decoder if model.decoder is not None else "none",
