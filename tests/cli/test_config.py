@@ -235,7 +235,6 @@ MISTAKES = [  # and what the answer names
     ("trainer.max_epoch=1", "trainer.max_epochs"),
     ("model.net.text_widht=96", "model.net.text_width"),
     ("model.net.name=coca_vit_b33", "model.net.name: .*coca_vit_b32"),
-    ("model.net.pooler=paralel", "model.net.pooler .*parallel.*paralel"),
     ("model.net.contrastive=sigmoid", "model.net.contrastive .*softmax or siglip"),
     ("scoring.generate.num_beam=3", "scoring: .*num_beams"),
     ("scoring.generate.strategy=beem", "scoring: .*'beam'"),
@@ -330,6 +329,7 @@ def test_mistake_in_an_experiment_file(
     ("override", "said"),
     [
         ("+model.net.poler=cascade", r"'model.net.poler'.*'model.net.pooler'"),
+        ("+model.net.pooler=paralel", r"'paralel'.*parallel"),
         ("model.net.name=coca_vit_b23", r"^model: .*'coca_vit_b23'.*'coca_vit_b32'"),
         ("model.contrastive_weight=-1", r"^model: contrastive.*-1"),
         ("model.freeze=[image_encodr]", r"^model: .*image_encodr.*image_encoder"),
