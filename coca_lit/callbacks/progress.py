@@ -236,7 +236,7 @@ class SourceCounts(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        self._own.update(batch.sources)
+        self._own.update(batch.extras.get("source", ()))
         if (self._own or self._before) and _is_logged(trainer):  # a process may begin with texts alone
             pl_module.log_dict({f"samples/{name}": float(count) for name, count in self.total().items()})
 

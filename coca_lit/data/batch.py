@@ -1,8 +1,8 @@
 """`Batch` is the contract between data, LightningModule and evaluations."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,13 +13,16 @@ from coca_lit.errors import DataError
 from coca_lit.models.inputs import Images, Patches, stack_images
 from coca_lit.models.packing import to_device
 
-if TYPE_CHECKING:
-    from coca_lit.losses.distillation import Teacher
-
 
 class Batch(NamedTuple):
     """B captioned images, or questions with an answer, or texts alone. With n images per sample, `images` has n * B
     rows, with the images of a sample next to each other.
+
+    `extras` holds what only some objectives and callbacks read, by name: tensors of B rows, or lists of B values, such
+    as texts. The readers of data fill in
+
+    - "captions", of records: all captions of each as a tuple; of a question its answers, of a statement its label
+    - "source", of mixtures: the name of the source of each sample
     """
 
     images: Images  # (B, 3, H, W) uint8, channels last in memory as decoders return them, normalised on the device;
@@ -29,25 +32,24 @@ class Batch(NamedTuple):
     lengths: Tensor  # (B,) int64, number of real tokens including start and end; on the host, see `to`
     keys: list[str]  # sample ids, for error reports
     bad: tuple[BadSample, ...] = ()  # skipped while this batch was made
-    sources: tuple[str, ...] = ()  # (B) the source of each sample in a mixture
     prefix_lengths: Tensor | None = None  # (B,) int64, leading tokens that are not predicted: start and question
-    answers: tuple[tuple[str, ...], ...] = ()  # (B) all captions of each record: the answers, or the label
-    teachers: "tuple[Teacher, ...]" = ()  # what each of them says of these crops and texts, fp16
+    extras: Mapping[str, Any] = {}
 
     def to(self, device: torch.device) -> "Batch":
-        """With images and tokens on the device. Lengths stay on the host, where the layout of the texts is computed:
-        to read them from a GPU, the host would wait for it.
+        """With images, tokens and the tensors of `extras` on the device. Lengths, and extras whose name ends in that
+        word, stay on the host, where the layout of the texts is computed: to read them from a GPU, the host would wait
+        for it.
         """
         images = self.images
         if isinstance(images, Patches):
             images = replace(images, rows=to_device(images.rows, device))
         else:
             images = to_device(images, device)
-        teachers = tuple(
-            known._replace(images=to_device(known.images, device), texts=to_device(known.texts, device))
-            for known in self.teachers
-        )
-        return self._replace(images=images, tokens=to_device(self.tokens, device), teachers=teachers)
+        extras = dict(self.extras)
+        for name, values in self.extras.items():
+            if isinstance(values, Tensor) and not name.endswith("lengths"):
+                extras[name] = to_device(values, device)
+        return self._replace(images=images, tokens=to_device(self.tokens, device), extras=extras)
 
 
 class Example(NamedTuple):
@@ -57,16 +59,14 @@ class Example(NamedTuple):
     tokens: list[int]  # with start and end, not padded
     key: str
     bad: tuple[BadSample, ...] = ()  # samples that this one replaces
-    source: str = ""
     prefix_length: int = 1  # leading tokens that are not predicted: the start, and a question if there is one
-    answers: tuple[str, ...] = ()  # all captions of the record
     further: tuple[Images, ...] = ()  # images after the first one
-    teachers: "tuple[Teacher, ...]" = ()  # what each says of this crop and text, (E,) each
+    extras: Mapping[str, Any] = {}  # tensors, which all samples of a batch have in the same shape, or other values
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Stack examples, padding the captions only to the longest of them. Raises `DataError` if some have more images
-    than others.
+    """Stack examples, padding the captions only to the longest of them. Raises `DataError` if some have more images, or
+    other extras, than others.
     """
     counts = sorted({1 + len(example.further) for example in examples})
     if len(counts) > 1:
@@ -74,16 +74,23 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     tokens, lengths = padded([example.tokens for example in examples], pad_id)
     images = _stack([image for example in examples for image in (example.image, *example.further)])
     bad = tuple(found for example in examples for found in example.bad)
-    sources = tuple(example.source for example in examples if example.source)
-    keys, answers = [example.key for example in examples], tuple(example.answers for example in examples)
+    keys = [example.key for example in examples]
     prefix_lengths: Tensor | None = None
     if any(example.prefix_length > 1 for example in examples):
         prefix_lengths = torch.tensor([example.prefix_length for example in examples])  # (B,)
-    teachers: list[Teacher] = []
-    for rows in zip(*(example.teachers for example in examples), strict=True):
-        vectors, texts = (torch.stack(found) for found in zip(*(row[:2] for row in rows), strict=True))  # (B, E)
-        teachers.append(rows[0]._replace(images=vectors, texts=texts))
-    return Batch(images, tokens, lengths, keys, bad, sources, prefix_lengths, answers, tuple(teachers))
+    extras = _stack_extras([example.extras for example in examples])
+    return Batch(images, tokens, lengths, keys, bad, prefix_lengths, extras)
+
+
+def _stack_extras(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    names = samples[0].keys()
+    if other := next((sample.keys() for sample in samples if sample.keys() != names), None):
+        raise DataError(f"samples of a batch have the extras {sorted(names)} and {sorted(other)}: give all the same")
+    extras: dict[str, Any] = {}
+    for name in names:
+        values = [sample[name] for sample in samples]
+        extras[name] = torch.stack(values) if isinstance(values[0], Tensor) else values
+    return extras
 
 
 def _stack(images: Sequence[Images]) -> Images:

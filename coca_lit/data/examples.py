@@ -129,5 +129,5 @@ def _example(images: Sequence[Images], caption: str, record: Record, tokenizer: 
     else:
         tokens, prefix_length = tokenizer.encode(caption), 1
     image, *further = images
-    key, others = str(record.id), tuple(further)
-    return Example(image, tokens, key, prefix_length=prefix_length, answers=record.captions, further=others)
+    extras = {"captions": record.captions}
+    return Example(image, tokens, str(record.id), (), prefix_length, tuple(further), extras)

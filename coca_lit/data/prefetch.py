@@ -11,6 +11,7 @@ from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from coca_lit.data.batch import Batch
 from coca_lit.errors import DataError
@@ -39,8 +40,9 @@ def _arrived(batch: Batch, arrival: torch.cuda.Event) -> Batch:
     here = torch.cuda.current_stream()
     here.wait_event(arrival)
     images = batch.images.rows if isinstance(batch.images, Patches) else batch.images
-    for x in (images, batch.tokens, *(side for teacher in batch.teachers for side in teacher[:2])):
-        x.record_stream(here)  # its memory is not for the other stream before this one is done with it
+    for x in (images, batch.tokens, *batch.extras.values()):
+        if isinstance(x, Tensor) and x.device.type == "cuda":
+            x.record_stream(here)  # its memory is not for the other stream before this one is done with it
     return batch
 
 

@@ -86,7 +86,9 @@ class Classifier(Objective):
 
     def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
         """Of logits (B, N): a scalar."""
-        targets = to_device(torch.tensor([self.number(people[0]) for people in batch.answers]), logits.device)
+        targets = to_device(
+            torch.tensor([self.number(people[0]) for people in batch.extras["captions"]]), logits.device
+        )
         return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing if self.training else 0.0)
 
     def number(self, label: str) -> int:
@@ -163,7 +165,7 @@ class StateClassifier(Classifier):
         ends = self.beside(batch.prefix_lengths) - 1  # (B · n,)
         logits = self.head(self.joined(layout.gather_at(states, ends))).float()
         true_number = self.number(self.true_label)
-        are_true = torch.tensor([self.number(people[0]) == true_number for people in batch.answers])  # (B,)
+        are_true = torch.tensor([self.number(people[0]) == true_number for people in batch.extras["captions"]])  # (B,)
         true = self.beside(are_true)  # (B · n,)
         predicts = true[:, None] & (layout.positions < ends[:, None])  # (B · n, L)
         following = self.beside(batch.tokens).roll(-1, dims=1)[:, : layout.max_length]
@@ -228,7 +230,7 @@ class AnswerClassifier(StateClassifier):
 
     def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
         """Summed over answers."""
-        targets = to_device(self.targets(batch.answers), logits.device)
+        targets = to_device(self.targets(batch.extras["captions"]), logits.device)
         return F.binary_cross_entropy_with_logits(logits, targets) * len(self.classes)
 
     def targets(self, answers: Sequence[Sequence[str]]) -> Tensor:
@@ -302,7 +304,7 @@ class PoolerClassifier(Classifier):
             pixels = net.image_encoder.normalise(pixels.flatten(0, -4)).view(pixels.shape)  # frames as images
         mixed = batch._replace(images=share * pixels + (1 - share) * pixels.flip(0))
         logits = self.head(self.features(net, mixed)).float()
-        other = batch._replace(answers=batch.answers[::-1])
+        other = batch._replace(extras={"captions": batch.extras["captions"][::-1]})
         return {self.term: share * self.loss_of(logits, batch) + (1 - share) * self.loss_of(logits, other)}
 
 

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from coca_lit.data.batch import Batch
+from coca_lit.data.shards.reinforced import teachers_of
 from coca_lit.errors import ConfigError
 from coca_lit.losses import distillation_loss
 from coca_lit.training.objectives import OfFeatures
@@ -21,10 +22,11 @@ class Distillation(OfFeatures):
         super().__init__(distillation=weight)
 
     def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
-        if not batch.teachers:
+        teachers = teachers_of(batch)
+        if not teachers:
             if self.training:
                 raise ConfigError(
                     "distillation needs the embeddings of teachers: set data.teachers, see coca-data teach"
                 )
             return {}
-        return {"distillation": distillation_loss(images, texts, logit_scale, batch.teachers)}
+        return {"distillation": distillation_loss(images, texts, logit_scale, teachers)}

@@ -67,7 +67,7 @@ class SelfCritical(Objective):
         if batch.prefix_lengths is not None:
             raise ConfigError("model.self_critical samples captions without a question, and these data have questions")
         images = net.image_encoder(batch.images)  # once for both losses
-        policy, self.measures = self.policy(net, images, batch.keys, batch.answers)
+        policy, self.measures = self.policy(net, images, batch.keys, batch.extras.get("captions", ()))
         if not self.weights["contrastive"]:
             return {"policy": policy}
         return {"policy": policy} | loss_terms(net(images, batch.tokens, batch.lengths, captioning=False))

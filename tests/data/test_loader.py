@@ -59,6 +59,19 @@ def test_collate_pads_to_the_longest_caption_only():
     assert batch.tokens.dtype == batch.lengths.dtype == torch.int64
 
 
+def test_extras_are_stacked_and_tensors_move_to_the_device_but_no_lengths():
+    image = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    own = [{"depth": torch.full((2,), float(i)), "said": ("a",) * i, "more_lengths": torch.tensor(i)} for i in (1, 2)]
+    batch = collate([Example(image, [1, 2], "", extras=extras) for extras in own], pad_id=0)
+    assert batch.extras["depth"].tolist() == [[1, 1], [2, 2]]
+    assert batch.extras["said"] == [("a",), ("a", "a")]
+    moved = batch.to(torch.device("meta")).extras
+    assert (moved["depth"].device.type, moved["more_lengths"].tolist()) == ("meta", [1, 2])
+    assert moved["said"] is batch.extras["said"]
+    with pytest.raises(DataError, match=r"extras \['depth'\] and \['said'\]"):
+        collate([Example(image, [1, 2], "", extras={name: 1}) for name in ("depth", "said")], pad_id=0)
+
+
 def of_epoch(samples: int, schedule: Schedule, seed: int, epoch: int, **more: Any) -> list[list[Index]]:
     start, stop = epoch * len(schedule), (epoch + 1) * len(schedule)
     return list(ShuffledBatches([Source("", samples)], schedule, seed, start, stop, by_epoch=True, **more))

@@ -65,7 +65,7 @@ def test_a_mixture_has_its_proportions_and_resumes_at_the_batch(folders, workers
         return list(islice(data.train_dataloader().batches_from(0, start), 8 - start))
 
     whole = batches(0)
-    assert [Counter(batch.sources) for batch in whole] == [{"a": 7, "b": 3}] * 8
+    assert [Counter(batch.extras["source"]) for batch in whole] == [{"a": 7, "b": 3}] * 8
     assert len({tuple(row) for batch in whole for row in batch.tokens.tolist()}) == 2
     for start in (1, 5):
         assert [contents(b) for b in batches(start)] == [contents(b) for b in whole[start:]]
@@ -80,8 +80,10 @@ def test_a_broken_sample_is_replaced_by_one_of_its_own_source(folders, tmp_path)
     found = list(data.train_dataloader())
     assert sum(len(batch.bad) for batch in found) > 5
     for batch in found:
-        assert Counter(batch.sources) == {"a": 7, "b": 3}
-        assert all(key.startswith(sources[source]) for key, source in zip(batch.keys, batch.sources, strict=True))
+        assert Counter(batch.extras["source"]) == {"a": 7, "b": 3}
+        assert all(
+            key.startswith(sources[source]) for key, source in zip(batch.keys, batch.extras["source"], strict=True)
+        )
 
 
 @pytest.mark.parametrize("weights", [None, {"a": 0.7, "b": 0.3}])
@@ -96,7 +98,9 @@ def test_without_weights_every_sample_comes_as_often(folders):
     data = LAIONDataModule(folders, None, tokenizer=TOKENIZER, batch_size=12, image_size=16)
     (source_a, source_b) = data.sources
     assert (source_a.weight, source_b.weight, data.steps_per_epoch) == (36, 12, 4)
-    counts = Counter(key for batch in data.train_dataloader() for key in zip(batch.sources, batch.keys, strict=True))
+    counts = Counter(
+        key for batch in data.train_dataloader() for key in zip(batch.extras["source"], batch.keys, strict=True)
+    )
     assert set(counts.values()) == {1}
     assert len(counts) == 48
 
@@ -127,7 +131,7 @@ def test_a_process_that_begins_with_texts_alone_logs_the_counts_so_far():
     counts.load_state_dict({"a": 20, "b": 10})
     trainer = Mock(global_step=1, log_every_n_steps=1)
     trainer.fit_loop.epoch_loop._should_accumulate.return_value = False
-    counts.on_train_batch_end(trainer, Mock(log_dict=logged.append), None, SimpleNamespace(sources=()), 0)
+    counts.on_train_batch_end(trainer, Mock(log_dict=logged.append), None, SimpleNamespace(extras={}), 0)
     assert logged == [{"samples/a": 20.0, "samples/b": 10.0}]
 
 
@@ -139,7 +143,7 @@ def counted(folders: dict[str, str]) -> tuple[dict[str, int], list[dict[str, flo
     counts, own, logged = SourceCounts(), Counter(), []
     counts.load_state_dict({"a": 20, "b": 20})  # as every version of it has saved
     for step, batch in enumerate(loader.batches_from(0, 0), start=1):
-        own.update(batch.sources)
+        own.update(batch.extras["source"])
         trainer = Mock(global_step=step, log_every_n_steps=1)
         trainer.fit_loop.epoch_loop._should_accumulate.return_value = False
         counts.on_train_batch_end(trainer, Mock(log_dict=logged.append), None, batch, step)

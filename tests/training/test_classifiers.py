@@ -88,10 +88,10 @@ def test_the_loss_is_that_of_yes_or_no_questions(net: CoCa, questions: Batch) ->
             .double()
             .sigmoid()
         )
-        target = classifier.targets(questions.answers)
+        target = classifier.targets(questions.extras["captions"])
         expected = -(target * p.log() + (1 - target) * (1 - p).log()).sum(dim=1).mean()
     torch.testing.assert_close(classifier(net, questions)["answers"], expected.float(), atol=1e-3, rtol=0)
-    assert classifier(net, questions._replace(prefix_lengths=None, answers=()))["answers"].item() == 0
+    assert classifier(net, questions._replace(prefix_lengths=None, extras={}))["answers"].item() == 0
 
 
 def test_a_classifier_keeps_the_decoder_from_freezing() -> None:
@@ -169,7 +169,7 @@ def test_the_loss_is_cross_entropy_of_the_label(
         evaluated = classifier.eval()(net, batch)
         logits = classifier.head(classifier.features(net, batch)).double().numpy()
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    numbers = [labels.index(people[0]) for people in batch.answers]
+    numbers = [labels.index(people[0]) for people in batch.extras["captions"]]
     right = np.mean([log_p[i, number] for i, number in enumerate(numbers)])
     assert terms["labels"].item() == pytest.approx(-(1 - smoothing) * right - smoothing * log_p.mean(), rel=1e-4)
     assert evaluated["labels"].item() == pytest.approx(-right, rel=1e-4)
@@ -187,7 +187,7 @@ def test_true_texts_have_the_caption_loss_beside_each_of_their_images(
     losses: list[float] = []
     with torch.no_grad():
         terms = classifier(net, batch)
-        for i, (label,) in enumerate(batch.answers):
+        for i, (label,) in enumerate(batch.extras["captions"]):
             read = batch.tokens[i : i + 1, : int(batch.prefix_lengths[i])]
             for pixels in batch.images[images * i : images * (i + 1)] if label == true else ():
                 out = net.captions_of(net.encode_image_tokens(pixels[None]), read)
@@ -196,8 +196,8 @@ def test_true_texts_have_the_caption_loss_beside_each_of_their_images(
         plain = StateClassifier(labels, images)
         plain.head = classifier.head
         assert terms["labels"].item() == pytest.approx(plain.eval()(net, batch)["labels"].item(), rel=1e-5)
-        other = tuple((next(name for name in labels if name != true),) for _ in batch.answers)
-        assert classifier(net, batch._replace(answers=other))["true_texts"].item() == 0
+        other = [(next(name for name in labels if name != true),) for _ in batch.extras["captions"]]
+        assert classifier(net, batch._replace(extras={"captions": other}))["true_texts"].item() == 0
     assert losses
     assert terms["true_texts"].item() == pytest.approx(np.mean(losses), rel=1e-4)
     assert set(classifier(net, batch._replace(prefix_lengths=None))) == {"labels"}
@@ -219,8 +219,8 @@ def test_a_mirrored_label_is_a_side_only_where_both_sides_are_classes(
     batch = statements(net, "entailment")
     labels = [mirrored(Record(0, "", label)).captions for label in classes]
     with torch.no_grad():
-        terms = classifier(net, batch._replace(answers=tuple(labels * 4)))
-        same = classifier(net, batch._replace(answers=tuple((label,) for label in expected * 4)))
+        terms = classifier(net, batch._replace(extras={"captions": labels * 4}))
+        same = classifier(net, batch._replace(extras={"captions": [(label,) for label in expected * 4]}))
     assert {name: term.item() for name, term in terms.items()} == {name: term.item() for name, term in same.items()}
 
 
@@ -241,7 +241,7 @@ def test_a_training_batch_has_the_images_and_the_text_of_its_records(net: CoCa) 
             torch.testing.assert_close(batch.images[2 * i + place], _pixels(image())[0])
         read = batch.tokens[i, : int(batch.prefix_lengths[i])]
         assert read.tolist() == net.tokenizer.encode(record.question)[:-1]
-        assert batch.answers[i] == record.captions
+        assert batch.extras["captions"][i] == record.captions
 
 
 def test_a_step_trains_image_encoder_text_and_head() -> None:
@@ -292,7 +292,7 @@ CLASSES = ["cat", "dog", "fish"]
 def classified(net: CoCa) -> Batch:
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     tokens, lengths = torch.zeros(4, 3, dtype=torch.long), torch.full((4,), 3)
-    return Batch(images, tokens, lengths, list("abcd"), answers=(("dog",), ("cat",), ("dog",), ("fish",)))
+    return Batch(images, tokens, lengths, list("abcd"), extras={"captions": [("dog",), ("cat",), ("dog",), ("fish",)]})
 
 
 def pooler_classifier(net: CoCa, **options: Any) -> PoolerClassifier:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coca_lit.data.batch import Batch, Example, collate
+from coca_lit.data.shards.reinforced import as_extras, teachers_of
 from coca_lit.distributed import rank, world_size
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
@@ -29,6 +30,12 @@ def unit(seed: int, width: int, count: int = PAIRS) -> Tensor:
 def teachers(own: slice = slice(None)) -> tuple[Teacher, ...]:
     sides = [(unit(10 + k, width), unit(20 + k, width)) for k, width in enumerate(WIDTHS)]
     return tuple(Teacher(i[own], t[own], s) for (i, t), s in zip(sides, SCALES, strict=True))
+
+
+def batch_extras(taught: tuple[Teacher, ...]) -> dict[str, Any]:
+    """Of a batch that carries what these teachers say."""
+    extras = as_extras(taught)
+    return extras | {"teachers.scales": [extras["teachers.scales"]] * len(taught[0].images)}
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -91,7 +98,10 @@ def trained(micro_batch_size: int | None, weight: float = 0.7) -> dict[str, Tens
     share = PAIRS // world_size()
     taught = teachers(slice(rank() * share, (rank() + 1) * share))
     return trained_with(
-        Distillation(weight), lambda net, i: own_batch(net, i)._replace(teachers=taught), 0.3, micro_batch_size
+        Distillation(weight),
+        lambda net, i: own_batch(net, i)._replace(extras=batch_extras(taught)),
+        0.3,
+        micro_batch_size,
     )
 
 
@@ -108,7 +118,7 @@ def test_it_is_added_to_the_losses_of_one_pass(weights: tuple[float, float], mon
     torch.manual_seed(0)
     net = create_model("coca_tiny", **ENCODER)
     module = CoCaLit(net, AdamW(lr=0.0), 0, *weights, objectives={"teach": Distillation(0.7)})
-    batch = own_batch(net, 0)._replace(teachers=teachers())
+    batch = own_batch(net, 0)._replace(extras=batch_extras(teachers()))
     out, seen, logged = net(*batch[:3]), [], {}
     handle = net.register_forward_hook(lambda *_: seen.append(1))
     monkeypatch.setattr(module, "log_terms", lambda stage, terms, batch: logged.update(terms))
@@ -135,11 +145,11 @@ def test_without_teachers_training_stops_and_validation_goes_on() -> None:
 
 def test_batches_carry_what_the_teachers_say() -> None:
     rows: list[Any] = [
-        Example(torch.zeros(3, 2, 2, dtype=torch.uint8), [1, 2], "", teachers=(Teacher(i, t, 20.0),))
+        Example(torch.zeros(3, 2, 2, dtype=torch.uint8), [1, 2], "", extras=as_extras([Teacher(i, t, 20.0)]))
         for i, t in zip(unit(0, 4).half(), unit(1, 4).half(), strict=True)
     ]
     batch: Batch = collate(rows, 0).to(torch.device("cpu"))
-    (found,) = batch.teachers
+    (found,) = teachers_of(batch)
     assert torch.equal(found.images, unit(0, 4).half())
     assert torch.equal(found.texts, unit(1, 4).half())
     assert found.logit_scale == 20.0

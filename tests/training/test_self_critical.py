@@ -133,7 +133,7 @@ def test_a_mirror_image_is_rewarded_as_the_image_itself() -> None:
         made = Side(2, max_length=16)
         made.read(REFERENCES | {"0": (said["left"],)})
         tokens = net.tokenizer([said[side]])
-        made(net, Batch(pixels()[:1], tokens, (tokens > 0).sum(1), ["0"], answers=(answers,)))
+        made(net, Batch(pixels()[:1], tokens, (tokens > 0).sum(1), ["0"], extras={"captions": [answers]}))
         found[side, answers] = made.measures["reward"]
     plain, same, mirrored, other = found.values()
     assert plain == same == mirrored > other

@@ -254,14 +254,14 @@ class LAIONDataModule(CaptionDataModule):
                 self.__dict__.pop(name, None)
 
     def training_examples(self) -> IndexedShards:
-        transform, replay = self.train_transform(), None
+        transform, step = self.train_transform(), None
         if self.teachers is not None:
             from coca_lit.data.shards.reinforced import check_reinforced, reinforced_path, replayed
 
             if not isinstance(transform, RandomCrop):
                 raise DataError("data.teachers has square crops: it does not work with images of any shape")
             folder, files = Path(self.teachers), dict[Path, str]()
-            replay = partial(replayed, folder, transform.size)
+            step = partial(replayed, folder, transform.size)
             for index in (index for source in self.sources for index in source.shards):
                 path, shard = reinforced_path(index.shard.name, folder), index.shard.name
                 if (other := files.setdefault(path, shard)) != shard:
@@ -270,8 +270,17 @@ class LAIONDataModule(CaptionDataModule):
                         "one of them, and repeat coca-data teach"
                     )
                 check_reinforced(path, index.stamp.bytes, first=next(iter(files)))
-        near, how = self.windows is not None, (self.caption_keys, self.seed, self.max_bad_fraction)
-        return IndexedShards(self.sources, transform, self.tokenizer, *how, near, replay, self.frames)
+        return IndexedShards(
+            self.sources,
+            transform,
+            self.tokenizer,
+            self.caption_keys,
+            self.seed,
+            self.max_bad_fraction,
+            within_shard=self.windows is not None,
+            step=step,
+            frames=self.frames,
+        )
 
     def indices_from(self, epoch: int, start: int) -> ShuffledBatches:
         steps, schedule = self.steps_per_epoch, self.schedule(self.epoch_samples)

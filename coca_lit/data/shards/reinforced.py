@@ -12,7 +12,7 @@ Of each of N usable samples it has V crops, C captions, and the embeddings of bo
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from coca_lit.data.batch import Batch
+from coca_lit.data.shards.training import Sample
 from coca_lit.data.transforms import Box, resized
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
@@ -109,11 +111,9 @@ def check_reinforced(path: Path, shard_bytes: int, first: Path) -> None:
         raise DataError(f"{first} and {path} are of other teachers: remove one of them, and repeat coca-data teach")
 
 
-def replayed(
-    folder: Path, size: int, pixels: Tensor, shard: str, key: str, caption: str, rng: random.Random
-) -> tuple[Tensor, tuple[Teacher, ...]]:
-    """A random one of the crops of pixels (3, H, W) uint8 that teachers have seen, as (3, size, size) uint8, and what
-    they say of it and of the caption.
+def replayed(folder: Path, size: int, sample: Sample, rng: random.Random) -> tuple[Tensor, dict[str, Any]]:
+    """A random one of the crops that teachers have seen, as (3, size, size) uint8, and what they say of it and of the
+    caption, for `teachers_of`.
 
     Args:
         folder: of the files.
@@ -122,9 +122,28 @@ def replayed(
     Raises:
         DataError: nothing is stored of that sample or caption.
     """
-    file = opened(reinforced_path(shard, folder))
-    row, view = file.row(key), rng.randrange(file.views)
-    return resized(pixels, file.box(row, view), (size, size)), file.teachers(row, view, caption)
+    file = opened(reinforced_path(sample.shard, folder))
+    row, view = file.row(sample.key), rng.randrange(file.views)
+    crop = resized(sample.pixels, file.box(row, view), (size, size))
+    return crop, as_extras(file.teachers(row, view, sample.caption))
+
+
+def as_extras(teachers: Sequence[Teacher]) -> dict[str, Any]:
+    """What teachers say of one sample, (E,) each, or of a batch, (B, E) each, by names."""
+    extras: dict[str, Any] = {"teachers.scales": tuple(teacher.logit_scale for teacher in teachers)}
+    for k, teacher in enumerate(teachers):
+        extras[f"teachers.{k}.images"] = teacher.images
+        extras[f"teachers.{k}.texts"] = teacher.texts
+    return extras
+
+
+def teachers_of(batch: Batch) -> list[Teacher]:
+    """What teachers say of a batch, fp16; empty if there are none."""
+    scales = batch.extras.get("teachers.scales", [()])[0]
+    return [
+        Teacher(batch.extras[f"teachers.{k}.images"], batch.extras[f"teachers.{k}.texts"], scale)
+        for k, scale in enumerate(scales)
+    ]
 
 
 def write_reinforced(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:

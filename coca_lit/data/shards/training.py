@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,17 +24,34 @@ from coca_lit.errors import DataError
 from coca_lit.models.inputs import Images
 from coca_lit.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from coca_lit.losses.distillation import Teacher
+SHARD_TRIES = 10  # samples of a shard that are tried in place of a bad one
 
-NEAR_TRIES = 10  # of samples of a shard in place of a bad one
+
+class Sample(NamedTuple):
+    """A sample of a shard whose image is decoded."""
+
+    pixels: Tensor  # (3, H, W) uint8, the whole image
+    caption: str
+    key: str
+    shard: str  # a path or URL
+
+
+SampleStep = Callable[[Sample, random.Random], tuple[Images, dict[str, Any]]]
+"""Makes of a sample the image to train on, in place of the transform, and what joins `Batch.extras`. An error that it
+raises ends the training.
+"""
 
 
 @dataclass(eq=False, repr=False)
 class IndexedShards(TrainingExamples):
     """The samples of all sources, one after the other: the image of each is decoded and cropped, and one of its
-    captions is drawn and tokenised. With `near` a sample is replaced by one of its shard, or of the next one if that is
-    lost or has given `NEAR_TRIES` bad ones.
+    captions is drawn and tokenised.
+
+    Args:
+        within_shard: a bad sample is replaced by one of its shard, or of the next shard if that is lost or has given
+            `SHARD_TRIES` bad ones, and not by one of the whole source.
+        step: in place of `transform`.
+        frames: of clips, which are read in place of images.
     """
 
     sources: Sequence[Source]
@@ -43,9 +60,9 @@ class IndexedShards(TrainingExamples):
     caption_keys: Mapping[str, float]  # with the probability of each
     seed: int
     max_bad_fraction: float
-    near: bool = False
-    replay: "Callable[..., tuple[Tensor, tuple[Teacher, ...]]] | None" = None  # instead: crops that teachers have seen
-    frames: int = 0  # of clips, which are read in place of images
+    within_shard: bool = False
+    step: SampleStep | None = None
+    frames: int = 0
 
     max_tries = 100  # at the 5 % of bad samples that are usual on the web, even ten in a row occur
 
@@ -79,7 +96,6 @@ class IndexedShards(TrainingExamples):
         seed = (self.seed, index.turn, key)
         rng, name = random.Random(stable_seed("image", *seed)), f"{key} in {shard}"
         caption = draw(captions, self.caption_keys, "caption", *seed)
-        teachers: tuple[Teacher, ...] = ()
         try:
             crop: Images
             if self.frames:
@@ -88,22 +104,24 @@ class IndexedShards(TrainingExamples):
                 crop = augmented(EncodedClip(image, name, self.frames), self.transform, rng, index.patches)
             else:
                 pixels = as_tensor(decode_pixels(image, name))
-                crop = pixels if self.replay else self.transform(pixels, rng, index.patches)
+                crop = pixels if self.step else self.transform(pixels, rng, index.patches)
         except DataError as error:
             reason = f"unreadable {'clip' if self.frames else 'image'}"
             raise BadSampleError(BadSample(shard, key, reason, str(error))) from error
-        if self.replay:
-            crop, teachers = self.replay(pixels, shard, key, caption, rng)
-        source = self.sources[bisect_right(self.source_ends, index.i)].name
-        return Example(crop, self.tokenizer.encode(caption), f"{shard}/{key}", source=source, teachers=teachers)
+        extras: dict[str, Any] = {}
+        if self.step:
+            crop, extras = self.step(Sample(pixels, caption, key, shard), rng)
+        if source := self.sources[bisect_right(self.source_ends, index.i)].name:
+            extras["source"] = source
+        return Example(crop, self.tokenizer.encode(caption), f"{shard}/{key}", extras=extras)
 
     def replacement(self, i: int, rng: random.Random, error: BadSampleError, tries: int) -> int:
         """A sample of the same source."""
         source = bisect_right(self.source_ends, i)
         start, end = self.source_ends[source - 1] if source else 0, self.source_ends[source]
-        if self.near:
+        if self.within_shard:
             shard = bisect_right(self.shard_ends, i)
-            if isinstance(error, LostShardError) or tries % NEAR_TRIES == 0:
+            if isinstance(error, LostShardError) or tries % SHARD_TRIES == 0:
                 after = self.shard_ends[shard]
                 shard = bisect_right(self.shard_ends, after if after < end else start)
             start, end = self.shard_ends[shard] - len(self.indexes[shard]), self.shard_ends[shard]

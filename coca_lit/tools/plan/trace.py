@@ -173,8 +173,8 @@ class _Step(nn.Module):
         del out
         for made in self.given:
             count = len(tokens) * getattr(made, "images", 1)
-            labels = ((made.classes[0],),) * len(tokens)
-            batch = Batch(images[:count], tokens, lengths, [], prefix_lengths=lengths, answers=labels)
+            labels = [(made.classes[0],)] * len(tokens)
+            batch = Batch(images[:count], tokens, lengths, [], prefix_lengths=lengths, extras={"captions": labels})
             terms += made(self.net, batch).values()
         mark("classifiers")
         return torch.stack(terms).sum()

@@ -135,7 +135,7 @@ def test_an_example_is_the_question_and_an_answer_to_predict() -> None:
     for batch in data.train_dataloader():
         assert batch.prefix_lengths is not None
         for row, given, length, answers in zip(
-            batch.tokens, batch.prefix_lengths, batch.lengths, batch.answers, strict=True
+            batch.tokens, batch.prefix_lengths, batch.lengths, batch.extras["captions"], strict=True
         ):
             assert row[0] == TOKENIZER.sot_id
             assert TOKENIZER.decode(row[given:]) == answers[0]

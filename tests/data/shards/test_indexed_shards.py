@@ -126,8 +126,10 @@ def test_a_mixture_keeps_its_shares_and_goes_through_each_source(folder, tmp_pat
     sources = {"a": str(folder), "b": str(tmp_path)}
     data = laion(sources, tmp_path, 24, weights={"a": 3, "b": 1})
     found = [batch for epoch in range(4) for batch in batches(data, epoch)]
-    assert [Counter(batch.sources) for batch in found] == [{"a": 3, "b": 1}] * 24
-    drawn = [key for batch in found for key, source in zip(batch.keys, batch.sources, strict=True) if source == "b"]
+    assert [Counter(batch.extras["source"]) for batch in found] == [{"a": 3, "b": 1}] * 24
+    drawn = [
+        key for batch in found for key, source in zip(batch.keys, batch.extras["source"], strict=True) if source == "b"
+    ]
     for start in range(0, 24, 6):
         assert len(set(drawn[start : start + 6])) == 6
     assert drawn[:6] != drawn[6:12]

@@ -11,7 +11,7 @@ from torch import Tensor
 from coca_lit import save_model
 from coca_lit.data.pixels import decode_pixels
 from coca_lit.data.shards.laion import LAIONDataModule
-from coca_lit.data.shards.reinforced import Reinforced
+from coca_lit.data.shards.reinforced import Reinforced, teachers_of
 from coca_lit.data.transforms import as_tensor, resized
 from coca_lit.errors import DataError
 from coca_lit.tools.curate import teach
@@ -62,7 +62,7 @@ def test_the_crop_replayed_is_the_crop_that_the_teachers_saw(shard, teachers, mo
             for i, pixels in enumerate(batch.images):
                 (place,) = [n for n, crop in enumerate(crops) if torch.equal(crop, pixels)]
                 views.add(place)
-                for (images, texts, scale), path in zip(batch.teachers, teachers, strict=True):
+                for (images, texts, scale), path in zip(teachers_of(batch), teachers, strict=True):
                     model = teach.load_judge(path, False)[0]
                     with torch.no_grad():
                         expected = model.encode_image(pixels[None])[0], model.logit_scale.exp()
@@ -97,7 +97,7 @@ def test_every_caption_has_its_own_embedding_and_what_is_broken_is_left_out(tmp_
     with pytest.raises(DataError, match="lacks the sample b"):
         file.row("b")
     batches = laion(shard, caption_keys={"generated_captions": 1, "txt": 1}, max_bad_fraction=0.9).train_dataloader()
-    assert all(len(batch.teachers) == 2 for batch in batches)
+    assert all(len(teachers_of(batch)) == 2 for batch in batches)
 
 
 def test_a_selection_reads_its_rows(shard, teachers, tmp_path: Path) -> None:

@@ -409,7 +409,7 @@ def test_a_mixture_of_near_and_far_keeps_its_shares(store, tmp_path):
     _, local = store
     shards = {"far": "memory://set", "near": str(local)}
     found = read(laion(tmp_path, shards, batch_size=20, epoch_samples=80, weights={"far": 0.7, "near": 0.3}))
-    assert [Counter(batch.sources) for batch in found] == [{"far": 14, "near": 6}] * 4
+    assert [Counter(batch.extras["source"]) for batch in found] == [{"far": 14, "near": 6}] * 4
 
 
 # Which order

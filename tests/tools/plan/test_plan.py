@@ -98,7 +98,7 @@ def test_a_classifier_beside_the_network_is_counted(weights: dict[str, float]) -
         counted = classifier_of(planned)
     tokens, lengths = torch.randint(3, 30, (BATCH, TOKENS)), torch.full((BATCH,), TOKENS)
     images = torch.zeros(2 * BATCH, 3, 32, 32, dtype=torch.uint8)
-    batch = Batch(images, tokens, lengths, [], prefix_lengths=lengths, answers=(("yes",),) * BATCH)
+    batch = Batch(images, tokens, lengths, [], prefix_lengths=lengths, extras={"captions": [("yes",)] * BATCH})
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         beside(real, batch)["labels"].backward()
     without = trace(without_weights(), weights, TOKENS, None, BATCH).total if any(weights.values()) else 0
