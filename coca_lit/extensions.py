@@ -35,13 +35,14 @@ from coca_lit.errors import ConfigError, check_names, suggest
 GROUP = "coca_lit.projects"
 MANIFEST = "project.toml"
 OWN = "coca_lit"  # the distribution of the nucleus, whose projects take precedence
-TABLES = {
+TABLES = {  # of "module:object" by name, but for the last, which holds texts
     "text_towers": "classes of text towers",
     "image_encoders": "classes of image encoders",
     "poolers": "classes of poolers",
     "vocabularies": "lists of words, for model.net.tokenizer",
     "inputs": "readers of files, by their ending",
     "scenes": "functions that make built-in scenes, by their kind",
+    "titles": "what readers call the data of an evaluation, by its name",
 }
 KEYS = ("about", "requires", "usual_evals", "roots", "presets", "commands", *TABLES)
 
@@ -194,3 +195,9 @@ def commands_of(tool: str) -> dict[str, dict[str, str]]:
         for project in projects()
         for word, command in project.manifest.get("commands", {}).get(tool, {}).items()
     }
+
+
+def further_commands(tool: str) -> str:
+    """What projects add to the command of a tool, for the end of its help; nothing if they add nothing."""
+    lines = [f"  {word:20}{command['help']}" for word, command in commands_of(tool).items()]
+    return "\n".join(["\n\nadded by projects:", *lines]) if lines else ""

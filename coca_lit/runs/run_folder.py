@@ -35,7 +35,7 @@ EARLIER = "earlier_results.json"  # of a run that went on
 RUN_FILES = (
     *(CONFIG, ENVIRONMENT, RESULTS, EARLIER, INTERVALS, DRAWS, CONDITIONS, CHECKPOINTS, METRICS, BAD_STEPS),
     *("not_run.json", "curves.png", "report.html", "report.md"),
-    *("bad_samples", "predictions", "samples", "judgments"),
+    *("bad_samples", "predictions", "samples"),
     *("tensorboard", "wandb", "wandb_run", "mlflow_run"),
 )
 NEWEST = "auto"  # as `ckpt_path`: the newest checkpoint in the run folder, if it has one
@@ -273,7 +273,7 @@ def start_fresh(folder: Path) -> None:
     if step_files(folder / CHECKPOINTS) or (folder / RESULTS).exists():
         print(f"the earlier run in {folder} was moved to {archive(folder, left)}", flush=True)
     else:
-        if written := [folder / name for name in ("predictions", "samples", "judgments") if (folder / name).exists()]:
+        if written := [folder / name for name in ("predictions", "samples") if (folder / name).exists()]:
             print(f"what an unfinished run wrote in {folder} was moved to {archive(folder, written)}", flush=True)
         rewind_logs(folder, 0, 0)  # it died before its first checkpoint, and the same steps are repeated
 

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from coca_lit.extensions import declared
 from coca_lit.reading import printable
 
 if TYPE_CHECKING:  # else every command would wait for NumPy
@@ -48,7 +49,7 @@ NAMES = {
     "miou": "mean IoU of classes, %",
     "p": "p of the paired test",
 }
-DATA_SETS = {  # names of evaluations -> names for readers; others are shown as they are
+DATA_SETS = {  # names of evaluations -> names for readers, besides those that projects declare
     "scenes": "built-in scenes",
     "compositional": "built-in scenes, unseen combinations",
     "scenes_vqa": "questions about built-in scenes",
@@ -69,8 +70,6 @@ DATA_SETS = {  # names of evaluations -> names for readers; others are shown as 
     "mscoco": "MSCOCO",
     "nocaps": "NoCaps",
     "flickr8k": "Flickr8k",
-    "flickr8k_experts": "Flickr8k, judged by experts",
-    "flickr8k_crowd": "Flickr8k, judged by a crowd",
     "flickr30k": "Flickr30k",
     "imagenet": "ImageNet",
     "imagenet_v2": "ImageNet-V2",
@@ -143,7 +142,8 @@ def headlines_of(scores: Collection[str], count: int) -> list[str]:
 def data_name(name: str) -> str:
     """A data set for readers: "mscoco" -> "MSCOCO", "nocaps/in-domain" -> "NoCaps, in-domain"."""
     name, _, domain = name.partition("/")
-    return DATA_SETS.get(name, name) + (f", {WAYS.get(domain, domain)}" if domain else "")
+    title = (DATA_SETS | declared("titles")).get(name, name)
+    return title + (f", {WAYS.get(domain, domain)}" if domain else "")
 
 
 def score_name(score: str) -> str:

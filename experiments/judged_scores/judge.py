@@ -21,11 +21,11 @@ import torch
 from coca_lit.evals import Settings
 from coca_lit.files import write_json
 from coca_lit.metrics.uncertainty import Draws, Ratios, bootstrap, difference
+from coca_lit.projects.judgments.agreement import Agreement, Scores, agreement, mixtures, reference_scores
+from coca_lit.projects.judgments.evaluation import MIXTURES, model_scores
+from coca_lit.projects.judgments.judged import Grade, Judged, read_judgments
 from coca_lit.reading import read_json
 from coca_lit.runs.run_folder import environment
-from coca_lit.tools.score.agreement import Agreement, Scores, agreement, mixtures, reference_scores
-from coca_lit.tools.score.evaluation import MIXTURES, model_scores
-from coca_lit.tools.score.judgments import Grade, Judged, read_judgments
 from coca_lit.weights.load import load_dual_encoder
 from experiments.study import Row, replace_rows
 

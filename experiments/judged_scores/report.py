@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from coca_lit.projects.judgments.evaluation import OF_MODEL
 from coca_lit.runs.scores import NAMES
-from coca_lit.tools.score.evaluation import OF_MODEL
 from experiments.judged_scores.judge import ALL, BASE, HALF, PUBLISHED
 from experiments.study import Row, mean_std, read_rows, with_about
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from coca_lit.tools.score.judgments import Candidate, Grade, Judged
+from coca_lit.projects.judgments.judged import Candidate, Grade, Judged
 from experiments.judged_scores.judge import gained, kept, mean_grades
 
 CANDIDATES = [Candidate("a", "1"), Candidate("a", "2"), Candidate("a", "3"), Candidate("b", "1"), Candidate("b", "2")]

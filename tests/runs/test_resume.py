@@ -716,7 +716,7 @@ def test_new_start_moves_the_old_run_aside(tmp_path: Path) -> None:
 
 def test_what_an_unfinished_evaluation_wrote_is_not_that_of_the_next(tmp_path: Path) -> None:
     """It has neither checkpoints nor results, and the next one may be of another model."""
-    for name in ("predictions", "samples", "judgments"):
+    for name in ("predictions", "samples"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "flickr8k.json").write_text("[]")
     start_fresh(tmp_path)

@@ -1,17 +1,15 @@
-"""Scores a file of captions, without a model: `coca-score PREDICTIONS REFERENCES`; and scores themselves, by how well
-they agree with people: `coca-score --judgments FILES`.
-"""
+"""Scores a file of captions, without a model: `coca-score PREDICTIONS REFERENCES`."""
 
 import argparse
-import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from coca_lit.extensions import command_for, further_commands
 from coca_lit.runs.launch import isolate, started
+from coca_lit.tools.score.output import add_output, check_output, write_scores
 
 if TYPE_CHECKING:
     from coca_lit.data.records import Listing
@@ -20,17 +18,19 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Scores captions against references: BLEU-1..4, METEOR, ROUGE-L, CIDEr, SPICE (where its jars are), and statistics of the
 captions; nocaps also by domain. The numbers equal the official COCO caption evaluation's, times 100 as in papers;
-the 95 % intervals come from a bootstrap over the images. --output keeps the numbers as they are.
-
-With --judgments it scores the scores: Kendall's tau with the grades of people, and how often they prefer the same of
-two captions. `coca-evaluate evals=judgments` adds the scores of a model."""
+the 95 % intervals come from a bootstrap over the images. --output keeps the numbers as they are."""
 EXAMPLE = "for example: coca-score predictions.json captions_val2014.json"
 FEW_IMAGES = 1000  # below, document frequencies are too coarse
 DIFFERENT = 0.5  # share of captions that differ, at least; 65 to 80 % in published models' captions of COCO
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("coca-score", description=DESCRIPTION, epilog=EXAMPLE)
+    parser = argparse.ArgumentParser(
+        "coca-score",
+        description=DESCRIPTION,
+        epilog=EXAMPLE + further_commands("score"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("predictions", type=Path, nargs="?", help='[{"image_id": 42, "caption": "a dog"}, ...]')
     parser.add_argument(
         "references", type=Path, nargs="?", help="COCO or nocaps captions, or Karpathy's dataset_*.json; may be .gz"
@@ -45,73 +45,42 @@ def _parser() -> argparse.ArgumentParser:
         help="COCO's instances_val2014.json, or several such files",
     )
     parser.add_argument("--examples", type=int, default=0, metavar="N", help="print the N best and worst captions")
-    parser.add_argument(
-        "--judgments",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="judged captions: Flickr8k's ExpertAnnotations.txt and CrowdFlowerAnnotations.txt, Composite's "
-        "*_correctness.csv, Pascal-50S's pair_pascal.mat, or any table of image, caption and grade (judge, pair)",
-    )
-    parser.add_argument(
-        "--captions",
-        type=Path,
-        metavar="FILE",
-        help="their references (default: Flickr8k.token.txt beside them): that, COCO captions or dataset_*.json",
-    )
-    parser.add_argument("--output", type=Path, help="write the scores there, as JSON")
+    add_output(parser)
     return parser
 
 
 def score(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `coca-score`. Mistakes of the user are one sentence on standard error and exit code 1."""
     isolate()
+    words = sys.argv[1:] if arguments is None else arguments
+    handed_over = command_for("score", words)
+    if handed_over is not None:
+        handed_over(words)
+        return
     parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.judgments and options.predictions:
-        parser.error("--judgments takes no predictions: name their references by --captions")
-    if options.judgments and (options.examples or options.synonyms or options.instances):
-        parser.error("--examples, --synonyms and --instances belong to predictions, not to --judgments")
-    if options.captions and not options.judgments:
-        parser.error("--captions belongs to --judgments: references come after the predictions")
-    if options.references is None and not options.judgments:
+    options = parser.parse_args(words)
+    if options.references is None:
         sys.exit(f"error: name the files of the captions and of their references; {EXAMPLE} (more: coca-score --help)")
     if (options.synonyms is None) != (options.instances is None):
         parser.error("CHAIR needs both --synonyms and --instances")
-    if options.output and os.path.isdir(options.output):
-        parser.error(f"--output must name a file, but {options.output} is a folder")
 
     with started("coca-score", ValueError, RuntimeError, FileNotFoundError):
-        from coca_lit.errors import error_context
-        from coca_lit.files import write_json
-        from coca_lit.reading import printable, read_json
+        from coca_lit.reading import printable
         from coca_lit.runs.scores import print_scores
 
-        if options.output:
-            with error_context("--output"):  # now, as SPICE can take hours
-                options.output.parent.mkdir(parents=True, exist_ok=True)
-                if options.output.exists():
-                    known = read_json(options.output, dict)
-                    if not all(isinstance(value, int | float | None) for value in known.values()):
-                        raise ValueError(f"{options.output} holds something else than scores: choose another")
-        if options.judgments:
-            from coca_lit.tools.score.agreement import judge_files
-
-            scores = judge_files(options.judgments, options.captions)
-        else:
-            captions, listings = read_files(options.predictions, options.references, options.split)
-            texts = {key: item.captions for key, item in listings.items()}
-            table = score_captions(captions, listings, options.synonyms, options.instances)
-            scores = table.scores
-            domains = Counter(item.domain for item in listings.values())
-            images = {score: domains.get(score.rpartition("/")[0], len(captions)) for score in scores}
-            print_scores(scores, table.draws, images)
-            for name, reason in table.not_run.items():
-                print(printable(f"{name} not run: {reason}"))
-            for line in (*warnings(texts, captions), *examples(texts, captions, options.examples)):
-                print(printable(line))
-        if options.output:
-            write_json(options.output, {name: None if math.isnan(score) else score for name, score in scores.items()})
+        check_output(parser, options.output)
+        captions, listings = read_files(options.predictions, options.references, options.split)
+        texts = {key: item.captions for key, item in listings.items()}
+        table = score_captions(captions, listings, options.synonyms, options.instances)
+        scores = table.scores
+        domains = Counter(item.domain for item in listings.values())
+        images = {score: domains.get(score.rpartition("/")[0], len(captions)) for score in scores}
+        print_scores(scores, table.draws, images)
+        for name, reason in table.not_run.items():
+            print(printable(f"{name} not run: {reason}"))
+        for line in (*warnings(texts, captions), *examples(texts, captions, options.examples)):
+            print(printable(line))
+        write_scores(options.output, scores)
 
 
 Captions = Mapping[int | str, str]

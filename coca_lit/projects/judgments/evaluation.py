@@ -17,8 +17,8 @@ from coca_lit.metrics.java.runtime import JavaError
 from coca_lit.metrics.uncertainty import Draws
 from coca_lit.models import DualEncoder
 from coca_lit.models.packing import text_lengths
-from coca_lit.tools.score.agreement import TAUS, Agreement, Scores, agreement, mixtures, reference_scores
-from coca_lit.tools.score.judgments import Judged, read_judgments
+from coca_lit.projects.judgments.agreement import TAUS, Agreement, Scores, agreement, mixtures, reference_scores
+from coca_lit.projects.judgments.judged import Judged, read_judgments
 
 OF_MODEL = ("CLIPScore", "RefCLIPScore", "likelihood", "likelihood_per_token", "pmi", "pmi_per_token")
 OF_REFERENCES = ("Bleu_1", "Bleu_4", "ROUGE_L", "METEOR", "CIDEr", "CIDEr_plain", "SPICE")
@@ -78,7 +78,7 @@ class JudgedScores(Evaluation):
             of_half = agreement(half, mixed)
             self.draws |= {f"{HALF}{score}": draws for score, draws in named(of_half).items()}
             if rank() == 0:
-                settings.write_json("judgments", f"{self.name}.json", {"shares": shares})
+                settings.write_json("predictions", f"{self.name}_mixtures.json", {"shares": shares})
         return {score: draws.score for score, draws in self.draws.items()}
 
     def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:

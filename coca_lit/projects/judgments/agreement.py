@@ -25,9 +25,9 @@ from coca_lit.metrics.java.runtime import JavaError, ptb_tokenize
 from coca_lit.metrics.java.spice import shared_spice
 from coca_lit.metrics.uncertainty import Draws, Ratios, Resampled, bootstrap, difference
 from coca_lit.progress import ProgressBar
+from coca_lit.projects.judgments.judged import Judged, read_judgments
 from coca_lit.reading import printable
 from coca_lit.runs.scores import aligned, score_name
-from coca_lit.tools.score.judgments import Judged, read_judgments
 
 MAX_UNITS = 4096  # drawn; of more images, some are drawn together
 ROWS = 256  # grades that are compared with all others at a time

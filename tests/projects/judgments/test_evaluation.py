@@ -11,8 +11,8 @@ from PIL import Image
 from coca_lit.cli.command import compose
 from coca_lit.data.transforms import build_transform
 from coca_lit.evals import Settings
-from coca_lit.tools.score.evaluation import JudgedScores, judged_captions, model_scores
-from coca_lit.tools.score.judgments import Judged
+from coca_lit.projects.judgments.evaluation import JudgedScores, judged_captions, model_scores
+from coca_lit.projects.judgments.judged import Judged
 from helpers.evaluating import WORDS, make_model, noise
 
 
@@ -70,7 +70,7 @@ def test_all_scores_of_a_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     judged = judged_captions(root, "ExpertAnnotations.txt")
     rng = np.random.default_rng(0)
     monkeypatch.setattr(
-        "coca_lit.tools.score.evaluation.reference_scores",
+        "coca_lit.projects.judgments.evaluation.reference_scores",
         lambda judged: ({name: rng.random(len(judged.candidates)) for name in fixed}, {"SPICE": "no jars"}),
     )
     evaluation = JudgedScores("experts", judged, root)
@@ -80,7 +80,7 @@ def test_all_scores_of_a_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert evaluation.draws.keys() == scores.keys()
     assert evaluation.not_run == {"experts SPICE": "no jars"}
     assert len({of.text_digest for of in evaluation.conditions.values()}) == 1
-    assert (root / "judgments" / "experts.json").exists()
+    assert (root / "predictions" / "experts_mixtures.json").exists()
     few = evaluation.evaluate(make_model(), Settings(root, images=3, full=False))
     assert "experts/tau_b_CLIPScore" in few
     assert "experts/tau_b_CIDEr" not in few
@@ -95,7 +95,7 @@ def test_without_java_the_scores_of_the_model_stay(root: Path, monkeypatch: pyte
     def failing(judged: Judged) -> NoReturn:
         raise FileNotFoundError("no Java")
 
-    monkeypatch.setattr("coca_lit.tools.score.evaluation.reference_scores", failing)
+    monkeypatch.setattr("coca_lit.projects.judgments.evaluation.reference_scores", failing)
     evaluation = JudgedScores("experts", judged_captions(root, "ExpertAnnotations.txt"), root)
     scores = evaluation.evaluate(make_model(), Settings(root))
     assert "experts/tau_c_pmi" in scores

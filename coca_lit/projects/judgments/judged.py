@@ -27,8 +27,8 @@ from coca_lit.data.datasets.annotations import (
 from coca_lit.data.records import Listing as ImageListing
 from coca_lit.data.records import Record, not_found, records_on_disk
 from coca_lit.errors import DataError
+from coca_lit.projects.judgments.matlab import read_mat
 from coca_lit.reading import printable, read_bounded
-from coca_lit.tools.score.matlab import read_mat
 
 MAX_GRADES = 100_000  # each is compared with each
 TOKENS = "Flickr8k.token.txt"

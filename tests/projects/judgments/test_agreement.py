@@ -14,8 +14,8 @@ from scipy.stats import kendalltau
 from coca_lit.metrics.cider import CiderD
 from coca_lit.metrics.java.runtime import ptb_tokenize
 from coca_lit.metrics.uncertainty import DRAWS, difference, resamples
-from coca_lit.tools.score.agreement import agreement, kendall, mixtures, reference_scores
-from coca_lit.tools.score.judgments import Candidate, Grade, Judged, Preference, read_judgments
+from coca_lit.projects.judgments.agreement import agreement, kendall, mixtures, reference_scores
+from coca_lit.projects.judgments.judged import Candidate, Grade, Judged, Preference, read_judgments
 from helpers.shared_data import SHARED
 from helpers.slow import slow
 
@@ -195,8 +195,8 @@ def test_equal_to_pycocoevalcap_by_hand(
     bleu = Bleu(4).compute_score(references, captions, verbose=0)[1]
     truth |= {"Bleu_1": bleu[0], "Bleu_4": bleu[3]}
 
-    monkeypatch.setattr("coca_lit.tools.score.agreement.warm_up", lambda: None)
-    monkeypatch.setattr("coca_lit.tools.score.agreement.shared_meteor", without_java)
+    monkeypatch.setattr("coca_lit.projects.judgments.agreement.warm_up", lambda: None)
+    monkeypatch.setattr("coca_lit.projects.judgments.agreement.shared_meteor", without_java)
     scores, not_run = reference_scores(ours)
     assert not_run == {"METEOR": "no METEOR", "SPICE": not_run["SPICE"]}
     found = agreement(ours, scores)

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coca_lit.errors import DataError
-from coca_lit.tools.score.judgments import Candidate, Grade, Preference, read_judgments
-from coca_lit.tools.score.matlab import read_mat
+from coca_lit.projects.judgments.judged import Candidate, Grade, Preference, read_judgments
+from coca_lit.projects.judgments.matlab import read_mat
 from helpers.fuzzing import bounded, damaged, fuzz
 
 TOKENS = "\n".join(f"{image}.jpg#{n}\t{word} {n} ." for image, word in (("1_a", "dog"), ("2_b", "cat")) for n in (0, 1))
@@ -186,7 +186,7 @@ def test_files_of_strangers(tmp_path: Path, name: str, content: str | bytes, sai
 
 
 def test_a_table_may_not_take_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coca_lit.tools.score.judgments.MAX_GRADES", 2)
+    monkeypatch.setattr("coca_lit.projects.judgments.judged.MAX_GRADES", 2)
     with pytest.raises(DataError, match="more than 2 grades"):
         read_judgments(write(tmp_path, "mine.csv", TABLE))
 
@@ -252,7 +252,7 @@ def test_matlab_files_of_strangers(tmp_path: Path, content: Callable[[], bytes],
 
 def test_matlab_parts_share_one_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first part takes all of it, exactly."""
-    monkeypatch.setattr("coca_lit.tools.score.matlab.MAX_BYTES", 2**16)
+    monkeypatch.setattr("coca_lit.projects.judgments.matlab.MAX_BYTES", 2**16)
     parts = [zlib.compress(element(1, bytes(size - 8))) for size in (2**16, 2**20)]
     headed = [struct.pack("<II", 15, len(part)) + part for part in parts]
     (tmp_path / "x.mat").write_bytes(HEAD + headed[0])

@@ -1,0 +1,1 @@
+"""How well scores of captions agree with people."""
