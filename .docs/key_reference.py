@@ -4,7 +4,8 @@ of the constructors that a run builds.
     python .docs/key_reference.py      prints it
 """
 
-import ast
+import inspect
+import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from coca_lit.cli.command import CONF, compose
-from coca_lit.cli.schema import definition, read_signature, written
+from coca_lit.cli.schema import read_signature, written
 from coca_lit.models.generation.options import OPTIONS, describe
 
 OBJECTS = {
@@ -88,24 +89,19 @@ def _rows(path: str, node: dict[str, Any]) -> list[Row]:
     return [Row(f"{path}.{name}", node.get(name, defaults[name]), meanings.get(name, "")) for name in names]
 
 
-# Read from the source, not imported: documentation need not wait for PyTorch
-
-
 def _constructor(name: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Arguments of a class or function with their defaults (`...` for none, or one that is no literal), and what the
-    docstrings, of base classes too, say about each.
+    """Arguments of a class or function with their defaults (`...` for none, or one that is no plain value), and what
+    the docstrings, of base classes too, say about each.
     """
     return {key: argument.default for key, argument in read_signature(name).arguments.items()}, _said(name)
 
 
 def _said(name: str) -> dict[str, str]:
-    found = definition(name)
-    if found is None:
-        return {}
-    node, module = found
-    inherited = [_said(f"{module}.{ast.unparse(base)}") for base in getattr(node, "bases", ())]
-    own = _meanings(ast.get_docstring(node) or "")
-    return {key: text for said in [*inherited, own] for key, text in said.items()}
+    target = pkgutil.resolve_name(name)
+    meanings: dict[str, str] = {}
+    for part in reversed(getattr(target, "__mro__", (target,))):
+        meanings |= _meanings(inspect.cleandoc(part.__doc__ or ""))
+    return meanings
 
 
 def _meanings(docstring: str) -> dict[str, str]:
@@ -132,10 +128,9 @@ def _commented(file: Path, node: dict[str, Any], prefix: str = "") -> list[Row]:
 def _section(heading: str, rows: list[Row]) -> str:
     lines = [f"## {heading}", "", "| key | default | meaning |", "|---|---|---|"]
     for row in rows:
-        plain = list(row.default) if isinstance(row.default, tuple) else row.default
         shown = ""
-        if plain is None or isinstance(plain, bool | int | float | str | list):
-            shown = f"`{written(plain)}`" if len(written(plain)) < 40 else "…"
+        if row.default is None or isinstance(row.default, bool | int | float | str | list):
+            shown = f"`{written(row.default)}`" if len(written(row.default)) < 40 else "…"
         meaning = re.sub(r"\bNone\b", "null", row.meaning).replace("|", r"\|")  # as YAML writes it
         lines.append(f"| `{row.key}` | {shown} | {meaning} |")
     return "\n".join([*lines, ""])

@@ -83,6 +83,26 @@ def test_command_line_loads_no_torch() -> None:
         assert not loaded & heavy, command
 
 
+@pytest.mark.slow
+def test_help_and_mistakes_in_the_grammar_are_answered_without_torch() -> None:
+    program = """
+import sys
+from coca_lit.cli import train_command
+for word in ("--help", "--version", "--hlp", "seed", "trainer=smok"):
+    sys.argv = ["train.py", word]
+    try:
+        train_command()
+    except SystemExit as error:
+        assert str(error).startswith("error: ") and word not in ("--help", "--version"), error
+    else:
+        assert word in ("--help", "--version")
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "Examples" in done.stdout
+    assert not {"torch", "lightning", "timm", "numpy"} & {*done.stdout.splitlines()[-1].split()}
+
+
 def test_imports_of_the_package() -> None:
     """Hydra ends at the commands; nothing comes from this repository's other folders or from Lightning's older name."""
     for path in SOURCES:

@@ -3,8 +3,8 @@
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +49,8 @@ def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None,
     values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
     if not isinstance(values, dict) or "_target_" not in values:
         raise ConfigError(f"{path} names nothing to build: set {path}._target_ to a class or a function")
-    target = resolve_target(values["_target_"], path)
-    taken: Collection[str] = read_signature(values["_target_"]).arguments
-    if not taken:  # it cannot be read, or there are none
-        with suppress(ValueError):  # of what is written in C
-            taken = inspect.signature(target).parameters
+    resolve_target(values["_target_"], path)
+    taken = read_signature(values["_target_"]).arguments
     objects |= {key: value for key, value in (offered or {}).items() if key not in values and key in taken}
     node = _without(node)
     for key in FUNCTIONS:  # Hydra would call these: `_partial_` keeps those that await arguments
@@ -73,7 +70,7 @@ def resolve_target(target: Any, path: str) -> Callable[..., Any]:
     """The class or function with the full name `target`."""
     try:
         found: Any = pkgutil.resolve_name(str(target))
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise ConfigError(f"{path}: there is no '{target}' ({error}){where_to_get(str(target))}") from error
     if not callable(found) or "." not in target:
         raise ConfigError(f"{path}: '{target}' is a {type(found).__name__}, not a class or a function")

@@ -243,7 +243,22 @@ def _check(cfg: DictConfig, shipped: dict[str, Any], groups: Sequence[str]) -> N
     node = {key: value for key, value in unresolved(cfg).items() if key != "hydra"}
     named = node["imports"] if isinstance(node.get("imports"), list) else []
     import_from_current_folder([*named, *targets(node)])
-    check(node, shipped, groups)
+    with _imports():
+        check(node, shipped, groups)
+
+
+@contextmanager
+def _imports() -> Iterator[None]:
+    """Around the first import of PyTorch, of whose seconds a third would go into looking for garbage."""
+    first = "torch" not in sys.modules
+    if first:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if first:
+            gc.freeze()  # what has been imported stays
+            gc.enable()
 
 
 def _prepare(config: str, cfg: DictConfig) -> None:
@@ -333,7 +348,8 @@ def _options(config: str, group: str, search: tuple[str, ...]) -> tuple[str, ...
 
 
 def _template(config: str) -> str:
-    return str(compose(config, with_hydra=True).hydra.help.template)
+    with _hydra():  # unchecked: the constructors are not imported for the help
+        return str(hydra.compose(config, return_hydra_config=True).hydra.help.template)
 
 
 def _filled_help(config: str, words: Sequence[str]) -> str:

@@ -1,17 +1,11 @@
-"""What a config may say: the constructors are the schema, and `conf/` for what no constructor takes.
+"""What a config may say: the constructors are the schema, and `conf/` for what no constructor takes."""
 
-Signatures are read from the source. Importing Lightning or PyTorch for them would let a misspelt key wait for seconds,
-and run code before anybody has looked at the config.
-"""
-
-import ast
-import builtins
 import functools
-import importlib.util
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, Unpack, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -19,7 +13,7 @@ from omegaconf import OmegaConf
 from coca_lit.errors import ConfigError, suggest
 
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # that `instantiate` reads itself
-NUMBERS = {"int", "float", "bool"}
+NUMBERS = (int, float, bool)
 AUTO = "auto"  # a recipe chooses the value, see `coca_lit.training.recipe`
 ELSEWHERE = {  # keys that a run sets from others
     "trainer.callbacks": "set callbacks.NAME instead",
@@ -32,9 +26,11 @@ ELSEWHERE = {  # keys that a run sets from others
 
 
 class Argument(NamedTuple):
-    """An argument of a constructor: its annotation, and its default (`...` for none, or for one that is no literal)."""
+    """An argument of a constructor: its annotation, and its default (`...` for none, or for one that is no plain
+    value).
+    """
 
-    annotation: str = ""
+    annotation: Any = Any
     default: Any = ...
 
 
@@ -45,138 +41,84 @@ class Signature(NamedTuple):
     takes_any: bool
 
 
+UNKNOWN = Signature({}, True)
+
+
 def argument_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of all constructors in a part of a config, by key, as plain values."""
     signature = read_signature(node.get("_target_"))
     defaults = {name: a.default for name, a in signature.arguments.items() if a.default is not ...}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
-    return plain | {key: argument_defaults(child) for key, child in node.items() if isinstance(child, dict)}
+    return defaults | {key: argument_defaults(child) for key, child in node.items() if isinstance(child, dict)}
 
 
 @functools.cache
 def read_signature(target: Any) -> Signature:
-    """The signature of the class or function with this full name, which takes anything if it cannot be read."""
-    found = definition(str(target))
-    if found is None:
-        return Signature({}, True)
-    node, module = found
-    parents = node.bases if isinstance(node, ast.ClassDef) else []
-    body = node.body if isinstance(node, ast.ClassDef) else [node]
-    made = next((f for f in body if isinstance(f, ast.FunctionDef) and f.name in ("__init__", node.name)), None)
-    marks = " ".join(map(ast.unparse, [*node.decorator_list, *parents]))
-    if made is None and ("dataclass" in marks or "NamedTuple" in marks):
-        return Signature(_fields(str(target)), False)
-    bases = [read_signature(f"{module}.{ast.unparse(base)}") for base in parents]
-    inherited = {name: argument for base in reversed(bases) for name, argument in base.arguments.items()}
-    if made is None:
-        return Signature(inherited, not bases or any(base.takes_any for base in bases))
-    positional = [*made.args.posonlyargs, *made.args.args]
-    values = [*[None] * (len(positional) - len(made.args.defaults)), *made.args.defaults, *made.args.kw_defaults]
-    arguments = {
-        a.arg: Argument(_annotation(a.annotation, module), literal(value, module))
-        for a, value in zip([*positional, *made.args.kwonlyargs], values, strict=True)
-        if a.arg != "self"
-    }
-    if made.args.kwarg is None:
+    """The signature of the class or function with this full name, whose module is imported. Where there is none, as of
+    a package that is not installed, anything counts as an argument.
+    """
+    try:
+        found = pkgutil.resolve_name(str(target))
+    except (ImportError, AttributeError, ValueError, SyntaxError):
+        return UNKNOWN
+    return _signature(found)
+
+
+def _signature(target: Callable[..., Any]) -> Signature:
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # of something else, or of what is written in C
+        return UNKNOWN
+    annotations = _annotations(target)
+    arguments: dict[str, Argument] = {}
+    others = None  # the annotation of **others
+    for parameter in parameters:
+        annotation = annotations.get(parameter.name, parameter.annotation)
+        if parameter.kind is parameter.VAR_KEYWORD:
+            others = annotation
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
+            arguments[parameter.name] = Argument(annotation, _plain(parameter.default))
+    if others is None:
         return Signature(arguments, False)
-    others = ast.unparse(made.args.kwarg.annotation or ast.Constant(""))
-    if not (named := re.fullmatch(r"'?(Unpack\[|Annotated\[Any, )(\w+)\]'?", others)):
-        return Signature(arguments | inherited, True)  # perhaps for its base class
-    # The keys of a TypedDict, with defaults of the base class; or the arguments of a class, which gets other defaults.
-    others = f"{module}.{named[2]}"
-    taken = Signature(_fields(others), False) if named[1] == "Unpack[" else read_signature(others)
-    known = inherited if named[1] == "Unpack[" else {}
-    further = {name: known.get(name, Argument(other.annotation)) for name, other in taken.arguments.items()}
-    return Signature(arguments | further | arguments, taken.takes_any)  # its own first
+    if get_origin(others) is Annotated:  # the arguments of a class, which gets other defaults
+        further = read_signature(others.__metadata__[0])
+        shared = {name: Argument(argument.annotation) for name, argument in further.arguments.items()}
+        return Signature(arguments | shared | arguments, further.takes_any)  # its own first
+    inherited = _inherited(target)
+    if get_origin(others) is Unpack:  # the keys of a TypedDict, with the defaults of the base class
+        fields = get_type_hints(get_args(others)[0])
+        shared = {name: inherited.get(name, Argument(annotation)) for name, annotation in fields.items()}
+        return Signature(arguments | shared | arguments, False)
+    return Signature(arguments | inherited | arguments, True)
 
 
-def _fields(name: str) -> dict[str, Argument]:
-    """The fields of a dataclass, NamedTuple or TypedDict, inherited ones first."""
-    node, module = definition(name) or (None, "")
-    if not isinstance(node, ast.ClassDef):
+def _annotations(target: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a constructor or function; none where one names what only type checkers import."""
+    function = vars(_owner(target))["__init__"] if isinstance(target, type) else target
+    try:
+        return get_type_hints(function, include_extras=True)
+    except (NameError, AttributeError, TypeError):
         return {}
-    fields: dict[str, Argument] = {}
-    for base in node.bases:
-        fields |= _fields(f"{module}.{ast.unparse(base)}")
-    lines = [line for line in node.body if isinstance(line, ast.AnnAssign)]
-    return fields | {
-        ast.unparse(f.target): Argument(_annotation(f.annotation, module), literal(f.value, module)) for f in lines
-    }
 
 
-@functools.cache
-def definition(name: str) -> tuple[ast.ClassDef | ast.FunctionDef, str] | None:
-    """A class or function by its full name, and the module in which it is; None if there is no source of it."""
-    module, _, leaf = name.rpartition(".")
-    for node in ast.walk(_source(module)):  # outermost first
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == leaf:
-            return node, module
-        if isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                if leaf == (alias.asname or alias.name):
-                    package = module if _source(f"{module}.__init__").body else module.rpartition(".")[0]
-                    parents = package.split(".")
-                    near = parents[: len(parents) - node.level + 1] if node.level else []
-                    source = ".".join(filter(None, (*near, node.module, alias.name)))
-                    return definition(source) if source != name else None
-    return None
+def _inherited(target: Callable[..., Any]) -> dict[str, Argument]:
+    """The arguments of the class to whose constructor the constructor of a class may hand others on."""
+    if not isinstance(target, type):
+        return {}
+    following = target.__mro__[target.__mro__.index(_owner(target)) + 1 :]
+    return _signature(following[0]).arguments if following else {}
 
 
-def literal(node: ast.expr | None, module: str) -> Any:
-    """A default as a plain value, also that of a constant of the module or of one that it imports from; `...` for none,
-    or one that is more than a literal.
-    """
-    if isinstance(node, ast.Name) and (found := _constant(node.id, module)):
-        return literal(*found)
-    try:
-        return ast.literal_eval(node) if node is not None else ...
-    except ValueError:
-        return ...
+def _owner(target: type) -> type:
+    """The class, of a class and its bases, that defines the constructor."""
+    return next(parent for parent in target.__mro__ if "__init__" in vars(parent))
 
 
-def _annotation(node: ast.expr | None, module: str) -> str:
-    """An annotation as it is written, with the choices in place of the name of a `Literal`."""
-    if node is None:
-        return ""
-    text = ast.unparse(node)
-    for name in [part.id for part in ast.walk(node) if isinstance(part, ast.Name) and part.id not in vars(builtins)]:
-        if (found := _constant(name, module)) and (choices := ast.unparse(found[0])).startswith("Literal["):
-            text = re.sub(rf"\b{name}\b", choices, text)
-    return text
-
-
-def _constant(name: str, module: str) -> tuple[ast.expr, str] | None:
-    """What a top-level name stands for, and the module that assigns it, followed through imports within its package or
-    coca_lit; None if nothing is found.
-    """
-    for line in _source(module).body:
-        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name:
-            return line.value, module
-        if isinstance(line, ast.ImportFrom) and line.module and name in [alias.name for alias in line.names]:
-            near = line.module.split(".")[0] in (module.split(".")[0], __name__.split(".")[0])
-            return _constant(name, line.module) if near else None
-    return None
-
-
-@functools.cache
-def _source(module: str) -> ast.Module:
-    """The source of a module, found without importing its packages; empty if there is none. Raises `ConfigError` if it
-    is no Python.
-    """
-    top, *inner = module.split(".")
-    try:
-        spec = importlib.util.find_spec(top) if top else None
-    except (ValueError, ImportError):
-        spec = None
-    files = [Path(spec.origin)] if spec and spec.origin and not inner else []
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        place = Path(folder, *inner)
-        files.append(place / "__init__.py" if place.is_dir() else place.with_suffix(".py"))
-    found = next((file for file in files if file.suffix == ".py" and file.is_file()), None)
-    try:
-        return ast.parse(found.read_bytes() if found else b"", str(found))  # bytes: the file says how it is encoded
-    except SyntaxError as error:
-        raise ConfigError(f"{found}, line {error.lineno}: {error.msg}") from error
+def _plain(default: Any) -> Any:
+    """A default as a config would hold it; `...` for none, or for another object."""
+    if isinstance(default, tuple | list):
+        values = [_plain(value) for value in default]
+        return ... if ... in values else values
+    return default if type(default) in (NoneType, bool, int, float, str) else ...
 
 
 # Checks
@@ -207,7 +149,7 @@ def check(node: Mapping[str, Any], shipped: Mapping[str, Any], groups: Iterable[
             known = [name for name in names if not f"{name}.".startswith(f"{key}.") and not key.startswith(f"{name}.")]
             leaves = {name.rpartition(".")[2]: name for name in sorted(known, key=lambda name: -name.count("."))}
             raise ConfigError(f"there is no key '{key}'{suggest(key, known, leaves)}")
-        if wrong := _mistake(value, argument):
+        if wrong := _mistake(value, argument.annotation):
             raise ConfigError(f"{key} must be {wrong}, got {written(value)}")
 
 
@@ -237,13 +179,13 @@ def _known(node: Mapping[str, Any], shipped: Mapping[str, Any]) -> tuple[dict[st
     """What may stand in a node: the arguments of its target, and what is shipped beside them for somebody else, such as
     `trainer.micro_batch_size`; and whether anything else may, too.
     """
-    listed = {key: Argument(type(value).__name__, value) for key, value in shipped.items()}
+    listed = {key: Argument(type(value), value) for key, value in shipped.items()}
     if "_target_" not in node:
         return listed, not shipped
     signature, before = read_signature(node["_target_"]), read_signature(shipped.get("_target_"))
     beside = {key: listed[key] for key in listed.keys() - before.arguments.keys()} if before.arguments else {}
     if {"records", "settings"} <= signature.arguments.keys():  # a function as evaluation
-        beside["every"] = Argument("int")
+        beside["every"] = Argument(int)
     return dict.fromkeys(HYDRA_KEYS, Argument()) | signature.arguments | beside, signature.takes_any
 
 
@@ -255,23 +197,25 @@ def _names(node: Any, path: str = "") -> list[str]:
     return [name for key in own for name in (f"{path}{key}", *_names(node.get(key), f"{path}{key}."))]
 
 
-def _mistake(value: Any, argument: Argument) -> str | None:
+def _mistake(value: Any, annotation: Any) -> str | None:
     """What is expected in place of a value, in words; None if it may stand there, or if that is hard to say."""
-    kinds = {*re.findall(r"[\w.]+", argument.annotation)} - {"Optional", "Union", "None", "NoneType"}
-    if value in (None, "???", AUTO) or (isinstance(value, str) and "${" in value) or not kinds:
+    if value in (None, "???", AUTO) or (isinstance(value, str) and "${" in value):
         return None
-    if choices := re.fullmatch(r"Literal\[((?:'\w+'(?:, )?)+)\](?: \| None)?", argument.annotation):
-        *others, last = re.findall(r"\w+", choices[1])
-        return None if value in (*others, last) else " or ".join(filter(None, (", ".join(others), last)))
-    if kinds == {"list"}:
+    alternatives = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kinds = [kind for kind in alternatives if kind is not NoneType]
+    if len(kinds) == 1 and get_origin(kinds[0]) is Literal:
+        choices = get_args(kinds[0])
+        *others, last = map(str, choices)
+        return None if value in choices else " or ".join(filter(None, (", ".join(others), last)))
+    if kinds == [list]:
         return "a list" if not isinstance(value, list) else None
-    if not kinds <= NUMBERS or (isinstance(value, bool) and "bool" in kinds):
+    if not kinds or not all(kind in NUMBERS for kind in kinds) or (isinstance(value, bool) and bool in kinds):
         return None
-    if kinds == {"bool"}:
+    if kinds == [bool]:
         return "true or false"
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or ("float" not in kinds and value % 1):
-        return "a number" if "float" in kinds else "a whole number"
+    if not number or (float not in kinds and value % 1):
+        return "a number" if float in kinds else "a whole number"
     return None
 
 

@@ -1,6 +1,6 @@
 """Training from the command line: `python train.py` and `coca-train`.
 
-Heavy packages are imported inside functions, so that `--help` and most typing errors are answered at once.
+Heavy packages are imported inside functions, so that `--help` is answered at once.
 """
 
 import os

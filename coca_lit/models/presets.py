@@ -174,7 +174,9 @@ STUDY: dict[str, dict[str, Any]] = {
 }
 
 
-def create_model(name: str, *, imports: Sequence[str] = (), **overrides: "Annotated[Any, CoCa]") -> "CoCa":
+def create_model(
+    name: str, *, imports: Sequence[str] = (), **overrides: Annotated[Any, "coca_lit.models.coca.CoCa"]
+) -> "CoCa":
     """Builds the preset `name`, randomly initialised, with arguments of `CoCa` overridden.
 
     Args:

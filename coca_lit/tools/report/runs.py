@@ -21,7 +21,7 @@ from coca_lit.runs.scores import cell, interval_cell
 Curves = dict[str, list[tuple[int, float]]]  # name -> (step, value)
 BOOKKEEPING = ("name", "output_dir", "evals.", "report.")  # keys that differ between equal runs
 EVALUATED = "checkpoint"  # the key that names the model of an evaluation, which only evaluations have
-KNOWN = re.compile(r"(coca_lit|lightning)(\.\w+)+")  # constructors whose defaults are looked up, in their sources
+KNOWN = re.compile(r"(coca_lit|lightning)(\.\w+)+")  # constructors that a report may import
 RESULTS, JOB = "results.json", "job.json"  # of a finished run; of a job of a sweep, see `coca_lit.cli.sweep`
 MAX_CURVES, MAX_SHEET = 2**28, 2**25  # bytes of metrics.csv and of a sheet of samples
 MAX_STEP, MAX_SECONDS = 2**53, 1e10
@@ -57,7 +57,7 @@ class Run(NamedTuple):
     results: dict[str, float]
     not_run: dict[str, str]  # score -> why it is missing
     config: dict[str, Any]  # flat: "model.optimizer.lr" -> value; a reference as it stands: "${seed}"
-    defaults: dict[str, Any]  # flat: of the constructors that the config names
+    constructors: dict[str, Any]  # the config, nested, with the names of known constructors alone
     environment: dict[str, Any]  # command, commit, machine, versions, seconds
     curves: Curves
     samples: dict[str, dict[str, Any]]  # kind, as in `SAMPLES` -> data set -> content
@@ -96,7 +96,7 @@ def read_run(folder: Path) -> Run:
         results={score: float(value) for score, value in _read(folder, RESULTS, {str: Number}).items()},
         not_run=_read(folder, "not_run.json", {str: str}),
         config=flatten(config),
-        defaults=flatten(argument_defaults(_with_known_targets(config))),
+        constructors=_with_known_targets(config),
         environment=environment,
         curves=read_curves(folder),
         samples={
@@ -113,7 +113,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _with_known_targets(node: Any) -> Any:
-    """A config without targets of other packages, whose sources are not for a report to read."""
+    """A config without targets of other packages, which are not for a report to import."""
     if not isinstance(node, dict):
         return node
     known = KNOWN.fullmatch(str(node.get("_target_", "")))
@@ -166,10 +166,18 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     own = [key for key in keys if not key.startswith(BOOKKEEPING) and not key.endswith("_")]  # _target_, _partial_
     if len({EVALUATED in run.config for run in runs}) > 1:
         own = [key for key in own if all(key in run.config for run in runs)]
-    values = {key: [run.config.get(key, run.defaults.get(key)) for run in runs] for key in own}
+    columns = [_values(run, own) for run in runs]
+    values = dict(zip(own, zip(*columns, strict=True), strict=True))
     unlike = {key: row for key, row in values.items() if len(set(map(repr, row))) > 1}
     meant = {key: [_resolved(v, run.config) for v, run in zip(row, runs, strict=True)] for key, row in unlike.items()}
     return {key: row for key, row in meant.items() if len(set(map(repr, row))) > 1}
+
+
+def _values(run: Run, keys: Sequence[str]) -> list[Any]:
+    """The values of a run, defaults included. Constructors are imported only where a key is missing."""
+    complete = all(key in run.config for key in keys)
+    defaults = {} if complete else flatten(argument_defaults(run.constructors))
+    return [run.config.get(key, defaults.get(key)) for key in keys]
 
 
 def _resolved(value: Any, config: Mapping[str, Any]) -> Any:
