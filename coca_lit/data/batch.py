@@ -23,6 +23,8 @@ class Batch(NamedTuple):
 
     - "captions", of records: all captions of each as a tuple; of a question its answers, of a statement its label
     - "source", of mixtures: the name of the source of each sample
+    - "further_tokens" (B, K - 1, L) and "further_lengths" (B, K - 1), with K captions of each image (`data.captions`):
+      those besides the one in `tokens`, padded to the longest of them
     """
 
     images: Images  # (B, 3, H, W) uint8, channels last in memory as decoders return them, normalised on the device;
@@ -61,6 +63,7 @@ class Example(NamedTuple):
     bad: tuple[BadSample, ...] = ()  # samples that this one replaces
     prefix_length: int = 1  # leading tokens that are not predicted: the start, and a question if there is one
     further: tuple[Images, ...] = ()  # images after the first one
+    further_tokens: tuple[list[int], ...] = ()  # of further captions, each with start and end
     extras: Mapping[str, Any] = {}  # tensors, which all samples of a batch have in the same shape, or other values
 
 
@@ -79,6 +82,11 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     if any(example.prefix_length > 1 for example in examples):
         prefix_lengths = torch.tensor([example.prefix_length for example in examples])  # (B,)
     extras = _stack_extras([example.extras for example in examples])
+    if examples[0].further_tokens:
+        rows = [row for example in examples for row in example.further_tokens]
+        further_tokens, further_lengths = padded(rows, pad_id)
+        extras["further_tokens"] = further_tokens.unflatten(0, (len(examples), -1))
+        extras["further_lengths"] = further_lengths.unflatten(0, (len(examples), -1))
     return Batch(images, tokens, lengths, keys, bad, prefix_lengths, extras)
 
 

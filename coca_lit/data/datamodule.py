@@ -57,6 +57,7 @@ class LoaderArguments(TypedDict, total=False):
     image_size: int
     num_workers: int
     seed: int
+    captions: int
     text: str | Sequence[str] | None
     text_every: int
     patches: Sequence[int]
@@ -85,6 +86,7 @@ class CaptionDataModule(LightningDataModule):
         image_size: height and width in pixels.
         num_workers: processes that load and decode, per training process; 0 loads in the training process.
         seed: of order and augmentation.
+        captions: of each image in a batch, drawn anew in every epoch; those after the first are in `Batch.extras`.
         text: files of texts without images, see `read_texts`; None for none.
         text_every: every N-th batch has texts without images; 1 for all.
         patches: for a model that takes images of any shape: budgets of patches of an image, one of which is drawn for
@@ -104,6 +106,7 @@ class CaptionDataModule(LightningDataModule):
         image_size: int = 224,
         num_workers: int = 0,
         seed: int = 0,
+        captions: int = 1,
         text: str | Sequence[str] | None = None,
         text_every: int = 2,
         patches: Sequence[int] = (),
@@ -114,6 +117,7 @@ class CaptionDataModule(LightningDataModule):
         self.image_size = image_size = whole_number("image_size", image_size, at_least=1)
         self.num_workers = whole_number("num_workers", num_workers, at_least=0)
         self.text_every = whole_number("text_every", text_every, at_least=1)
+        self.captions = whole_number("captions", captions, at_least=1)
         self.tokenizer, self.seed = tokenizer, seed
         self.patches = tuple(patches)
         self._loader: weakref.ref[TrainLoader] | None = None
@@ -337,8 +341,8 @@ class RecordsDataModule(CaptionDataModule):
         if views := self._features.get(self.train_split):
             from coca_lit.data.feature_cache import CachedCaptionDataset
 
-            return CachedCaptionDataset(self.train_records, views, self.tokenizer, self.seed)
-        return CaptionDataset(self.train_records, self.train_transform(), self.tokenizer, self.seed)
+            return CachedCaptionDataset(self.train_records, views, self.tokenizer, self.seed, self.captions)
+        return CaptionDataset(self.train_records, self.train_transform(), self.tokenizer, self.seed, self.captions)
 
     def indices_from(self, epoch: int, start: int) -> ShuffledBatches:
         source, schedule = Source("", len(self.train_records)), self.schedule(len(self.train_records))
@@ -353,9 +357,9 @@ class RecordsDataModule(CaptionDataModule):
         if views := self._features.get(self.val_split):
             from coca_lit.data.feature_cache import CachedFirstCaptionDataset
 
-            dataset: FirstCaptionDataset = CachedFirstCaptionDataset(records, views[0], self.tokenizer)
+            dataset: FirstCaptionDataset = CachedFirstCaptionDataset(records, views[0], self.tokenizer, self.captions)
         else:
-            dataset = FirstCaptionDataset(records, self.plain_transform(), self.tokenizer)
+            dataset = FirstCaptionDataset(records, self.plain_transform(), self.tokenizer, self.captions)
         return validation_loader(dataset, self.batch_size, *self.rank_and_world(), num_workers=self.num_workers)
 
 

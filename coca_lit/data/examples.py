@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from itertools import cycle, islice
 from typing import NamedTuple
 
 from torch.utils.data import Dataset
@@ -67,10 +68,21 @@ class CaptionDataset(TrainingExamples):
     """Training examples of records: a random caption and a random crop, both seeded by (seed, epoch, record id).
 
     Missing images count as bad. `most_bad` of the records may be: records, not draws, of which each worker has others.
+
+    Args:
+        captions: of each image; they differ while the record has others.
     """
 
-    def __init__(self, records: Sequence[Record], transform: TrainTransform, tokenizer: Tokenizer, seed: int = 0):
+    def __init__(
+        self,
+        records: Sequence[Record],
+        transform: TrainTransform,
+        tokenizer: Tokenizer,
+        seed: int = 0,
+        captions: int = 1,
+    ) -> None:
         self.records, self.transform, self.tokenizer = records, transform, tokenizer
+        self.captions = captions
         self._broken: set[int] = set()
         self._most = most_bad(len(records))
         super().__init__(seed, max_bad_fraction=min(OBVIOUS * self._most / max(len(records), 1), 1.0))
@@ -87,7 +99,12 @@ class CaptionDataset(TrainingExamples):
             further = tuple(augmented(other, self.transform, rng, index.patches) for other in record.further)
         except DataError as error:
             raise BadSampleError(BadSample("", str(record.id), "unreadable image", str(error))) from error
-        return _example((image, *further), record.captions[choice], record, self.tokenizer)
+        captions = [record.captions[choice]]
+        if self.captions > 1:
+            others = [*record.captions[:choice], *record.captions[choice + 1 :]]
+            random.Random(stable_seed("captions", self.seed, index.turn, record.id)).shuffle(others)
+            captions = [*islice(cycle(captions + others), self.captions)]
+        return _example((image, *further), captions, record, self.tokenizer)
 
     def replacement(self, i: int, rng: random.Random, error: BadSampleError, tries: int) -> int:
         self._broken.add(i)
@@ -102,13 +119,15 @@ class CaptionDataset(TrainingExamples):
 
 
 class FirstCaptionDataset(Dataset[Example]):
-    """Validation examples: the first caption and a deterministic transform, so that losses can be compared over time.
-
-    For the same reason an image that cannot be decoded is an error.
+    """Validation examples: the first caption, or the first few, and a deterministic transform, so that losses can be
+    compared over time. For the same reason an image that cannot be decoded is an error.
     """
 
-    def __init__(self, records: Sequence[Record], transform: Transform, tokenizer: Tokenizer):
+    def __init__(
+        self, records: Sequence[Record], transform: Transform, tokenizer: Tokenizer, captions: int = 1
+    ) -> None:
         self.records, self.transform, self.tokenizer = records, transform, tokenizer
+        self.captions = captions
 
     def __len__(self) -> int:
         return len(self.records)
@@ -116,18 +135,26 @@ class FirstCaptionDataset(Dataset[Example]):
     def __getitem__(self, i: int) -> Example:
         record = self.records[i]
         images = (self._image(i), *(loaded(other, self.transform) for other in record.further))
-        return _example(images, record.captions[0], record, self.tokenizer)
+        captions = islice(cycle(record.captions), self.captions)
+        return _example(images, [*captions], record, self.tokenizer)
 
     def _image(self, i: int) -> Images:
         return loaded(self.records[i].image, self.transform)
 
 
-def _example(images: Sequence[Images], caption: str, record: Record, tokenizer: Tokenizer) -> Example:
-    """The text is the caption; for a question, the question followed by the caption as its answer."""
+def _example(images: Sequence[Images], captions: Sequence[str], record: Record, tokenizer: Tokenizer) -> Example:
+    """The text is a caption; for a question, the question followed by the caption as its answer."""
     if record.question:
-        tokens, prefix_length = tokenizer.encode_answer(record.question, caption)
+        texts = [tokenizer.encode_answer(record.question, caption) for caption in captions]
     else:
-        tokens, prefix_length = tokenizer.encode(caption), 1
-    image, *further = images
-    extras = {"captions": record.captions}
-    return Example(image, tokens, str(record.id), (), prefix_length, tuple(further), extras)
+        texts = [(tokenizer.encode(caption), 1) for caption in captions]
+    tokens, prefix_length = texts[0]
+    return Example(
+        images[0],
+        tokens,
+        str(record.id),
+        prefix_length=prefix_length,
+        further=tuple(images[1:]),
+        further_tokens=tuple(further for further, _ in texts[1:]),
+        extras={"captions": record.captions},
+    )

@@ -300,8 +300,10 @@ class CachedCaptionDataset(CaptionDataset):
         views: files of `FeatureCache`.
     """
 
-    def __init__(self, records: Sequence[Record], views: Sequence[Path], tokenizer: Tokenizer, seed: int = 0):
-        super().__init__(records, whole, tokenizer, seed)
+    def __init__(
+        self, records: Sequence[Record], views: Sequence[Path], tokenizer: Tokenizer, seed: int = 0, captions: int = 1
+    ) -> None:
+        super().__init__(records, whole, tokenizer, seed, captions)
         self.views = views
 
     def image(self, index: Index, record: Record, rng: random.Random) -> tuple[Tensor, Record]:
@@ -313,8 +315,8 @@ class CachedCaptionDataset(CaptionDataset):
 class CachedFirstCaptionDataset(FirstCaptionDataset):
     """Validation examples with cached features in place of pixels; `view` is the file of the unaugmented images."""
 
-    def __init__(self, records: Sequence[Record], view: Path, tokenizer: Tokenizer):
-        super().__init__(records, build_transform(), tokenizer)  # for further images, of which there are none
+    def __init__(self, records: Sequence[Record], view: Path, tokenizer: Tokenizer, captions: int = 1) -> None:
+        super().__init__(records, build_transform(), tokenizer, captions)  # there are no further images to transform
         self.view = view
 
     def _image(self, i: int) -> Tensor:

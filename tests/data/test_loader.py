@@ -72,6 +72,40 @@ def test_extras_are_stacked_and_tensors_move_to_the_device_but_no_lengths():
         collate([Example(image, [1, 2], "", extras={name: 1}) for name in ("depth", "said")], pad_id=0)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_several_captions_of_an_image_differ_and_depend_on_seed_epoch_and_id(records):
+    dataset = CaptionDataset(records, RandomCrop(16), TOKENIZER, seed=5, captions=3)
+    indices = [[Index(turn, i) for i in (3, 1, 8)] for turn in range(40)]
+    batches = [*training_loader(dataset, indices, 0, num_workers=0)]
+    said = set()
+    for batch in batches:
+        tokens, lengths = batch.extras["further_tokens"], batch.extras["further_lengths"]
+        assert tokens.shape == (3, 2, int(lengths.max()))
+        for first, further, counts in zip(batch.tokens, tokens, lengths, strict=True):
+            texts = [TOKENIZER.decode(row) for row in (first, *further)]
+            assert len(set(texts)) == 3
+            assert {*texts} <= {"a", "a b", "a b c", "a b c dog"}
+            assert counts.tolist() == [len(text.split()) + 2 for text in texts[1:]]
+            said.add(tuple(texts))
+    assert len(said) == 24  # all orders of three of four captions
+    again = [*training_loader(dataset, indices, 0, num_workers=1)]
+    assert [b.extras["further_tokens"].tolist() for b in again] == [
+        b.extras["further_tokens"].tolist() for b in batches
+    ]
+    plain = CaptionDataset(records, RandomCrop(16), TOKENIZER, seed=5)
+    assert_equal(batches, [*training_loader(plain, indices, 0, num_workers=0)])
+    other = training_loader(dataset, [[Index(0, 8), Index(0, 3)]], 0, num_workers=0)
+    assert next(iter(other)).extras["further_tokens"][1].tolist() == batches[0].extras["further_tokens"][0].tolist()
+
+
+def test_captions_repeat_where_an_image_has_too_few():
+    record = Record("x", partial(noise, 0), ("a", "a b"))
+    image = build_transform(size=16)
+    assert FirstCaptionDataset([record], image, TOKENIZER)[0].further_tokens == ()
+    example = FirstCaptionDataset([record], image, TOKENIZER, captions=4)[0]
+    assert [TOKENIZER.decode(row) for row in (example.tokens, *example.further_tokens)] == ["a", "a b", "a", "a b"]
+
+
 def of_epoch(samples: int, schedule: Schedule, seed: int, epoch: int, **more: Any) -> list[list[Index]]:
     start, stop = epoch * len(schedule), (epoch + 1) * len(schedule)
     return list(ShuffledBatches([Source("", samples)], schedule, seed, start, stop, by_epoch=True, **more))

@@ -2,6 +2,7 @@
 classes as texts, which are mixed with pairs."""
 
 import json
+import math
 import re
 from collections import Counter
 from itertools import islice
@@ -115,6 +116,23 @@ def test_several_captions_of_a_field(tmp_path):
     said = Counter(tokenizer.decode(row) for row in rows)
     assert set(said) == {"a dog", "number"}
     assert said["number"] == pytest.approx(40, abs=15)
+
+
+def test_several_captions_of_an_image_are_drawn_each_by_its_probability(tmp_path):
+    text = json.dumps({"long": "a dog"}).encode()
+    members = {f"{i}.{end}": x for i in range(4) for end, x in (("jpg", jpeg(i)), ("json", text), ("txt", b"number"))}
+    path, tokenizer = write_tar(tmp_path / "x.tar", members), WordTokenizer(["a", "dog", "number"])
+    options = {"tokenizer": tokenizer, "batch_size": 4, "image_size": 16, "caption_keys": {"txt": 0.3, "long": 0.7}}
+    one, three = (LAIONDataModule(str(path), 800, captions=count, **options).train_dataloader() for count in (1, 3))
+    said = Counter()
+    for batch, other in zip(three, one, strict=True):
+        assert contents(batch) == contents(other)
+        for rows in zip(batch.tokens, *batch.extras["further_tokens"].unbind(dim=1), strict=True):
+            said[tuple(tokenizer.decode(row) for row in rows)] += 1
+    for texts, count in said.items():
+        expected = math.prod([{"number": 0.3, "a dog": 0.7}[text] for text in texts])
+        assert count == pytest.approx(800 * expected, abs=60)
+    assert len(said) == 8
 
 
 def test_samples_of_each_source_are_logged_and_counted_on(folders, tmp_path):

@@ -279,6 +279,7 @@ class LAIONDataModule(CaptionDataModule):
             self.max_bad_fraction,
             within_shard=self.windows is not None,
             step=step,
+            captions=self.captions,
             frames=self.frames,
         )
 

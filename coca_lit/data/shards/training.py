@@ -51,6 +51,7 @@ class IndexedShards(TrainingExamples):
         within_shard: a bad sample is replaced by one of its shard, or of the next shard if that is lost or has given
             `SHARD_TRIES` bad ones, and not by one of the whole source.
         step: in place of `transform`.
+        captions: of each image, each drawn as the first one is.
         frames: of clips, which are read in place of images.
     """
 
@@ -62,6 +63,7 @@ class IndexedShards(TrainingExamples):
     max_bad_fraction: float
     within_shard: bool = False
     step: SampleStep | None = None
+    captions: int = 1
     frames: int = 0
 
     max_tries = 100  # at the 5 % of bad samples that are usual on the web, even ten in a row occur
@@ -113,7 +115,14 @@ class IndexedShards(TrainingExamples):
             crop, extras = self.step(Sample(pixels, caption, key, shard), rng)
         if source := self.sources[bisect_right(self.source_ends, index.i)].name:
             extras["source"] = source
-        return Example(crop, self.tokenizer.encode(caption), f"{shard}/{key}", extras=extras)
+        further = [draw(captions, self.caption_keys, "caption", n, *seed) for n in range(1, self.captions)]
+        return Example(
+            crop,
+            self.tokenizer.encode(caption),
+            f"{shard}/{key}",
+            further_tokens=tuple(self.tokenizer.encode(text) for text in further),
+            extras=extras,
+        )
 
     def replacement(self, i: int, rng: random.Random, error: BadSampleError, tries: int) -> int:
         """A sample of the same source."""
