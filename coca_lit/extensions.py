@@ -6,6 +6,7 @@ what it adds. Both are read without importing the project, whose code is importe
     about = "One sentence."        # required
     requires = ["other_project"]   # projects whose modules it imports
     usual_evals = ["my_score"]     # of its evals, those that evals=all takes
+    groups = ["grid"]              # config groups of its own, of which nothing is chosen by default
     [roots]                        # folders of data sets: roots.NAME
     vqa = "${data_dir}/vqa"
     [presets]                      # models by name: a dictionary of them, and the names in it
@@ -41,10 +42,11 @@ TABLES = {  # of "module:object" by name, but for the last, which holds texts
     "poolers": "classes of poolers",
     "vocabularies": "lists of words, for model.net.tokenizer",
     "inputs": "readers of files, by their ending",
+    "resolvers": "functions that configs call, as ${name:argument}",
     "scenes": "functions that make built-in scenes, by their kind",
     "titles": "what readers call the data of an evaluation, by its name",
 }
-KEYS = ("about", "requires", "usual_evals", "roots", "presets", "commands", *TABLES)
+KEYS = ("about", "requires", "usual_evals", "groups", "roots", "presets", "commands", *TABLES)
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,9 @@ def declared(kind: str) -> dict[str, str]:
     return {name: target for project in projects() for name, target in project.table(kind).items()}
 
 
-def usual_evals() -> list[str]:
-    """The evaluations of projects that `evals=all` takes."""
-    return [name for project in projects() for name in project.manifest.get("usual_evals", ())]
+def listed(key: str) -> list[str]:
+    """The names in a list of all projects: `usual_evals` or `groups`."""
+    return [name for project in projects() for name in project.manifest.get(key, ())]
 
 
 def config_folders() -> list[Path]:

@@ -32,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit import __version__, extensions
 from coca_lit.cli.schema import AUTO, MissingValueError, check, check_complete, targets, unresolved
-from coca_lit.cli.sweep import branch_of, cooldown_of, end_sweep, job_record, sweep_score
+from coca_lit.cli.sweep import end_sweep, job_record, sweep_score
 from coca_lit.cli.words import Positional, parse, quote
 from coca_lit.errors import ConfigError, UserError, error_context, suggest
 from coca_lit.machine import is_first_process, set_up_environment
@@ -62,7 +62,7 @@ SEARCH_PATH = "hydra.searchpath="
 _KEY = re.compile(r"(?!hydra\.)[A-Za-z_][\w-]*(\.[\w-]+)*", re.ASCII)
 
 OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
-for resolver in (job_folder, launched_devices, launched_nodes, cooldown_of, branch_of):
+for resolver in (job_folder, launched_devices, launched_nodes):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
@@ -186,10 +186,19 @@ def _hydra(job: str = "app") -> Iterator[Any]:
 
 @functools.cache
 def _store_configs_of_projects() -> None:
-    """Gives Hydra what our configs take from all projects: the folders of their data sets, and their evaluations."""
+    """Gives Hydra what our configs take from all projects: the folders of their data sets, their evaluations and config
+    groups, and the functions that their configs call.
+    """
     store = ConfigStore.instance()
     store.store("roots_of_projects", extensions.declared("roots"), package="roots")
-    store.store("_usual_of_projects", {"defaults": extensions.usual_evals()}, group="evals")
+    store.store("_usual_of_projects", {"defaults": extensions.listed("usual_evals")}, group="evals")
+    store.store("groups_of_projects", {"defaults": [{name: None} for name in extensions.listed("groups")]})
+    for name, target in extensions.declared("resolvers").items():
+        OmegaConf.register_new_resolver(name, functools.partial(_call, target), replace=True)
+
+
+def _call(target: str, *arguments: Any) -> Any:
+    return extensions.load(target)(*arguments)
 
 
 def _with_search_path(words: Sequence[str]) -> list[str]:
@@ -329,6 +338,11 @@ def explain(error: Exception) -> str:
 
 
 # The configs in `conf` and in a user's own folders: their groups, options and help
+
+
+def is_shipped(group: str, option: str) -> bool:
+    """Whether an option of a config group is ours or that of a project, and not the user's own."""
+    return any((folder / group / f"{option}.yaml").is_file() for folder in (CONF, *extensions.config_folders()))
 
 
 def options_of(config: str, group: str = "", words: Sequence[str] = ()) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.cli.assembly import build, build_data, build_evals, build_scoring, build_trainer, plain
-from coca_lit.cli.command import options_of
+from coca_lit.cli.command import is_shipped
 from coca_lit.cli.module import build_module, load_source, with_recipe, with_start
 from coca_lit.cli.runtime import configure_libraries
 from coca_lit.cli.schema import argument_defaults
@@ -139,8 +139,7 @@ def next_commands(cfg: DictConfig, net: "CoCa", data: "CaptionDataModule") -> st
     words = [f"checkpoint={cfg.output_dir}"] + ([f"imports=[{','.join(cfg.imports)}]"] if cfg.imports else [])
     commands = [use]
     # Own evaluations are not repeated: the config of a run folder may be a stranger's.
-    shipped = options_of("evaluate", "evals")
-    if any(node and name in shipped for name, node in cfg.evals.items()):
+    if any(node and is_shipped("evals", name) for name, node in cfg.evals.items()):
         commands.append("coca-evaluate")
     return "   or   ".join(f"{command} {in_shell(words)}" for command in commands)
 

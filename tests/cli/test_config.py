@@ -53,7 +53,6 @@ def test_every_file_is_an_option_or_known() -> None:
         "small": compose("trainer=smoke").data.batch_size == 8,
         "skip_missing": evaluates_all().scoring.skip_missing,
         "roots": compose().roots.mscoco == evaluates_all().roots.mscoco == "data/mscoco",
-        "scaling/small": compose("scaling=small", "model.net.embed_dim=48").model.net.text_width == 48,
         "scoring": compose().scoring.quick == 256 and evaluates_all().scoring.split == "test",
     }
     assert {name for name in others if not name.startswith("hydra/")} == {*commands, *engines, *brought}

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from coca_lit.extensions import command_for, further_commands
 from coca_lit.runs.launch import isolate, started
 
 EXAMPLE = "for example: coca-report outputs/demo   or, to compare: coca-report outputs/a outputs/b"
@@ -15,25 +16,23 @@ EXAMPLE = "for example: coca-report outputs/demo   or, to compare: coca-report o
 def report(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `coca-report`. Mistakes of the user are one sentence on standard error and exit code 1."""
     isolate()
-    parser = argparse.ArgumentParser("coca-report", description=__doc__, epilog=EXAMPLE)
+    words = sys.argv[1:] if arguments is None else arguments
+    handed_over = command_for("report", words)
+    if handed_over is not None:
+        handed_over(words)
+        return
+    parser = argparse.ArgumentParser(
+        "coca-report",
+        description=__doc__,
+        epilog=EXAMPLE + further_commands("report"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folders", type=Path, nargs="*", help="folders of finished runs, or of a sweep")
     parser.add_argument(
         "--output", type=Path, help="folder for the comparison (default: the sweep's folder, else outputs/comparison)"
     )
     parser.add_argument("--objective", help="score that ranks the runs (default: the first headline score)")
-    parser.add_argument("--scaling", action="store_true", help="fit and draw the score against the training compute")
-    parser.add_argument(
-        "--hold-out",
-        type=float,
-        default=4.0,
-        help="predict what has more than 1/N of the compute (default: %(default)s)",
-    )
-    parser.add_argument("--published", type=Path, help="results.parquet of LAION's scaling study, to draw beside")
-    options = parser.parse_args(arguments)
-    if options.hold_out < 1:
-        parser.error(f"--hold-out must be at least 1, not {options.hold_out}")
-    if not options.scaling and (options.published or options.hold_out != parser.get_default("hold_out")):
-        parser.error("--published and --hold-out belong to --scaling")
+    options = parser.parse_args(words)
     if not options.folders:
         sys.exit(f"error: name the folder of a run; {EXAMPLE}   (more: coca-report --help)")
 
@@ -49,13 +48,6 @@ def report(arguments: Sequence[str] | None = None) -> None:
         scores = [*dict.fromkeys(name for run in runs for name in run.results)]
         if (objective := options.objective) is not None and objective not in scores:
             raise DataError(f"no run has the score '{objective}'{suggest(objective, scores)}")
-        if options.scaling:
-            from coca_lit.tools.report.scaling import write_scaling
-
-            output = options.output or first
-            print(write_scaling(runs, output, objective, options.hold_out, options.published))
-            print(printable(str(output / "scaling.png")))
-            return
         several = len(options.folders) > 1
         if not several and (first / "results.json").is_file():
             if options.output is not None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coca_lit.cli import train
-from coca_lit.cli.sweep import branch_of, cooldown_of
+from coca_lit.projects.scaling.branches import branch_of, cooldown_of
 from helpers.running import compose, run
 
 
@@ -19,6 +19,10 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
     (other / "checkpoints").mkdir(parents=True)
     (other / "checkpoints" / "step_170.ckpt").touch()
     assert branch_of(str(other), 200, 1600) == "auto"
+
+
+def test_the_grid_is_found() -> None:
+    assert compose("scaling=small", "model.net.embed_dim=48").model.net.text_width == 48
 
 
 @pytest.mark.slow

@@ -11,11 +11,11 @@ from PIL import Image
 
 from coca_lit.errors import DataError
 from coca_lit.metrics.uncertainty import Conditions
+from coca_lit.projects.scaling import law
+from coca_lit.projects.scaling.law import Law, Point, fit_scaling, frontier, points_of, published_points
 from coca_lit.runs.results import write_conditions
-from coca_lit.tools.report import scaling
 from coca_lit.tools.report.command import report
 from coca_lit.tools.report.runs import find_runs
-from coca_lit.tools.report.scaling import Law, Point, fit_scaling, frontier, points_of, published_points
 
 TRUE = Law(top=0.9, a=0.45, b=0.3, c=0.5, unit=1e4)
 COMPUTE = 1e3 * 2.0 ** np.arange(11)
@@ -23,7 +23,7 @@ COMPUTE = 1e3 * 2.0 ** np.arange(11)
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "DRAWS", 40)
+    monkeypatch.setattr(law, "DRAWS", 40)
 
 
 def grid(noise: float, seed: int, seeds: int = 3) -> list[Point]:
@@ -49,7 +49,7 @@ def test_a_known_law_is_found_again() -> None:
 @pytest.mark.slow
 def test_a_score_that_falls_is_said_to_fall() -> None:
     points = [Point(f"{i}", float(c), -1 - 14 * (c / COMPUTE[0]) ** -0.5) for i, c in enumerate(COMPUTE)]
-    line, *_ = scaling._said("scenes/t2i_median_rank", "", fit_scaling(points, top=-1.0))
+    line, *_ = law._said("scenes/t2i_median_rank", "", fit_scaling(points, top=-1.0))
     assert re.search(r"median rank: 1\.0 \+ \d", line)
 
 
