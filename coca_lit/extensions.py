@@ -14,8 +14,8 @@ what it adds. Both are read without importing the project, whose code is importe
     names = ["my_vit_b32"]
     [text_towers]                  # and the other tables of `TABLES`: name = "module:object"
     mine = "my_package.text:MyTower"
-    [commands.data]                # `coca-data teach …` calls run(["teach", …])
-    teach = { run = "my_package.command:teach", help = "what it does" }
+    [commands.data]                # `coca-data count …` calls run(["count", …]); an option is declared as "--count"
+    count = { run = "my_package.command:count", help = "what it does" }
 
 Its folder `conf/` holds config groups, which Hydra finds as if they lay among ours.
 """
@@ -80,6 +80,10 @@ class Project:
             return {name: table["module"] for name in table.get("names", ())}
         return table
 
+    def commands(self, tool: str) -> dict[str, dict[str, str]]:
+        """What it adds to the command of a tool, see `commands_of`."""
+        return dict(self.manifest.get("commands", {}).get(tool, {}))
+
 
 @functools.cache
 def projects() -> tuple[Project, ...]:
@@ -116,6 +120,10 @@ def _read(entry: EntryPoint) -> Project:
     check_names(str(folder / MANIFEST), manifest, KEYS)
     if "about" not in manifest:
         raise ValueError(f"{folder / MANIFEST} lacks the key 'about'")
+    for tool, commands in manifest.get("commands", {}).items():
+        for word, command in commands.items():
+            if command.keys() != {"run", "help"}:
+                raise ValueError(f"{folder / MANIFEST}: '{word}' of [commands.{tool}] must have run and help")
     return Project(entry.name, entry.value, folder, _distribution(entry), manifest)
 
 
@@ -140,6 +148,10 @@ def _check_names(project: Project, others: Mapping[str, Project]) -> None:
             twice = project.table(kind).keys() & other.table(kind).keys()
             if twice:
                 raise ValueError(f"'{min(twice)}' of its {kind} is also the name of one of the project '{other.name}'")
+        for tool in project.manifest.get("commands", {}):
+            twice = project.commands(tool).keys() & other.commands(tool).keys()
+            if twice:
+                raise ValueError(f"its command '{min(twice)}' is also one of the project '{other.name}'")
 
 
 @functools.cache
@@ -181,22 +193,26 @@ def where_to_get(target: str) -> str:
 
 
 def command_for(tool: str, words: Sequence[str]) -> Callable[[Sequence[str]], None] | None:
-    """The function of a project that answers these words of a tool's command, if one of them is declared by it."""
+    """The function of a project that answers these words of a tool's command: its first word is a subcommand that the
+    project declares, or any word is an option that it declares.
+
+    Raises:
+        ConfigError: the function is not there.
+    """
     commands = commands_of(tool)
-    for word in words:
-        if word in commands:
-            run: Callable[[Sequence[str]], None] = load(commands[word]["run"])
+    for position, word in enumerate(words):
+        name = word.partition("=")[0] if word.startswith("--") else word
+        if name in commands and (position == 0 or name.startswith("--")):
+            run: Callable[[Sequence[str]], None] = load(commands[name]["run"])
             return run
     return None
 
 
 def commands_of(tool: str) -> dict[str, dict[str, str]]:
-    """What projects add to the command of a tool: word -> {"run": "module:function", "help": sentence}."""
-    return {
-        word: command
-        for project in projects()
-        for word, command in project.manifest.get("commands", {}).get(tool, {}).items()
-    }
+    """What projects add to the command of a tool: word -> {"run": "module:function", "help": sentence}. A word is a
+    subcommand, such as "teach", or an option, such as "--scaling".
+    """
+    return {word: command for project in projects() for word, command in project.commands(tool).items()}
 
 
 def further_commands(tool: str) -> str:

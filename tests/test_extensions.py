@@ -76,6 +76,56 @@ def test_a_folder_of_the_user_is_searched_beside_those_of_projects(site: Path, t
             assert f"seed: {seed}\n" in done.stdout, done.stderr
 
 
+COMMANDS = """
+from coca_lit.tools.prepare.command import data
+for words in (["count", "check", "engine=gpus"], ["engine=local", "count"], ["prepare", "count", "spice"]):
+    try:
+        data(words)
+    except SystemExit as error:
+        print(error)
+"""
+
+
+def test_a_subcommand_of_a_project_is_listed_and_gets_its_words(site: Path) -> None:
+    """One that the tool has itself, or a word that is no subcommand, is none of the project's."""
+    (site / "counting.py").write_text("def count(words): print('counted', words)")
+    manifest = MANIFEST.replace("outsider.idea.tower:count", "counting:count")
+    (site / "outsider" / "idea" / "project.toml").write_text(
+        f'{manifest}\nprepare = {{ run = "counting:count", help = "never" }}'
+    )
+    listed = python(site, "from coca_lit.tools.prepare.command import data\ndata(['--help'])").stdout
+    assert "    count     count things\n" in listed
+    assert "never" not in listed
+    done = python(site, COMMANDS).stdout.splitlines()
+    assert done[:2] == ["counted ['count', 'check', 'engine=gpus']", "counted ['count', 'engine=local']"]
+    assert "count" in done[2]
+    assert done[2].startswith("error: ")
+
+
+def test_a_subcommand_whose_code_is_missing_is_one_sentence(site: Path) -> None:
+    (site / "outsider" / "__init__.py").write_text("")
+    done = python(site, "from coca_lit.tools.prepare.command import data\ndata(['count'])")
+    assert done.stderr.startswith("error: there is no 'outsider.idea.tower:count'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_option_is_found_at_any_place_and_a_subcommand_at_the_first(site: Path) -> None:
+    (site / "counting.py").write_text("def count(words): pass\ndef draw(words): pass")
+    (site / "outsider" / "idea" / "project.toml").write_text(
+        """about = "x"
+[commands.report]
+count = { run = "counting:count", help = "count" }
+"--draw" = { run = "counting:draw", help = "draw" }
+"""
+    )
+    program = """
+for words in (["count", "a"], ["a", "count"], ["a", "--draw", "b"], ["--draw=b"], ["draw"]):
+    found = extensions.command_for("report", words)
+    print(found and found.__name__)
+"""
+    assert python(site, program).stdout.split() == ["count", "None", "draw", "draw", "None"]
+
+
 @pytest.mark.parametrize(
     ("manifest", "reason"),
     [
@@ -84,6 +134,8 @@ def test_a_folder_of_the_user_is_searched_beside_those_of_projects(site: Path, t
         ("about =", "Invalid value"),
         ("about = 'x'\nrequires = ['another']", "it requires the project 'another'"),
         ("about = 'x'\n[text_towers]\ncounting = 'a:b'", "'counting' of its text_towers is also the name of one"),
+        ("about = 'x'\n[commands.data]\na = {run = 'b:c'}", "'a' of [commands.data] must have run and help"),
+        ("about = 'x'\n[commands.data]\ncount = {run = 'b:c', help = 'd'}", "its command 'count' is also one of the"),
         (None, "project.toml"),
     ],
 )

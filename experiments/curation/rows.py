@@ -10,9 +10,9 @@ from pathlib import Path
 
 import duckdb
 
+from coca_lit.projects.curation.choose import filter_scores
+from coca_lit.projects.curation.scores import find_scores
 from coca_lit.runs.run_folder import environment
-from coca_lit.tools.curate.choose import filter_scores
-from coca_lit.tools.curate.scores import find_scores
 from experiments.study import replace_rows
 
 PER_SHARD = 10_000

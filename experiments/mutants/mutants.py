@@ -724,26 +724,26 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "tools/plan/test_plan.py -k by_hand",
         ),
     ],
-    "tools/curate/choose.py": [
+    "projects/curation/choose.py": [
         (
             "chain_of_duplicates",
             "(alike[i, :i] & ~near[:i]).any()",
             "alike[i, :i].any()",
-            "tools/curate/test_choose.py -k duplicate",
+            "projects/curation/test_choose.py -k duplicate",
         ),
         (
             "best_rounded",
             "place = max(1, round(count * (top or 1)))",
             "place = max(1, int(count * (top or 1)))",
-            "tools/curate/test_choose.py -k best",
+            "projects/curation/test_choose.py -k best",
         ),
     ],
-    "tools/curate/judge.py": [
+    "projects/curation/judge.py": [
         (
             "aspect_of_tall_images",
             "(np.maximum(width, height) / np.minimum(width, height))",
             "(width / height)",
-            "tools/curate/test_judge.py -k training",
+            "projects/curation/test_judge.py -k training",
         ),
     ],
     "evals/chair.py": [

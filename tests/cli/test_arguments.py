@@ -15,7 +15,7 @@ from coca_lit.cli.command import CONF, compose
 from coca_lit.cli.words import parse, to_override
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.tools.caption import command as caption_command  # noqa: F401  registers the options of generation
-from coca_lit.tools.curate.command import Words
+from coca_lit.tools.prepare.subcommand import SubcommandParser
 from coca_lit.weights.hub import released
 
 HOSTILE = [
@@ -110,7 +110,7 @@ def test_the_home_that_a_shell_leaves(
 ) -> None:
     monkeypatch.setenv("HOME", "/my home")
     assert composed(tmp_path, *parse([f"query={typed}"])[1])["query"] == value
-    words = Words()
+    words = SubcommandParser()
     words.add_argument("--in-shards")
     assert words.parse_args(["in_shards=~/x"]).in_shards == "/my home/x"
 

@@ -1,29 +1,35 @@
 """`coca-data prepare SOURCE OUTPUT` writes shards, `coca-data check SHARDS` reads and decodes every sample of them,
-`coca-data spice` fetches what SPICE needs; `score`, `filter` and `dedup` choose samples, `teach` has teachers embed
-them, see `coca_lit.tools.curate.command`.
+`coca-data spice` fetches what SPICE needs. Projects add further subcommands.
 
 Where shards are worked on is a key as of other commands, engine=slurm engine.partition=cpu, see
 `coca_lit.tools.clusters.engines`.
 """
 
 import argparse
-import re
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from coca_lit import extensions
+from coca_lit.errors import ConfigError
 from coca_lit.machine import in_shell
-from coca_lit.runs.launch import isolate, started
-from coca_lit.tools.curate.command import Words, add_dedup, add_filter, add_score, add_teach, positive, print_faults
+from coca_lit.runs.launch import isolate
+from coca_lit.tools.prepare.subcommand import (
+    SHARDS,
+    data_parser,
+    is_of_engine,
+    positive,
+    print_faults,
+    run_subcommand,
+)
 
 if TYPE_CHECKING:
     from coca_lit.data.shards.shard import ManifestEntry
     from coca_lit.tools.clusters.engines import Work
-    from coca_lit.tools.curate.command import Commands
+    from coca_lit.tools.prepare.subcommand import SubcommandParser, Subcommands
 
-ENGINE = "engine=local|gpus|slurm|ray and engine.KEY=VALUE: where the work is done (default: cores of this machine)"
 EXAMPLE = "for example: coca-data prepare captions.csv shards/"
 PREPARE = """\
 Writes a .csv, .tsv or .parquet file of local images and captions, a folder with captions.csv, .tsv, .jsonl or .json, a
@@ -43,36 +49,32 @@ download resumes where it stopped."""
 def data(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `coca-data`. A `UserError` is one sentence on standard error and exit code 1."""
     isolate()
-    parser = argparse.ArgumentParser(
-        "coca-data", description="Prepares, checks and chooses data, fetches what scores of captions need."
-    )
-    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND", parser_class=Words)
-    _add_prepare(commands)
-    _add_check(commands)
-    add_score(commands, ENGINE)
-    add_filter(commands)
-    add_dedup(commands)
-    add_teach(commands, ENGINE)
-    spice = commands.add_parser("spice", help="fetch the two jars that SPICE needs", description=SPICE)
-    spice.add_argument("folder", type=Path, nargs="?", help="default: ~/.cache/coca_lit/spice, where SPICE looks first")
-    spice.set_defaults(run=_fetch_spice)
-    words = sys.argv[1:] if arguments is None else arguments
-    engine = [word for word in words if re.match(r"engine(\.[\w.]+)?=", word)]
+    given = sys.argv[1:] if arguments is None else arguments
+    words = sorted(given, key=is_of_engine)  # behind the subcommand
+    parser, subcommands = data_parser("Prepares, checks and chooses data, fetches what scores of captions need.")
+    _add_prepare(subcommands)
+    _add_check(subcommands)
+    _add_spice(subcommands)
+    is_own = words[:1] and words[0] in subcommands.choices
+    for word, declared in extensions.commands_of("data").items():
+        if word not in subcommands.choices:
+            subcommands.add_parser(word, help=declared["help"])
     if not words:
-        sys.exit(f"error: name what to do: {', '.join(commands.choices)}; {EXAMPLE} (more: coca-data --help)")
-    options = parser.parse_args([word for word in words if word not in engine])
-    if engine and "engine" not in options:
-        parser.error(f"unrecognized arguments: {' '.join(engine)}")
-    options.engine = engine
-    how = "begins again" if options.command in ("filter", "dedup") else "resumes from here"
-    with started("coca-data", FileNotFoundError, PermissionError, interrupted=f"interrupted: the same command {how}"):
-        options.run(options)
+        sys.exit(f"error: name what to do: {', '.join(subcommands.choices)}; {EXAMPLE} (more: coca-data --help)")
+    try:
+        of_project = None if is_own else extensions.command_for("data", words)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    if of_project is None:
+        run_subcommand(parser, words)
+    else:
+        of_project(words)
 
 
-def _add_check(commands: "Commands") -> None:
+def _add_check(subcommands: "Subcommands") -> None:
     about = "decode every sample and write a manifest"
-    parser = commands.add_parser("check", help=about, description=CHECK, epilog=ENGINE)
-    parser.add_argument("shards", nargs="+", help="folders, 'FOLDER/{00000..00099}.tar', 'FOLDER/*.tar'")
+    parser = subcommands.add_parser("check", help=about, description=CHECK)
+    parser.add_argument("shards", nargs="+", help=SHARDS)
     parser.add_argument(
         "--caption-key", default="txt", help="field of the samples' JSON that holds the caption (default: the .txt)"
     )
@@ -128,8 +130,8 @@ def _write_indexes(entries: "Mapping[Path, ManifestEntry]", options: argparse.Na
         work.close(len(missing))
 
 
-def _add_prepare(commands: "Commands") -> None:
-    parser = commands.add_parser("prepare", help="write captioned images as shards", description=PREPARE, epilog=ENGINE)
+def _add_prepare(subcommands: "Subcommands") -> None:
+    parser = subcommands.add_parser("prepare", help="write captioned images as shards", description=PREPARE)
     parser.add_argument(
         "source",
         type=Path,
@@ -177,6 +179,14 @@ def _prepare(options: argparse.Namespace) -> None:
     print(f"coca-train experiment=pretrain_b32 data.shards={folder}{every_caption} data.epoch_samples=null {none}")
 
 
+def _add_spice(subcommands: "Subcommands") -> None:
+    parser = subcommands.add_parser("spice", help="fetch the two jars that SPICE needs", description=SPICE)
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="default: ~/.cache/coca_lit/spice, where SPICE looks first"
+    )
+    parser.set_defaults(run=_fetch_spice)
+
+
 def _fetch_spice(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
@@ -198,7 +208,7 @@ def _fetch_spice(options: argparse.Namespace) -> None:
     print(f"SPICE is ready: {folder}" + (f"; set {JARS_VARIABLE} to it" if options.folder else ""))
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: "SubcommandParser") -> None:
     parser.add_argument(
         "--max-bad-fraction",
         type=float,
@@ -206,7 +216,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="FRACTION",
         help="fraction of bad samples above which no manifest is written (default: %(default)s)",
     )
-    parser.set_defaults(engine=[])
+    parser.add_engine()
     parser.add_argument(
         "--workers", type=positive, help="processes of this machine, or of each SLURM job (default: one per core)"
     )

@@ -14,8 +14,8 @@ from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.reinforced import Reinforced, teachers_of
 from coca_lit.data.transforms import as_tensor, resized
 from coca_lit.errors import DataError
-from coca_lit.tools.curate import teach
-from coca_lit.tools.curate.teach import Teaching, claim_outputs, teach_shard
+from coca_lit.projects.curation import teach
+from coca_lit.projects.curation.teach import Teaching, claim_outputs, teach_shard
 from coca_lit.tools.prepare.command import data as coca_data
 from coca_lit.tools.prepare.scenes import write_shards
 from helpers.running import run
@@ -63,7 +63,7 @@ def test_the_crop_replayed_is_the_crop_that_the_teachers_saw(shard, teachers, mo
                 (place,) = [n for n, crop in enumerate(crops) if torch.equal(crop, pixels)]
                 views.add(place)
                 for (images, texts, scale), path in zip(teachers_of(batch), teachers, strict=True):
-                    model = teach.load_judge(path, False)[0]
+                    model = teach.load_annotator(path, False)[0]
                     with torch.no_grad():
                         expected = model.encode_image(pixels[None])[0], model.logit_scale.exp()
                     torch.testing.assert_close(images[i].float(), expected[0], atol=2e-3, rtol=0)
@@ -86,7 +86,7 @@ def test_every_caption_has_its_own_embedding_and_what_is_broken_is_left_out(tmp_
     assert teach_shard(shard, Teaching(teachers, caption_keys=keys)).bad == {"unreadable image": 1}
     file = Reinforced(tmp_path / "00000.teachers.safetensors")
     for number, path in enumerate(teachers):
-        model = teach.load_judge(path, False)[0]
+        model = teach.load_annotator(path, False)[0]
         for caption in ("a dog", "a number", "a dog number", "dog"):
             with torch.no_grad():
                 expected = model.encode_text(model.tokenizer.tokens_of([caption]))[0]
@@ -137,7 +137,7 @@ def test_finished_shards_are_skipped_and_changed_ones_done_again(shard, teachers
 
 def test_words_that_come_twice_name_all(shard, teachers, monkeypatch) -> None:
     asked: list[Teaching] = []
-    monkeypatch.setattr("coca_lit.tools.curate.command._of_all_shards", lambda *given: asked.append(given[-1]))
+    monkeypatch.setattr("coca_lit.projects.curation.command.annotate", lambda *given: asked.append(given[-1]))
     words = ["teach", str(shard.parent), *(f"teachers={teacher}" for teacher in teachers)]
     coca_data(words)
     coca_data([*words, "caption-keys=json", "caption-keys=txt"])
@@ -170,7 +170,7 @@ def test_embeddings_of_other_teachers_are_not_mixed(shard, teachers, tiny_model,
     model = tiny_model()
     model.logit_scale.data += 1
     save_model(model, teachers[0])
-    teach.load_judge.cache_clear()  # as in another process
+    teach.load_annotator.cache_clear()  # as in another process
     with pytest.raises(DataError, match=r"teachers\.settings\.json says teachers="):
         teach_shard(others[0], Teaching(teachers))
     for other in others:

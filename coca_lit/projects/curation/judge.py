@@ -4,34 +4,37 @@ Samples are read and decoded as a training does: what counts as broken here is w
 or absent, and a repeated command skips the shards that have one.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, LostShardError
+from coca_lit.data.bad_samples import BadSample, BadSamples
 from coca_lit.data.near_duplicates import perceptual_hash
 from coca_lit.data.pixels import decode_image
 from coca_lit.data.prefetch import worker_errors, worker_options
-from coca_lit.data.shards.index import TarIndex, load_index, make_index
-from coca_lit.data.shards.sample import pair_of
-from coca_lit.data.shards.shard import Shard, read_manifest
+from coca_lit.data.shards.index import TarIndex
 from coca_lit.data.transforms import Transform, build_transform
-from coca_lit.errors import DataError, error_context
+from coca_lit.errors import DataError
 from coca_lit.evals.inference import evaluating
 from coca_lit.files import claim, size_and_time
 from coca_lit.machine import best_device
 from coca_lit.models import DualEncoder, text_lengths
 from coca_lit.models.inputs import Images, stack_images
 from coca_lit.models.likelihood import log_likelihoods
-from coca_lit.tools.curate.scores import SETTINGS, check_source, read_about, scores_path, write_scores
-from coca_lit.weights.computation import fingerprint
-from coca_lit.weights.load import load_dual_encoder
+from coca_lit.projects.curation.scores import SETTINGS, read_about, scores_path, write_scores
+from coca_lit.tools.prepare.annotate import (
+    AnnotatedShard,
+    ShardSamples,
+    check_source,
+    index_of,
+    load_annotator,
+)
 
 
 class Judgement(NamedTuple):
@@ -58,16 +61,6 @@ class Judgement(NamedTuple):
     bf16: bool = False
 
 
-class JudgedShard(NamedTuple):
-    """The result for one shard."""
-
-    path: Path  # of the Parquet file
-    samples: int  # in it
-    bad: dict[str, int]  # number of samples left out, by reason
-    examples: list[str]  # the first few of them, with what is wrong
-    skipped: bool  # whether the file was there already
-
-
 def claim_outputs(shards: Sequence[Path], judgement: Judgement) -> None:
     """Records beside the files to come what makes them; all that is wrong with the model is told here.
 
@@ -83,7 +76,7 @@ def claim_outputs(shards: Sequence[Path], judgement: Judgement) -> None:
 def _settings(judgement: Judgement) -> dict[str, Any]:
     """What a score depends on, beside the shard."""
     return {
-        "model": load_judge(judgement.checkpoint, judgement.bf16)[1],
+        "model": load_annotator(judgement.checkpoint, judgement.bf16)[1],
         "precision": "bf16, similarities in fp32" if judgement.bf16 else "fp32",
         "caption_key": judgement.caption_key,
         "embeddings": judgement.embeddings,
@@ -91,7 +84,7 @@ def _settings(judgement: Judgement) -> dict[str, Any]:
     }
 
 
-def judge_shard(shard: Path, judgement: Judgement) -> JudgedShard:
+def judge_shard(shard: Path, judgement: Judgement) -> AnnotatedShard:
     """Scores each pair of a local, uncompressed tar, unless that is done.
 
     Raises:
@@ -105,9 +98,9 @@ def judge_shard(shard: Path, judgement: Judgement) -> JudgedShard:
         if not settings.items() <= known.items():
             raise DataError(f"{path} was made with other settings: choose another output, or remove it")
         if known["shard"] == stamp:
-            return JudgedShard(path, known["samples"], known["bad"], known["examples"], skipped=True)
+            return AnnotatedShard(path, known["samples"], known["bad"], known["examples"], skipped=True)
         check_source(path, known, shard)
-    model, _ = load_judge(judgement.checkpoint, judgement.bf16)
+    model, _ = load_annotator(judgement.checkpoint, judgement.bf16)
     model.to(best_device())
     bad = BadSamples(1.0, quiet=True)
     with worker_errors():
@@ -119,38 +112,7 @@ def judge_shard(shard: Path, judgement: Judgement) -> JudgedShard:
     left_out: dict[str, Any] = {"bad": dict(bad.reasons), "examples": bad.examples()}
     of_shard = {"shard": stamp, "content": index.stamp.content, "source": str(shard.resolve())}
     write_scores(path, shard.name, columns, {**settings, **of_shard, **left_out})
-    return JudgedShard(path, len(columns["key"]) if columns else 0, **left_out, skipped=False)
-
-
-def index_of(shard: Path, folder: Path, bad: BadSamples) -> TarIndex:
-    """The index of a shard, the one that a training uses; adds its faults to `bad`."""
-    listed = Shard(str(shard), read_manifest(shard.parent).get(shard.name))
-    index = load_index(listed, folder) or make_index(listed, folder)
-    for fault in index.faults:
-        bad.add(fault.reason, fault.shard, fault.key, fault.detail)
-    return index
-
-
-class ShardSamples(Dataset[Any]):
-    """The samples of a shard: what a function makes of key, encoded image and captions, or what is wrong with it."""
-
-    def __init__(self, index: TarIndex, caption_keys: Sequence[str], of_sample: Callable[..., Any]) -> None:
-        self.index, self.caption_keys, self.of_sample = index, caption_keys, of_sample
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, i: int) -> Any:
-        shard, key = self.index.shard.name, self.index.key(i)
-        try:
-            return self.of_sample(key, *pair_of(self.index.read(i), self.caption_keys, shard))
-        except LostShardError as error:  # the file would lack the rest of the shard for ever
-            lost = error.sample
-            raise DataError(f"{lost.shard}: {lost.detail or lost.reason}: start again, or leave it out") from error
-        except BadSampleError as error:
-            return error.sample
-        except DataError as error:
-            return BadSample(shard, key, "unreadable image", str(error))
+    return AnnotatedShard(path, len(columns["key"]) if columns else 0, **left_out, skipped=False)
 
 
 class _Pair(NamedTuple):
@@ -228,12 +190,3 @@ def _scores(model: DualEncoder, pixels: Images, captions: Sequence[str]) -> dict
     totals, counts = log_likelihoods(out, lengths)
     similarity = (out.image_features.float() * out.text_features.float()).sum(dim=1)
     return {"similarity": similarity, "likelihood": totals / counts.clamp(min=1), "embedding": out.image_features}
-
-
-@lru_cache(maxsize=8)  # for all shards that this process judges
-def load_judge(checkpoint: str, bf16: bool) -> tuple[DualEncoder, str]:
-    """A model that says what it thinks of data, and the fingerprint of its weights in the file."""
-    with error_context("checkpoint"):
-        model = load_dual_encoder(checkpoint)
-    made_by = fingerprint(model)
-    return model.to(torch.bfloat16 if bf16 else None), made_by

@@ -16,7 +16,7 @@ import numpy as np
 
 from coca_lit.data.shards.shard import sha256_of
 from coca_lit.errors import DataError, DataNotFoundError
-from coca_lit.files import is_of_another, replacing, state_of
+from coca_lit.files import replacing, state_of
 from coca_lit.reading import counts_of, open_parquet, parse_json, texts_of
 
 log = logging.getLogger(__name__)
@@ -29,17 +29,6 @@ ABOUT = b"coca_lit"  # key of the metadata
 def scores_path(shard: Path, folder: Path | None = None) -> Path:
     """Where the scores of a shard are, by default beside it."""
     return (folder or shard.parent) / f"{shard.name.removesuffix('.tar')}{SUFFIX}"
-
-
-def check_shards(shards: Sequence[Path], folder: Path | None = None) -> None:
-    """Raises `DataError` for a shard that is not an uncompressed .tar, and for two whose outputs would be one file."""
-    owners: dict[Path, Path] = {}
-    for shard in shards:
-        if shard.suffix != ".tar":
-            raise DataError(f"{shard} is not an uncompressed .tar file: decompress it first")
-        path = scores_path(shard, folder)
-        if owners.setdefault(path, shard) != shard:
-            raise DataError(f"{owners[path]} and {shard} have one name: give each set an output of its own")
 
 
 def write_scores(path: Path, shard: str, columns: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -83,18 +72,6 @@ def read_about(path: Path, foreign: bool = False) -> dict[str, Any]:
             raise DataError(
                 f"{path} exists and coca-data score did not write it: choose another output, or remove it"
             ) from error
-
-
-def check_source(path: Path, about: Mapping[str, Any], shard: Path) -> None:
-    """Raises `DataError` if a file was made of another shard of this name that is still there, unless it was copied
-    with its shard.
-    """
-    made = str(about.get("source", ""))
-    is_beside = path.parent.resolve() == shard.parent.resolve()
-    if is_beside and os.path.exists(os.path.join(os.path.dirname(made), path.name)):
-        return
-    if is_of_another(made, shard):
-        raise DataError(f"{path} was made of {made}: choose another output for {shard}")
 
 
 def find_scores(words: Sequence[str | Path]) -> list[Path]:

@@ -13,9 +13,9 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from coca_lit.errors import DataError
-from coca_lit.tools.curate import choose
-from coca_lit.tools.curate.choose import dedup_scores, filter_scores
-from coca_lit.tools.curate.scores import find_scores, write_scores
+from coca_lit.projects.curation import choose
+from coca_lit.projects.curation.choose import dedup_scores, filter_scores
+from coca_lit.projects.curation.scores import find_scores, write_scores
 from coca_lit.tools.prepare.command import data as coca_data
 
 Row = dict[str, Any]
@@ -229,7 +229,7 @@ def test_what_an_interrupted_command_does_next(monkeypatch, words, said):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("coca_lit.tools.curate.scores.find_scores", interrupted)
+    monkeypatch.setattr("coca_lit.projects.curation.scores.find_scores", interrupted)
     monkeypatch.setattr("coca_lit.tools.prepare.spice_jars.fetch_jars", interrupted)
     with pytest.raises(SystemExit, match=f"^interrupted: the same command {said}$"):
         coca_data(words.split())

@@ -15,8 +15,8 @@ import numpy as np
 
 from coca_lit.data.shards.selection import COLUMNS, GROUP, read_selection, write_selection
 from coca_lit.errors import DataError
+from coca_lit.projects.curation.scores import ABOUT, check_current
 from coca_lit.reading import open_parquet, printable
-from coca_lit.tools.curate.scores import ABOUT, check_current
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -26,8 +26,13 @@ from coca_lit.evals.inference import evaluating
 from coca_lit.files import claim, size_and_time
 from coca_lit.machine import best_device
 from coca_lit.models import DualEncoder
-from coca_lit.tools.curate.judge import JudgedShard, ShardSamples, index_of, load_judge
-from coca_lit.tools.curate.scores import check_source
+from coca_lit.tools.prepare.annotate import (
+    AnnotatedShard,
+    ShardSamples,
+    check_source,
+    index_of,
+    load_annotator,
+)
 
 SETTINGS = "teachers.settings.json"  # beside the files of a folder: what made them all
 
@@ -67,7 +72,7 @@ def claim_outputs(shards: Sequence[Path], teaching: Teaching) -> None:
         claim(folder / SETTINGS, _settings(teaching))
 
 
-def teach_shard(shard: Path, teaching: Teaching) -> JudgedShard:
+def teach_shard(shard: Path, teaching: Teaching) -> AnnotatedShard:
     """Embeds each sample of a local, uncompressed tar, unless that is done.
 
     Raises:
@@ -82,7 +87,7 @@ def teach_shard(shard: Path, teaching: Teaching) -> JudgedShard:
         if not _settings(teaching).items() <= known.items():
             raise DataError(f"{path} was made with other settings: choose another output, or remove it")
         if stamp.items() <= known.items():
-            return JudgedShard(path, known["samples"], known["bad"], known["examples"], skipped=True)
+            return AnnotatedShard(path, known["samples"], known["bad"], known["examples"], skipped=True)
         check_source(path, known, shard)
     bad, models = BadSamples(1.0, quiet=True), _teachers(teaching)
     for model in models:
@@ -95,13 +100,13 @@ def teach_shard(shard: Path, teaching: Teaching) -> JudgedShard:
     scales = [float(model.logit_scale.detach().exp()) for model in models]
     left_out: dict[str, Any] = {"bad": dict(bad.reasons), "examples": bad.examples()}
     write_reinforced(path, _tensors(rows), {**about, "logit_scales": scales, "samples": len(rows), **left_out})
-    return JudgedShard(path, len(rows), **left_out, skipped=False)
+    return AnnotatedShard(path, len(rows), **left_out, skipped=False)
 
 
 def _settings(teaching: Teaching) -> dict[str, Any]:
     """What the embeddings depend on, beside the shard."""
     return {
-        "teachers": [load_judge(checkpoint, teaching.bf16)[1] for checkpoint in teaching.teachers],
+        "teachers": [load_annotator(checkpoint, teaching.bf16)[1] for checkpoint in teaching.teachers],
         "precision": "bf16" if teaching.bf16 else "fp32",
         "caption_keys": [*teaching.caption_keys],
         "views": teaching.views,
@@ -110,7 +115,7 @@ def _settings(teaching: Teaching) -> dict[str, Any]:
 
 
 def _teachers(teaching: Teaching) -> list[DualEncoder]:
-    return [load_judge(checkpoint, teaching.bf16)[0] for checkpoint in teaching.teachers]
+    return [load_annotator(checkpoint, teaching.bf16)[0] for checkpoint in teaching.teachers]
 
 
 class _Sample(NamedTuple):

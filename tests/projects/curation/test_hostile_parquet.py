@@ -16,8 +16,8 @@ from pyarrow import parquet
 
 from coca_lit.data.shards.selection import read_selection
 from coca_lit.errors import DataError
-from coca_lit.tools.curate.choose import filter_scores
-from coca_lit.tools.curate.scores import read_about, write_scores
+from coca_lit.projects.curation.choose import filter_scores
+from coca_lit.projects.curation.scores import read_about, write_scores
 from helpers.fuzzing import COUNT, bounded, damaged, fuzz
 
 pytestmark = pytest.mark.slow

@@ -26,9 +26,10 @@ from coca_lit.data.scenes.render import render
 from coca_lit.data.shards.index import TarIndex
 from coca_lit.errors import DataError
 from coca_lit.models import CoCa
-from coca_lit.tools.curate import judge
-from coca_lit.tools.curate.judge import Judgement, judge_shard
-from coca_lit.tools.curate.scores import check_current
+from coca_lit.projects.curation import judge
+from coca_lit.projects.curation.judge import Judgement, judge_shard
+from coca_lit.projects.curation.scores import check_current
+from coca_lit.tools.prepare.annotate import AnnotatedShard
 from coca_lit.tools.prepare.command import data as coca_data
 from coca_lit.tools.prepare.scenes import write_shards
 from helpers.shards import spoil, write_tar
@@ -40,7 +41,7 @@ class Work:
     checkpoint: Path
     shards: list[Path]
 
-    def judge(self, tmp_path: Path, shard: int = 0, **more: Any) -> judge.JudgedShard:
+    def judge(self, tmp_path: Path, shard: int = 0, **more: Any) -> AnnotatedShard:
         settings = {"checkpoint": str(self.checkpoint), "output": tmp_path, "batch_size": 4} | more
         return judge_shard(self.shards[shard], Judgement(**settings))
 
