@@ -224,7 +224,8 @@ def test_help_of_evaluations_lists_them_and_no_other_group(
     command.job_command("evaluate", lambda cfg: None)
     shown = capsys.readouterr().out
     names = re.findall(r"[\w]+", shown.partition("\nevals: ")[2].partition("\nSingle values")[0])
-    assert sorted(names) == sorted(p.stem for p in (CONF / "evals").glob("*.yaml") if not p.stem.startswith("_"))
+    files = [*CONF.glob("evals/*.yaml"), *command.PACKAGE.glob("projects/*/conf/evals/*.yaml")]
+    assert sorted(names) == sorted(file.stem for file in files if not file.stem.startswith("_"))
     assert "logger: " not in shown
 
 
