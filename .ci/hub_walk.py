@@ -66,7 +66,7 @@ def main() -> None:
         assert {"README.md", "open_clip_config.json", "open_clip_model.safetensors"} < pushed.keys(), pushed.keys()
         pulled, trained, before = load_model("hf-hub:me/mine"), load_model("outputs/mine"), load_model("coca_ViT-L-14")
         torch.testing.assert_close(pulled.state_dict(), trained.state_dict(), rtol=0, atol=0)
-        assert pulled.config["cls_mask"] == before.config["cls_mask"] == "legacy"
+        assert pulled.config.cls_mask == before.config.cls_mask == "legacy"
         changed = [name for name, t in trained.state_dict().items() if not torch.equal(t, before.state_dict()[name])]
         assert any(name.startswith("decoder.") for name in changed)
         push_to_hub(pulled, "me/again")

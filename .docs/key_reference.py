@@ -83,7 +83,7 @@ def _rows(path: str, node: dict[str, Any]) -> list[Row]:
     """A row for each argument of the constructor that a user sets."""
     defaults, meanings = _constructor(node["_target_"])
     if node["_target_"] == "coca_lit.models.create_model":  # which hands its arguments on
-        further, words = _constructor("coca_lit.models.coca.CoCa")
+        further, words = _constructor("coca_lit.models.config.CoCaConfig")
         defaults, meanings = defaults | further, words | meanings
     names = [name for name in defaults if name not in OBJECTS or (name == "tokenizer" and path == "model.net")]
     return [Row(f"{path}.{name}", node.get(name, defaults[name]), meanings.get(name, "")) for name in names]

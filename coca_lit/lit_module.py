@@ -1,6 +1,7 @@
 """The only LightningModule: batch -> network -> weighted losses -> their sum, and the optimizer."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -225,4 +226,5 @@ class CoCaLit(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if found := {name: made.config for name, made in self.objectives.items() if made.config}:
             checkpoint[CLASSIFIERS_KEY] = found
-        checkpoint[MODEL_KEY] = self.net.config  # plain values, so that the file explains itself and is safe to load
+        # Plain values, so that the file explains itself and is safe to load.
+        checkpoint[MODEL_KEY] = asdict(self.net.config)

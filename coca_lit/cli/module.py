@@ -1,8 +1,8 @@
 """From a composed config to the LightningModule of a run: its network, started from weights if the config names any."""
 
-import inspect
 import itertools
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -128,7 +128,7 @@ def with_facts(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]", where
         ValueError: the config chooses something else.
     """
     from coca_lit.distributed import print_rank_zero
-    from coca_lit.models import CoCa
+    from coca_lit.models.config import CoCaConfig
     from coca_lit.models.presets import preset
     from coca_lit.weights.computation import arguments_of, merge
 
@@ -137,8 +137,7 @@ def with_facts(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]", where
     net = cast(dict[str, Any], OmegaConf.to_container(cfg.model.net, resolve=True))
     own = preset(net["name"])
     merged = merge(net, own, arguments_of(source), str(where))
-    defaults = {name: p.default for name, p in inspect.signature(CoCa).parameters.items()}
-    without = defaults | own | {name: value for name, value in net.items() if value is not None}
+    without = asdict(CoCaConfig()) | own | {name: value for name, value in net.items() if value is not None}
     if taken := [f"{name}={value}" for name, value in merged.items() if value != without.get(name)]:
         print_rank_zero(f"as the weights in {where}: {', '.join(taken)}")
     cfg = cfg.copy()
@@ -254,7 +253,7 @@ def with_recipe(cfg: DictConfig, source: "DualEncoder | None" = None, resumed: b
     if source is not None:
         if not isinstance(source, CoCa):
             raise ConfigError(f"init_from: this recipe takes a CoCa, and {cfg.init_from} is a CLIP")
-        arguments = source.config
+        arguments = asdict(source.config)
     node = cast(dict[str, Any], OmegaConf.to_container(cfg.data, resolve=True))
     known = {key: value for key, value in node.items() if value != AUTO}
     with data_place(cfg):

@@ -314,14 +314,14 @@ class RecordsDataModule(CaptionDataModule):
         assert self.cache_dir is not None
         net = cast(Any, self.trainer.lightning_module).net
         encoder: nn.Module = net.image_encoder.frozen_part()
-        apart = net.config["frame_pooling"] == "mean" or net.config["frame_positions"] or net.pooling.left_out
+        apart = net.config.frame_pooling == "mean" or net.config.frame_positions or net.pooling.left_out
         if (apart or encoder is not net.image_encoder) and isinstance(self.train_records[0].image, Clip):
             raise DataError(
                 "features of clips are cached for frame_pooling=tokens without frame_positions, of a whole frozen "
                 "encoder, and not for pooler=mean beside class tokens: set these, or cached_augmentations=0"
             )
         precision, plain = self.trainer.precision_plugin, self.plain_transform()
-        context = (precision.forward_context, precision.precision, net.config["image_encoder_args"])
+        context = (precision.forward_context, precision.precision, net.config.image_encoder_args)
         cache = FeatureCache(self.cache_dir, encoder, plain, self.train_transform(), self.seed, *context)
         wanted = {self.train_split: self.cached_augmentations}
         if self.val_split:

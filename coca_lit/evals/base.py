@@ -191,7 +191,7 @@ class Evaluation:
         """Of each score, those of a domain included, such as "in-domain/CIDEr"."""
         of_clips: dict[str, Any] = {}
         if frames := sorted({record.image.count for record in records if isinstance(record.image, Clip)}):
-            pooling = "mean" if isinstance(model, CLIP) else model.config["frame_pooling"]
+            pooling = "mean" if isinstance(model, CLIP) else model.config.frame_pooling
             of_clips = {"frames": "/".join(map(str, frames)), "frame_pooling": pooling}
         groups = {"": records}
         for domain in dict.fromkeys(record.domain for record in records if record.domain):

@@ -98,7 +98,7 @@ class PoolerProbe:
                 values = joined(encoder(pixels[None].to(model.device))).numel()
             fitting = int(self.max_gb * 1e9 // (BYTES * values))  # token maps
             stored = min(len(training), fitting)  # the training images first, which are read in every epoch
-            arguments = model.config["image_encoder_args"]
+            arguments = model.config.image_encoder_args or {}
             maps = [
                 TokenMaps(encoder, transform, records, self.cache_dir, count, model.device, workers, arguments)
                 for records, count in ((training, stored), (images, min(len(images), fitting - stored)))

@@ -6,34 +6,28 @@ tokens ─ TextTower ───────────────────�
                                       └─ token states ─ Decoder ────┴─ next-token logits ──── caption loss
 """
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_lit.errors import check_choice, check_number
+from coca_lit.models.config import CoCaConfig
 from coca_lit.models.generation.generate import write_captions
 from coca_lit.models.image import build_image_encoder
 from coca_lit.models.init import init_projection
-from coca_lit.models.inputs import FramePooling, Images, Interpolation, Preprocessing, ResizeMode, preprocessing
+from coca_lit.models.inputs import FramePooling, Images, Preprocessing, preprocessing
 from coca_lit.models.likelihood import log_likelihood
 from coca_lit.models.packing import Layout, expect_to_fit, expect_tokens, text_lengths
 from coca_lit.models.poolers import PoolingSizes, build_pooling
 from coca_lit.models.registry import IMAGE_ENCODERS, POOLERS, TEXT_TOWERS, build_from
-from coca_lit.models.text import ClsMask, Decoder, TextSizes, build_text_tower, expect_decoder
+from coca_lit.models.text import Decoder, TextSizes, build_text_tower, expect_decoder
 from coca_lit.models.trainable import Trainable
-from coca_lit.tokenizer import CONTEXT_LENGTH, get_tokenizer
+from coca_lit.tokenizer import get_tokenizer
 
-Contrastive = Literal["softmax", "siglip"]
-
-SIZES = (  # arguments that are whole numbers of at least 1
-    *("image_size", "embed_dim", "pooler_queries", "pooler_heads"),
-    *("context_length", "text_width", "text_layers", "text_heads"),
-)
 IGNORED_LABEL = -100
 MAX_LOGIT_SCALE = math.log(100)  # the bound that CLIP puts on the temperature
 
@@ -63,127 +57,64 @@ class CoCa(Trainable):
     """Contrastive captioner.
 
     Args:
-        image_encoder: name of a timm model or of an encoder registered with `register_image_encoder`, such as "naflex"
-            for images of any shape, see `NaFlexEncoder`.
-        image_encoder_args: its arguments (depth, embed_dim, …; for a vision transformer `patch_drop_rate`, the share of
-            patches that each training step leaves out).
-        image_size: side of the square input in pixels. Images of any shape have as many patches as that square.
-        embed_dim: width of the common space and of the image tokens.
-        pooler: single, see `SinglePooling`; parallel | cascade, see `TwoPoolers`; openclip_parallel | openclip_cascade,
-            see `OpenClipPooling`; masked_parallel | masked_cascade, of naflex, see `MaskedPooling`; mean | mean_all,
-            without and with the class token, see `MeanPooling`; or one registered with `register_pooler`.
-        pooler_args: further arguments of the pooler.
-        pooler_queries: learned queries of the (generative) pooler.
-        pooler_heads: attention heads of the poolers.
-        tokenizer: "clip", "r50k" (GPT-2's byte pairs), a word list or a packed `tokenizer.json`, for `get_tokenizer`;
-            it defines vocabulary and special ids.
-        context_length: tokens of a text at most, start and end included.
-        cls_mask: correct | legacy, see `TextTower`.
-        text_width: width of the text tower and of the decoder.
-        text_layers: blocks of the text tower.
-        text_heads: attention heads of the text tower and of the decoder.
-        decoder_layers: pairs of self- and cross-attention blocks; 0 leaves it out: features alone.
-        dropout: rate in the text tower and the decoder.
-        contrastive: softmax (CLIP), or siglip, which adds a learned bias to the temperature.
-        tied_embeddings: whether the vocabulary projection is the token embedding (Press and Wolf 2017).
-        text_tower: name of a tower registered with `register_text_tower`; None for `TextTower`, "modern" for
-            `ModernTextTower`, "two_pass" for MaMMUT's `TwoPassTower`.
-        text_tower_args: arguments of a registered tower in addition to `TextTower`'s.
-        decoder_args: further arguments of the decoder that goes with the text tower, see its `make_decoder`.
-        frame_pooling: of clips (B, F, 3, H, W). tokens: the poolers see the tokens of all frames (VideoCoCa, Yan et al.
-            2022, arXiv 2212.04979). mean: means over the frames of what they make of each (CoCa's zero-shot).
-        frame_positions: the number of frames for which each has a learned position, added to its tokens; 0 for none:
-            the order of frames then has no effect.
-        interpolation, resize_mode: how images become `image_size`, see `build_transform`. They travel with the weights.
+        config: see `CoCaConfig`.
+        arguments: its fields, which replace those of `config`, or its defaults.
     """
 
     def __init__(
-        self,
-        *,
-        image_encoder: str = "vit_base_patch32_clip_224",
-        image_encoder_args: dict[str, Any] | None = None,
-        image_size: int = 224,
-        embed_dim: int = 512,
-        pooler: str = "single",
-        pooler_args: dict[str, Any] | None = None,
-        pooler_queries: int = 256,
-        pooler_heads: int = 8,
-        tokenizer: str | Sequence[str] | Mapping[str, str] = "clip",
-        context_length: int = CONTEXT_LENGTH,
-        cls_mask: ClsMask = "correct",
-        text_width: int = 512,
-        text_layers: int = 12,
-        text_heads: int = 8,
-        decoder_layers: int = 12,
-        dropout: float = 0.0,
-        contrastive: Contrastive = "softmax",
-        tied_embeddings: bool = False,
-        text_tower: str | None = None,
-        text_tower_args: dict[str, Any] | None = None,
-        decoder_args: dict[str, Any] | None = None,
-        frame_pooling: FramePooling = "tokens",
-        frame_positions: int = 0,
-        interpolation: Interpolation = "bicubic",
-        resize_mode: ResizeMode = "shortest",
+        self, config: CoCaConfig | None = None, **arguments: Annotated[Any, "coca_lit.models.config.CoCaConfig"]
     ) -> None:
         super().__init__()
-        # Plain values that build this model again; they are stored in every checkpoint.
-        self.config: dict[str, Any] = {
-            "image_encoder": IMAGE_ENCODERS.spec(image_encoder),
-            "image_encoder_args": dict(image_encoder_args or {}),
-            "image_size": image_size,
-            "embed_dim": embed_dim,
-            "pooler": POOLERS.spec(pooler),
-            "pooler_args": pooler_args,
-            "pooler_queries": pooler_queries,
-            "pooler_heads": pooler_heads,
-            "tokenizer": tokenizer,
-            "context_length": context_length,
-            "cls_mask": cls_mask,
-            "text_width": text_width,
-            "text_layers": text_layers,
-            "text_heads": text_heads,
-            "decoder_layers": decoder_layers,
-            "dropout": dropout,
-            "contrastive": contrastive,
-            "tied_embeddings": tied_embeddings,
-            "text_tower": text_tower and TEXT_TOWERS.spec(text_tower),
-            "text_tower_args": text_tower_args,
-            "decoder_args": decoder_args,
-            "frame_pooling": frame_pooling,
-            "frame_positions": frame_positions,
-            "interpolation": interpolation,
-            "resize_mode": resize_mode,
-        }
-        _check(self.config)
-        self.tokenizer = get_tokenizer(tokenizer, context_length)
-        self.config["tokenizer"] = self.tokenizer.spec
-        self.image_encoder = build_image_encoder(image_encoder, image_size, **(image_encoder_args or {}))
-        pooled = PoolingSizes(
-            self.image_encoder, embed_dim, pooler_queries, pooler_heads, text_width, captions=decoder_layers > 0
+        config = replace(config or CoCaConfig(), **arguments)
+        self.tokenizer = get_tokenizer(config.tokenizer, config.context_length)
+        self.config = replace(
+            config,
+            image_encoder=IMAGE_ENCODERS.spec(config.image_encoder),
+            image_encoder_args=dict(config.image_encoder_args or {}),
+            pooler=POOLERS.spec(config.pooler),
+            text_tower=config.text_tower and TEXT_TOWERS.spec(config.text_tower),
+            tokenizer=self.tokenizer.spec,
         )
-        self.pooling = build_pooling(pooler, pooled, **(pooler_args or {}))
-        self.pooling.frame_pooling = frame_pooling
-        if frame_positions:
-            self.pooling.frame_positions = nn.Parameter(torch.empty(frame_positions, 1, self.image_encoder.width))
+        encoder_args = config.image_encoder_args or {}
+        self.image_encoder = build_image_encoder(config.image_encoder, config.image_size, **encoder_args)
+        pooling_sizes = PoolingSizes(
+            self.image_encoder,
+            config.embed_dim,
+            config.pooler_queries,
+            config.pooler_heads,
+            config.text_width,
+            captions=config.decoder_layers > 0,
+        )
+        self.pooling = build_pooling(config.pooler, pooling_sizes, **(config.pooler_args or {}))
+        self.pooling.frame_pooling = config.frame_pooling
+        if config.frame_positions:
+            positions = torch.empty(config.frame_positions, 1, self.image_encoder.width)
+            self.pooling.frame_positions = nn.Parameter(positions)
         self.image_projection: nn.Module = nn.Identity()
         if self.pooling.projected:
-            self.image_projection = nn.Linear(self.pooling.vector_width, embed_dim, bias=False)
-        sizes = TextSizes(
-            self.tokenizer.vocab_size, context_length, text_width, text_layers, text_heads, embed_dim, cls_mask, dropout
+            self.image_projection = nn.Linear(self.pooling.vector_width, config.embed_dim, bias=False)
+        text_sizes = TextSizes(
+            self.tokenizer.vocab_size,
+            config.context_length,
+            config.text_width,
+            config.text_layers,
+            config.text_heads,
+            config.embed_dim,
+            config.cls_mask,
+            config.dropout,
         )
-        self.text = build_text_tower(text_tower, sizes, **(text_tower_args or {}))
+        self.text = build_text_tower(config.text_tower, text_sizes, **(config.text_tower_args or {}))
         self.text.pad_id = self.tokenizer.pad_id
         self.decoder: Decoder | None = None
-        if decoder_layers:
-            given = {"sizes": sizes, "image_width": self.pooling.token_width, "layers": decoder_layers}
-            self.decoder = build_from(self.text.make_decoder, "decoder_args", given, decoder_args or {})
-        if tied_embeddings and self.decoder is not None:
+        if config.decoder_layers:
+            given = {"sizes": text_sizes, "image_width": self.pooling.token_width, "layers": config.decoder_layers}
+            self.decoder = build_from(self.text.make_decoder, "decoder_args", given, config.decoder_args or {})
+        if config.tied_embeddings and self.decoder is not None:
             self.decoder.vocabulary.weight = self.text.token_embedding.weight
         # One dimension, not zero: sharding engines split along the first.
         self.logit_scale = nn.Parameter(torch.empty(1))
-        self.logit_bias = nn.Parameter(torch.empty(1)) if contrastive == "siglip" else None
-        self.preprocessing: Preprocessing = preprocessing(image_size, interpolation, resize_mode)
+        self.logit_bias = nn.Parameter(torch.empty(1)) if config.contrastive == "siglip" else None
+        self.preprocessing: Preprocessing = preprocessing(config.image_size, config.interpolation, config.resize_mode)
         self.preprocessing.update(self.image_encoder.preprocessing)  # type: ignore[typeddict-item]
         self.init_parameters()
 
@@ -197,7 +128,7 @@ class CoCa(Trainable):
             init_projection(self.image_projection)
         self.text.init_parameters()
         if self.decoder is not None:
-            self.decoder.init_parameters(tied=self.config["tied_embeddings"])
+            self.decoder.init_parameters(tied=self.config.tied_embeddings)
         if self.logit_bias is None:
             nn.init.constant_(self.logit_scale, math.log(1 / 0.07))  # CLIP's initial temperature
         else:  # SigLIP's (Zhai et al. 2023, section 3.2): at first nearly every pair counts as unrelated, as it is
@@ -212,12 +143,11 @@ class CoCa(Trainable):
         """From now on the model takes images of this size, see `ImageEncoder.set_image_size`."""
         self.image_encoder.set_image_size(image_size)
         self.preprocessing["size"] = image_size
-        self.config["image_size"] = image_size
+        self.config = replace(self.config, image_size=image_size)
 
     def set_frame_pooling(self, frame_pooling: FramePooling) -> None:
         """From now on clips are pooled that way."""
-        self.config["frame_pooling"] = frame_pooling
-        _check(self.config)
+        self.config = replace(self.config, frame_pooling=frame_pooling)
         self.pooling.frame_pooling = frame_pooling
 
     @property
@@ -355,19 +285,3 @@ class CoCa(Trainable):
         if tokens.shape[1] > self.text.context_length:
             expect_to_fit(int(lengths.max()), self.text.context_length)
         return lengths
-
-
-def _check(config: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for arguments of `CoCa` that cannot work, or that a checkpoint could not store."""
-    for name in ("image_encoder_args", "pooler_args", "text_tower_args", "decoder_args"):
-        try:
-            json.dumps(config[name])
-        except TypeError as error:
-            raise ValueError(f"{name} must be plain numbers and texts, got {config[name]!r}: {error}") from error
-    for name in SIZES:
-        check_number(name, config[name], whole=True, at_least=1)
-    check_number("decoder_layers", config["decoder_layers"], whole=True, at_least=0)
-    check_number("dropout", config["dropout"], at_least=0, at_most=1)
-    check_number("frame_positions", config["frame_positions"], whole=True, at_least=0)
-    for name, kind in {"contrastive": Contrastive, "cls_mask": ClsMask, "frame_pooling": FramePooling}.items():
-        check_choice(name, config[name], get_args(kind))

@@ -4,9 +4,9 @@ OpenCLIP's spelling of a name, `coca_ViT-B-32`, means the same preset.
 Only `create_model` imports torch, so that a command refuses a misspelt name at once.
 """
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -175,7 +175,7 @@ STUDY: dict[str, dict[str, Any]] = {
 
 
 def create_model(
-    name: str, *, imports: Sequence[str] = (), **overrides: Annotated[Any, "coca_lit.models.coca.CoCa"]
+    name: str, *, imports: Sequence[str] = (), **overrides: Annotated[Any, "coca_lit.models.config.CoCaConfig"]
 ) -> "CoCa":
     """Builds the preset `name`, randomly initialised, with arguments of `CoCa` overridden.
 
@@ -191,10 +191,11 @@ def create_model(
         DataError: the file of a tokenizer cannot be read.
     """
     from coca_lit.models.coca import CoCa
+    from coca_lit.models.config import CoCaConfig
     from coca_lit.models.registry import import_modules
     from coca_lit.tokenizer import BYTE_PAIRS, pack
 
-    check_names("CoCa", overrides, inspect.signature(CoCa).parameters)
+    check_names("CoCa", overrides, [field.name for field in fields(CoCaConfig)])
     given = {key: value for key, value in overrides.items() if value is not None}
     defaults = preset(name)
     arguments = defaults | given

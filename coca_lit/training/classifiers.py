@@ -156,7 +156,7 @@ class StateClassifier(Classifier):
         return super().config | {"images": self.images}
 
     def width_of(self, net: CoCa) -> int:
-        return self.images * net.config["text_width"]
+        return self.images * net.config.text_width
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         if self.true_label is None or batch.prefix_lengths is None:
@@ -284,7 +284,7 @@ class PoolerClassifier(Classifier):
         return self.features_of(net, (), batch.images)
 
     def features_of(self, net: CoCa, records: Sequence[Record], images: Images) -> Tensor:
-        if isinstance(images, Tensor) and images.ndim == 5 and net.config["frame_pooling"] == "mean":
+        if isinstance(images, Tensor) and images.ndim == 5 and net.config.frame_pooling == "mean":
             raise ConfigError("this classifier sees the tokens of all frames at once: set frame_pooling=tokens")
         return self.pooler(joined(net.image_encoder(images)).to(self.head.weight.dtype))[:, 0]
 

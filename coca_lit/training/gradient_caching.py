@@ -54,7 +54,7 @@ class MicroBatchedPairs(Pairs):
         """They would see micro-batches instead of batches."""
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.trained_modules()):
             raise ValueError(
-                f"micro_batch_size does not work with the batch norms of {net.config['image_encoder']}: freeze the"
+                f"micro_batch_size does not work with the batch norms of {net.config.image_encoder}: freeze the"
                 " encoder (model.freeze=[image_encoder]) or choose one without them"
             )
 

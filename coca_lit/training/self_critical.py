@@ -60,7 +60,7 @@ class SelfCritical(Objective):
         """Raises ValueError if the network cannot be trained this way in the place of `pairs`."""
         if net.decoder is None or not pairs.weights["caption"]:
             raise ValueError("self_critical trains captions: it needs a decoder and a caption_weight above 0")
-        if net.config["dropout"]:
+        if net.config.dropout:
             raise ValueError("self_critical samples and trains without dropout: set net.dropout=0")
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:

@@ -149,7 +149,7 @@ def unsharded(net: CoCa) -> CoCa:
     through `forward`. All ranks call it together.
     """
     with forked_rng(net.device), net.device:
-        whole = CoCa(**net.config)  # its initial values cost little there
+        whole = CoCa(net.config)  # its initial values cost little there
     parts = net.state_dict()
     for name, tensor in whole.state_dict().items():
         tensor.copy_(x.full_tensor() if isinstance(x := parts[name], DTensor) else x)

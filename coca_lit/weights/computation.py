@@ -6,6 +6,7 @@ models compute alike, and a run that starts from weights takes these facts from 
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def fingerprint(model: nn.Module) -> str:
     """The digest of a model: equal for the same architecture with the same weights, whatever file they came from.
     Results computed with other weights or other settings get another name and are never mixed.
     """
-    about = getattr(model, "config", None) or facts(model)  # a CLIP has no `config`
+    about = asdict(model.config) if isinstance(model, CoCa) else facts(model)
     return digest(json.dumps(about, sort_keys=True), model.state_dict().items())
 
 
@@ -115,7 +116,7 @@ def interpolate(model: CoCa | CLIP, before: CoCa | CLIP, weight: float) -> None:
     if reason := difference(model, before):
         raise ValueError(f"the models compute different things: {reason}")
     if isinstance(model, CoCa) and isinstance(before, CoCa):
-        here, there = (m.config["tied_embeddings"] for m in (model, before))
+        here, there = (m.config.tied_embeddings for m in (model, before))
         if here != there:
             raise ValueError(f"the models have different architectures: tied_embeddings is {here} and {there}")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:  # tied tensors once, unlike the state dict
@@ -137,7 +138,7 @@ def arguments_of(source: DualEncoder | Mapping[str, Any]) -> dict[str, Any]:
             overlay = {key: [round(x, 8) for x in value.tolist()] for key, value in normalisation.items()}
             found["image_encoder_args"] = {"pretrained_cfg_overlay": overlay}
         return found
-    config = source.config if isinstance(source, CoCa) else source
+    config = asdict(source.config) if isinstance(source, CoCa) else source
     if not config:
         return {}
     found = {name: config[name] for name in (*ARGUMENTS, *CHOSEN) if name in config}

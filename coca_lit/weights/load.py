@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def save_model(model: CoCa, path: str | Path) -> None:
     """
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"'{path}' would be a safetensors file: give it a name that ends with .safetensors")
-    described = json.dumps(model.config, ensure_ascii=False)
+    described = json.dumps(asdict(model.config), ensure_ascii=False)
     if (size := len(described.encode())) > MAX_CONFIG:
         raise ValueError(f"the model is described in {size:,} bytes, and {MAX_CONFIG:,} are read: use fewer words")
     state = unshared_copies(merged(model.state_dict()))

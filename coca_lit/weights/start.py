@@ -76,7 +76,7 @@ def copy_weights(source: DualEncoder, model: CoCa, path: str | Path, adapted: Se
     if isinstance(source, CoCa):
         if reason := difference(model, source, _PARTS if towers_only else ("",)):
             raise ValueError(f"{path} computes something else: {reason}")
-        if not towers_only and model.config["tied_embeddings"] and not source.config["tied_embeddings"]:
+        if not towers_only and model.config.tied_embeddings and not source.config.tied_embeddings:
             raise ValueError(f"{path} has a vocabulary projection of its own, and in the model it is the embedding")
     model.load_state_dict(found, strict=not towers_only)
     if towers_only:
@@ -112,7 +112,7 @@ def load_image_weights(model: CoCa, source: str | Path) -> None:
     # Files of old versions of PyTorch do not count batches.
     own = {name: tensor for name, tensor in own.items() if name in state or not name.endswith("batches_tracked")}
     if reason := misfit(own, state):
-        raise ValueError(f"the weights in '{source}' do not fit the encoder {model.config['image_encoder']}: {reason}")
+        raise ValueError(f"the weights in '{source}' do not fit the encoder {model.config.image_encoder}: {reason}")
     trunk.load_state_dict(state)
 
 
@@ -187,12 +187,12 @@ def _check_same_computation(clip: CLIP, model: CoCa) -> None:
     if any(isinstance(module, QuickGELU) for module in clip.modules()):
         raise ValueError("this CLIP computes QuickGELU, and CoCa GELU: take one without '-quickgelu' in its name")
     if not hasattr(model.image_encoder.trunk, "norm_pre"):
-        name = model.config["image_encoder"]
+        name = model.config.image_encoder
         raise ValueError(f"a CLIP can only start a vision transformer (vit_*_clip_*), and the image encoder is {name}")
     if not isinstance(model.text, TextTower):
         tower = type(model.text).__name__
         raise ValueError(f"a CLIP only starts the built-in text tower, not a {tower}: use init_parts.image_encoder")
-    there, here = cast(SelfBlock, clip.blocks[0]).attention.heads, model.config["text_heads"]
+    there, here = cast(SelfBlock, clip.blocks[0]).attention.heads, model.config.text_heads
     if there != here:
         raise ValueError(f"the text tower has {here} heads in the model and {there} in the CLIP")
     images = ("image_encoder.trunk.blocks", "image_encoder.normalise", "interpolation", "resize_mode")
@@ -255,13 +255,13 @@ def start_decoder(model: CoCa, state: Mapping[str, Tensor], given: Collection[st
     layers = sorted({int(match[1]) for name in names if (match := re.match(r"h\.(\d+)\.attn\.c_attn\.weight$", name))})
     if not layers or "wte.weight" not in names:
         raise ValueError("this is not a GPT-2 with Transformers' names: expected wte.weight, h.0.attn.c_attn.weight, …")
-    width, ours = names["wte.weight"].shape[-1], model.config["text_width"]
+    width, ours = names["wte.weight"].shape[-1], model.config.text_width
     if width != ours:
         raise ValueError(f"this GPT-2 is {width} wide and the decoder {ours}: set +model.net.text_width={width}")
     for layer in layers:
         if (shape := tuple(names[f"h.{layer}.attn.c_attn.weight"].shape)) != (width, 3 * width):
             raise ValueError(f"h.{layer}.attn.c_attn.weight is {shape}, expected {(width, 3 * width)} as in a GPT-2")
-    if model.config["text_heads"] * HEAD_WIDTH != width:
+    if model.config.text_heads * HEAD_WIDTH != width:
         heads = width // HEAD_WIDTH
         raise ValueError(f"GPT-2's heads are {HEAD_WIDTH} wide: set +model.net.text_heads={heads}")
     found: dict[str, Tensor | None] = {f"decoder.norm.{kind}": names.get(f"ln_f.{kind}") for kind in ("weight", "bias")}

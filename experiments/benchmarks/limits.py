@@ -118,7 +118,7 @@ def bytes_of_token(model: CoCa, images: int) -> int:
         if not any(once in name for once in ("embedding", "attention.kv", "projection"))
     ]
     sizes = model.config
-    image_tokens = 2 * sizes["decoder_layers"] * sizes["pooler_queries"] * sizes["text_width"] * images
+    image_tokens = 2 * sizes.decoder_layers * sizes.pooler_queries * sizes.text_width * images
     numbers = sum(parameter.numel() for parameter in weights) + image_tokens
     return numbers * weights[0].element_size()
 

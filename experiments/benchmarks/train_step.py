@@ -117,7 +117,7 @@ def narrow_l14(repetitions: int) -> list[dict]:
     theirs = open_clip.CoCa(**{k: v for k, v in NARROW_L14.items() if k != "custom_text"}).train()
     nn.init.normal_(theirs.text_decoder.text_projection, std=192**-0.5)
     ours = same_weights(theirs).train()
-    clip = CoCa(**ours.config | {"decoder_layers": 0, "pooler_queries": 1}).train()
+    clip = CoCa(ours.config, decoder_layers=0, pooler_queries=1).train()
     images, texts = caption_batch(8)
     steps = {
         "theirs": their_step(theirs, images, texts, False),

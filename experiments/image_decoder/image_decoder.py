@@ -41,7 +41,7 @@ class ImageDecoder(Objective):
         self.size, self.patch, self.layers, self.heads = size, patch, layers, heads
 
     def build(self, net: CoCa) -> None:
-        width = net.config["text_width"]
+        width = net.config.text_width
         if width % self.heads:
             raise ValueError(f"the text width ({width}) must be a multiple of heads ({self.heads})")
         self.query = nn.Parameter(torch.randn((self.size // self.patch) ** 2, width))

@@ -10,6 +10,7 @@ Biases, norms and running statistics become fp16, single numbers stay. A tied vo
 import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -43,9 +44,9 @@ def quantised(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save_quantised(model: CoCa, path: Path) -> None:
     """Writes the file, with the architecture in its metadata as in any other of ours."""
     state = unshared_copies(model.state_dict())
-    if model.config["tied_embeddings"]:
+    if model.config.tied_embeddings:
         del state[PROJECTION]
-    save_tensors(quantised(state), path, {MODEL_KEY: json.dumps(model.config)})
+    save_tensors(quantised(state), path, {MODEL_KEY: json.dumps(asdict(model.config))})
 
 
 def main() -> None:

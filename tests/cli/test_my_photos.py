@@ -92,5 +92,5 @@ def test_a_dozen_photos_to_scores(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [*(tmp_path / "run" / "samples").glob("*.png")]
     assert f"coca-caption {root} checkpoint=" in capsys.readouterr().out
     saved = load_model(tmp_path / "run")
-    assert saved.config["image_encoder"] == "tf_efficientnet_lite0"
+    assert saved.config.image_encoder == "tf_efficientnet_lite0"
     assert "circle" in saved.tokenizer.spec

@@ -185,7 +185,7 @@ def test_flickr8k_with_the_pretrained_encoder(data_sets: Path, tmp_path: Path) -
     root = f"data.root={data_sets / 'flickr8k'}"
     run(tmp_path, "trainer=smoke", "experiment=flickr8k", root, "data.num_workers=0", *small)
     saved = load_model(tmp_path / "checkpoints" / "last.ckpt")
-    assert saved.config["image_encoder"] == "tf_efficientnet_lite0"
+    assert saved.config.image_encoder == "tf_efficientnet_lite0"
     assert set(results(tmp_path)) == named("flickr8k", CAPTION, RETRIEVAL)
 
 

@@ -48,7 +48,7 @@ def test_the_decoder_looks_where_its_own_pass_attends(tiny_model, family):
     for layer in layers:
         layer.q.register_forward_hook(lambda _, __, out: queries.append(out))
     image_tokens = model.encode_image_tokens(torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8))
-    states = torch.randn(2, 6, model.config["text_width"])
+    states = torch.randn(2, 6, model.config.text_width)
     decoder(states, image_tokens)
     found = []
     for layer, q, (keys, _) in zip(layers, queries, decoder.keys_values(image_tokens), strict=True):

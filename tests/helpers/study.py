@@ -56,7 +56,7 @@ def millions(model: CoCa) -> tuple[float, float, float]:
     """Parameters as in the profile: all, of the image tower with its pooler, of the text tower. A MaMMUT's text tower
     has its cross blocks and vocabulary; the matrix between the towers belongs to neither.
     """
-    two_pass = model.config["pooler"].startswith("mean")
+    two_pass = model.config.pooler.startswith("mean")
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     image = sum(parts[name] for name in ("image_encoder", "pooling", "image_projection"))
     if two_pass:

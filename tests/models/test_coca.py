@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, get_args
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from coca_lit.losses import caption_loss, contrastive_loss
 from coca_lit.models import PRESETS, CoCa, CoCaOutput, create_model
-from coca_lit.models.coca import SIZES
+from coca_lit.models.config import SIZES
 from coca_lit.models.registry import POOLERS as REGISTRY
 from coca_lit.models.text import ClsMask, legacy_attention_mask
 from coca_lit.models.trainable import GradCheckpointing
@@ -79,7 +80,7 @@ def test_every_preset_runs_when_made_small_and_builds_again_from_its_config(name
         assert out.hidden is None
     else:
         assert out.logits.shape == (3 + 5, model.tokenizer.vocab_size)
-    again = CoCa(**json.loads(json.dumps(model.config)))
+    again = CoCa(**json.loads(json.dumps(asdict(model.config))))
     assert again.config == model.config
     assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
 
@@ -111,7 +112,7 @@ def model(request: pytest.FixtureRequest, tiny_model: Build) -> CoCa:
 def test_shapes_and_gradients(model: CoCa) -> None:
     tokens = captions(model, [5, 24, 3])
     out = model(pixels(model, 3), tokens)
-    width = model.config["embed_dim"]
+    width = model.config.embed_dim
     assert out.image_features.shape == out.text_features.shape == (3, width)
     assert_close(out.image_features.norm(dim=-1), torch.ones(3))
     assert_close(out.text_features.norm(dim=-1), torch.ones(3))
@@ -482,4 +483,4 @@ def test_siglip_starts_with_its_own_temperature_and_bias() -> None:
     assert model.logit_scale.exp().item() == pytest.approx(10)
     assert model.logit_bias.item() == -10
     assert "logit_bias" in model.parameters_of_loss("contrastive")
-    assert CoCa(**model.config).logit_bias is not None
+    assert CoCa(model.config).logit_bias is not None

@@ -119,7 +119,7 @@ def test_the_way_can_be_changed_and_is_kept() -> None:
     model = build()
     before = both(model, clips())[0]
     model.set_frame_pooling("mean")
-    assert CoCa(**model.config).pooling.frame_pooling == "mean"
+    assert CoCa(model.config).pooling.frame_pooling == "mean"
     assert not torch.allclose(before, both(model, clips())[0], atol=1e-4)
     with pytest.raises(ValueError, match="frame_pooling must be 'tokens' or 'mean', got 'sum'"):
         model.set_frame_pooling("sum")

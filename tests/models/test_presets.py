@@ -57,7 +57,7 @@ def test_arguments_of_an_image_encoder_are_added_to_those_of_the_preset() -> Non
         model = create_model("coca_vit_s16", image_encoder_args={"patch_drop_rate": 0.5}, **sizes)
         other = create_model("coca_vit_s16", image_encoder="vit_base_patch32_clip_224", **sizes)
         timm = create_model("coca_vit_s16", image_encoder="vit_base_patch16_clip_224", **sizes)
-    assert model.config["image_encoder_args"]["embed_dim"] == 384
-    assert model.config["image_encoder_args"]["patch_drop_rate"] == 0.5
+    assert model.config.image_encoder_args["embed_dim"] == 384
+    assert model.config.image_encoder_args["patch_drop_rate"] == 0.5
     assert other.image_encoder.width == 384
     assert timm.image_encoder.width == 768

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def test_guests_train_and_write() -> None:
 
 def test_a_file_stores_names_and_plain_arguments(tmp_path: Path) -> None:
     model = guest().eval()
-    stored = {key: model.config[key] for key in GUESTS}
+    stored = {key: getattr(model.config, key) for key in GUESTS}
     assert stored == GUESTS | {
         "image_encoder": "their_package:patches",
         "pooler": "their_package:strongest",
@@ -178,7 +179,7 @@ def test_unusual_parts_train_and_are_read_again(tmp_path: Path) -> None:
     assert model.eval().image_encoder(images).min() == 0
     coca_lit.save_model(model, tmp_path / "model.safetensors")
     state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"state_dict": state, MODEL_KEY: model.config}, tmp_path / "last.ckpt")
+    torch.save({"state_dict": state, MODEL_KEY: asdict(model.config)}, tmp_path / "last.ckpt")
     for file in ("model.safetensors", "last.ckpt"):
         again = coca_lit.load_model(tmp_path / file).eval()
         assert torch.equal(again.encode_image(images), model.encode_image(images))
@@ -201,7 +202,7 @@ def test_a_name_of_another_package_is_another_part(tmp_path: Path) -> None:
     model = guest()
     assert IMAGE_ENCODERS.get("their_package.moved:patches") is IMAGE_ENCODERS.get("patches")
     assert IMAGE_ENCODERS.get("other_package:patches") is None
-    model.config["image_encoder"] = "other_package:patches"
+    model.config = replace(model.config, image_encoder="other_package:patches")
     coca_lit.save_model(model, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="other_package"):
         coca_lit.load_model(tmp_path / "model.safetensors")
@@ -246,7 +247,7 @@ def test_arguments_of_guests_are_their_own(tmp_path: Path) -> None:
     loaded = coca_lit.load_model(tmp_path / "model.safetensors")
     images, _ = inputs(model)
     assert torch.equal(loaded.encode_image(images), model.encode_image(images))
-    model.config["image_encoder_args"]["checkpoint_path"] = "evil.pth"
+    model.config.image_encoder_args["checkpoint_path"] = "evil.pth"
     coca_lit.save_model(model, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"image_encoder_args\.checkpoint_path"):
         coca_lit.load_model(tmp_path / "model.safetensors")
@@ -319,7 +320,7 @@ def test_reading_a_file_imports_nothing_by_itself(tmp_path: Path, kind: str) -> 
     model, path = guest().eval(), tmp_path / f"model.{kind}"
     if kind == "ckpt":
         state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
-        torch.save({"state_dict": state, "coca_lit_model": model.config}, path)
+        torch.save({"state_dict": state, "coca_lit_model": asdict(model.config)}, path)
     else:
         coca_lit.save_model(model, path)
     del sys.modules["their_package"]

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from coca_lit.losses import loss_terms
 from coca_lit.models import PRESETS, CoCa, create_model
-from coca_lit.models.poolers import Pooler
 from coca_lit.models.text import ClsMask
 
 pytestmark = pytest.mark.slow  # each case takes its step three times, on two threads
@@ -76,7 +75,7 @@ def test_presets(preset: str) -> None:
         ("single", "legacy", True),
     ],
 )
-def test_poolers_masks_and_packing(pooler: Pooler, cls_mask: ClsMask, full: bool) -> None:
+def test_poolers_masks_and_packing(pooler: str, cls_mask: ClsMask, full: bool) -> None:
     assert_repeats(build(pooler=pooler, cls_mask=cls_mask), full)
 
 

@@ -384,7 +384,7 @@ def test_a_checkpoint_keeps_its_classifier(classifier: Any, tmp_path: Path) -> N
 
 
 def test_a_classifier_whose_numbers_are_not_stored_is_refused(tmp_path: Path, net: CoCa) -> None:
-    head = torch.zeros(2, 1).expand(2, net.config["text_width"])
+    head = torch.zeros(2, 1).expand(2, net.config.text_width)
     state = {"objectives.mine.head.weight": head, "objectives.mine.head.bias": torch.zeros(2)}
     config = {"kind": "AnswerClassifier", "classes": ["a", "b"]}
     torch.save({"state_dict": state, CLASSIFIERS_KEY: {"mine": config}}, path := tmp_path / "last.ckpt")
@@ -420,7 +420,7 @@ def test_classes_in_another_order_do_not_resume() -> None:
     ids=str,
 )
 def test_forged_classifiers_are_refused_in_one_sentence(forged: Any, tmp_path: Path, net: CoCa) -> None:
-    weight = torch.zeros(2, net.config["text_width"])
+    weight = torch.zeros(2, net.config.text_width)
     state = {"objectives.mine.head.weight": weight, "objectives.mine.head.bias": torch.zeros(2)}
     torch.save({"state_dict": state, CLASSIFIERS_KEY: {"mine": forged}}, path := tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match=r"the classifier in .* is damaged") as caught:

@@ -202,7 +202,7 @@ class Mapped(OfFeatures):
 
     def build(self, net: CoCa) -> None:
         super().build(net)
-        self.map = torch.nn.Linear(net.config["embed_dim"], 4, dtype=net.logit_scale.dtype)
+        self.map = torch.nn.Linear(net.config.embed_dim, 4, dtype=net.logit_scale.dtype)
 
     def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
         return {"mapped": (self.map(images) - self.map(texts)).square().mean()}

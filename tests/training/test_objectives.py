@@ -80,7 +80,7 @@ class Brightness(Objective):
         self.name = name
 
     def build(self, net: CoCa) -> None:
-        self.head = torch.nn.Linear(net.config["embed_dim"], 1)
+        self.head = torch.nn.Linear(net.config.embed_dim, 1)
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         guess = self.head(net.encode_image(batch.images))[:, 0]

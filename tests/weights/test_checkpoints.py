@@ -1,6 +1,7 @@
 """Files in every supported form give the same model; files that are something else are refused without running them."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,12 @@ def assert_equal(a: CoCa, b: CoCa) -> None:
 def training_checkpoint(model: CoCa, **extra: Any) -> dict[str, Any]:
     """What Lightning writes: the module's tensors under the attribute's name, and much else."""
     state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
-    return {"epoch": 3, "state_dict": {**state, **extra}, "optimizer_states": [{"state": {}}], MODEL_KEY: model.config}
+    return {
+        "epoch": 3,
+        "state_dict": {**state, **extra},
+        "optimizer_states": [{"state": {}}],
+        MODEL_KEY: asdict(model.config),
+    }
 
 
 @pytest.mark.parametrize("arguments", [{}, {"tokenizer": ["a", "b"], "pooler": "cascade", "decoder_layers": 1}])

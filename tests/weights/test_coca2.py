@@ -28,7 +28,7 @@ def test_coca2_equals_the_oracle(images: Tensor, kind: str, width: int) -> None:
     """ln_post has the width of the trunk and comes first, no norm follows a pooler, the decoder reads all tokens."""
     image_args = {"image_encoder_args": SMALL["image_encoder_args"] | {"embed_dim": width, "num_heads": 1}}
     model, state, s = make(pooler=f"openclip_{kind}", **image_args)
-    assert model.config["pooler"] == f"openclip_{kind}"
+    assert model.config.pooler == f"openclip_{kind}"
     packed = {name for name in state if name.startswith("visual.attn_pool") and name.endswith("in_proj_weight")}
     contrastive = "visual.attn_pool_contrastive.attn.in_proj_weight"
     assert (contrastive in packed) == (kind == "cascade" or width == 32)
@@ -99,7 +99,7 @@ def test_files_go_both_ways(tmp_path: Path) -> None:
 def test_a_file_without_a_config_is_that_of_the_preset() -> None:
     _, state, _ = make()
     found = from_open_clip(state)
-    assert (found.config["pooler"], found.config["cls_mask"]) == ("openclip_cascade", "correct")
+    assert (found.config.pooler, found.config.cls_mask) == ("openclip_cascade", "correct")
 
 
 def test_a_mask_that_version_4_knows(tmp_path: Path) -> None:

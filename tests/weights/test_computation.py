@@ -114,8 +114,8 @@ def test_choices_that_do_not(folder: Path) -> None:
     net = build_module(
         compose("data=scenes", "model.net.name=coca_vit_b32", *NET, f"init_from={folder / WEIGHTS}", *given)
     ).net
-    assert net.config["image_encoder_args"]["patch_drop_rate"] == 0.5
-    assert net.config["image_encoder_args"]["attn_drop_rate"] == 0.1
+    assert net.config.image_encoder_args["patch_drop_rate"] == 0.5
+    assert net.config.image_encoder_args["attn_drop_rate"] == 0.1
     expected = load_model(folder / WEIGHTS).state_dict()
     torch.testing.assert_close(net.state_dict(), expected, atol=0, rtol=0)
 
@@ -124,9 +124,9 @@ def test_our_own_weights_keep_their_mask_and_not_their_regularisation(tmp_path: 
     encoder = {"channels": [32, 64, 96, 128], "output_stride": 8, "drop_path_rate": 0.3}
     save_model(tiny_model(cls_mask="legacy", pooler="parallel", image_encoder_args=encoder), tmp_path / "m.safetensors")
     net = build_module(compose("data=scenes", f"init_from={tmp_path / 'm.safetensors'}")).net
-    assert [net.config[key] for key in ("cls_mask", "pooler")] == ["legacy", "parallel"]
-    assert "drop_path_rate" not in net.config["image_encoder_args"]
-    assert build_module(compose("data=scenes")).net.config["cls_mask"] == "correct"
+    assert (net.config.cls_mask, net.config.pooler) == ("legacy", "parallel")
+    assert "drop_path_rate" not in net.config.image_encoder_args
+    assert build_module(compose("data=scenes")).net.config.cls_mask == "correct"
 
 
 @pytest.mark.parametrize(("words", "pooling"), [((), "mean"), (("+model.net.frame_pooling=tokens",), "tokens")])
@@ -135,7 +135,7 @@ def test_frames_are_pooled_as_in_the_weights_unless_one_chooses(
 ) -> None:
     save_model(tiny_model(frame_pooling="mean"), tmp_path / "m.safetensors")
     net = build_module(compose("data=scenes", f"init_from={tmp_path / 'm.safetensors'}", *words)).net
-    assert net.config["frame_pooling"] == net.pooling.frame_pooling == pooling
+    assert net.config.frame_pooling == net.pooling.frame_pooling == pooling
 
 
 @pytest.mark.slow
@@ -148,6 +148,6 @@ def test_a_resumed_run_keeps_the_mask_of_its_checkpoint(tmp_path: Path, tiny_mod
     (tmp_path / "run" / "results.json").unlink(missing_ok=True)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     run(tmp_path / "run", *short, "trainer.max_steps=3", f"ckpt_path={last.resolve()}")
-    assert load_model(tmp_path / "run" / "checkpoints" / "last.ckpt").config["cls_mask"] == "legacy"
+    assert load_model(tmp_path / "run" / "checkpoints" / "last.ckpt").config.cls_mask == "legacy"
     with pytest.raises(ConfigError, match=r"ckpt_path: cls_mask.*'correct'.*'legacy'"):
         run(tmp_path / "run", *short, "trainer.max_steps=4", "model.net.cls_mask=correct")

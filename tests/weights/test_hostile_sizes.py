@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def load() -> Iterator[Callable[[Path], str]]:
 def ours() -> dict[str, Any]:
     torch.manual_seed(0)
     model = create_model("coca_tiny")
-    return {"state_dict": {f"net.{name}": t for name, t in model.state_dict().items()}, MODEL_KEY: model.config}
+    return {"state_dict": {f"net.{name}": t for name, t in model.state_dict().items()}, MODEL_KEY: asdict(model.config)}
 
 
 @pytest.fixture(scope="module")

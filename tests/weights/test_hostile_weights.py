@@ -4,6 +4,7 @@ import json
 import pickle
 import resource
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_weights_that_name_other_files(tmp_path, target, key):
     """timm would load them: `torch.load` of an older timm even runs the code in them."""
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil(target)))
     model = coca_lit.create_model("coca_tiny")
-    model.config["image_encoder_args"] |= {key: str(tmp_path / "evil.pth")}
+    model.config.image_encoder_args[key] = str(tmp_path / "evil.pth")
     coca_lit.save_model(model, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=f"image_encoder_args.{key}"):
         coca_lit.load_model(tmp_path / "model.safetensors")
@@ -59,7 +60,7 @@ def test_weights_that_name_other_files(tmp_path, target, key):
 def test_a_checkpoint_that_claims_a_size_takes_no_memory(tmp_path, forged):
     model = create_model("coca_tiny")
     state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"state_dict": state, "coca_lit_model": model.config | forged}, tmp_path / "x.ckpt")
+    torch.save({"state_dict": state, "coca_lit_model": asdict(model.config) | forged}, tmp_path / "x.ckpt")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"x\.ckpt' .*size"):
         coca_lit.load_model(tmp_path / "x.ckpt")
@@ -110,7 +111,7 @@ def saved(folder) -> dict[str, bytes]:
     model = create_model("coca_tiny").eval()
     save_model(model, folder / "model.safetensors")
     state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"state_dict": state, "coca_lit_model": model.config, "epoch": 1}, folder / "model.ckpt")
+    torch.save({"state_dict": state, "coca_lit_model": asdict(model.config), "epoch": 1}, folder / "model.ckpt")
     small = {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 1}
     sizes = {"image_size": 32, "embed_dim": 32, "pooler_queries": 3, "context_length": 10, "text_width": 32}
     layers = {"text_layers": 1, "text_heads": 1, "decoder_layers": 1, "cls_mask": "legacy"}

@@ -94,7 +94,7 @@ def assert_nothing_left(cache: Path) -> None:
 @torch.no_grad()
 def assert_equal(a: CoCa, b: CoCa) -> None:
     torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0)
-    assert a.config["cls_mask"] == b.config["cls_mask"]
+    assert a.config.cls_mask == b.config.cls_mask
 
 
 # Names
@@ -144,7 +144,7 @@ def test_apples_layout(hub: Hub, name: str, model: CoCa, tmp_path: Path, caplog:
     for _ in range(2):
         found = load_model(name)
     assert_equal(found, model)
-    assert found.config["text_heads"] == 2
+    assert found.config.text_heads == 2
     assert [record.getMessage() for record in caplog.records if "apple-amlr" in record.getMessage()] != []
     assert len([record for record in caplog.records if "licence" in record.getMessage()]) == 1
     assert len(hub.asked_for("GET", "/storage/")) == 1
@@ -208,7 +208,7 @@ def test_a_repository_is_listed(hub: Hub) -> None:
 def test_a_config_of_another_library_is_left_alone(tmp_path: Path, files: dict[str, bytes]) -> None:
     (tmp_path / SAFE).write_bytes(files[SAFE])
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": {}}))
-    assert load_model(tmp_path).config["text_heads"] == 1  # by OpenCLIP's rule of 64 a head
+    assert load_model(tmp_path).config.text_heads == 1  # by OpenCLIP's rule of 64 a head
 
 
 def test_a_slash_at_the_end_of_a_folder_changes_nothing(hub: Hub, files: dict[str, bytes]) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def write(model: CoCa, path: Path) -> None:
         save_model(model, path)
     else:
         state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
-        torch.save({"state_dict": state, MODEL_KEY: model.config}, path)
+        torch.save({"state_dict": state, MODEL_KEY: asdict(model.config)}, path)
 
 
 @pytest.mark.parametrize("name", [*slow("model.ckpt"), "model.safetensors"])
@@ -107,11 +108,13 @@ def test_files_without_a_digest_are_read(model: CoCa, tmp_path: Path) -> None:
     """Of others, and ours from before there was one."""
     write(model, tmp_path / "new.safetensors")
     save_file(
-        load_file(tmp_path / "new.safetensors"), tmp_path / "old.safetensors", {MODEL_KEY: json.dumps(model.config)}
+        load_file(tmp_path / "new.safetensors"),
+        tmp_path / "old.safetensors",
+        {MODEL_KEY: json.dumps(asdict(model.config))},
     )
     assert load_model(tmp_path / "old.safetensors").config == model.config
     state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
-    content = {"state_dict": state, MODEL_KEY: model.config}
+    content = {"state_dict": state, MODEL_KEY: asdict(model.config)}
     torch.save(content, tmp_path / "legacy.ckpt", _use_new_zipfile_serialization=False)
     assert load_model(tmp_path / "legacy.ckpt").config == model.config
 
@@ -152,6 +155,6 @@ def test_what_nobody_reads_is_not_written(tmp_path: Path) -> None:
     model = create_model("coca_tiny", tokenizer=words)
     save_model(model, tmp_path / "model.safetensors")  # not six bytes for each letter
     assert load_model(tmp_path / "model.safetensors").tokenizer.spec == words
-    model.config["tokenizer"] = [word * 20 for word in words]
+    model.config = replace(model.config, tokenizer=[word * 20 for word in words])
     with pytest.raises(ValueError, match=r"described in [\d,]+ bytes, and 4,194,304 are read: use fewer words"):
         save_model(model, tmp_path / "large.safetensors")

@@ -67,8 +67,9 @@ def test_file_of_the_released_openmammut(images: Tensor) -> None:
     """Older names of one tensor and of the config's keys."""
     model, old, fork = released_files()
     for found in (from_open_clip(old, deepcopy(fork)), from_open_clip(old, text_heads=HEADS, **HEADS_OF_IMAGE)):
-        assert {key: found.config[key] for key in RELEASED} | {"text_tower": ""} == RELEASED | {"text_tower": ""}
-        assert found.config["text_tower"].endswith(":two_pass_with_pads")
+        arguments = {key: getattr(found.config, key) for key in RELEASED}
+        assert arguments | {"text_tower": ""} == RELEASED | {"text_tower": ""}
+        assert found.config.text_tower.endswith(":two_pass_with_pads")
         tokens = model.tokenizer(TEXTS)
         for a, b in zip(found.eval()(images, tokens)[:4], model(images, tokens)[:4], strict=True):
             assert torch.equal(a, b)

@@ -61,7 +61,7 @@ def test_modern_text_equals_the_oracle(
     images: Tensor, overrides: dict[str, Any], pool: str, ratio: int, base: float
 ) -> None:
     model, state, s = make(**overrides)
-    assert model.config["text_tower_args"]["pool"] == pool
+    assert model.config.text_tower_args["pool"] == pool
     tokens = model.tokenizer(TEXTS)
     out = model(images, tokens)
     logits = []

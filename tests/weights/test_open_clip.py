@@ -49,7 +49,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def test_features_and_logits_are_equal(batch: tuple[Tensor, Tensor], context: int) -> None:
     theirs, ours = make_pair(context=context)
     images, tokens = batch[0], open_clip.SimpleTokenizer(context_length=context)([*TEXTS[:3], "word " * 300])
-    assert ours.config["context_length"] == context
+    assert ours.config.context_length == context
     expected = theirs(images, tokens)
     out = ours(images, tokens)
     torch.testing.assert_close(out.image_features, expected["image_features"], atol=1e-5, rtol=0)
@@ -91,8 +91,8 @@ def test_another_image_size_interpolates_as_open_clip_does(
         copy_weights(ours, started, "ours")
         assert "ours was trained on images of 32 px" in capsys.readouterr().out
         expected = larger(images, tokens)
-    assert (ours.image_size, ours.config["image_size"], ours.preprocessing["size"]) == (48, 48, 48)
-    for model in (ours, started, CoCa(**ours.config).eval()):
+    assert (ours.image_size, ours.config.image_size, ours.preprocessing["size"]) == (48, 48, 48)
+    for model in (ours, started, CoCa(ours.config).eval()):
         model.load_state_dict(started.state_dict())
         out = model(images, tokens)
         torch.testing.assert_close(out.image_features, expected["image_features"], atol=1e-5, rtol=0)
@@ -124,7 +124,7 @@ def test_the_bias_of_a_sigmoid_loss_goes_both_ways() -> None:
     assert plain.logit_bias is None
     state = theirs.state_dict() | {"logit_bias": torch.tensor(-7.5)}
     ours = from_open_clip(state, image_encoder_args=HEADS["image_encoder_args"], text_heads=4)
-    assert ours.config["contrastive"] == "siglip"
+    assert ours.config.contrastive == "siglip"
     assert ours.logit_bias.tolist() == [-7.5]
     assert to_open_clip(ours)["logit_bias"].item() == -7.5
 
@@ -228,9 +228,9 @@ def test_files_that_no_model_fits_are_one_sentence(
 )
 def test_parts_that_open_clip_lacks_are_refused(part: dict[str, Any]) -> None:
     _, ours = make_pair()
-    image = ours.config["image_encoder_args"] | part
+    image = ours.config.image_encoder_args | part
     with torch.device("meta"), pytest.raises(ValueError, match=r"vit_"):
-        to_open_clip(CoCa(**ours.config | {"image_encoder_args": image}))
+        to_open_clip(CoCa(ours.config, image_encoder_args=image))
 
 
 def test_models_that_open_clip_lacks_are_refused() -> None:

@@ -68,9 +68,9 @@ def write_safetensors(model: CoCa, folder: Path) -> Exported:
     """Weights and architecture in one file of ours, without the optimizer of a training checkpoint."""
     save_model(model, folder / WEIGHTS)
     parts = (
-        (IMAGE_ENCODERS, model.config["image_encoder"]),
-        (POOLERS, model.config["pooler"]),
-        (TEXT_TOWERS, model.config["text_tower"] or ""),
+        (IMAGE_ENCODERS, model.config.image_encoder),
+        (POOLERS, model.config.pooler),
+        (TEXT_TOWERS, model.config.text_tower or ""),
     )
     guests = list(dict.fromkeys(part.partition(":")[0] for registry, part in parts if registry.is_guest(part)))
     usage = USAGE.replace("{imports}", f", imports={json.dumps(guests)}" if guests else "")
@@ -251,25 +251,25 @@ def _front_matter(model: CoCa, exported: Exported) -> str:
 
 def _architecture(model: CoCa) -> dict[str, Any]:
     config = model.config
-    other = "words" if isinstance(config["tokenizer"], list) else "tokens of a tokenizer.json"
-    words = {"clip": "CLIP's byte pairs", "r50k": "byte pairs of GPT-2"}.get(str(config["tokenizer"]), other)
-    decoder = f"{config['decoder_layers']} layers of width {config['text_width']}, {config['text_heads']} heads"
-    pooler = config["pooler"].rpartition(":")[2]
+    other = "words" if isinstance(config.tokenizer, list) else "tokens of a tokenizer.json"
+    words = {"clip": "CLIP's byte pairs", "r50k": "byte pairs of GPT-2"}.get(str(config.tokenizer), other)
+    decoder = f"{config.decoder_layers} layers of width {config.text_width}, {config.text_heads} heads"
+    pooler = config.pooler.rpartition(":")[2]
     if any(isinstance(part, AttentionalPooler) for part in model.pooling.modules()):
-        pooler += f", {config['pooler_queries']} queries, {config['pooler_heads']} heads"
-    arguments = ", ".join(f"{key}={value}" for key, value in config["image_encoder_args"].items())
-    spec = config["image_encoder"]
+        pooler += f", {config.pooler_queries} queries, {config.pooler_heads} heads"
+    arguments = ", ".join(f"{key}={value}" for key, value in (config.image_encoder_args or {}).items())
+    spec = config.image_encoder
     module, _, encoder = spec.rpartition(":") if spec in IMAGE_ENCODERS else ("", "", spec)
     return {
         "image encoder": f"`{encoder}` of {f'`{module}`' if module else 'timm'}"
         + (f" with {arguments}" if arguments else ""),
-        "image size": f"{config['image_size']} pixels",
+        "image size": f"{config.image_size} pixels",
         "pooler": pooler,
-        "common space": f"{config['embed_dim']} dimensions",
-        "text tower": f"{config['text_layers']} layers of width {config['text_width']}, {config['text_heads']} heads",
+        "common space": f"{config.embed_dim} dimensions",
+        "text tower": f"{config.text_layers} layers of width {config.text_width}, {config.text_heads} heads",
         "decoder": decoder if model.decoder is not None else "none",
-        "tokenizer": f"{model.tokenizer.vocab_size:,} {words}, {config['context_length']} tokens of context",
-        **({"CLS mask": config["cls_mask"]} if isinstance(model.text, TextTower) else {}),
+        "tokenizer": f"{model.tokenizer.vocab_size:,} {words}, {config.context_length} tokens of context",
+        **({"CLS mask": config.cls_mask} if isinstance(model.text, TextTower) else {}),
         **{f"parameters, {part}": f"{size:,}" for part, size in part_sizes(model).items()},
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
     }

@@ -67,7 +67,7 @@ def write_open_clip(model: CoCa, folder: Path, correct_cls_mask: bool = False, v
     if correct_cls_mask and version != "3.3":
         raise ValueError("only OpenCLIP 3.3 lacks a key for the CLS mask: leave out correct_cls_mask=true")
     config = open_clip_config(model, version)
-    corrected = model.config["cls_mask"] == "correct" and version == "3.3"
+    corrected = model.config.cls_mask == "correct" and version == "3.3"
     if corrected and not correct_cls_mask:
         raise ValueError(
             "the model was trained with cls_mask=correct, but OpenCLIP gives every model the legacy mask, which"
@@ -91,7 +91,7 @@ def write_open_clip(model: CoCa, folder: Path, correct_cls_mask: bool = False, v
             'OpenCLIP takes id 0 for padding everywhere, also inside a run of punctuation such as "!#$", so the text'
             " features of such texts differ from coca_lit's.",
             *([GENERATE] if model.decoder is not None and version == "3.3" else []),
-            *([MEAN] if model.config["frame_pooling"] == "mean" else []),
+            *([MEAN] if model.config.frame_pooling == "mean" else []),
         ],
         warning=NEEDS_LINE if corrected else None,
     )

@@ -371,13 +371,13 @@ def _timed(step: Callable[[], None], steps: int = 5) -> dict[str, Any]:
 
 
 def _step_speed(net: CoCa, size: int) -> dict[str, Any]:
-    lengths = _lengths(size, net.config["context_length"])
+    lengths = _lengths(size, net.config.context_length)
     batch = _batch(net, "cuda", lengths)
     measured = _timed(_step(net, lambda: _loss(net, batch)))
     seconds = measured.pop("seconds")
     tokens = sum(lengths) // size
     with torch.device("meta"):
-        shape = type(net)(**net.config)
+        shape = type(net)(net.config)
     spent = on_gpu(shape, cost(shape, {"contrastive": 1, "caption": 1}, tokens, torch.bfloat16), tokens, 2)
     recipe, model = Recipe(size, 1), measure(net)
     planned = sum(memory(model, spent, recipe).values()) + size * sum(

@@ -79,7 +79,7 @@ def estimate(cfg: DictConfig, settings: "Settings") -> "tuple[Model, Cost, Recip
         check_number("batch_size", cfg.data.batch_size, whole=True, at_least=1)
     module, tokens = build_without_weights(cfg), settings.caption_tokens
     with error_context("caption_tokens"):
-        check_number("the mean length of captions", tokens, at_most=module.net.config["context_length"])
+        check_number("the mean length of captions", tokens, at_most=module.net.config.context_length)
     precision = read_precision(cfg)
     autocast = AUTOCAST.get(precision)
     if precision.endswith("-true") and precision.startswith(("bf16", "16")):

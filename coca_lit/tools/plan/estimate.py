@@ -121,7 +121,7 @@ def measure(net: CoCa, classifiers: Sequence[nn.Module] = ()) -> Model:
     if net.decoder is not None:
         vocabulary = net.decoder.vocabulary.weight
         named["decoder"] = [p for p in net.decoder.parameters() if p is not vocabulary]
-        if not net.config["tied_embeddings"]:  # else it is that of the text tower
+        if not net.config.tied_embeddings:  # else it is that of the text tower
             named["vocabulary"] = [vocabulary]
     beside = [p for module in classifiers for p in module.parameters()]
     named |= {"classifiers": beside} if beside else {}
@@ -133,7 +133,7 @@ def measure(net: CoCa, classifiers: Sequence[nn.Module] = ()) -> Model:
     everything = [*net.parameters(), *beside]
     weights = sum(p.nbytes for p in everything)
     trained = sum(p.nbytes for p in everything if p.requires_grad)
-    return Model(counts, weights, trained, sum(groups), max(groups, default=0), net.config["embed_dim"])
+    return Model(counts, weights, trained, sum(groups), max(groups, default=0), net.config.embed_dim)
 
 
 def memory(model: Model, cost: Cost, recipe: Recipe) -> dict[str, float]:

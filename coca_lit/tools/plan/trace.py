@@ -90,16 +90,16 @@ def on_gpu(net: CoCa, spent: Cost, caption_tokens: int, bytes_of_number: int) ->
         bytes_of_number: of activations, 2 in half precision.
     """
     sizes = net.config
-    width, decoders, longest = sizes["text_width"], sizes["decoder_layers"], sizes["context_length"]
+    width, decoders, longest = sizes.text_width, sizes.decoder_layers, sizes.context_length
     half = bytes_of_number == 2
-    text_on_grid = 0 if half and sizes["cls_mask"] == "correct" else sizes["text_layers"]
+    text_on_grid = 0 if half and sizes.cls_mask == "correct" else sizes.text_layers
     decoders_on_grid = 0 if half else decoders
     layers = [(text_on_grid, longest + 1, caption_tokens + 1), (decoders_on_grid, longest - 1, caption_tokens - 1)]
     products, rows = 0, 0  # of a sample, in addition to its tokens'
     for count, wide, narrow in layers:
         products += count * 4 * width * (wide**2 - narrow**2)
         rows += count * 4 * (wide - narrow)  # of queries, keys, values and results
-    products += decoders_on_grid * 4 * width * sizes["pooler_queries"] * (longest - caption_tokens)
+    products += decoders_on_grid * 4 * width * sizes.pooler_queries * (longest - caption_tokens)
     rows += decoders_on_grid * 2 * (longest - caption_tokens)  # of queries and results
     logits = GPU_CHUNK - CHUNK if decoders else 0  # and their softmax, both in fp32, and their gradient
     return spent._replace(

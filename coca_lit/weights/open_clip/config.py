@@ -60,27 +60,27 @@ def open_clip_config(model: CoCa, version: str = "3.3") -> dict[str, Any]:
         **_keys_of(model.pooling),
     }
     both = {
-        "context_length": ours["context_length"],
+        "context_length": ours.context_length,
         "vocab_size": model.tokenizer.vocab_size,
-        "width": ours["text_width"],
-        "heads": ours["text_heads"],
+        "width": ours.text_width,
+        "heads": ours.text_heads,
         **{key: value for key, value in model.tokenizer.open_clip_config.items() if key.endswith("_id")},
     }
-    text = {"layers": ours["text_layers"], "output_tokens": model.decoder is not None, **_keys_of(model.text)}
+    text = {"layers": ours.text_layers, "output_tokens": model.decoder is not None, **_keys_of(model.text)}
     text |= model.tokenizer.open_clip_config
     if version == "3.3":
         text.pop("correct_cls_mask", None)
     towers = {} if isinstance(model.text, TwoPassTower) else {"text_cfg": {**both, **text}}
     if version == "mammut":
-        text["has_mlp"] = not ours["text_tower_args"]
+        text["has_mlp"] = not ours.text_tower_args
         every = cast(TwoPassDecoder, model.decoder).every
         towers["text_cfg"] = {**both, **text, "cross_attn_ratio": every, "does_full_decoding": True}
     elif model.decoder is not None:
-        towers["multimodal_cfg"] = {**both, "layers": ours["decoder_layers"], **_keys_of(model.decoder)}
+        towers["multimodal_cfg"] = {**both, "layers": ours.decoder_layers, **_keys_of(model.decoder)}
     normalisation = {key: list(trunk.pretrained_cfg[key]) for key in CLIP_NORMALISATION}
     return {
         "model_cfg": {
-            "embed_dim": ours["embed_dim"],
+            "embed_dim": ours.embed_dim,
             "vision_cfg": vision,
             **towers,
             **({"custom_text": True} if "text_cfg" in towers else {}),
@@ -91,7 +91,7 @@ def open_clip_config(model: CoCa, version: str = "3.3") -> dict[str, Any]:
             **normalisation,
             **{key: model.preprocessing[key] for key in ("interpolation", "resize_mode")},
         },
-        **({"coca_lit": {"cls_mask": ours["cls_mask"]}} if version == "3.3" else {}),
+        **({"coca_lit": {"cls_mask": ours.cls_mask}} if version == "3.3" else {}),
     }
 
 
@@ -183,10 +183,10 @@ def obstacle_to_open_clip(model: CoCa, version: str = "3.3") -> str | None:
         return "it has a tokenizer of its own, and OpenCLIP's CoCa reads byte pairs: safetensors and onnx take it"
     if not _keys_of(model.pooling):
         return (
-            f"it has the {ours['pooler']} pooler, and OpenCLIP has the single one, and with version=4"
+            f"it has the {ours.pooler} pooler, and OpenCLIP has the single one, and with version=4"
             " openclip_parallel, openclip_cascade and MaMMUT's means"
         )
-    if ours["frame_positions"]:
+    if ours.frame_positions:
         return "it has positions for the frames of clips, and OpenCLIP has none"
     if type(model.text).__name__ not in _TOWERS:
         return f"its text tower is a {type(model.text).__name__}, and OpenCLIP has none"
@@ -194,9 +194,9 @@ def obstacle_to_open_clip(model: CoCa, version: str = "3.3") -> str | None:
         return "in OpenCLIP a two-pass text tower and the mean of all image tokens go together"
     if isinstance(model.text, TwoPassTower) and model.decoder is None:
         return "OpenCLIP has no MaMMUT without its decoder"
-    only = (ours["text_tower_args"] or {}).get("attention_only_every")
+    only = (ours.text_tower_args or {}).get("attention_only_every")
     if version == "mammut":
-        if not isinstance(model.text, TwoPassTowerWithPads) or ours["pooler"] != "mean_all":
+        if not isinstance(model.text, TwoPassTowerWithPads) or ours.pooler != "mean_all":
             return "version=mammut has only two_pass_with_pads and the pooler mean_all"
         if only not in (None, cast(TwoPassDecoder, model.decoder).every):
             return "in OpenCLIP the blocks without an MLP are those before a cross block"
@@ -208,17 +208,17 @@ def obstacle_to_open_clip(model: CoCa, version: str = "3.3") -> str | None:
         return "its pooler, tokenizer, image encoder or text tower needs OpenCLIP 4: export it with version=4"
     if not model.image_encoder.takes_patches and not _is_clip_transformer(model.image_encoder.trunk):
         return (
-            f"its image encoder is {ours['image_encoder']}, and OpenCLIP's CoCa only has CLIP's vision transformer"
+            f"its image encoder is {ours.image_encoder}, and OpenCLIP's CoCa only has CLIP's vision transformer"
             " (vit_*_clip_*, without QuickGELU and without parts that CLIP lacks), and with version=4 naflex"
         )
     known = {*DEFAULTS, "pre_norm", "pos_embed_grid_size", "max_patches", NORMALISATION}
-    others = {name for name in ours["image_encoder_args"] if name not in known and "drop" not in name}
+    others = {name for name in (ours.image_encoder_args or {}) if name not in known and "drop" not in name}
     if model.image_encoder.takes_patches and others:
         return f"OpenCLIP's config does not say {', '.join(sorted(others))} of an image encoder for any shape"
-    if model.decoder is not None and ours["embed_dim"] != ours["text_width"]:
+    if model.decoder is not None and ours.embed_dim != ours.text_width:
         return (
-            f"OpenCLIP's decoder reads image tokens of its own width, and this one reads tokens of {ours['embed_dim']}"
-            f" with a width of {ours['text_width']}"
+            f"OpenCLIP's decoder reads image tokens of its own width, and this one reads tokens of {ours.embed_dim}"
+            f" with a width of {ours.text_width}"
         )
     return None
 

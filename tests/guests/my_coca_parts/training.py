@@ -21,7 +21,7 @@ class Brightness(Objective):
         super().__init__(brightness=weight)
 
     def build(self, net: CoCa) -> None:
-        self.guess = nn.Linear(net.config["embed_dim"], 1)
+        self.guess = nn.Linear(net.config.embed_dim, 1)
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         truth = batch.images.float().flatten(1).mean(dim=1) / 255  # (B,)

@@ -268,7 +268,7 @@ def test_generation_leaves_the_model_as_it_was(model: CoCa) -> None:
 
 
 def test_a_model_without_decoder_says_so() -> None:
-    model = CoCa(**make_model().config | {"decoder_layers": 0})
+    model = CoCa(make_model().config, decoder_layers=0)
     with pytest.raises(ValueError, match="decoder_layers=0"):
         model.generate(make_images(1))
 

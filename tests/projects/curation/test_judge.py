@@ -205,7 +205,7 @@ def test_scores_of_another_model_are_refused(work, tmp_path):
     with pytest.raises(DataError, match=r"embeddings=False.*embeddings=True"):
         work.judge(tmp_path, embeddings=True)
     other = tmp_path / "other.safetensors"
-    save_model(CoCa(**work.model.config), other)
+    save_model(CoCa(work.model.config), other)
     with pytest.raises(DataError, match="model="):
         work.judge(tmp_path, checkpoint=str(other))
     (tmp_path / "scores.settings.json").unlink()

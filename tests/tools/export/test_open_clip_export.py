@@ -72,10 +72,10 @@ def small(**overrides: Any) -> CoCa:
 )
 def test_open_clip_computes_the_same(photo: Image.Image, tmp_path: Path, overrides: dict[str, Any]) -> None:
     ours = small(**overrides)
-    write_open_clip(ours, tmp_path, correct_cls_mask=ours.config["cls_mask"] == "correct")
+    write_open_clip(ours, tmp_path, correct_cls_mask=ours.config.cls_mask == "correct")
     theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
     theirs.eval()
-    theirs.text.correct_cls_mask = ours.config["cls_mask"] == "correct"
+    theirs.text.correct_cls_mask = ours.config.cls_mask == "correct"
     images = build_transform(**ours.preprocessing)(photo)[None].expand(len(TEXTS), -1, -1, -1)
     their_images = preprocess(photo)[None].expand(len(TEXTS), -1, -1, -1)
     tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(TEXTS)
@@ -92,7 +92,7 @@ def test_open_clip_computes_the_same(photo: Image.Image, tmp_path: Path, overrid
         theirs.text.correct_cls_mask = not theirs.text.correct_cls_mask
         assert (out.text_features - theirs.encode_text(tokens, normalize=True)).abs().max() > 0.01  # so it matters
     again = load_model(tmp_path / "open_clip_model.safetensors")
-    assert again.config["cls_mask"] == ours.config["cls_mask"]
+    assert again.config.cls_mask == ours.config.cls_mask
     assert again.preprocessing == ours.preprocessing
     with torch.no_grad():
         same(again.encode_image(images), out.image_features)
@@ -145,7 +145,7 @@ def test_a_model_of_open_clip_comes_back_bit_for_bit(tmp_path: Path) -> None:
     save_config_for_hf(theirs, first / "open_clip_config.json", config)
 
     ours = load_model(first / "open_clip_model.safetensors")
-    assert [ours.config[key] for key in ("text_heads", "pooler_heads")] == [2, 2]
+    assert (ours.config.text_heads, ours.config.pooler_heads) == (2, 2)
     write_open_clip(ours, second)
     again, _, _ = open_clip.create_model_and_transforms(f"local-dir:{second}")
     torch.testing.assert_close(dict(again.state_dict()), dict(theirs.state_dict()), atol=0, rtol=0)
@@ -224,11 +224,11 @@ def test_keys_that_are_honoured(exported: tuple[dict[str, Any], dict[str, Any]])
         from_open_clip(state, config)
     del config["coca_lit"]
     model = from_open_clip(state, config)
-    assert model.config["cls_mask"] == "correct"
+    assert model.config.cls_mask == "correct"
     assert model.preprocessing == {"size": 32, "interpolation": "bilinear", "resize_mode": "squash"}
     assert model.image_encoder.normalise.std.flatten().tolist() == [0.5, 0.5, 0.5]
     flat = from_open_clip(state, config["model_cfg"])  # as the files of OpenCLIP's own sizes
-    assert flat.config["text_heads"] == 4
+    assert flat.config.text_heads == 4
 
 
 def test_every_key_of_open_clip_is_known() -> None:

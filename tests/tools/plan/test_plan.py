@@ -105,7 +105,7 @@ def test_a_classifier_beside_the_network_is_counted(weights: dict[str, float]) -
     step = trace(planned, weights, TOKENS, None, BATCH, [counted])
     assert step.total - without == pytest.approx(counter.get_total_flops(), rel=0.02)
     assert all(step.forward[part] > 0 for part in ("image encoder", "pooling", "text tower", "decoder"))
-    assert step.forward["classifiers"] == 2 * BATCH * 2 * real.config["text_width"] * 3
+    assert step.forward["classifiers"] == 2 * BATCH * 2 * real.config.text_width * 3
     head = sum(p.numel() for p in beside.parameters())
     assert measure(real, [beside]).weights == measure(real).weights + 4 * head
 

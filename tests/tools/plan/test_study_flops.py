@@ -24,17 +24,17 @@ def forward(name: str) -> tuple[dict[str, float], dict[str, float]]:
     """GFLOP of a pair by part, and of its products of attention."""
     with torch.device("meta"):
         net = create_model(name)
-    sizes, tokens = net.config, net.config["context_length"]
+    sizes, tokens = net.config, net.config.context_length
     found = trace(net, {"contrastive": 1.0, "caption": 2.0}, tokens, None, BATCH).forward
     parts = {part: flops / BATCH / 1e9 for part, flops in found.items() if "vocabulary" not in part}
-    width, layers, rows = sizes["text_width"], sizes["text_layers"], tokens - 1  # the last token predicts nothing
+    width, layers, rows = sizes.text_width, sizes.text_layers, tokens - 1  # the last token predicts nothing
     parts["vocabulary, a token"] = 2 * width * net.tokenizer.vocab_size / 1e9
     patches = net.image_encoder.trunk.pos_embed.shape[1]
-    coca = sizes["pooler"] == "single"
-    context, crossed = (sizes["pooler_queries"] - 1, layers) if coca else (patches, len(net.decoder.cross_blocks))
+    coca = sizes.pooler == "single"
+    context, crossed = (sizes.pooler_queries - 1, layers) if coca else (patches, len(net.decoder.cross_blocks))
     attention = {
         "image encoder": 4 * patches**2 * net.image_encoder.width * len(net.image_encoder.trunk.blocks),
-        "pooling": 4 * sizes["pooler_queries"] * patches * sizes["embed_dim"] if coca else 0,
+        "pooling": 4 * sizes.pooler_queries * patches * sizes.embed_dim if coca else 0,
         "text tower": 4 * (tokens + coca) ** 2 * width * layers,  # CLS included
         "decoder": 4 * rows**2 * width * layers + 4 * rows * context * width * crossed,
     }
@@ -71,8 +71,8 @@ def test_an_evaluation_counts_as_the_plan() -> None:
     model = create_model("coca_tiny")
     with torch.device("meta"):
         net = create_model("coca_tiny")
-    tokens = net.config["context_length"]
+    tokens = net.config.context_length
     parts = trace(net, {"contrastive": 1.0, "caption": 2.0}, tokens, None, 1).forward
     planned = sum(flops for part, flops in parts.items() if "vocabulary" not in part)
-    vocabulary = 2 * (tokens - 1) * net.config["text_width"] * net.tokenizer.vocab_size
+    vocabulary = 2 * (tokens - 1) * net.config.text_width * net.tokenizer.vocab_size
     assert forward_flops(model) == pytest.approx(planned + vocabulary, rel=1e-3)
