@@ -67,13 +67,7 @@ def process_group(timeout: timedelta | None = None) -> Iterator[torch.device]:
 
 def gather(x: Tensor) -> Tensor:
     """Rows (B, …) of all ranks, stacked in rank order (W·B, …), with gradient. All ranks must pass the same shape."""
-    return _Gather.apply(x, getattr(x, "gathering", None)) if world_size() > 1 else x
-
-
-def gather_early(x: Tensor) -> None:
-    """Begins what `gather` of the same tensor will finish, while the device computes something else."""
-    if world_size() > 1:
-        x.gathering = _begin_gathering(x.detach())  # type: ignore[attr-defined]
+    return _Gather.apply(x) if world_size() > 1 else x
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -224,32 +218,25 @@ def print_rank_zero(message: str) -> None:
         print(message, flush=True)
 
 
-def _begin_gathering(x: Tensor) -> tuple[Any, Tensor, Tensor]:
-    """The work, what it fills, and what it reads, which has to live as long."""
-    x = x.contiguous()
-    everything = x.new_empty(world_size() * len(x), *x.shape[1:])
-    return _all_gather(everything, x, async_op=True), everything, x
-
-
-def _all_gather(gathered: Tensor, x: Tensor, async_op: bool = False) -> Any:
+def _all_gather(gathered: Tensor, x: Tensor) -> None:
     function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before PyTorch 2.13
-    return function(gathered, x, async_op=async_op)
+    function(gathered, x)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, begun: tuple[Any, Tensor, Tensor] | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.rows = x.shape[0]
-        work, everything, _ = begun or _begin_gathering(x)
-        work.wait()
+        everything = x.new_empty(world_size() * ctx.rows, *x.shape[1:])
+        _all_gather(everything, x.contiguous())
         return everything
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         own = gradients[0].new_empty(ctx.rows, *gradients[0].shape[1:])
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         reduce_scatter(own, gradients[0].contiguous())
-        return own, None
+        return own
 
 
 class _Sum(torch.autograd.Function):

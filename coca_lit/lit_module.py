@@ -1,9 +1,9 @@
 """The only LightningModule: batch -> network -> weighted losses -> their sum, and the optimizer."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
@@ -17,13 +17,20 @@ from coca_lit.errors import ConfigError, check_number
 from coca_lit.models import CoCa
 from coca_lit.models.trainable import GradCheckpointing
 from coca_lit.training.lightning_fixes import clip_gradients, forget_last_step, is_logged_step, is_sharded, step_share
-from coca_lit.training.objectives import Objective, OfFeatures, Pairs, Texts, named_objectives
+from coca_lit.training.objectives import (
+    Captions,
+    Contrastive,
+    Objective,
+    Terms,
+    Texts,
+    check_terms,
+    named_objectives,
+    terms_of,
+    without_replaced,
+)
 from coca_lit.training.optim import check_resumable, optimizer_of, warmup_cosine, warmup_stable_decay
 from coca_lit.training.optim import freeze as freeze_parts
 from coca_lit.weights import CLASSIFIERS_KEY, MODEL_KEY
-
-if TYPE_CHECKING:
-    from coca_lit.training.self_critical import SelfCritical
 
 SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer that a user sets, besides `arguments`
 SETUP_CHECK = 2  # steps of a run that but checks a set-up, as with trainer=smoke
@@ -39,8 +46,8 @@ class CoCaLit(L.LightningModule):
         contrastive_weight: factor of the contrastive loss; 0 skips it and freezes what only it trains.
         caption_weight: factor of the caption loss; 0 skips it and freezes what only it trains, the decoder.
         text_weight: factor of the caption loss on batches of texts without images.
-        label_smoothing: in the caption loss of pairs and of texts, see `Pairs`; `objectives` have their own.
-        self_critical: trains captions by their CIDEr-D; replaces the caption loss and takes its weight.
+        label_smoothing: in the caption loss of pairs and of texts, the share of every target that is spread over the
+            vocabulary in training; `objectives` have their own.
         freeze: further parts of the network to freeze, see `CoCa.freeze`; or a single one.
         grad_checkpointing: trade time for activation memory: none | cross_attention | blocks, see
             `CoCa.set_grad_checkpointing`.
@@ -51,6 +58,9 @@ class CoCaLit(L.LightningModule):
         cooldown_steps: replaces the cosine by a constant rate and a cooldown of this many steps, see
             `warmup_stable_decay`. 0: no cooldown, as for a trunk from which runs of several lengths branch.
         texts: some batches are texts without images, which train the decoder even if `caption_weight` is 0.
+
+    Attributes:
+        loss_weights: of the "contrastive" and the "caption" loss; 0 for one that is skipped.
     """
 
     def __init__(
@@ -62,7 +72,6 @@ class CoCaLit(L.LightningModule):
         caption_weight: float = 2.0,
         text_weight: float = 1.0,
         label_smoothing: float = 0.0,
-        self_critical: "SelfCritical | None" = None,
         freeze: Sequence[str] = (),
         grad_checkpointing: GradCheckpointing = "none",
         compile: bool = False,
@@ -75,49 +84,44 @@ class CoCaLit(L.LightningModule):
         check_number("warmup_steps", warmup_steps, whole=True, at_least=0)
         if cooldown_steps is not None:
             check_number("cooldown_steps", cooldown_steps, whole=True, at_least=0)
+        if micro_batch_size is not None:
+            check_number("micro_batch_size", micro_batch_size, whole=True, at_least=1)
         self.net = net
         self.configured: list[dict[str, Any]] = []  # the settings of each group of the optimizer
         self.make_optimizer = optimizer
         self.warmup_steps, self.cooldown_steps = warmup_steps, cooldown_steps
+        self.micro_batch_size = micro_batch_size
         caption_weight = 0.0 if net.decoder is None else caption_weight
-        weights = (contrastive_weight, caption_weight, label_smoothing)
-        if micro_batch_size is None:
-            self.pairs = Pairs(*weights)
-        else:
-            from coca_lit.training.gradient_caching import MicroBatchedPairs
-
-            self.pairs = MicroBatchedPairs(micro_batch_size, *weights)
-        self.texts = Texts(text_weight, label_smoothing)
-        self.self_critical = self_critical
-        further = named_objectives(objectives or {})
-        self.objectives = nn.ModuleDict(further)
-        for objective in (self.pairs, self.texts, *further.values()):
-            objective.build(net)
-        trained = {part for made in further.values() for part in made.trains}
-        if texts and text_weight > 0:
-            trained.add("decoder")
-        freeze_parts(net, freeze, self.pairs.weights, trained)
-        self.pairs.join(made for made in further.values() if isinstance(made, OfFeatures))
-        if not any(self.pairs.weights.values()) and not further:
+        self.loss_weights = {"contrastive": contrastive_weight, "caption": caption_weight}
+        losses = (Contrastive(contrastive_weight), Captions(caption_weight, label_smoothing))
+        self.losses = nn.ModuleList(loss for loss in losses if any(loss.weights.values()))
+        self.losses.append(Texts(text_weight, label_smoothing))
+        self.objectives = nn.ModuleDict(named_objectives(objectives or {}))
+        if not any(self.loss_weights.values()) and not self.objectives:
             raise ValueError("no loss is left: contrastive_weight or caption_weight must be above 0")
-        if self_critical is not None:
-            self_critical.check(net, self.pairs)
-            self_critical.weights = {"policy": caption_weight, "contrastive": contrastive_weight}
+        check_terms(self.every_objective)
+        for objective in self.every_objective:
+            objective.build(net)
+        training = without_replaced(self.every_objective)
+        if not texts or not text_weight:
+            training = [objective for objective in training if not isinstance(objective, Texts)]
+        freeze_parts(net, freeze, {part for objective in training for part in objective.trained_parts(net)})
         if grad_checkpointing != "none":
             net.set_grad_checkpointing(grad_checkpointing)
         if compile:
             net.compile_blocks()
 
-    def further_objectives(self) -> dict[str, Objective]:
-        """Those besides `Pairs` and `Texts`, by the keys of their configuration."""
-        found = {f"model.objectives.{name}": cast(Objective, made) for name, made in self.objectives.items()}
-        return found | ({"model.self_critical": self.self_critical} if self.self_critical is not None else {})
-
     @property
-    def reads_captions(self) -> bool:
-        """Whether a loss reads the captions of images."""
-        further = (made.reads_captions for made in self.further_objectives().values())
-        return any(self.pairs.weights.values()) or any(further)
+    def every_objective(self) -> list[Objective]:
+        """CoCa's own and the further ones."""
+        return [cast(Objective, made) for made in (*self.losses, *self.objectives.values())]
+
+    def objectives_of(self, batch: Batch) -> list[Objective]:
+        """What a batch is trained for, or in evaluation measured by."""
+        found = [objective for objective in self.every_objective if objective.takes(batch)]
+        if self.training:
+            return without_replaced(found)
+        return [objective for objective in found if not objective.replaces]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         forget_last_step(self.trainer)
@@ -128,45 +132,32 @@ class CoCaLit(L.LightningModule):
         Raises:
             ConfigError: texts train nothing of the network, since all that they reach is frozen.
         """
-        losses: list[Tensor] = []
-        for objective in self.objectives_of(batch):
-            loss, terms = objective.loss(self.net, batch)
-            losses.append(loss)
-            if self.is_logged():
-                self.log_terms("train", terms, batch)
-                for made in (objective, *(self.pairs.joined if objective is self.pairs else ())):
-                    self.log_values("train", made.measures, batch)
+        objectives = self.objectives_of(batch)
+        if self.micro_batch_size is None:
+            terms = terms_of(self.net, objectives, batch)
+            loss = terms.weighted_sum(objectives)
+        else:
+            from coca_lit.training.gradient_caching import cached_loss
+
+            loss, terms = cached_loss(self.net, objectives, batch, self.micro_batch_size)
         if self.is_logged():
+            self.log_terms("train", terms, batch)
+            for objective in objectives:
+                self.log_values("train", objective.measures, batch)
             self.log("train/logit_scale", self.net.logit_scale.exp().squeeze())
-        total = torch.stack(losses).sum()
-        if not len(batch.images) and not total.requires_grad:
+        if not len(batch.images) and not loss.requires_grad:
             raise ConfigError("data.text: all that texts reach is frozen; see model.freeze and lora.parts")
-        return total * (step_share(self.trainer, batch_idx) if self._trainer is not None else 1.0)
+        return loss * (step_share(self.trainer, batch_idx) if self._trainer is not None else 1.0)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        for objective in self.objectives_of(batch):
-            self.log_terms("val", objective(self.net, batch), batch)
-
-    def objectives_of(self, batch: Batch) -> Iterator[Objective]:
-        """What a batch is trained for, or measured by in evaluation."""
-        if not len(batch.images):
-            yield self.texts
-            return
-        further = cast(Iterator[Objective], self.objectives.values())
-        if self.self_critical is not None and self.training:
-            yield self.self_critical
-            yield from further
-            return
-        if any(self.pairs.weights.values()) or self.pairs.joined:
-            yield self.pairs
-        yield from (made for made in further if made not in self.pairs.joined)
+        self.log_terms("val", terms_of(self.net, self.objectives_of(batch), batch), batch)
 
     def is_logged(self) -> bool:
         """Values are averaged over ranks and read by the host at these steps only: either takes time."""
         return self._trainer is not None and is_logged_step(self.trainer)
 
-    def log_terms(self, stage: str, terms: Mapping[str, Tensor], batch: Batch) -> None:
-        self.log_values(stage, {f"{name}_loss": term.detach() for name, term in terms.items()}, batch)
+    def log_terms(self, stage: str, terms: Terms, batch: Batch) -> None:
+        self.log_values(stage, {f"{name}_loss": term.detach() for name, term in terms.values.items()}, batch)
 
     def log_values(self, stage: str, values: Mapping[str, Any], batch: Batch) -> None:
         named = {f"{stage}/{name}": value for name, value in values.items()}
@@ -186,9 +177,18 @@ class CoCaLit(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            self.pairs.check_norms(self.net)
-        if self.self_critical is not None and stage == "fit":
-            self.self_critical.read(self.trainer.datamodule.training_captions())  # type: ignore[attr-defined]
+            self.check_norms()
+
+    def check_norms(self) -> None:
+        """Called before training, after low-rank adaptation, which freezes batch norms, if there is any.
+
+        Raises:
+            ValueError: micro-batches do not work with those that train.
+        """
+        if self.micro_batch_size is not None:
+            from coca_lit.training.gradient_caching import check_norms
+
+            check_norms(self.net)
 
     def configure_model(self) -> None:
         if is_sharded(self.trainer) and not isinstance(self.net, FSDPModule):

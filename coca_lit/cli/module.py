@@ -60,7 +60,7 @@ def build_module(cfg: DictConfig, start: "Start | None" = None, source: "DualEnc
     module = make_module(cfg, cfg.model, optimizer=optimizer)
     if start is None:
         initialise(cfg, module.net, source)
-        for objective in module.further_objectives().values():
+        for objective in module.every_objective:
             objective.begin(module.net)
     else:
         spec = module.net.tokenizer.spec
@@ -82,7 +82,8 @@ def check_classes(module: "CoCaLit", start: "Start") -> None:
     from coca_lit.weights import CLASSIFIERS_KEY
 
     for name, before in start.content.get(CLASSIFIERS_KEY, {}).items():
-        made = module.further_objectives().get(key := f"model.objectives.{name}")
+        key = f"model.objectives.{name}"
+        made = next((objective for objective in module.every_objective if objective.config_key == key), None)
         if made is not None and made.config.get("classes") != before.get("classes"):
             raise ConfigError(
                 f"{key}: the data have other classes than the checkpoint: restore them, or choose another name"
@@ -165,7 +166,7 @@ def add_adapters(cfg: DictConfig, module: "CoCaLit") -> None:
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         print_rank_zero(f"low-rank updates of {len(adapted)} matrices of {parts}, {trained:,} parameters train")
     with error_context("model"):
-        module.pairs.check_norms(net)
+        module.check_norms()
 
 
 # What a config leaves open, filled in from the data and the machine

@@ -55,6 +55,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
             resume_command,
         )
         from coca_lit.runs.scores import print_scores
+        from coca_lit.training.objectives import needs_of
         from coca_lit.training.suitability import check_data, check_held_out
         from coca_lit.training.trainer import choose_fp32_matmul, prepare
 
@@ -93,8 +94,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
         with error_context("scoring.generate"):
             check_options(module.net, generate)
         if start is None and isinstance(data, CaptionDataModule):
-            of_pairs = any(module.pairs.weights.values()) or bool(module.pairs.joined)
-            check_data(data, module.net, generate, module.reads_captions, of_pairs)
+            read_captions = any(objective.reads_captions for objective in module.every_objective)
+            of_pairs = bool(needs_of(module.every_objective))
+            check_data(data, module.net, generate, read_captions, of_pairs)
         if cfg.scoring.objective is not None:
             scoring.check_score("scoring.objective", cfg.scoring.objective, at_end=True)
         else:

@@ -53,6 +53,17 @@ class Batch(NamedTuple):
                 extras[name] = to_device(values, device)
         return self._replace(images=images, tokens=to_device(self.tokens, device), extras=extras)
 
+    def rows(self, start: int, end: int) -> "Batch":
+        """Some of its samples, each with one image."""
+        return self._replace(
+            images=self.images[start:end],
+            tokens=self.tokens[start:end],
+            lengths=self.lengths[start:end],
+            keys=self.keys[start:end],
+            prefix_lengths=None if self.prefix_lengths is None else self.prefix_lengths[start:end],
+            extras={name: values[start:end] for name, values in self.extras.items()},
+        )
+
 
 class Example(NamedTuple):
     """One training pair, the input of `collate`."""

@@ -23,15 +23,14 @@ __all__ = [
 ]
 
 
-def loss_terms(out: CoCaOutput, smoothing: float = 0.0, contrastive: bool = True) -> dict[str, Tensor]:
+def loss_terms(out: CoCaOutput, smoothing: float = 0.0) -> dict[str, Tensor]:
     """{"contrastive": …, "caption": …}, without the one whose inputs are None.
 
     Args:
         smoothing: label smoothing of the caption loss.
-        contrastive: whether features get the contrastive loss; another loss may have asked for them.
     """
     terms = {}
-    if contrastive and out.image_features is not None and out.text_features is not None:
+    if out.image_features is not None and out.text_features is not None:
         terms["contrastive"] = contrastive_term(out.image_features, out.text_features, out.logit_scale, out.logit_bias)
     if out.hidden is not None and out.vocabulary is not None and out.labels is not None:
         terms["caption"] = caption_loss(out.hidden, out.vocabulary, out.labels, smoothing=smoothing)

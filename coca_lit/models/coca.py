@@ -7,7 +7,7 @@ tokens ─ TextTower ───────────────────�
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Annotated, Any, NamedTuple
 
@@ -15,13 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coca_lit.errors import suggest
 from coca_lit.models.config import CoCaConfig
 from coca_lit.models.generation.generate import write_captions
 from coca_lit.models.image import build_image_encoder
 from coca_lit.models.init import init_projection
-from coca_lit.models.inputs import FramePooling, Images, Preprocessing, preprocessing
+from coca_lit.models.inputs import (
+    EncodedFrames,
+    EncodedPatches,
+    FramePooling,
+    Images,
+    Preprocessing,
+    preprocessing,
+)
 from coca_lit.models.likelihood import log_likelihood
-from coca_lit.models.packing import Layout, expect_to_fit, expect_tokens, text_lengths
+from coca_lit.models.packing import Layout, expect_to_fit, expect_tokens, text_lengths, to_device
 from coca_lit.models.poolers import PoolingSizes, build_pooling
 from coca_lit.models.registry import IMAGE_ENCODERS, POOLERS, TEXT_TOWERS, build_from
 from coca_lit.models.text import Decoder, TextSizes, build_text_tower, expect_decoder
@@ -32,24 +40,38 @@ IGNORED_LABEL = -100
 MAX_LOGIT_SCALE = math.log(100)  # the bound that CLIP puts on the temperature
 
 
+# What a forward pass can be asked for; labels come with "hidden".
+CONTRASTIVE = ("image_features", "text_features", "logit_scale", "logit_bias")
+CAPTION = ("hidden", "vocabulary")
+OUTPUTS = (*CONTRASTIVE, *CAPTION, "pooled", "image_tokens", "encoded", "text_states")
+POOLED = frozenset({"image_features", "pooled"})  # outputs that follow from the contrastive vector of an image
+READ = frozenset({"hidden", "image_tokens"})  # from the image tokens that the decoder attends to
+TEXT_OUTPUTS = frozenset({"hidden", "text_features", "text_states"})
+
+
 class CoCaOutput(NamedTuple):
-    """What the two losses need. N is the number of predicted tokens in the batch: each caption's tokens after the
-    start token, without padding.
+    """What a forward pass has computed; None for what it was not asked for, or what the model does not have. N is the
+    number of predicted tokens in the batch: each caption's tokens after the start token, without padding.
     """
 
     image_features: Tensor | None  # (B, E), unit length
     text_features: Tensor | None  # (B, E), unit length
     logit_scale: Tensor  # (1,), the inverse temperature: exp of the parameter `logit_scale`
-    hidden: Tensor | None  # (N, D), decoder states before the vocabulary projection, caption after caption
-    labels: Tensor | None  # (N,), the token that follows each of them
-    vocabulary: Tensor | None  # (V, D), weight of the vocabulary projection
-    logit_bias: Tensor | None  # (1,), of a model with contrastive="siglip"
+    hidden: Tensor | None = None  # (N, D), decoder states before the vocabulary projection, caption after caption
+    labels: Tensor | None = None  # (N,), the token that follows each of them
+    vocabulary: Tensor | None = None  # (V, D), weight of the vocabulary projection
+    logit_bias: Tensor | None = None  # (1,), of a model with contrastive="siglip"
+    pooled: Tensor | None = None  # (B, P), the contrastive vector of an image before its projection
+    image_tokens: Tensor | None = None  # (B, Q, T), what the decoder attends to
+    encoded: Tensor | EncodedFrames | EncodedPatches | None = None  # tokens of the image encoder; of images (B, S, C)
+    text_states: Tensor | None = None  # (B, L, D), of the text tower at each token; 0 after the end of a text
+    token_count: Tensor | None = None  # of a micro-batch: the labels of the whole batch on all ranks that count
 
     @property
     def logits(self) -> Tensor:
         """Next-token logits (N, V). The training loss works from `hidden` and need not hold them all."""
         if self.hidden is None or self.vocabulary is None:
-            raise ValueError("no caption logits: the model has no decoder, or captioning was off")
+            raise ValueError("no caption logits: the model has no decoder, or `needs` left captioning out")
         return F.linear(self.hidden, self.vocabulary)
 
 
@@ -160,12 +182,10 @@ class CoCa(Trainable):
         tokens: Tensor,
         lengths: Tensor | None = None,
         *,
-        contrastive: bool = True,
-        captioning: bool = True,
+        needs: Collection[str] = (*CONTRASTIVE, *CAPTION),
         prefix_lengths: Tensor | None = None,
-        on_text_features: Callable[[Tensor], None] | None = None,
     ) -> CoCaOutput:
-        """Features and caption states of a batch of pairs.
+        """What losses need of a batch of pairs. Only what is asked for is computed.
 
         Args:
             images: (B, 3, H, W), uint8, or normalised floats, or `Patches`; or clips (B, F, 3, H, W); or what the image
@@ -173,29 +193,46 @@ class CoCa(Trainable):
             tokens: (B, L) ids, padded at the end to any L.
             lengths: (B,) number of real tokens; None finds them from the trailing pads. On the host: to copy them
                 there, or to find them, the host has to wait for the device.
-            contrastive, captioning: whether to compute what that loss needs; the output is None where it is off.
+            needs: fields of the output, see `OUTPUTS`.
             prefix_lengths: (B,) leading tokens that are not predicted, at least 1 for the start; 1 by default. Also
                 on the host.
-            on_text_features: gets the text features before the images are encoded, to send them to other processes
-                meanwhile. A sharded network must be called as a whole, so its text tower cannot be called first.
+
+        Raises:
+            ValueError: there is no such output.
         """
-        lengths, decoder = self.lengths_of(tokens, lengths), self.decoder if captioning else None
+        check_outputs(needs)
+        if self.decoder is None:
+            needs = [name for name in needs if name != "hidden"]
+        lengths = self.lengths_of(tokens, lengths)
         if len(images) != len(tokens):
             raise ValueError(f"every image needs one text: got {len(images)} images and {len(tokens)} texts")
-        image_features, text_features, hidden, labels, vocabulary = None, None, None, None, None
-        states, text_vector, layout = self.text(tokens, lengths, contrastive)
-        if text_vector is not None:
-            text_features = F.normalize(text_vector, dim=-1)
-            if on_text_features is not None:
-                on_text_features(text_features)
-        vector, image_tokens = self.pooling(self.image_encoder(images), contrastive, decoder is not None)
-        if decoder is not None:
+        out = CoCaOutput(None, None, self.logit_scale.exp(), logit_bias=self.logit_bias)
+        if not TEXT_OUTPUTS.isdisjoint(needs):
+            states, text_vector, layout = self.text(tokens, lengths, contrastive="text_features" in needs)
+            if text_vector is not None:
+                out = out._replace(text_features=F.normalize(text_vector, dim=-1))
+            if "text_states" in needs:
+                out = out._replace(text_states=_states_of_tokens(states, layout, tokens, lengths))
+        pooled = not POOLED.isdisjoint(needs)
+        read = not READ.isdisjoint(needs)
+        if pooled or read or "encoded" in needs:
+            encoded = self.image_encoder(images)
+            if "encoded" in needs:
+                out = out._replace(encoded=encoded)
+        if pooled or read:
+            vector, image_tokens = self.pooling(encoded, contrastive=pooled, captioning=read)
+            if "pooled" in needs:
+                out = out._replace(pooled=vector)
+            if "image_tokens" in needs:
+                out = out._replace(image_tokens=image_tokens)
+        if "hidden" in needs:
             hidden, labels = self.predict(states, layout, tokens, lengths, image_tokens, prefix_lengths)
-            vocabulary = decoder.vocabulary.weight
-        if vector is not None:
-            image_features = F.normalize(self.image_projection(vector), dim=-1)
-        scale, bias = self.logit_scale.exp(), self.logit_bias
-        return CoCaOutput(image_features, text_features, scale, hidden, labels, vocabulary, bias)
+            out = out._replace(hidden=hidden, labels=labels)
+        if "vocabulary" in needs and self.decoder is not None:
+            out = out._replace(vocabulary=self.decoder.vocabulary.weight)
+        if "image_features" in needs:
+            out = out._replace(image_features=F.normalize(self.image_projection(vector), dim=-1))
+        return out
 
     def captions_of(self, image_tokens: Tensor | None, tokens: Tensor, lengths: Tensor | None = None) -> CoCaOutput:
         """The caption half of `forward` for any texts.
@@ -259,19 +296,41 @@ class CoCa(Trainable):
     generate = write_captions  # its options: coca_lit/models/generation/options.py
     log_likelihood = log_likelihood
 
-    def parameters_of_loss(self, loss: str) -> list[str]:
-        """Names of the parts that only the "contrastive" or only the "caption" loss trains; without that loss they
-        get no gradient.
+    def parts_for(self, needs: Collection[str]) -> list[str]:
+        """Names of the parts that some outputs of `forward` depend on: a loss of these outputs gives no other part a
+        gradient.
+
+        Raises:
+            ValueError: there is no such output.
         """
-        separate = [f"pooling.{part}" for part in self.pooling.parts_of_loss(loss)]
-        if loss == "contrastive":
-            bias = ["logit_bias"] if self.logit_bias is not None else []
-            projection = ["image_projection"] if self.pooling.projected else []
-            text = [f"text.{part}" for part in self.text.contrastive_only]
-            return [*separate, *projection, *text, "logit_scale", *bias]
-        if loss == "caption":
-            return [*separate, *(["decoder"] if self.decoder is not None else [])]
-        raise ValueError(f"loss must be 'contrastive' or 'caption', got '{loss}'")
+        check_outputs(needs)
+        pooled = not POOLED.isdisjoint(needs)
+        read = not READ.isdisjoint(needs)
+        parts: list[str] = []
+        if pooled or read or "encoded" in needs:
+            parts.append("image_encoder")
+        if pooled or read:
+            unused: set[str] = set()
+            if not pooled:
+                unused.update(self.pooling.parts_of_loss("contrastive"))
+            if not read:
+                unused.update(self.pooling.parts_of_loss("caption"))
+            parts += [f"pooling.{name}" for name in _children(self.pooling) if name not in unused]
+        if "image_features" in needs and self.pooling.projected:
+            parts.append("image_projection")
+        if not TEXT_OUTPUTS.isdisjoint(needs):
+            left_out = () if "text_features" in needs else self.text.contrastive_only
+            parts += [f"text.{name}" for name in _children(self.text) if name not in left_out]
+        if "logit_scale" in needs:
+            parts.append("logit_scale")
+        if "logit_bias" in needs and self.logit_bias is not None:
+            parts.append("logit_bias")
+        if self.decoder is not None:
+            for name in _children(self.decoder):
+                output = "vocabulary" if name == "vocabulary" else "hidden"
+                if output in needs:
+                    parts.append(f"decoder.{name}")
+        return parts
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
@@ -285,3 +344,25 @@ class CoCa(Trainable):
         if tokens.shape[1] > self.text.context_length:
             expect_to_fit(int(lengths.max()), self.text.context_length)
         return lengths
+
+
+def check_outputs(needs: Collection[str]) -> None:
+    """Raises `ValueError` for a name that is no output of a forward pass."""
+    for name in needs:
+        if name not in OUTPUTS:
+            raise ValueError(
+                f"a forward pass has no output '{name}'{suggest(name, OUTPUTS)} It has {', '.join(OUTPUTS)}"
+            )
+
+
+def _children(module: nn.Module) -> list[str]:
+    """Names of its modules and parameters that have something to train."""
+    return list(dict.fromkeys(name.partition(".")[0] for name, _ in module.named_parameters()))
+
+
+def _states_of_tokens(states: Tensor, layout: Layout, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """States of a text tower in their layout -> (B, L, D) as the tokens (B, L) lie, 0 after the end of each text."""
+    grid = layout.unpack(states)
+    grid = F.pad(grid, (0, 0, 0, tokens.shape[1] - grid.shape[1]))  # a negative padding cuts
+    is_token = torch.arange(tokens.shape[1]) < lengths[:, None]  # (B, L), on the host
+    return grid.masked_fill(~to_device(is_token, grid.device)[..., None], 0)

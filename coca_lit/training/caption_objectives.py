@@ -11,14 +11,15 @@ from torch import Tensor
 from coca_lit.data.batch import Batch, padded
 from coca_lit.distributed import gather, rank, world_size
 from coca_lit.errors import check_number
-from coca_lit.losses import caption_loss, loss_terms
+from coca_lit.losses import caption_loss
 from coca_lit.losses.gradients import wide
-from coca_lit.models import CoCa
+from coca_lit.models import CoCa, CoCaOutput
+from coca_lit.models.coca import CAPTION
 from coca_lit.models.kernels import exact_fp32
 from coca_lit.models.packing import to_device
 from coca_lit.models.text import expect_decoder
 from coca_lit.tokenizer import unknown_words
-from coca_lit.training.objectives import Objective, OfFeatures
+from coca_lit.training.objectives import Objective, predicted
 
 
 class ParallelPrediction(Objective):
@@ -97,10 +98,10 @@ class PrefixPrompts(Objective):
             prompted.images,
             prompted.tokens,
             prompted.lengths,
-            contrastive=False,
+            needs=CAPTION,
             prefix_lengths=prompted.prefix_lengths,
         )
-        return {"prefixed": loss_terms(out)["caption"]}
+        return {"prefixed": predicted(out)}
 
     def with_prompts(self, net: CoCa, batch: Batch, which: Tensor) -> Batch:
         """The batch with a prompt between the start and the rest of each text; texts that become too long are cut.
@@ -121,7 +122,7 @@ class PrefixPrompts(Objective):
         return batch._replace(tokens=new, lengths=lengths, prefix_lengths=prefix_lengths)
 
 
-class ContrastiveOfCaptions(OfFeatures):
+class ContrastiveOfCaptions(Objective):
     """The softmax contrastive loss of the captions among texts of which others are questions with answers: these do not
     describe the image, and it says nothing about them. It takes the place of CoCa's own, `contrastive_weight=0`.
 
@@ -129,15 +130,19 @@ class ContrastiveOfCaptions(OfFeatures):
         weight: factor of the loss.
     """
 
+    needs = ("image_features", "text_features", "logit_scale")
+
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__(contrastive_of_captions=weight)
 
     def build(self, net: CoCa) -> None:
-        super().build(net)
         if net.logit_bias is not None:
             raise ValueError("this loss is a softmax: set model.net.contrastive=softmax")
 
-    def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
+    def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, Tensor]:
+        images, texts = out.image_features, out.text_features
+        assert images is not None
+        assert texts is not None
         caption = torch.ones(len(texts), device=texts.device)  # (B,)
         if batch.prefix_lengths is not None:
             caption = to_device(batch.prefix_lengths == 1, texts.device).float()
@@ -146,7 +151,7 @@ class ContrastiveOfCaptions(OfFeatures):
         with exact_fp32(images.device), torch.autocast(images.device.type, enabled=False):
             sides, left_out = (images, texts), (captions - 1) * 1e4  # exp(-1e4) = 0
             losses = [
-                F.cross_entropy(logit_scale * wide(one) @ wide(gather(other)).T + left_out, own, reduction="none")
+                F.cross_entropy(out.logit_scale * wide(one) @ wide(gather(other)).T + left_out, own, reduction="none")
                 for one, other in (sides, sides[::-1])  # (B,) each
             ]
         found = torch.where(caption > 0, sum(losses) / 2, 0.0).sum()
@@ -157,4 +162,4 @@ def _caption_parts(net: CoCa) -> list[str]:
     """What a caption loss alone trains; raises ValueError for a network without a decoder."""
     if net.decoder is None:
         raise ValueError("a caption loss needs a decoder: set decoder_layers above 0")
-    return net.parameters_of_loss("caption")
+    return net.parts_for(CAPTION)

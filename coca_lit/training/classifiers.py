@@ -18,7 +18,7 @@ from coca_lit.evals.inference import rows_of
 from coca_lit.losses import caption_loss
 from coca_lit.metrics.vqa import enough_people, normalize_answer, vqa_accuracy
 from coca_lit.models import CoCa
-from coca_lit.models.coca import IGNORED_LABEL
+from coca_lit.models.coca import CAPTION, IGNORED_LABEL
 from coca_lit.models.inputs import Images, joined
 from coca_lit.models.packing import Layout, to_device
 from coca_lit.models.poolers import AttentionalPooler
@@ -145,10 +145,7 @@ class StateClassifier(Classifier):
     def build(self, net: CoCa) -> None:
         if net.decoder is None:
             raise ValueError("texts are classified by a decoder, which a model with decoder_layers=0 lacks")
-        self.trains = net.parameters_of_loss("caption")
-        if self.true_label is None:
-            parts = [f"decoder.{name}" for name, _ in net.decoder.named_children() if name != "vocabulary"]
-            self.trains = parts + [part for part in self.trains if part != "decoder"]
+        self.trains = net.parts_for(("hidden",) if self.true_label is None else CAPTION)
         super().build(net)
 
     @property

@@ -6,10 +6,11 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.shards.reinforced import teachers_of
 from coca_lit.errors import ConfigError
 from coca_lit.losses import distillation_loss
-from coca_lit.training.objectives import OfFeatures
+from coca_lit.models import CoCa, CoCaOutput
+from coca_lit.training.objectives import Objective
 
 
-class Distillation(OfFeatures):
+class Distillation(Objective):
     """The student's similarities follow its teachers', see `distillation_loss`. It takes part of the weight of the
     contrastive loss: MobileCLIP's (1 - λ) · contrastive + λ · distillation is `contrastive_weight=1-λ` and
     `objectives.NAME.weight=λ`. Batches of a validation without teachers have no such term.
@@ -18,10 +19,12 @@ class Distillation(OfFeatures):
         weight: factor of the loss.
     """
 
+    needs = ("image_features", "text_features", "logit_scale")
+
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__(distillation=weight)
 
-    def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
+    def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, Tensor]:
         teachers = teachers_of(batch)
         if not teachers:
             if self.training:
@@ -29,4 +32,7 @@ class Distillation(OfFeatures):
                     "distillation needs the embeddings of teachers: set data.teachers, see coca-data teach"
                 )
             return {}
-        return {"distillation": distillation_loss(images, texts, logit_scale, teachers)}
+        assert out.image_features is not None
+        assert out.text_features is not None
+        loss = distillation_loss(out.image_features, out.text_features, out.logit_scale, teachers)
+        return {"distillation": loss}

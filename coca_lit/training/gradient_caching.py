@@ -2,20 +2,22 @@
 arXiv 2101.06983).
 
 The contrastive loss couples all pairs, so the batch cannot simply be split. But its gradient with respect to the
-parameters passes through the features, which are small:
+parameters passes through the features, which are small. So it is with every objective and what it needs of the forward
+pass:
 
-1. features of every micro-batch, without a graph
-2. contrastive loss of all features, and its gradient with respect to each feature
-3. each micro-batch again, with a graph: the parameters get the gradient of (features · gradient of 2) + caption loss
+1. what objectives need of every micro-batch, without a graph
+2. their losses of the whole batch, and the gradients with respect to the tensors of 1
+3. each micro-batch again, with a graph: the parameters get the gradient of (tensors · gradients of 2) + caption loss
+
+The caption loss adds up over micro-batches, so it is computed in 3 and needs nothing of 1.
 
 The result is an ordinary differentiable loss whose gradients are already known. Accumulation, clipping, mixed precision
 in bf16 and DistributedDataParallel see one backward pass. The memory of activations is that of one micro-batch, at the
 price of a second forward pass through the two towers.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,118 +25,157 @@ from torch import Tensor, nn
 
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import forked_rng, sum_over_ranks
-from coca_lit.errors import ConfigError, check_number
-from coca_lit.losses import caption_loss, contrastive_term
+from coca_lit.errors import ConfigError
 from coca_lit.losses.gradients import with_gradients
 from coca_lit.models import CoCa, CoCaOutput
-from coca_lit.models.inputs import Images
 from coca_lit.models.packing import to_device
-from coca_lit.training.objectives import Pairs, features_of
+from coca_lit.training.objectives import Objective, Terms, needs_of
 
-FeatureTerms = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
-"""(images (B, E), texts (B, E), logit_scale (1,)) -> terms by name."""
-
-
-class MicroBatchedPairs(Pairs):
-    """`Pairs` whose batches go through the network `size` pairs at a time in training."""
-
-    def __init__(self, size: int, *weights: float) -> None:
-        super().__init__(*weights)
-        check_number("micro_batch_size", size, whole=True, at_least=1)
-        self.micro_batch_size: int = size
-
-    def loss(self, net: CoCa, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        pairs, smoothing = (batch.images, batch.tokens, batch.lengths), self.label_smoothing
-        joined = partial(self.joined_terms, batch) if self.joined else None
-        own = [p for made in self.joined for p in made.parameters()]
-        size, weights = self.micro_batch_size, self.weights
-        return cached_loss(net, *pairs, size, weights, batch.prefix_lengths, smoothing, joined, own)
-
-    def check_norms(self, net: CoCa) -> None:
-        """They would see micro-batches instead of batches."""
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.trained_modules()):
-            raise ValueError(
-                f"micro_batch_size does not work with the batch norms of {net.config.image_encoder}: freeze the"
-                " encoder (model.freeze=[image_encoder]) or choose one without them"
-            )
+ALWAYS = ("logit_scale", "logit_bias")  # outputs that cost nothing
+SHARED = (*ALWAYS, "vocabulary")  # outputs that all micro-batches have in common
 
 
 class MicroBatch(NamedTuple):
-    """Some pairs of the batch."""
+    """Some samples of the batch."""
 
-    images: Images  # (b, 3, H, W), or `Patches`
-    tokens: Tensor  # (b, L)
-    lengths: Tensor  # (b,)
-    prefix_lengths: Tensor  # (b,), leading tokens that are not predicted
+    batch: Batch
     seed: int  # of dropout: both passes must drop the same units
 
 
-def cached_loss(
-    net: CoCa,
-    images: Images,
-    tokens: Tensor,
-    lengths: Tensor,
-    size: int,
-    weights: Mapping[str, float],
-    prefix_lengths: Tensor | None = None,
-    smoothing: float = 0.0,
-    joined: FeatureTerms | None = None,
-    further: Iterable[nn.Parameter] = (),
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of the losses of a batch, to be differentiated, and the raw terms with a weight above 0.
+def cached_loss(net: CoCa, objectives: Sequence[Objective], batch: Batch, size: int) -> tuple[Tensor, Terms]:
+    """The weighted sum of the losses of a batch, to be differentiated, and the terms of its objectives. Those that need
+    nothing of the forward pass get the whole batch.
 
     Args:
-        images, tokens, lengths, prefix_lengths: the batch of this rank, as `CoCa.forward` takes it; B must be a
-            multiple of `size`.
-        size: pairs that go through the network at a time.
-        weights: of "contrastive" and "caption"; a loss with a weight of 0 is not computed.
-        smoothing: of the caption loss.
-        joined: further terms of the features, whose weights are 1 where `weights` has none.
-        further: parameters of these terms, beyond the network's.
+        batch: of this rank; the number of its samples must be a multiple of `size`.
+        size: samples that go through the network at a time.
 
     Raises:
-        ConfigError: B is no multiple of `size`.
+        ConfigError: it is no multiple.
     """
-    if len(images) % size:
+    terms = Terms()
+    losses: list[Tensor] = []
+    shared = [objective for objective in objectives if objective.needs]
+    own = [objective for objective in objectives if not objective.needs]
+    if shared:
+        losses.append(_of_shared_pass(net, shared, batch, size, terms))
+    for objective in own:
+        terms.add(objective, objective(net, batch))
+    if own:
+        losses.append(terms.weighted_sum(own))
+    return torch.stack(losses).sum(), terms
+
+
+def _of_shared_pass(net: CoCa, objectives: Sequence[Objective], batch: Batch, size: int, terms: Terms) -> Tensor:
+    """The weighted sum of the losses of objectives that share a forward pass. Adds their terms to `terms`."""
+    parts = micro_batches(batch, size)
+    needs = needs_of(objectives)
+    coupled = [objective for objective in objectives if not objective.adds_up]
+    adding_up = [objective for objective in objectives if objective.adds_up]
+    of_objectives = [p for objective in objectives for p in objective.parameters()]
+    parameters = [p for p in (*net.parameters(), *of_objectives) if p.requires_grad]
+    with _collected_gradients(parameters) as gradients:
+        of_outputs: list[dict[str, Tensor]] = [{} for _ in parts]
+        if coupled:
+            of_outputs = _gradients_of_outputs(net, coupled, batch, parts, needs, terms)
+        token_count = sum_over_ranks(predicted_tokens(net, batch)) if adding_up else None
+        for part, known in zip(parts, of_outputs, strict=True):
+            out = _forward(net, part, needs)._replace(token_count=token_count)
+            share = [(getattr(out, name) * gradient).sum() for name, gradient in known.items()]
+            for objective in adding_up:
+                found = objective(net, part.batch, out)
+                terms.add(objective, found)
+                share += [objective.weights.get(name, 1.0) * term for name, term in found.items()]
+            torch.stack(share).sum().backward()
+            terms.detach()
+    return with_gradients(terms.weighted_sum(objectives), gradients, parameters, once=True)
+
+
+def _gradients_of_outputs(
+    net: CoCa,
+    objectives: Sequence[Objective],
+    batch: Batch,
+    parts: Sequence[MicroBatch],
+    needs: Sequence[str],
+    terms: Terms,
+) -> list[dict[str, Tensor]]:
+    """For each micro-batch the gradients of the losses of some objectives with respect to what these need of the pass.
+    Adds their terms to `terms`, and the gradients of their own parameters to those.
+
+    Args:
+        needs: what the second pass will compute.
+    """
+    own_needs = needs_of(objectives)
+    first_needs = [name for name in needs if name != "hidden" or name in own_needs]
+    if "hidden" in needs and not {"hidden", "text_features", "text_states"}.intersection(first_needs):
+        first_needs.append("text_states")  # the texts are read before the images, and draw random numbers, too
+    with torch.no_grad():
+        outs = [_forward(net, part, first_needs) for part in parts]
+    torch.clear_autocast_cache()  # it holds weights that were cast without a graph
+    kept = {*ALWAYS, *own_needs, "labels"}
+    cached = {name: _Cached(name, outs) for name in kept if getattr(outs[0], name) is not None}
+    del outs
+    whole = CoCaOutput(None, None, cached["logit_scale"].whole)
+    whole = whole._replace(**{name: output.whole for name, output in cached.items()})
+    for objective in objectives:
+        terms.add(objective, objective(net, batch, whole))
+    terms.weighted_sum(objectives).backward()
+    terms.detach()
+    of_outputs: list[dict[str, Tensor]] = [{} for _ in parts]
+    for name, output in cached.items():
+        for known, gradient in zip(of_outputs, output.gradients(), strict=False):
+            known[name] = gradient
+    return of_outputs
+
+
+class _Cached:
+    """An output of the first pass, of all micro-batches together.
+
+    Attributes:
+        whole: a leaf of the graph.
+    """
+
+    def __init__(self, name: str, outs: Sequence[CoCaOutput]) -> None:
+        tensors = [getattr(out, name) for out in outs]
+        if not isinstance(tensors[0], Tensor):
+            raise ConfigError(
+                f"trainer.micro_batch_size does not work with an objective that needs '{name}' of clips, or of images "
+                "of any shape"
+            )
+        self._sizes = None if name in SHARED else [len(tensor) for tensor in tensors]
+        self.whole: Tensor = tensors[0].detach() if name in SHARED else torch.cat(tensors)
+        if self.whole.is_floating_point():
+            self.whole.requires_grad_()
+
+    def gradients(self) -> Sequence[Tensor]:
+        """Of each micro-batch; of what they share of the first one alone. None at all of a constant."""
+        gradient = self.whole.grad
+        if self._sizes is None:
+            return [] if gradient is None else [gradient]
+        if not self.whole.requires_grad:
+            return []
+        return (torch.zeros_like(self.whole) if gradient is None else gradient).split(self._sizes)
+
+
+def micro_batches(batch: Batch, size: int) -> list[MicroBatch]:
+    """Raises `ConfigError` if the number of samples is no multiple of `size`."""
+    count = len(batch.tokens)
+    if count % size:
         raise ConfigError(
-            f"trainer.micro_batch_size={size} does not divide a batch of {len(images)}: a loader of your own needs "
+            f"trainer.micro_batch_size={size} does not divide a batch of {count}: a loader of your own needs "
             "drop_last=True"
         )
-    prefix_lengths = torch.ones_like(lengths) if prefix_lengths is None else prefix_lengths
-    parts = micro_batches(images, tokens, lengths, prefix_lengths, size)
-    parameters = [p for p in (*net.parameters(), *further) if p.requires_grad]
-    terms: dict[str, Tensor] = {}
-    grad_features = None
-    with _collected_gradients(parameters) as gradients:
-        if weights["contrastive"] or joined is not None:
-            terms, grad_features = _of_features(net, parts, weights, joined)
-        total_tokens = sum_over_ranks(predicted_tokens(net, tokens, lengths, prefix_lengths))
-        for i, part in enumerate(parts):
-            out = _forward(net, part, contrastive=grad_features is not None, captioning=weights["caption"] != 0)
-            share = []
-            if grad_features is not None:
-                share += [(f * g[i]).sum() for f, g in zip(features_of(out), grad_features, strict=True)]
-            if out.hidden is not None and out.vocabulary is not None and out.labels is not None:
-                caption = caption_loss(out.hidden, out.vocabulary, out.labels, total_tokens, smoothing=smoothing)
-                terms["caption"] = terms.get("caption", 0) + caption.detach()
-                share += [weights["caption"] * caption]
-            torch.stack(share).sum().backward()
-    loss = _weighted(terms, weights)
-    return with_gradients(loss, gradients, parameters, once=True), terms
+    seeds = torch.randint(2**62, (count // size,)).tolist()
+    starts = range(0, count, size)
+    return [MicroBatch(batch.rows(start, start + size), seed) for start, seed in zip(starts, seeds, strict=True)]
 
 
-def micro_batches(
-    images: Images, tokens: Tensor, lengths: Tensor, prefix_lengths: Tensor, size: int
-) -> list[MicroBatch]:
-    seeds = torch.randint(2**62, (len(images) // size,)).tolist()
-    tensors = (part.split(size) for part in (images, tokens, lengths, prefix_lengths))
-    return [MicroBatch(*part) for part in zip(*tensors, seeds, strict=True)]
-
-
-def predicted_tokens(net: CoCa, tokens: Tensor, lengths: Tensor, prefix_lengths: Tensor) -> Tensor:
+def predicted_tokens(net: CoCa, batch: Batch) -> Tensor:
     """Number of tokens that the caption loss averages over: all after the prefix, without unknown words."""
-    positions, lengths, prefix_lengths = torch.arange(tokens.shape[1]), lengths.cpu(), prefix_lengths.cpu()
-    predicted = (positions >= prefix_lengths[:, None]) & (positions < lengths[:, None])  # (B, L), on the host
+    tokens = batch.tokens
+    positions, lengths = torch.arange(tokens.shape[1]), batch.lengths.cpu()
+    starts = torch.ones_like(lengths) if batch.prefix_lengths is None else batch.prefix_lengths.cpu()
+    predicted = (positions >= starts[:, None]) & (positions < lengths[:, None])  # (B, L), on the host
     predicted, unknown = to_device(predicted, tokens.device), net.tokenizer.unk_id
     return (predicted if unknown is None else predicted & (tokens != unknown)).sum()
 
@@ -147,37 +188,20 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _forward(net: CoCa, part: MicroBatch, contrastive: bool, captioning: bool) -> CoCaOutput:
+def check_norms(net: CoCa) -> None:
+    """Raises ValueError if batch norms train: they would see micro-batches instead of batches."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.trained_modules()):
+        raise ValueError(
+            f"micro_batch_size does not work with the batch norms of {net.config.image_encoder}: freeze the"
+            " encoder (model.freeze=[image_encoder]) or choose one without them"
+        )
+
+
+def _forward(net: CoCa, part: MicroBatch, needs: Sequence[str]) -> CoCaOutput:
     # The decoder draws its random numbers after the towers, so these draw the same ones with and without it.
+    batch = part.batch
     with seeded(part.seed, net.device):
-        asked = {"contrastive": contrastive, "captioning": captioning}
-        return net(part.images, part.tokens, part.lengths, prefix_lengths=part.prefix_lengths, **asked)
-
-
-def _of_features(
-    net: CoCa, parts: Sequence[MicroBatch], weights: Mapping[str, float], joined: FeatureTerms | None
-) -> tuple[dict[str, Tensor], list[Sequence[Tensor]]]:
-    """The terms of all features, and the gradients of their weighted sum with respect to image and text features, by
-    micro-batch. Temperature and bias, which are not in the second pass, get their gradients here.
-    """
-    with torch.no_grad():
-        found = [features_of(_forward(net, part, contrastive=True, captioning=False)) for part in parts]
-    torch.clear_autocast_cache()  # it holds weights that were cast without a graph
-    features = [torch.cat(side).requires_grad_() for side in zip(*found, strict=True)]  # (B, E), images and texts
-    images, texts = features
-    terms, scale = {}, net.logit_scale.exp()
-    if weights["contrastive"]:
-        terms["contrastive"] = contrastive_term(images, texts, scale, net.logit_bias)
-    if joined is not None:
-        terms |= joined(images, texts, scale)
-    _weighted(terms, weights).backward()
-    grad_features = [torch.zeros_like(f) if f.grad is None else f.grad for f in features]
-    split = [gradient.split(len(parts[0].images)) for gradient in grad_features]
-    return {name: term.detach() for name, term in terms.items()}, split
-
-
-def _weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    return torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+        return net(batch.images, batch.tokens, batch.lengths, needs=needs, prefix_lengths=batch.prefix_lengths)
 
 
 @contextmanager

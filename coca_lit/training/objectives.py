@@ -1,9 +1,8 @@
-"""Objectives: what a batch is trained for. Each maps the network and a batch to named loss terms.
+"""Objectives: what a batch is trained for. Each maps what one forward pass has computed to named loss terms.
 
-`Pairs` is CoCa's own pair of losses, `Texts` the caption loss of batches that are texts alone,
-`coca_lit.training.self_critical.SelfCritical` takes the place of `Pairs` in training, and further objectives join by
-name, `model.objectives.NAME._target_=my_parts.mine`: a function (net, batch) -> {name: term}, or an `Objective`. For
-captioning only, set `model.contrastive_weight=0`.
+`Contrastive` and `Captions` are CoCa's own, `Texts` is the caption loss of batches that are texts alone. Further ones
+join by name, `model.objectives.NAME._target_=my_parts.mine`: a function (net, batch) -> {name: term}, or an
+`Objective`. For captioning only, set `model.contrastive_weight=0`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,36 +12,42 @@ import torch
 from torch import Tensor, nn
 
 from coca_lit.data.batch import Batch
-from coca_lit.distributed import gather_early
 from coca_lit.errors import ConfigError, check_number
-from coca_lit.losses import loss_terms
+from coca_lit.losses import caption_loss, contrastive_term
 from coca_lit.models import CoCa, CoCaOutput
+from coca_lit.models.coca import CAPTION, CONTRASTIVE
 
 
 class Objective(nn.Module):
-    """Loss terms of a batch; a subclass needs `forward` alone. Its parameters, if it has any, are trained together with
-    the network's, which it does not hold; they are saved in training checkpoints, and `load_model` ignores them.
+    """Loss terms of a batch. A subclass names what it `needs` of the forward pass that all objectives share, and gets
+    it: `forward(net, batch, out)`. One that needs nothing of it has `forward(net, batch)`, which calls the network as
+    it likes. Both return raw terms by name, scalars of this rank, whose mean over ranks is the mean over the global
+    batch.
+
+    Its parameters, if it has any, are trained together with the network's, which it does not hold; they are saved in
+    training checkpoints, and `load_model` ignores them.
 
     Args:
         weights: the factor of each term in the training loss, by the name of the term; 1 for any other term.
 
     Attributes:
-        trains: the parts of the network that get a gradient from it, such as "decoder.norm". They are not frozen
+        needs: fields of `CoCaOutput` that `forward` reads, such as ("pooled", "text_features").
+        trains: further parts of the network that get a gradient from it, such as "decoder.norm". They are not frozen
             when no other loss trains them.
+        replaces: names of terms that are not trained beside it. Validation has them, and not this objective.
+        adds_up: whether its terms are sums over tokens, divided by `out.token_count`. Those of micro-batches then add
+            up to those of the batch, and `gradient_caching` keeps nothing for them.
         measures: further numbers about the last batch, by name, logged beside its terms.
-        works_with_micro_batches: whether the network may see the batch in micro-batches, see `gradient_caching`.
-        works_sharded: whether the weights of the network may be sharded; its `forward` then calls the network as a
-            whole, or a method that `shard` registers.
         reads_captions: whether it reads captions, and not just labels and the questions in front of them.
         config_key: where it stands in the configuration.
-        owners: the `config_key` of each term that is known so far, of all objectives of a training.
         averages_tokens: whether a term is a mean over tokens. Batches differ in their number, so the mean of two
             batches is not that of the tokens of both.
     """
 
+    needs: Sequence[str] = ()
     trains: Sequence[str] = ()
-    works_with_micro_batches = False
-    works_sharded = False
+    replaces: Sequence[str] = ()
+    adds_up = False
     averages_tokens = False
     reads_captions = True
     config_key = "an objective"
@@ -53,7 +58,20 @@ class Objective(nn.Module):
             check_number(f"{name}_weight", weight, at_least=0)
         self.weights = weights
         self.measures: dict[str, float] = {}
-        self.owners: dict[str, str] = {}
+
+    @property
+    def works_with_micro_batches(self) -> bool:
+        """Whether the pass of the others may be split into micro-batches, see `gradient_caching`. One that calls the
+        network gets the whole batch all the same.
+        """
+        return bool(self.needs)
+
+    @property
+    def works_sharded(self) -> bool:
+        """Whether the weights of the network may be sharded. One that calls the network then calls it as a whole, or a
+        method that `shard` registers.
+        """
+        return bool(self.needs)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -72,29 +90,24 @@ class Objective(nn.Module):
         register buffers in `build` and fill them here: a resumed run has them in its checkpoint.
         """
 
-    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
-        """Raw terms: scalars of this rank, whose mean over ranks is the mean over the global batch."""
-        raise NotImplementedError
-
-    def loss(self, net: CoCa, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the terms, to be differentiated, and the terms themselves.
+    def take_data(self, data: Any) -> None:
+        """Called once before training, resumed or not, with the DataModule.
 
         Raises:
-            ConfigError: there are none, or they have no names, or one that another objective has.
+            ConfigError: these data lack what the objective needs.
         """
-        terms = self.named(self(net, batch))
-        if not terms:
-            raise ConfigError(f"{self.config_key} returned no term to train: return {{name: term}}")
-        return torch.stack([self.weights.get(name, 1.0) * term for name, term in terms.items()]).sum(), terms
 
-    def named(self, terms: Any) -> dict[str, Tensor]:
-        """The terms, if they have names of their own; else raises `ConfigError`."""
-        if not isinstance(terms, Mapping):
-            raise ConfigError(f"{self.config_key} must return {{name: term}}, got a {type(terms).__name__}")
-        for name in terms:
-            if (owner := self.owners.setdefault(name, self.config_key)) != self.config_key:
-                raise ConfigError(f"{self.config_key}: its term '{name}' has the name of a loss of {owner}; rename it")
-        return dict(terms)
+    def takes(self, batch: Batch) -> bool:
+        """Whether it has terms of such a batch: here, of one with images."""
+        return len(batch.images) > 0
+
+    def trained_parts(self, net: CoCa) -> list[str]:
+        """The parts of the network that get a gradient from it: those of what it needs, and what it `trains`. One with
+        a pass of its own is taken to train what both losses of CoCa train.
+        """
+        of_captions = net.parts_for(CAPTION)
+        of_both = [part for part in net.parts_for(CONTRASTIVE) if part in of_captions]
+        return [*(net.parts_for(self.needs) if self.needs else of_both), *self.trains]
 
 
 class Function(Objective):
@@ -110,123 +123,160 @@ class Function(Objective):
         return self.function(net, batch)
 
 
-class OfFeatures(Objective):
-    """Terms of the features of images and texts. They join the pass of `Pairs` through the network, and cost no further
-    one; beside `SelfCritical` they have their own.
-    """
+class Contrastive(Objective):
+    """The contrastive loss of pairs of an image and a text, see `contrastive_term`."""
 
-    works_with_micro_batches = True
-    works_sharded = True
+    needs = CONTRASTIVE
+    config_key = "model.contrastive_weight"
 
-    def build(self, net: CoCa) -> None:
-        self.trains = [part for part in net.parameters_of_loss("contrastive") if part != "logit_bias"]
+    def __init__(self, weight: float) -> None:
+        super().__init__(contrastive=weight)
 
-    def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
-        """Terms as `forward` returns them.
-
-        Args:
-            images, texts: (B, E) features of unit length.
-            logit_scale: (1,), inverse temperature.
-        """
-        raise NotImplementedError
-
-    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
-        out = net(batch.images, batch.tokens, batch.lengths, prefix_lengths=batch.prefix_lengths, captioning=False)
-        return self.of_features(batch, *features_of(out), out.logit_scale)
+    def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, Tensor]:
+        assert out.image_features is not None
+        assert out.text_features is not None
+        return {"contrastive": contrastive_term(out.image_features, out.text_features, out.logit_scale, out.logit_bias)}
 
 
-class Pairs(Objective):
-    """The contrastive and the caption loss of pairs of an image and a text. A weight of 0 skips its loss.
+class Captions(Objective):
+    """The caption loss of pairs of an image and a text.
 
     Args:
-        label_smoothing: the share of every target of the caption loss that is spread over the vocabulary, in training.
-
-    Attributes:
-        micro_batch_size: pairs that go through the network at a time in training; None for the whole batch.
-        joined: objectives of the same features.
+        label_smoothing: the share of every target that is spread over the vocabulary, in training.
     """
 
-    works_with_micro_batches = True
-    works_sharded = True
-    micro_batch_size: int | None = None
+    needs = CAPTION
+    adds_up = True
+    averages_tokens = True
+    config_key = "model.caption_weight"
 
-    def __init__(self, contrastive_weight: float, caption_weight: float, label_smoothing: float = 0.0) -> None:
-        super().__init__(contrastive=contrastive_weight, caption=caption_weight)
+    def __init__(self, weight: float, label_smoothing: float = 0.0) -> None:
+        super().__init__(caption=weight)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing!r}")
-        self.label_smoothing, self.averages_tokens = label_smoothing, caption_weight != 0
-        self.joined: tuple[OfFeatures, ...] = ()
+        self.label_smoothing = label_smoothing
 
-    def join(self, objectives: Iterable[OfFeatures]) -> None:
-        """Computes them with the features that the pairs get anyway."""
-        self.joined = tuple(objectives)
-        for made in self.joined:
-            self.weights = self.weights | made.weights
-
-    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
-        contrastive = self.weights["contrastive"] != 0
-        asked = {"contrastive": contrastive or bool(self.joined), "captioning": self.weights["caption"] != 0}
-        further = {"prefix_lengths": batch.prefix_lengths, "on_text_features": gather_early}
-        out = net(batch.images, batch.tokens, batch.lengths, **further, **asked)
-        terms = loss_terms(out, self.label_smoothing if self.training else 0.0, contrastive)
-        if self.joined:
-            terms |= self.joined_terms(batch, *features_of(out), out.logit_scale)
-        return terms
-
-    def joined_terms(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
-        """Of all joined objectives, see `OfFeatures.of_features`."""
-        terms: dict[str, Tensor] = {}
-        for made in self.joined:
-            terms |= made.named(made.of_features(batch, images, texts, logit_scale))
-        return terms
-
-    def check_norms(self, net: CoCa) -> None:
-        """Called before training, after low-rank adaptation, which freezes batch norms, if there is any. Raises
-        ValueError if those that train make micro-batches impossible.
-        """
+    def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, Tensor]:
+        return {"caption": predicted(out, self.label_smoothing if self.training else 0.0)}
 
 
 class Texts(Objective):
     """The caption loss of texts without images, for which the decoder is a language model."""
 
+    trains = ("decoder",)
     works_with_micro_batches = True  # texts are not split
     works_sharded = True
     averages_tokens = True
+    reads_captions = False
+    config_key = "data.text"
 
-    def __init__(self, text_weight: float, label_smoothing: float = 0.0) -> None:
-        super().__init__(text=text_weight)
+    def __init__(self, weight: float, label_smoothing: float = 0.0) -> None:
+        super().__init__(text=weight)
         self.label_smoothing = label_smoothing
+
+    def takes(self, batch: Batch) -> bool:
+        return len(batch.images) == 0
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         out = net.captions_of(None, batch.tokens, batch.lengths)
-        return {"text": loss_terms(out, self.label_smoothing if self.training else 0.0)["caption"]}
+        return {"text": predicted(out, self.label_smoothing if self.training else 0.0)}
 
 
-def features_of(out: CoCaOutput) -> tuple[Tensor, Tensor]:
-    """Of images and texts (B, E), where they were asked for."""
-    assert out.image_features is not None
-    assert out.text_features is not None
-    return out.image_features, out.text_features
+def predicted(out: CoCaOutput, smoothing: float = 0.0) -> Tensor:
+    """The caption loss of the labels of a pass."""
+    assert out.hidden is not None
+    assert out.vocabulary is not None
+    assert out.labels is not None
+    return caption_loss(out.hidden, out.vocabulary, out.labels, out.token_count, smoothing=smoothing)
+
+
+class Terms:
+    """The terms of the objectives of a batch.
+
+    Attributes:
+        values: raw terms by name.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self._objectives: dict[str, Objective] = {}  # by name of the term
+
+    def add(self, objective: Objective, terms: Any) -> None:
+        """Adds the terms that an objective has returned, to its terms of other micro-batches if there are any.
+
+        Raises:
+            ConfigError: they have no names, or one that another objective has, or in training there are none.
+        """
+        key = objective.config_key
+        if not isinstance(terms, Mapping):
+            raise ConfigError(f"{key} must return {{name: term}}, got a {type(terms).__name__}")
+        if objective.training and not terms:
+            raise ConfigError(f"{key} returned no term to train: return {{name: term}}")
+        for name, term in terms.items():
+            other = self._objectives.setdefault(name, objective)
+            if other is not objective:
+                raise ConfigError(f"{key}: its term '{name}' has the name of a loss of {other.config_key}; rename it")
+            self.values[name] = self.values[name] + term if name in self.values else term
+
+    def weighted_sum(self, objectives: Sequence[Objective]) -> Tensor:
+        """Of the terms of some objectives."""
+        weighted: list[Tensor] = []
+        for name, term in self.values.items():
+            objective = self._objectives[name]
+            if objective in objectives:
+                weighted.append(objective.weights.get(name, 1.0) * term)
+        return torch.stack(weighted).sum()
+
+    def detach(self) -> None:
+        self.values = {name: term.detach() for name, term in self.values.items()}
+
+
+def needs_of(objectives: Iterable[Objective]) -> tuple[str, ...]:
+    """What they need together of the shared pass; nothing if each has a pass of its own."""
+    return tuple(dict.fromkeys(name for objective in objectives for name in objective.needs))
+
+
+def terms_of(net: CoCa, objectives: Sequence[Objective], batch: Batch) -> Terms:
+    """The terms of a batch, with one forward pass for all objectives that need something of it."""
+    terms, out = Terms(), None
+    if needs := needs_of(objectives):
+        out = net(batch.images, batch.tokens, batch.lengths, needs=needs, prefix_lengths=batch.prefix_lengths)
+    for objective in objectives:
+        terms.add(objective, objective(net, batch, out) if objective.needs else objective(net, batch))
+    return terms
+
+
+def without_replaced(objectives: Sequence[Objective]) -> list[Objective]:
+    """Those that train together: without the ones whose terms another one replaces."""
+    replaced = {term for objective in objectives for term in objective.replaces}
+    return [objective for objective in objectives if replaced.isdisjoint(objective.weights)]
 
 
 def named_objectives(objectives: Mapping[str, Callable[..., Any] | None]) -> dict[str, Objective]:
     """The objectives added to the network's own, without the names that are None.
 
     Raises:
-        ValueError: one cannot be called, has a weight of 0, or has a term of the same name as another.
+        ValueError: one cannot be called, or has a weight of 0.
     """
     further: dict[str, Objective] = {}
-    owners = dict.fromkeys(("contrastive", "caption", "text", "policy"), "coca_lit")
     for name, function in objectives.items():
         if function is None:
             continue
         if not callable(function):
             raise ValueError(f"objectives.{name}: expected an Objective or a function (net, batch), got {function!r}")
         made = further[name] = function if isinstance(function, Objective) else Function(function)
-        made.config_key, made.owners = f"model.objectives.{name}", owners
+        made.config_key = f"model.objectives.{name}"
         for term, weight in made.weights.items():
             if weight == 0:
                 raise ValueError(f"objectives.{name}: a {term}_weight of 0 trains nothing; set objectives.{name}=null")
-            if owners.setdefault(term, made.config_key) != made.config_key:
-                raise ValueError(f"objectives.{name}: '{term}' is the name of another loss; choose another one")
     return further
+
+
+def check_terms(objectives: Iterable[Objective]) -> None:
+    """Raises ValueError if two objectives have a term of the same name, as far as their weights tell."""
+    owners: dict[str, str] = {}
+    for objective in objectives:
+        for term in objective.weights:
+            key = objective.config_key.removeprefix("model.")
+            if owners.setdefault(term, key) != key:
+                raise ValueError(f"{key}: '{term}' is the name of another loss; choose another one")

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import CheckpointError, ConfigError, check_names, check_number, suggest
 from coca_lit.models import CoCa
+from coca_lit.models.coca import OUTPUTS
 
 # Learned positions, tokens and queries are no transformations: pulling them to zero has no meaning.
 NOT_DECAYED = ("pos_embed", "cls_token", "position_embedding", "cls_embedding", "query", "frame_positions")
@@ -242,24 +243,18 @@ def _warmed_up(optimizer: torch.optim.Optimizer, warmup_steps: int, after: Calla
 # What is not trained: what the config names, and what no loss would train
 
 
-def freeze(net: CoCa, parts: Sequence[str], weights: Mapping[str, float], trained: Collection[str] = ()) -> None:
+def freeze(net: CoCa, parts: Sequence[str], trained: Collection[str]) -> None:
     """Freezes parts of the network and prints which.
 
     A parameter that never gets a gradient must be frozen: DistributedDataParallel would wait for that gradient.
 
     Args:
         parts: names or patterns, see `CoCa.freeze`; or a single one.
-        weights: of the "contrastive" and the "caption" loss; what only a loss of weight 0 trains is frozen too.
-        trained: parts that further objectives train, which stay trainable unless `parts` names them.
+        trained: parts that get a gradient from some loss, which stay trainable unless `parts` names them.
     """
     parts = [parts] if isinstance(parts, str) else parts
-    unused = [
-        part
-        for loss, weight in weights.items()
-        if weight == 0
-        for whole in net.parameters_of_loss(loss)
-        for part in _without(net, whole, trained)
-    ]
+    wholes = dict.fromkeys(part.partition(".")[0] for part in net.parts_for(OUTPUTS))
+    unused = [part for whole in wholes for part in _without(net, whole, trained)]
     for reason, names in (("as configured", parts), ("no loss with a weight above 0 says that it trains them", unused)):
         if names:
             frozen = net.freeze(*names)

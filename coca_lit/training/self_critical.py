@@ -8,6 +8,7 @@ variance is smaller (Luo 2020, arXiv 2003.09971).
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,21 +17,20 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.feature_cache import swap_sides
 from coca_lit.distributed import sum_over_ranks
 from coca_lit.errors import ConfigError
-from coca_lit.losses import loss_terms
 from coca_lit.losses.caption import caption_loss
 from coca_lit.metrics.cider import END, CiderD, fast_words
-from coca_lit.models import CoCa
-from coca_lit.models.coca import IGNORED_LABEL
+from coca_lit.models import CoCa, CoCaOutput
+from coca_lit.models.coca import CAPTION, IGNORED_LABEL
 from coca_lit.models.generation.decode import caption_lengths
 from coca_lit.models.generation.options import DEFAULT_MAX_LENGTH
-from coca_lit.training.objectives import Objective, Pairs
+from coca_lit.training.objectives import Objective
 
 # Scores of several captions of an image, from its sample key and their words
 Reward = Callable[[Hashable, Sequence[Sequence[str]]], Sequence[float]]
 
 
 class SelfCritical(Objective):
-    """Samples captions, rewards them and computes the policy loss that trains them, beside the contrastive loss.
+    """Samples captions, rewards them and computes the policy loss that trains them, in the place of the caption loss.
 
     The end of a caption counts as a word, in references too: without it, "a dog in a" would score best.
 
@@ -38,15 +38,22 @@ class SelfCritical(Objective):
         samples: captions that are sampled for each image; the baseline of each is the mean reward of the others.
         max_length: most tokens of a caption, start and end included; one that is cut off has no end.
         reward: makes the reward from the words of all references, by sample key, when training starts.
+        weight: factor of the loss.
     """
+
+    needs = ("encoded",)
+    replaces = ("caption",)
+    works_with_micro_batches = False
+    works_sharded = False
 
     def __init__(
         self,
         samples: int = 5,
         max_length: int = DEFAULT_MAX_LENGTH,
         reward: Callable[[Mapping[Hashable, Sequence[Sequence[str]]]], Reward] = CiderD,
+        weight: float = 1.0,
     ) -> None:
-        super().__init__(policy=1.0, contrastive=1.0)
+        super().__init__(policy=weight)
         if samples < 2:
             raise ValueError(f"samples must be at least 2, as a sample's baseline is the mean of the others: {samples}")
         if max_length < 3:
@@ -56,21 +63,26 @@ class SelfCritical(Objective):
         self._references: Mapping[str, Sequence[str]] = {}
         self._previous: tuple[float, float] | None = None  # when the previous call began, and seconds of its scoring
 
-    def check(self, net: CoCa, pairs: Pairs) -> None:
-        """Raises ValueError if the network cannot be trained this way in the place of `pairs`."""
-        if net.decoder is None or not pairs.weights["caption"]:
-            raise ValueError("self_critical trains captions: it needs a decoder and a caption_weight above 0")
+    def build(self, net: CoCa) -> None:
+        if net.decoder is None:
+            raise ValueError(f"{self.config_key} trains captions: it needs a decoder")
         if net.config.dropout:
-            raise ValueError("self_critical samples and trains without dropout: set net.dropout=0")
+            raise ValueError(f"{self.config_key} samples and trains without dropout: set net.dropout=0")
+        self.trains = net.parts_for(CAPTION)
 
-    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+    def take_data(self, data: Any) -> None:
+        if not hasattr(data, "training_captions"):
+            raise ConfigError(
+                f"{self.config_key} needs all captions: give {type(data).__name__} a method training_captions()"
+            )
+        self.read(data.training_captions())
+
+    def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, Tensor]:
         if batch.prefix_lengths is not None:
-            raise ConfigError("model.self_critical samples captions without a question, and these data have questions")
-        images = net.image_encoder(batch.images)  # once for both losses
-        policy, self.measures = self.policy(net, images, batch.keys, batch.extras.get("captions", ()))
-        if not self.weights["contrastive"]:
-            return {"policy": policy}
-        return {"policy": policy} | loss_terms(net(images, batch.tokens, batch.lengths, captioning=False))
+            raise ConfigError(f"{self.config_key} samples captions without a question, and these data have questions")
+        assert out.encoded is not None
+        policy, self.measures = self.policy(net, out.encoded, batch.keys, batch.extras.get("captions", ()))
+        return {"policy": policy}
 
     def read(self, references: Mapping[str, Sequence[str]]) -> None:
         """Takes the references of all training images, by sample key; CIDEr-D counts its document frequencies there."""
@@ -80,13 +92,13 @@ class SelfCritical(Objective):
         self._reward, self._references = self._build_reward(words), references
 
     def policy(
-        self, net: CoCa, images: Tensor, keys: Sequence[str], answers: Sequence[Sequence[str]] = ()
+        self, net: CoCa, images: Any, keys: Sequence[str], answers: Sequence[Sequence[str]] = ()
     ) -> tuple[Tensor, dict[str, float]]:
         """Policy loss of sampled captions, and measures: the mean reward, the mean distance of rewards from their
         baselines, and the share of the previous call's scoring in the time from that call to this one.
 
         Args:
-            images: (B, S, C) tokens of the image encoder, with gradient if that is trained.
+            images: what the image encoder returns, with gradient if that is trained.
             keys: of the images, for their references.
             answers: the texts of each image; they tell a mirror image of `feature_cache` from the image itself.
         """
@@ -116,7 +128,7 @@ class SelfCritical(Objective):
         self._previous = (began, seconds)
         return loss, measures
 
-    def _draw(self, net: CoCa, images: Tensor) -> Tensor:
+    def _draw(self, net: CoCa, images: Any) -> Tensor:
         with torch.compiler.set_stance("force_eager"):  # a growing cache has a new shape at every token
             ids = net.generate(
                 images.detach(), strategy="sample", num_captions=self.samples, max_length=self._most(net)

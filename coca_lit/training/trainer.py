@@ -22,7 +22,7 @@ from coca_lit.models.kernels.process import Fp32Matmul
 from coca_lit.runs.checkpoint_io import save
 from coca_lit.runs.launch import launched_devices, launched_processes, under_srun
 from coca_lit.training.lightning_fixes import callbacks_of, is_sharded, set_ddp_options
-from coca_lit.training.objectives import Objective
+from coca_lit.training.objectives import Objective, Texts, without_replaced
 from coca_lit.training.optim import Grouped
 from coca_lit.weights.sharded import REST, is_folder, nested, read_tensors
 
@@ -94,21 +94,16 @@ def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
     Raises:
         ConfigError: something does not go together, or the batch cannot be split over this many processes.
     """
-    objectives, size = module.further_objectives(), module.pairs.micro_batch_size
+    objectives, size = without_replaced(module.every_objective), module.micro_batch_size
     texts = getattr(data, "texts", None) is not None  # a user's DataModule may know nothing of texts
     if trainer.gradient_clip_algorithm not in (None, "norm"):
         raise ConfigError("trainer.gradient_clip_algorithm must be norm or null: the global norm is clipped")
-    if module.self_critical is not None and not hasattr(data, "training_captions"):
-        raise ConfigError(
-            f"model.self_critical needs all captions: give {type(data).__name__} a method training_captions()"
-        )
     with error_context("trainer"):
         check_number("accumulate_grad_batches", trainer.accumulate_grad_batches, whole=True, at_least=1)
         check_number("limit_train_batches", trainer.limit_train_batches, above=0)
         if trainer.gradient_clip_val is not None:  # a negative norm would turn the gradients around
             check_number("gradient_clip_val", trainer.gradient_clip_val, at_least=0)
-    trained = objectives if module.self_critical else {"model.caption_weight": module.pairs} | objectives
-    check_together(features(trainer, module.net, trained, size, texts))
+    check_together(features(trainer, module.net, objectives, size, texts))
     planned = trainer.num_devices * trainer.num_nodes  # under DDP, `world_size` is that of the launcher
     if (launched := launched_processes()) > planned:
         raise ConfigError(
@@ -137,7 +132,9 @@ def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
         except Exception as error:  # anything may be among them
             what = f"{name}: save_hyperparameters() keeps what no checkpoint may hold ({why_unreadable(error)})"
             raise ConfigError(f"{what}: leave it out, or name it in ignore=[…]") from error
-    varies = trainer.accumulate_grad_batches > 1 or size is not None or bool(objectives)
+    for objective in objectives:
+        objective.take_data(data)
+    varies = trainer.accumulate_grad_batches > 1 or size is not None or bool(module.objectives)
     set_ddp_options(trainer, ddp_options(texts, same_graph=not varies))
 
 
@@ -203,12 +200,12 @@ TABLE = (
 
 
 def features(
-    trainer: L.Trainer, net: CoCa, objectives: Mapping[str, Objective], micro_batch_size: int | None, texts: bool
+    trainer: L.Trainer, net: CoCa, objectives: Sequence[Objective], micro_batch_size: int | None, texts: bool
 ) -> dict[str, str]:
     """The features of a run, each with the key by which it was chosen.
 
     Args:
-        objectives: those that train, besides `Texts`, by key.
+        objectives: those that train.
         texts: some batches are texts alone.
     """
     found = {
@@ -222,15 +219,16 @@ def features(
         NO_DECODER: ("model.net.decoder_layers=0", net.decoder is None),
     }
     named = {feature: key for feature, (key, present) in found.items() if present}
-    for key, objective in objectives.items():
+    for objective in objectives:
+        if isinstance(objective, Texts) and not texts:
+            continue
+        key = objective.config_key
         if not objective.works_sharded or any(p.requires_grad for p in objective.parameters()):  # the network alone is
             named.setdefault(NEEDS_WHOLE_WEIGHTS, key)
         if not objective.works_with_micro_batches:
             named.setdefault(NEEDS_WHOLE_BATCH, key)
         if objective.averages_tokens:
             named.setdefault(TOKEN_MEANS, key)
-    if texts:
-        named.setdefault(TOKEN_MEANS, "data.text")
     return named
 
 

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 
-from coca_lit.losses import loss_terms
+from coca_lit.data.batch import Batch
 from coca_lit.models import create_model, text_lengths
 from coca_lit.training.gradient_caching import cached_loss
+from coca_lit.training.objectives import Captions, Contrastive, terms_of
 from experiments.benchmarks.harness import caption_batch, peak_memory
 from experiments.benchmarks.record import record
 
 CSV = Path(__file__).with_suffix(".csv")
-WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
+OBJECTIVES = (Contrastive(1.0), Captions(2.0))
 
 
 def main() -> None:
@@ -58,12 +59,11 @@ def measure(batch: int, size: int | None) -> tuple[float, float, float]:
         # Gradients stay in place, as in a run that accumulates them, so that they are not counted.
         for p in net.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
-        pairs = (images[:count], tokens[:count], lengths[:count])
+        pairs = Batch(images[:count], tokens[:count], lengths[:count], [])
         if size is None:
-            terms = loss_terms(net(*pairs))
-            loss = WEIGHTS["contrastive"] * terms["contrastive"] + WEIGHTS["caption"] * terms["caption"]
+            loss = terms_of(net, OBJECTIVES, pairs).weighted_sum(OBJECTIVES)
         else:
-            loss, _ = cached_loss(net, *pairs, min(size, count), WEIGHTS)
+            loss, _ = cached_loss(net, OBJECTIVES, pairs, min(size, count))
         loss.backward()
         values.append(loss.item())
 

@@ -106,7 +106,7 @@ def training_step(module: CoCaLit, batches: Iterator[Batch]) -> Callable[[], obj
 def flops_of_pair(cfg: DictConfig, tokens: int) -> float:
     """Forward and backward pass, without a frozen image encoder, whose output is kept."""
     module = build_without_weights(cfg)
-    weights = dict(module.pairs.weights)
+    weights = dict(module.loss_weights)
     if not any(weights.values()):  # parallel prediction: the work of the caption loss
         weights["caption"] = 1.0
     found = trace(module.net, weights, tokens, None, BATCH)

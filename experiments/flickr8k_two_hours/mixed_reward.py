@@ -1,6 +1,7 @@
 """A reward for self-critical training that counts more than CIDEr-D:
 
-'model.self_critical.reward={_target_: experiments.flickr8k_two_hours.mixed_reward.MixedReward, _partial_: true}'
+'model.objectives.self_critical.reward={_partial_: true,
+  _target_: experiments.flickr8k_two_hours.mixed_reward.MixedReward}'
 """
 
 from collections import Counter

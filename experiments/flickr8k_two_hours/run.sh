@@ -29,7 +29,7 @@ neighbours() { # RUN NAME SEED OVERRIDES…: the beam most like the training cap
     "evals.flickr8k_retrieval.bank={_target_: coca_lit.data.datasets.captions.flickr_records, root: $root, name: flickr8k, split: train}" "$@"
 }
 
-mixed='model.self_critical.reward={_target_: experiments.flickr8k_two_hours.mixed_reward.MixedReward, _partial_: true}'
+mixed='model.objectives.self_critical.reward={_target_: experiments.flickr8k_two_hours.mixed_reward.MixedReward, _partial_: true}'
 searches=(evals=flickr8k evals.flickr8k_retrieval.records.root="$root" scoring.rerank=8)
 
 # The whole two hours: twice the steps, each view seen about as often as before, then rewards at a tenth of the learning rate

@@ -21,7 +21,7 @@ if [ ! -s $runs/longer/results.json ]; then # from the quantised weights of the 
 fi
 if [ ! -s $runs/rewards/results.json ]; then # likewise; recorded with PROCESSES=1
   train rewards scst_flickr8k seed=0 init_from=photos evals.flickr8k_captions.every=20 evals.flickr8k_retrieval.every=10 \
-    'model.self_critical.reward={_target_: experiments.flickr8k_two_hours.mixed_reward.MixedReward, _partial_: true}'
+    'model.objectives.self_critical.reward={_target_: experiments.flickr8k_two_hours.mixed_reward.MixedReward, _partial_: true}'
   python experiments/photos/quantise.py $runs/rewards $weights
 fi
 

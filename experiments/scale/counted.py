@@ -25,11 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from coca_lit import distributed
-from coca_lit.losses import loss_terms
+from coca_lit.data.batch import Batch
 from coca_lit.models import CoCa, create_model
 from coca_lit.tools.plan.estimate import Model, Recipe, measure, memory, per_sample
 from coca_lit.tools.plan.trace import cost
 from coca_lit.training.gradient_caching import cached_loss
+from coca_lit.training.objectives import Captions, Contrastive, terms_of
 from coca_lit.training.optim import AdamW
 from coca_lit.training.sharding import shard
 from experiments.scale.report import record
@@ -37,6 +38,7 @@ from experiments.scale.scale import ddp_bytes, feature_bytes, fsdp_bytes
 
 ENGINES = ("DDP", "FSDP2", "gradient caching")
 WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
+OBJECTIVES = (Contrastive(WEIGHTS["contrastive"]), Captions(WEIGHTS["caption"]))
 PER_RANK, MICRO, TOKENS = 16, 4, 20
 MODEL: dict[str, Any] = {
     "image_encoder": "vit_base_patch32_clip_224",
@@ -118,10 +120,10 @@ class Step(nn.Module):
         self.net, self.micro_batch = net, micro_batch
 
     def forward(self, images: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+        batch = Batch(images, tokens, lengths, [])
         if self.micro_batch is not None:
-            return cached_loss(self.net, images, tokens, lengths, self.micro_batch, WEIGHTS)[0]
-        terms = loss_terms(self.net(images, tokens, lengths))
-        return torch.stack([WEIGHTS[name] * term for name, term in terms.items()]).sum()
+            return cached_loss(self.net, OBJECTIVES, batch, self.micro_batch)[0]
+        return terms_of(self.net, OBJECTIVES, batch).weighted_sum(OBJECTIVES)
 
 
 def prepared(engine: str) -> Callable[[], None]:

@@ -15,7 +15,7 @@ from coca_lit.cli.schema import argument_defaults, check
 from coca_lit.errors import ConfigError
 from coca_lit.evals import Settings
 from coca_lit.tokenizer import get_tokenizer
-from coca_lit.training.objectives import Objective
+from coca_lit.training.objectives import Objective, terms_of
 from coca_lit.weights.load import save_model
 from helpers.running import compose
 
@@ -94,7 +94,7 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def objective(*words: str) -> Objective:
     module = build_module(compose(*(f"model.objectives.mine.{word}" for word in words)))
-    return module.further_objectives()["model.objectives.mine"]
+    return module.objectives["mine"]
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,10 @@ def objective(*words: str) -> Objective:
     ],
 )
 def test_a_function_or_a_callable_is_an_objective(guest: None, words: list[str], factor: float) -> None:
-    loss, terms = objective(*words).loss(None, torch.tensor(5.0))  # type: ignore[arg-type]
-    assert loss.item() == 5 * factor
-    assert list(terms) == ["mine"]
+    made = objective(*words)
+    terms = terms_of(None, [made], torch.tensor(5.0))  # type: ignore[arg-type]
+    assert terms.weighted_sum([made]).item() == 5 * factor
+    assert list(terms.values) == ["mine"]
 
 
 def test_a_function_may_name_what_it_trains(guest: None) -> None:
@@ -197,7 +198,7 @@ def test_an_objective_begins_with_the_weights_of_init_from(guest: None, tmp_path
     torch.manual_seed(1)
     words = (f"init_from={tmp_path}/start.safetensors", "model.objectives.mine._target_=guest_parts.Start")
     module = build_module(compose(*words))
-    begun = module.further_objectives()["model.objectives.mine"].start
+    begun = module.objectives["mine"].start
     assert all(torch.equal(begun[name], tensor) for name, tensor in source.state_dict().items())
 
 

@@ -113,7 +113,7 @@ def test_data_builds(data: str) -> None:
 def test_weights_of_the_losses_reach_the_module(capsys: pytest.CaptureFixture[str]) -> None:
     module = build_module(compose(*TINY, "experiment=finetune_mscoco", "init_from=null", "model.caption_weight=0.5"))
     assert isinstance(module, CoCaLit)
-    assert module.pairs.weights == {"contrastive": 0, "caption": 0.5}
+    assert module.loss_weights == {"contrastive": 0, "caption": 0.5}
     assert ": image_projection, " in capsys.readouterr().out
 
 

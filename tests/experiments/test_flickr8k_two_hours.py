@@ -40,7 +40,10 @@ REFERENCES = {
     "boys": [["two", "boys", "play", "soccer", END], ["two", "boys", "kick", "a", "ball", END]],
 }
 CAPTIONS = [["a", "dog", "runs", "through", "the", "snow", END], ["a", "dog", END], ["two", "cats"], []]
-MIXED = "model.self_critical.reward={_target_: experiments.flickr8k_two_hours.mixed_reward.MixedReward, _partial_: true"
+MIXED = (
+    "model.objectives.self_critical.reward={_target_: experiments.flickr8k_two_hours.mixed_reward.MixedReward, "
+    "_partial_: true"
+)
 
 
 def test_the_reward_is_the_weighted_sum_of_its_parts() -> None:
@@ -56,11 +59,11 @@ def test_the_reward_is_the_weighted_sum_of_its_parts() -> None:
 
 def test_the_configuration_names_it_and_a_misspelt_weight_is_refused() -> None:
     small = ("experiment=scst_mscoco", "data=scenes", "init_from=null", "image_size=32", "model.net.name=coca_tiny")
-    objective = build_module(compose(*small, f"{MIXED}, bleu: 0}}")).self_critical
+    objective = build_module(compose(*small, f"{MIXED}, bleu: 0}}")).objectives["self_critical"]
     objective.read({"dogs": ["a dog runs", "the brown dog"], "boys": ["two boys"]})
     words = {"dogs": [["a", "dog", "runs", END], ["the", "brown", "dog", END]], "boys": [["two", "boys", END]]}
     assert objective._reward("dogs", [["a", "dog", END]]) == MixedReward(words, bleu=0)("dogs", [["a", "dog", END]])
-    with pytest.raises(ConfigError, match=r"'model.self_critical.reward.bleu'"):
+    with pytest.raises(ConfigError, match=r"'model.objectives.self_critical.reward.bleu'"):
         build_module(compose(*small, f"{MIXED}, blue: 0}}"))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from coca_lit.losses import caption_loss, contrastive_loss
 from coca_lit.models import PRESETS, CoCa, CoCaOutput, create_model
+from coca_lit.models.coca import CAPTION, CONTRASTIVE
 from coca_lit.models.config import SIZES
 from coca_lit.models.registry import POOLERS as REGISTRY
 from coca_lit.models.text import ClsMask, legacy_attention_mask
@@ -165,7 +166,7 @@ def test_padding_and_batch_mates_change_nothing(model: CoCa) -> None:
 def test_what_is_switched_off_is_none_and_changes_nothing_else(model: CoCa) -> None:
     images, tokens = pixels(model, 2), captions(model, [4, 24])
     both = model(images, tokens)
-    contrastive, captioning = model(images, tokens, captioning=False), model(images, tokens, contrastive=False)
+    contrastive, captioning = model(images, tokens, needs=CONTRASTIVE), model(images, tokens, needs=CAPTION)
     assert contrastive.hidden is contrastive.labels is contrastive.vocabulary is None
     assert captioning.image_features is captioning.text_features is None
     assert_close(contrastive.image_features, both.image_features)
@@ -418,13 +419,15 @@ def test_parameters_of_a_loss_are_those_without_gradient_when_it_is_off(
 ) -> None:
     model = tiny_model(pooler=pooler)
     captioning = unused == "contrastive"
-    out = model(pixels(model, 2), captions(model, [4, 6]), contrastive=not captioning, captioning=captioning)
+    needs, left_out = (CAPTION, CONTRASTIVE) if captioning else (CONTRASTIVE, CAPTION)
+    out = model(pixels(model, 2), captions(model, [4, 6]), needs=needs)
     if captioning:
         caption_loss(out.hidden, out.vocabulary, out.labels).backward()
     else:
         contrastive_loss(out.image_features, out.text_features, out.logit_scale).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None]
-    assert model.freeze(*model.parameters_of_loss(unused)) == without
+    trained = model.parts_for(needs)
+    assert model.freeze(*(part for part in model.parts_for(left_out) if part not in trained)) == without
 
 
 # ---------------------------------------------------------------- errors
@@ -482,5 +485,5 @@ def test_siglip_starts_with_its_own_temperature_and_bias() -> None:
     model = create_model("coca_tiny", contrastive="siglip")
     assert model.logit_scale.exp().item() == pytest.approx(10)
     assert model.logit_bias.item() == -10
-    assert "logit_bias" in model.parameters_of_loss("contrastive")
+    assert "logit_bias" in model.parts_for(CONTRASTIVE)
     assert CoCa(model.config).logit_bias is not None

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from coca_lit.losses import caption_loss, contrastive_loss
 from coca_lit.models import CoCa, CoCaOutput, create_model
+from coca_lit.models.coca import CAPTION, CONTRASTIVE
 from coca_lit.models.layers import SelfBlock
 from coca_lit.models.packing import Layout
 from helpers.slow import slow
@@ -80,7 +81,7 @@ def step(
 @pytest.mark.parametrize("case", LENGTHS)
 @pytest.mark.parametrize("cls_mask", ["correct", *slow("legacy")])
 @pytest.mark.parametrize(
-    "parts", [{}, {"contrastive": False}, {"captioning": False}], ids=["both", "caption", "contrastive"]
+    "parts", [{}, {"needs": CAPTION}, {"needs": CONTRASTIVE}], ids=["both", "caption", "contrastive"]
 )
 def test_packed_equals_padded(case: str, cls_mask: str, parts: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = make_batch(LENGTHS[case])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa
+from coca_lit.models.coca import CAPTION, CONTRASTIVE
 from helpers.naive import state_at_end
 
 Build = Callable[..., CoCa]
@@ -25,8 +26,9 @@ def inputs(model: CoCa) -> tuple[Tensor, Tensor]:
 def test_what_is_given_is_not_predicted(tiny_model: Build, options: dict[str, str], contrastive: bool) -> None:
     model = tiny_model(**options)
     images, tokens = inputs(model)
-    whole = model(images, tokens, LENGTHS, contrastive=contrastive)
-    part = model(images, tokens, LENGTHS, contrastive=contrastive, prefix_lengths=PREFIXES)
+    needs = (*CONTRASTIVE, *CAPTION) if contrastive else CAPTION
+    whole = model(images, tokens, LENGTHS, needs=needs)
+    part = model(images, tokens, LENGTHS, needs=needs, prefix_lengths=PREFIXES)
     wanted = [text[given:n].tolist() for text, given, n in zip(tokens, PREFIXES, LENGTHS, strict=True)]
     assert part.labels.tolist() == [id for row in wanted for id in row]
     places = [torch.arange(n - 1) >= given - 1 for given, n in zip(PREFIXES, LENGTHS, strict=True)]
@@ -47,7 +49,7 @@ def test_reading_sees_the_image_and_the_text_up_to_its_end(tiny_model: Build, cl
     states = state_at_end(model, images, tokens, PREFIXES + 1)
     assert states.shape == (3, 96)
     # The state that predicts the first token that is not given.
-    out = model(images, tokens, LENGTHS + 3, contrastive=False)
+    out = model(images, tokens, LENGTHS + 3, needs=CAPTION)
     starts = (LENGTHS + 2).cumsum(0) - (LENGTHS + 2)
     torch.testing.assert_close(states, out.hidden[starts + PREFIXES], atol=1e-5, rtol=1e-5)
     later = tokens.clone()

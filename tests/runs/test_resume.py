@@ -57,7 +57,7 @@ BY_STEPS = ("scoring.every_n_steps=2", "callbacks.checkpoint.best=scenes/t2i_med
 # Every third batch is one of texts: its row has no loss of pairs, and no reward.
 TEXTS_AND_REWARDS = (
     *("data.text={texts}", "data.text_every=3", "model.net.dropout=0"),
-    "model.self_critical={_target_: coca_lit.training.self_critical.SelfCritical, samples: 2, max_length: 6}",
+    "model.objectives.rewards={_target_: coca_lit.training.self_critical.SelfCritical, samples: 2, max_length: 6}",
 )
 ACCUMULATION = ("trainer.accumulate_grad_batches=2", "model.caption_weight=0")
 EMA_AND_ACCUMULATION = ("ema=0.9", *ACCUMULATION)

@@ -11,7 +11,8 @@ from coca_lit.data.batch import Batch, padded
 from coca_lit.distributed import rank, world_size
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import contrastive_loss, loss_terms
-from coca_lit.models import CoCa, create_model
+from coca_lit.models import CoCa, CoCaOutput, create_model
+from coca_lit.models.coca import CAPTION
 from coca_lit.training.caption_objectives import ContrastiveOfCaptions, ParallelPrediction, PrefixPrompts
 from coca_lit.training.optim import AdamW
 from helpers.running import run
@@ -40,7 +41,7 @@ def test_masked_captions_are_predicted_from_the_image_alone(net: CoCa) -> None:
     total, count = 0.0, 0
     for i, length in enumerate(batch.lengths.tolist()):
         empty = torch.full((1, length), net.tokenizer.sot_id)
-        logits = net(batch.images[i : i + 1], empty, torch.tensor([length]), contrastive=False).logits  # (T - 1, V)
+        logits = net(batch.images[i : i + 1], empty, torch.tensor([length]), needs=CAPTION).logits  # (T - 1, V)
         total += F.cross_entropy(logits, batch.tokens[i, 1:length], reduction="sum").item()
         count += length - 1
     objective.train()
@@ -97,8 +98,7 @@ def test_parallel_prediction_alone_trains_what_captioning_trains() -> None:
     names = {name for name, p in net.named_parameters() if p.requires_grad}
     assert any(name.startswith("decoder.vocabulary") for name in names)
     assert not any(name.startswith(("image_projection", "pooling.contrastive", "text.cls_embedding")) for name in names)
-    loss, _ = module.objectives["cappa"].loss(net, make_batch(net, CAPTIONS))
-    loss.backward()
+    module.training_step(make_batch(net, CAPTIONS), 0).backward()
     assert {name for name, p in net.named_parameters() if p.grad is not None} == names
 
 
@@ -134,13 +134,14 @@ def test_the_contrastive_loss_of_captions_leaves_questions_out() -> None:
     drawn = torch.Generator().manual_seed(0)
     sides = [F.normalize(torch.randn(PAIRS, 6, generator=drawn), dim=-1).requires_grad_() for _ in range(2)]
     inputs = (*sides, torch.tensor([9.0], requires_grad=True))
-    found = ContrastiveOfCaptions().of_features(with_questions(net, 0), *inputs)["contrastive_of_captions"]
+    out = CoCaOutput(*inputs)
+    found = ContrastiveOfCaptions()(net, with_questions(net, 0), out)["contrastive_of_captions"]
     captions = ASKED == 1
     expected = contrastive_loss(sides[0][captions], sides[1][captions], inputs[2])
     assert found.item() == pytest.approx(expected.item(), abs=1e-6)
     torch.testing.assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs))
     only = with_questions(net, 0)._replace(prefix_lengths=torch.full((PAIRS,), 2))
-    nothing = ContrastiveOfCaptions().of_features(only, *inputs)["contrastive_of_captions"]
+    nothing = ContrastiveOfCaptions()(net, only, out)["contrastive_of_captions"]
     assert nothing.item() == 0
     assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(nothing, inputs))
 

@@ -16,6 +16,7 @@ from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import Teacher, contrastive_loss, distillation_loss, loss_terms
 from coca_lit.models import create_model
 from coca_lit.training.distillation import Distillation
+from coca_lit.training.objectives import terms_of
 from coca_lit.training.optim import AdamW
 from helpers.steps import ENCODER, PAIRS, own_batch, trained_with
 
@@ -121,7 +122,7 @@ def test_it_is_added_to_the_losses_of_one_pass(weights: tuple[float, float], mon
     batch = own_batch(net, 0)._replace(extras=batch_extras(teachers()))
     out, seen, logged = net(*batch[:3]), [], {}
     handle = net.register_forward_hook(lambda *_: seen.append(1))
-    monkeypatch.setattr(module, "log_terms", lambda stage, terms, batch: logged.update(terms))
+    monkeypatch.setattr(module, "log_terms", lambda stage, terms, batch: logged.update(terms.values))
     monkeypatch.setattr(module, "log", lambda *_: None)
     monkeypatch.setattr(module, "is_logged", lambda: True)
     loss = module.training_step(batch, 0)
@@ -140,7 +141,8 @@ def test_without_teachers_training_stops_and_validation_goes_on() -> None:
     with pytest.raises(ConfigError, match=r"data\.teachers"):
         module.training_step(own_batch(net, 0), 0)
     module.eval()
-    assert set(module.pairs(net, own_batch(net, 0))) == {"contrastive", "caption"}
+    batch = own_batch(net, 0)
+    assert set(terms_of(net, module.objectives_of(batch), batch).values) == {"contrastive", "caption"}
 
 
 def test_batches_carry_what_the_teachers_say() -> None:

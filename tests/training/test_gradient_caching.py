@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,9 +15,10 @@ from coca_lit.distributed import world_size
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import caption_loss, contrastive_term, loss_terms
-from coca_lit.models import CoCa, create_model
+from coca_lit.models import CoCa, CoCaOutput, create_model
+from coca_lit.models.coca import CAPTION, CONTRASTIVE
 from coca_lit.training.gradient_caching import cached_loss, micro_batches, seeded
-from coca_lit.training.objectives import OfFeatures
+from coca_lit.training.objectives import Captions, Contrastive, Objective
 from coca_lit.training.optim import AdamW
 from helpers.running import run
 from helpers.slow import slow
@@ -31,9 +33,19 @@ def build(**model: Any) -> CoCa:
 
 
 def whole_loss(net: CoCa, batch: Batch, weights: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-    asked = {"contrastive": weights["contrastive"] != 0, "captioning": weights["caption"] != 0}
-    terms = loss_terms(net(batch.images, batch.tokens, batch.lengths, **asked))
+    outputs = {"contrastive": CONTRASTIVE, "caption": CAPTION}
+    needs = [output for name, weight in weights.items() if weight for output in outputs[name]]
+    terms = loss_terms(net(batch.images, batch.tokens, batch.lengths, needs=needs))
     return sum(weights[name] * term for name, term in terms.items()), terms
+
+
+def cached(
+    net: CoCa, batch: Batch, weights: Mapping[str, float], size: int = 2, smoothing: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    objectives = [Contrastive(weights["contrastive"]), Captions(weights["caption"], smoothing)]
+    weighted = [objective for objective in objectives if any(objective.weights.values())]
+    loss, terms = cached_loss(net, weighted, batch, size)
+    return loss, terms.values
 
 
 def gradients(net: CoCa) -> dict[str, Tensor]:
@@ -59,7 +71,7 @@ def test_micro_batches_equal_the_whole_batch(size: int, model: dict[str, Any], w
     (3 * loss).backward()  # as with a loss that is scaled, or divided for accumulation
     expected = gradients(net)
     net.zero_grad()
-    found, found_terms = cached_loss(net, *batch[:3], size, weights)
+    found, found_terms = cached(net, batch, weights, size)
     (3 * found).backward()
     torch.testing.assert_close((found, found_terms), (loss, terms), atol=1e-10, rtol=0)
     torch.testing.assert_close(gradients(net), expected, atol=1e-10, rtol=0)
@@ -71,7 +83,7 @@ def test_smoothing_unknown_words_and_questions_count_as_in_the_whole_batch() -> 
     batch.tokens[:, 2] = net.tokenizer.unk_id
     questions = torch.arange(len(batch.images)) % 3 + 1
     terms = loss_terms(net(*batch[:3], prefix_lengths=questions), smoothing=0.1)
-    _, found = cached_loss(net, *batch[:3], 2, WEIGHTS, prefix_lengths=questions, smoothing=0.1)
+    _, found = cached(net, batch._replace(prefix_lengths=questions), WEIGHTS, smoothing=0.1)
     torch.testing.assert_close(found, terms, atol=1e-10, rtol=0)
     assert not torch.equal(found["caption"], loss_terms(net(*batch[:3]), smoothing=0.1)["caption"])
 
@@ -79,9 +91,9 @@ def test_smoothing_unknown_words_and_questions_count_as_in_the_whole_batch() -> 
 def one_graph(net: CoCa, batch: Batch) -> Tensor:
     """The loss of a batch by one graph through all micro-batches of 2, with the dropout that caching draws for each."""
     outs = []
-    for part in micro_batches(*batch[:3], torch.ones_like(batch.lengths), 2):
+    for part in micro_batches(batch, 2):
         with seeded(part.seed, torch.device("cpu")):
-            outs.append(net(*part[:3]))
+            outs.append(net(*part.batch[:3]))
     features = (torch.cat([out.image_features for out in outs]), torch.cat([out.text_features for out in outs]))
     hidden, labels = torch.cat([out.hidden for out in outs]), torch.cat([out.labels for out in outs])
     contrastive = contrastive_term(*features, outs[0].logit_scale, None)
@@ -96,7 +108,7 @@ def test_dropout_is_the_same_in_both_passes() -> None:
     expected = gradients(net)
     net.zero_grad()
     torch.manual_seed(7)
-    cached_loss(net, *batch[:3], 2, WEIGHTS)[0].backward()
+    cached(net, batch, WEIGHTS)[0].backward()
     torch.testing.assert_close(gradients(net), expected, atol=1e-10, rtol=0)
 
 
@@ -120,10 +132,6 @@ def test_bf16_is_no_less_exact_than_the_whole_batch() -> None:
     for name, gradient in exact.items():
         error, usual = ((found[way][name] - gradient).norm() for way in ("cached", "whole"))
         assert error <= 1.5 * usual + 1e-3, name
-
-
-def cached(net: CoCa, batch: Batch, weights: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-    return cached_loss(net, *batch[:3], 2, weights)
 
 
 def train(micro_batch_size: int | None) -> dict[str, Tensor]:
@@ -157,55 +165,93 @@ def test_only_a_micro_batch_goes_through_the_network() -> None:
     calls = []
 
     def watched(net: CoCa, given: tuple[Any, ...], asked: dict[str, Any]) -> None:
-        calls.append((len(given[0]), asked["captioning"], torch.is_grad_enabled()))
+        calls.append((len(given[0]), "hidden" in asked["needs"], torch.is_grad_enabled()))
 
     net = build()
     net.register_forward_pre_hook(watched, with_kwargs=True)
-    cached_loss(net, *own_batch(net, 0)[:3], 2, WEIGHTS)
+    cached(net, own_batch(net, 0), WEIGHTS)
     assert calls == [(2, False, False)] * 3 + [(2, True, True)] * 3
 
 
-class OfOneSide(OfFeatures):
-    """A term of images or of texts alone, of which it declares no weight."""
+class Spread(Objective):
+    """A term of one output of the pass, of which it declares no weight."""
 
-    def __init__(self, side: int) -> None:
+    def __init__(self, output: str) -> None:
         super().__init__()
-        self.side = side
+        self.needs = (output,)
 
-    def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
-        return {"spread": spread((images, texts)[self.side])}
+    def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, Tensor]:
+        return {"spread": spread(getattr(out, self.needs[0]))}
 
 
-def spread(features: Tensor) -> Tensor:
-    return (features @ features.T).square().mean()
+def spread(output: Tensor) -> Tensor:
+    """A function that couples all pairs of a batch."""
+    rows = output.flatten(1)
+    return (rows @ rows.T).square().mean()
 
 
 @pytest.mark.parametrize("size", [None, 2])
-@pytest.mark.parametrize("side", [0, 1], ids=["images", "texts"])
-def test_a_term_of_one_side_is_the_only_loss(side: int, size: int | None) -> None:
-    net = build().double()
+@pytest.mark.parametrize(
+    ("output", "model"),
+    [
+        ("image_features", {}),
+        ("text_features", {}),
+        ("pooled", {}),
+        ("pooled", {"pooler": "parallel"}),
+        ("image_tokens", {}),
+        ("image_tokens", {"pooler": "parallel"}),
+        ("encoded", {}),
+        ("text_states", {}),
+        ("text_states", {"cls_mask": "legacy"}),
+        ("hidden", {}),
+    ],
+)
+def test_a_term_of_one_output_is_the_only_loss(output: str, model: dict[str, Any], size: int | None) -> None:
+    """What the term does not depend on is frozen, and everything else gets the gradient of the whole batch."""
+    net = build(**model).double()
     batch = own_batch(net, 0)
-    out = net(*batch[:3])
-    spread((out.image_features, out.text_features)[side]).backward()
+    spread(one_output(net, batch, output)).backward()
     expected = gradients(net)
     net.zero_grad()
-    module = CoCaLit(net, AdamW(lr=0.1), 0, 0.0, 0.0, micro_batch_size=size, objectives={"one": OfOneSide(side)})
+    module = CoCaLit(net, AdamW(lr=0.1), 0, 0.0, 0.0, micro_batch_size=size, objectives={"one": Spread(output)})
     module.training_step(batch, 0).backward()
     found = gradients(net)
-    for name, parameter in net.named_parameters():
-        zero = torch.zeros_like(parameter)
-        torch.testing.assert_close(found.get(name, zero), expected.get(name, zero), atol=1e-10, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-12)
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == found.keys()
 
 
-class Mapped(OfFeatures):
+def one_output(net: CoCa, batch: Batch, output: str) -> Tensor:
+    """An output of the pass by the methods of the parts."""
+    images, tokens, lengths = batch[:3]
+    if output == "image_features":
+        return net.encode_image(images)
+    if output == "text_features":
+        return net.encode_text(tokens, lengths)
+    if output == "pooled":
+        return net.pooling(net.image_encoder(images))[0]
+    if output == "image_tokens":
+        return net.encode_image_tokens(images)
+    if output == "encoded":
+        return net.image_encoder(images)
+    if output == "text_states":
+        states = []
+        for row, length in zip(tokens, lengths, strict=True):
+            alone, _, _ = net.text(row[None, :length], length[None], contrastive=False)
+            states.append(F.pad(alone[0, :length], (0, 0, 0, tokens.shape[1] - length)))
+        return torch.stack(states)
+    return net.captions_of(net.encode_image_tokens(images), tokens, lengths).hidden
+
+
+class Mapped(Objective):
     """Has a parameter of its own."""
 
+    needs = ("image_features", "text_features")
+
     def build(self, net: CoCa) -> None:
-        super().build(net)
         self.map = torch.nn.Linear(net.config.embed_dim, 4, dtype=net.logit_scale.dtype)
 
-    def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
-        return {"mapped": (self.map(images) - self.map(texts)).square().mean()}
+    def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, Tensor]:
+        return {"mapped": (self.map(out.image_features) - self.map(out.text_features)).square().mean()}
 
 
 def test_parameters_of_a_term_of_features_get_the_gradient_of_the_whole_batch() -> None:

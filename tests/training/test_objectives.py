@@ -13,9 +13,9 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import SceneQuestionsDataModule
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
-from coca_lit.models import CoCa, create_model
+from coca_lit.models import CoCa, CoCaOutput, create_model
 from coca_lit.training.caption_objectives import ParallelPrediction, PrefixPrompts
-from coca_lit.training.objectives import Function, Objective, OfFeatures, Pairs, Texts
+from coca_lit.training.objectives import Captions, Function, Objective, Texts, terms_of
 from coca_lit.training.optim import AdamW
 from coca_lit.weights.load import load_model
 from helpers.running import run
@@ -137,15 +137,17 @@ def test_an_objective_without_a_term_for_a_batch_is_named(questions: Batch) -> N
         module.training_step(questions, 0)
 
 
-class OfGap(OfFeatures):
-    def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
+class Gap(Objective):
+    needs = ("image_features", "text_features")
+
+    def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, Tensor]:
         self.measures = {"gap": 7.0}
-        return {"gap": (images - texts).square().sum()}
+        return {"gap": (out.image_features - out.text_features).square().sum()}
 
 
-def test_measures_of_terms_of_features_are_logged(questions: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measures_of_terms_of_the_shared_pass_are_logged(questions: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     net = create_model("coca_tiny", tokenizer="scenes_vqa").eval()
-    module, logged = CoCaLit(net, OPTIMIZER, objectives={"gap": OfGap()}), {}
+    module, logged = CoCaLit(net, OPTIMIZER, objectives={"gap": Gap()}), {}
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
     monkeypatch.setattr(module, "log", lambda *_: None)
     monkeypatch.setattr(module, "is_logged", lambda: True)
@@ -153,9 +155,11 @@ def test_measures_of_terms_of_features_are_logged(questions: Batch, monkeypatch:
     assert logged["train/gap"] == 7.0
 
 
-class OfMine(OfFeatures):
-    def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
-        return {"contrastive": images.sum()}
+class OfMine(Objective):
+    needs = ("image_features",)
+
+    def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, Tensor]:
+        return {"contrastive": out.image_features.sum()}
 
 
 def caption(net: CoCa, batch: Batch) -> dict[str, Tensor]:
@@ -165,7 +169,7 @@ def caption(net: CoCa, batch: Batch) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("mine", "term"),
     [(squares, "mine"), (caption, "caption"), (OfMine(), "contrastive")],
-    ids=["twice", "ours", "joined"],
+    ids=["twice", "ours", "shared"],
 )
 def test_a_term_with_the_name_of_another_is_refused(questions: Batch, mine: Any, term: str) -> None:
     net = create_model("coca_tiny", tokenizer="scenes_vqa")
@@ -224,7 +228,7 @@ def test_a_run_on_the_files_of_vqa(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("objective", "term", "over_tokens"),
     [
-        (Pairs(0.0, 1.0), "caption", True),
+        (Captions(1.0), "caption", True),
         (Texts(1.0), "text", True),
         (ParallelPrediction(share=1.0), "parallel", True),
         (PrefixPrompts("we see"), "prefixed", True),
@@ -247,10 +251,13 @@ def test_objectives_know_whether_two_batches_have_the_mean_of_both(
     parts = [Batch(images[i : i + 1], tokens[i : i + 1, :n], lengths[i : i + 1], [""]) for i, n in enumerate((5, 16))]
     objective.build(net)
     with torch.no_grad():
-        together, apart = objective(net, whole)[term], [objective(net, part)[term] for part in parts]
+        together = terms_of(net, [objective], whole).values[term]
+        apart = [terms_of(net, [objective], part).values[term] for part in parts]
     equal = together.item() == pytest.approx(torch.stack(apart).mean().item(), rel=1e-4)
     assert objective.averages_tokens == over_tokens == (not equal)
 
 
-def test_pairs_without_captions_average_no_tokens() -> None:
-    assert not Pairs(1.0, 0.0).averages_tokens
+def test_a_training_without_captions_averages_no_tokens() -> None:
+    module = CoCaLit(create_model("coca_tiny"), OPTIMIZER, caption_weight=0.0)
+    averages = [objective.averages_tokens for objective in module.every_objective if not isinstance(objective, Texts)]
+    assert averages == [False]

@@ -15,7 +15,9 @@ from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.metrics.cider import END, CiderD
 from coca_lit.models import CoCa, create_model
+from coca_lit.models.coca import CAPTION
 from coca_lit.training import self_critical
+from coca_lit.training.objectives import terms_of
 from coca_lit.training.optim import AdamW
 from coca_lit.training.self_critical import SelfCritical
 from helpers.running import logged, run
@@ -88,7 +90,7 @@ def test_gradient_equals_captions_one_by_one(kind: type[SelfCritical]) -> None:
         for k in range(2):
             row = ids[i, k]
             length = int((row == net.tokenizer.eot_id).int().argmax()) + (i != 3)  # a forced end is not differentiated
-            out = net(pixels()[i : i + 1], row[None], torch.tensor([length]), contrastive=False)
+            out = net(pixels()[i : i + 1], row[None], torch.tensor([length]), needs=CAPTION)
             log_p = out.logits.log_softmax(-1).gather(1, row[1:length, None]).sum()
             total = total - (own[k] - own[1 - k]) * log_p / 8
     total.backward()
@@ -133,7 +135,8 @@ def test_a_mirror_image_is_rewarded_as_the_image_itself() -> None:
         made = Side(2, max_length=16)
         made.read(REFERENCES | {"0": (said["left"],)})
         tokens = net.tokenizer([said[side]])
-        made(net, Batch(pixels()[:1], tokens, (tokens > 0).sum(1), ["0"], extras={"captions": [answers]}))
+        batch = Batch(pixels()[:1], tokens, (tokens > 0).sum(1), ["0"], extras={"captions": [answers]})
+        terms_of(net, [made], batch)
         found[side, answers] = made.measures["reward"]
     plain, same, mirrored, other = found.values()
     assert plain == same == mirrored > other
@@ -143,8 +146,10 @@ def test_questions_are_refused() -> None:
     net = network()
     tokens = net.tokenizer([REFERENCES[key][0] for key in KEYS])
     batch = Batch(pixels(), tokens, (tokens > 0).sum(1), KEYS, prefix_lengths=torch.full((4,), 2))
-    with pytest.raises(ConfigError, match=r"model\.self_critical"):
-        ready()(net, batch)
+    objective = ready()
+    objective.config_key = "model.objectives.mine"
+    with pytest.raises(ConfigError, match=r"model\.objectives\.mine"):
+        terms_of(net, [objective], batch)
 
 
 def test_the_share_of_scoring_is_that_of_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +177,8 @@ def test_captions_are_drawn_from_the_model_and_images_encoded_once(images: Tenso
     net = network()
     calls = []
     net.image_encoder.trunk.register_forward_hook(lambda *_: calls.append(1))
-    module = CoCaLit(net, AdamW(lr=0.1), self_critical=ready(samples=3))
+    objective = ready(samples=3)
+    module = CoCaLit(net, AdamW(lr=0.1), objectives={"rewards": objective})
     module.log_dict = lambda *_, **__: None
     module.log = lambda *_, **__: None
     tokens = net.tokenizer([REFERENCES[key][0] for key in KEYS])
@@ -183,7 +189,7 @@ def test_captions_are_drawn_from_the_model_and_images_encoded_once(images: Tenso
     again = net.generate(images, strategy="sample", num_captions=3, max_length=16)
     calls.clear()
     torch.manual_seed(5)
-    assert torch.equal(module.self_critical._draw(net, net.image_encoder(images)), again)
+    assert torch.equal(objective._draw(net, net.image_encoder(images)), again)
     assert calls == [1]
     loss.backward()
     assert net.image_encoder.trunk.conv1[0].weight.grad is not None  # trained, if it is not frozen
@@ -201,7 +207,11 @@ RUN = (
     ),
     *("data.train_count=8", "data.batch_size=4", "trainer.limit_val_batches=1", "evals=[]", "image_size=32"),
     *("model.net.name=coca_tiny", "+model.net.text_layers=1", "+model.net.decoder_layers=1"),
-    *("model.contrastive_weight=0.5", "model.self_critical.samples=2", "model.self_critical.max_length=8"),
+    *(
+        "model.contrastive_weight=0.5",
+        "model.objectives.self_critical.samples=2",
+        "model.objectives.self_critical.max_length=8",
+    ),
 )
 
 
@@ -226,10 +236,10 @@ def test_a_run_logs_its_rewards_and_goes_on_with_the_same_bits(tmp_path: Path) -
     ("model", "options", "message"),
     [
         ({"dropout": 0.1}, {}, "net.dropout=0"),
-        ({}, {"caption_weight": 0}, "caption_weight"),
-        ({"decoder_layers": 0}, {}, "caption_weight"),
+        ({}, {"weight": 0}, "policy_weight"),
+        ({"decoder_layers": 0}, {}, "decoder"),
     ],
 )
 def test_what_does_not_go_together_is_refused(model: dict, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        CoCaLit(create_model("coca_tiny", **model), AdamW(lr=0.1), self_critical=SelfCritical(), **options)
+        CoCaLit(create_model("coca_tiny", **model), AdamW(lr=0.1), objectives={"rewards": SelfCritical(**options)})

@@ -15,7 +15,7 @@ from coca_lit.cli.module import build_module
 from coca_lit.errors import ConfigError
 from coca_lit.evals import Settings
 from coca_lit.models import create_model
-from coca_lit.training.objectives import OfFeatures
+from coca_lit.training.objectives import Contrastive
 from coca_lit.training.trainer import (
     ACCUMULATION,
     AVERAGES,
@@ -39,7 +39,7 @@ TINY = (
     *("trainer=smoke", "trainer.precision=32-true", "model.net.name=coca_tiny", "image_size=32", "evals=[]"),
     "model.freeze=[image_encoder]",
 )
-SCST = "+model.self_critical._target_=coca_lit.training.self_critical.SelfCritical"
+SCST = "+model.objectives.self_critical._target_=coca_lit.training.self_critical.SelfCritical"
 PREFIXES = "+model.objectives.a={_target_: coca_lit.training.caption_objectives.PrefixPrompts, prompts: [x]}"
 CHOICES = {
     SHARDED: ("trainer.strategy={_target_: coca_lit.training.sharding.FullySharded}",),
@@ -82,7 +82,7 @@ def test_every_row_is_refused_by_its_keys(tmp_path: Path, row: tuple[str, str]) 
 def test_features_are_found_by_what_was_built(tmp_path: Path) -> None:
     cfg = compose(*TINY, "ema=0.9", "lora.rank=2", PREFIXES, "+model.objectives.b=null", f"output_dir={tmp_path}")
     module, trainer = build_module(cfg), build_trainer(cfg, ScoreDuringTraining([], Settings(tmp_path)))
-    found = features(trainer, module.net, module.further_objectives(), None, texts=False)
+    found = features(trainer, module.net, [*module.objectives.values()], None, texts=False)
     whole = dict.fromkeys((NEEDS_WHOLE_WEIGHTS, NEEDS_WHOLE_BATCH, TOKEN_MEANS), "model.objectives.a")
     assert found == {AVERAGES: "ema", LORA: "lora"} | whole
     check_together(found)
@@ -90,17 +90,18 @@ def test_features_are_found_by_what_was_built(tmp_path: Path) -> None:
 
 def test_parameters_of_an_objective_are_not_sharded() -> None:
     trainer: Any = SimpleNamespace(strategy=None, precision="32-true", callbacks=[], accumulate_grad_batches=1)
-    objective, net = OfFeatures(), create_model("coca_tiny")
+    objective, net = Contrastive(1.0), create_model("coca_tiny")
+    objective.config_key = "model.objectives.mine"
     for own in (False, True):
         objective.own = torch.nn.Linear(2, 2).requires_grad_(own)
-        found = features(trainer, net, {"model.objectives.mine": objective}, None, texts=False)
+        found = features(trainer, net, [objective], None, texts=False)
         assert found.get(NEEDS_WHOLE_WEIGHTS) == ("model.objectives.mine" if own else None)
 
 
 def test_fp16_and_micro_batches() -> None:
     """A CPU computes in bf16 instead."""
     trainer: Any = SimpleNamespace(strategy=None, precision="16-mixed", callbacks=[], accumulate_grad_batches=1)
-    found = features(trainer, create_model("coca_tiny"), {}, 4, texts=False)
+    found = features(trainer, create_model("coca_tiny"), [], 4, texts=False)
     with pytest.raises(ConfigError, match=r"trainer.micro_batch_size .*trainer.precision=16-mixed"):
         check_together(found)
 
@@ -158,9 +159,9 @@ def test_self_critical_training_needs_whole_weights(tmp_path: Path) -> None:
     cfg = compose(*TINY, SCST, f"output_dir={tmp_path}")
     assert cfg.model.net.get("dropout", 0) == 0
     module, trainer = build_module(cfg), build_trainer(cfg, ScoreDuringTraining([], Settings(tmp_path)))
-    found = features(trainer, module.net, module.further_objectives(), None, texts=False)
-    assert found[NEEDS_WHOLE_WEIGHTS] == "model.self_critical"
-    with pytest.raises(ConfigError, match=r"model\.self_critical .*LightningDataModule .*training_captions"):
+    found = features(trainer, module.net, module.every_objective, None, texts=False)
+    assert found[NEEDS_WHOLE_WEIGHTS] == "model.objectives.self_critical"
+    with pytest.raises(ConfigError, match=r"self_critical .*LightningDataModule .*training_captions"):
         prepare(trainer, module, L.LightningDataModule())
-    with pytest.raises(ConfigError, match=r"trainer=fsdp .*model\.self_critical"):
+    with pytest.raises(ConfigError, match=r"trainer=fsdp .*model\.objectives\.self_critical"):
         check_together(found | {SHARDED: "trainer=fsdp"})

@@ -90,7 +90,7 @@ def test_the_plan_counts_what_trains() -> None:
     updates = sum(p.numel() for m in module.net.modules() if isinstance(m, LowRank) for p in m.parameters())
     assert trained == updates + 1  # the temperature is in none of the parts
     assert measure(module.net).trained == 4 * trained
-    assert cost(module.net, module.pairs.weights, caption_tokens=12, autocast=None).total > 0
+    assert cost(module.net, module.loss_weights, caption_tokens=12, autocast=None).total > 0
 
 
 def evaluation(folder: Path, *overrides: str) -> dict[str, float]:

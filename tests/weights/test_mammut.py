@@ -11,6 +11,7 @@ from torch import Tensor
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
+from coca_lit.models.coca import CAPTION, CONTRASTIVE
 from coca_lit.tools.export.open_clip import write_open_clip
 from coca_lit.training.optim import AdamW
 from coca_lit.training.sharding import blocks
@@ -177,8 +178,7 @@ def test_each_loss_alone_freezes_what_it_does_not_train() -> None:
         names = [name for name, p in model.named_parameters() if not p.requires_grad]
         assert {next(part for part in frozen if name.startswith(part)) for name in names} == frozen
         pixels, tokens, lengths = batch()
-        asked = {name: bool(weight) for name, weight in module.pairs.weights.items()}
-        out = model(pixels, tokens, lengths, contrastive=asked["contrastive"], captioning=asked["caption"])
+        out = model(pixels, tokens, lengths, needs=CONTRASTIVE if module.loss_weights["contrastive"] else CAPTION)
         sum(loss_terms(out).values()).backward()
         assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
+from coca_lit.models.coca import CAPTION
 from coca_lit.models.generation.static import CompiledGenerator, static_step
 from coca_lit.models.variants.modern import rotary_table, rotate
 from coca_lit.training.optim import AdamW
@@ -138,7 +139,7 @@ def test_cached_generation_equals_the_whole_pass(name: str) -> None:
     ids = torch.full((3, 1), model.tokenizer.sot_id)
     while ids.shape[1] < 12:
         lengths = torch.full((3,), ids.shape[1] + 1)
-        out = model(pixels, torch.cat([ids, ids[:, :1]], 1), lengths, contrastive=False)
+        out = model(pixels, torch.cat([ids, ids[:, :1]], 1), lengths, needs=CAPTION)
         chosen = out.logits.view(3, ids.shape[1], -1)[:, -1].argmax(-1, keepdim=True)
         ids = torch.cat([ids, chosen], 1)
     captions = model.generate(pixels, max_length=13)
@@ -161,7 +162,7 @@ def test_the_caption_loss_alone_freezes_the_pool() -> None:
     model = create_model("coca_tiny", pooler="openclip_cascade", **TINY["coca_tiny"])
     CoCaLit(model, AdamW(lr=1e-3), contrastive_weight=0.0)
     tokens = torch.randint(4, 40, (2, 6))
-    out = model(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), tokens, torch.tensor([6, 6]), contrastive=False)
+    out = model(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), tokens, torch.tensor([6, 6]), needs=CAPTION)
     loss_terms(out)["caption"].backward()
     assert not any(p.requires_grad for p in model.text.pool.parameters())
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())

@@ -108,7 +108,7 @@ class LAIONDataModule(CaptionDataModule):
 
     def training_captions(self) -> dict[str, tuple[str, ...]]:
         raise DataError(
-            "`vocabulary` and `model.self_critical` need all captions, which shards do not list: train on records"
+            "`vocabulary` and rewards of captions need all captions, which shards do not list: train on records"
         )
 
     def drawn_records(self, count: int) -> list[Record]:

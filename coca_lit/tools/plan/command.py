@@ -49,13 +49,12 @@ def run(cfg: DictConfig) -> None:
 
     from coca_lit.training.classifiers import Classifier
 
-    objectives = [objective for objective in (cfg.model.get("objectives") or {}).values() if objective]
-    made = [resolve_target(objective["_target_"], "model.objectives") for objective in objectives]
-    not_counted = {
-        "model.self_critical": cfg.model.get("self_critical") is not None,
-        "model.objectives": not all(isinstance(one, type) and issubclass(one, Classifier) for one in made),
-    }
-    if left_out := [key for key, given in not_counted.items() if given]:
+    left_out = []
+    for name, objective in (cfg.model.get("objectives") or {}).items():
+        made = resolve_target(objective["_target_"], "model.objectives") if objective else Classifier
+        if not (isinstance(made, type) and issubclass(made, Classifier)):
+            left_out.append(f"model.objectives.{name}")
+    if left_out:
         print(f"Not counted, so the run needs more: {' and '.join(left_out)}.")
     if source is None and cfg.init_from not in (None, "required"):
         print(f"Of the preset, not of init_from={cfg.init_from}: image encoder, pooler and vocabulary.")
@@ -84,8 +83,8 @@ def estimate(cfg: DictConfig, settings: "Settings") -> "tuple[Model, Cost, Recip
     autocast = AUTOCAST.get(precision)
     if precision.endswith("-true") and precision.startswith(("bf16", "16")):
         module.net.to(torch.bfloat16)
-    classifiers = [made for made in module.further_objectives().values() if isinstance(made, Classifier)]
-    weights, model = module.pairs.weights, measure(module.net, classifiers)
+    classifiers = [made for made in module.every_objective if isinstance(made, Classifier)]
+    weights, model = module.loss_weights, measure(module.net, classifiers)
     half = not precision.startswith(("32", "64"))
     mixed = getattr(torch, autocast) if autocast else None
     spent = cost(module.net, weights, tokens, mixed, classifiers, frames_of(cfg))

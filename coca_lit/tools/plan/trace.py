@@ -25,6 +25,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.losses import loss_terms
 from coca_lit.losses.caption import CHUNK, GPU_CHUNK
 from coca_lit.models import CoCa, kernels
+from coca_lit.models.coca import CAPTION, CONTRASTIVE
 from coca_lit.models.inputs import largest_shape
 from coca_lit.training.classifiers import Classifier
 
@@ -163,8 +164,8 @@ class _Step(nn.Module):
         """`mark` is called at the end of the network and of each loss, computed or not."""
         terms: list[Tensor] = []
         given = (images[: len(tokens)], tokens, lengths)
-        wanted = {"contrastive": bool(self.weights["contrastive"]), "captioning": bool(self.weights["caption"])}
-        out = self.net(*given, **wanted) if any(wanted.values()) or not self.classifiers else None
+        wanted = [*(CONTRASTIVE if self.weights["contrastive"] else ()), *(CAPTION if self.weights["caption"] else ())]
+        out = self.net(*given, needs=wanted) if wanted or not self.classifiers else None
         mark("network")
         terms += loss_terms(out._replace(image_features=None)).values() if out is not None else ()
         mark("caption")

@@ -37,7 +37,7 @@ def without_weights(name: str = "coca_tiny", **overrides: Any) -> CoCa:
 def real_step(net: CoCa, frozen: bool = False) -> torch.Tensor:
     tokens = torch.randint(3, net.tokenizer.vocab_size, (BATCH, TOKENS))
     images = torch.zeros(BATCH, 3, net.image_size, net.image_size, dtype=torch.uint8)
-    out = net(images, tokens, torch.full((BATCH,), TOKENS), captioning=net.decoder is not None)
+    out = net(images, tokens, torch.full((BATCH,), TOKENS))
     return torch.stack(list(loss_terms(out).values())).sum()
 
 
@@ -308,10 +308,13 @@ def test_the_plan_of_an_experiment_is_printed_and_leaves_nothing_behind(
         (["model=coca_answers"], None),
         (
             ["+model.objectives.mine._target_=coca_lit.training.caption_objectives.ParallelPrediction"],
-            "model.objectives",
+            "model.objectives.mine",
         ),
         (["+model.objectives.mine=null"], None),
-        (["+model.self_critical._target_=coca_lit.training.self_critical.SelfCritical"], "model.self_critical"),
+        (
+            ["+model.objectives.rewards._target_=coca_lit.training.self_critical.SelfCritical"],
+            "model.objectives.rewards",
+        ),
     ],
 )
 def test_a_plan_says_what_it_does_not_count(

@@ -12,11 +12,13 @@ from torch import Tensor
 from coca_lit.data.batch import Batch
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
+from coca_lit.models.coca import CAPTION, CONTRASTIVE
 from coca_lit.models.packing import to_device
 from coca_lit.models.presets import PRESETS
 from coca_lit.tools.plan.trace import trace
 from coca_lit.training.caption_objectives import PrefixPrompts
 from coca_lit.training.gradient_caching import cached_loss
+from coca_lit.training.objectives import Captions, Contrastive
 
 LENGTHS = [5, 9, 17, 6, 7, 12, 24, 4]  # of captions; more than a tenth of the grid would be padding
 VIT = {"image_encoder": "vit_tiny_patch16_224", "image_encoder_args": {"depth": 1, "embed_dim": 32, "num_heads": 2}}
@@ -119,11 +121,11 @@ def alone(net: CoCa, batch: Batch) -> Tensor:
 
 
 def contrastive_only(net: CoCa, batch: Batch) -> Tensor:
-    return plain_step(net, batch, captioning=False)
+    return plain_step(net, batch, needs=CONTRASTIVE)
 
 
 def caption_only(net: CoCa, batch: Batch) -> Tensor:
-    return plain_step(net, batch, contrastive=False)
+    return plain_step(net, batch, needs=CAPTION)
 
 
 def questions(net: CoCa, batch: Batch) -> Tensor:
@@ -131,8 +133,7 @@ def questions(net: CoCa, batch: Batch) -> Tensor:
 
 
 def in_micro_batches(net: CoCa, batch: Batch) -> Tensor:
-    weights = {"contrastive": 1.0, "caption": 2.0}
-    return cached_loss(net, batch.images, batch.tokens, batch.lengths, 4, weights, batch.prefix_lengths)[0]
+    return cached_loss(net, [Contrastive(1.0), Captions(2.0)], batch, 4)[0]
 
 
 def behind_prompts(net: CoCa, batch: Batch) -> Tensor:
