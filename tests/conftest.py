@@ -19,8 +19,8 @@ import pytest
 if TYPE_CHECKING:  # else functions import what takes seconds: the process that hands out the tests needs none of it
     from coca_lit.models import CoCa
 
-# They need a process of their own: tests/gpu/test_simulation.py starts it.
-collect_ignore = [] if "simulated_gpu" in sys.modules else ["gpu/simulated"]
+# They need a process of their own: tests/projects/gpu_check/test_simulation.py starts it.
+collect_ignore = [] if "simulated_gpu" in sys.modules else ["projects/gpu_check/simulated"]
 
 
 gc.disable()  # until the first test, see `_only_new_garbage`; the process that hands out tests has nothing to collect

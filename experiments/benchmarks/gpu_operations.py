@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/gpu/simulated"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/projects/gpu_check/simulated"))
 from simulated_gpu import counted, to_gpu  # isort: skip  # before PyTorch
 
 import open_clip

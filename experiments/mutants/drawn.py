@@ -163,7 +163,7 @@ def related(row: Row) -> tuple[list[str], list[str], list[str]]:
     for path in sorted((ROOT / "tests").rglob("test_*.py"), key=distance):
         test, parts = str(path.relative_to(ROOT / "tests")), path.relative_to(ROOT / "tests").with_suffix("").parts
         imports, beside = _imported(path), parts[:-1] == mirrored[:-1]
-        if "simulated" in test or test == "gpu/test_simulation.py":
+        if "simulated" in test or test == "projects/gpu_check/test_simulation.py":
             continue  # a simulated GPU needs a process of its own, which one test starts: see below
         if _has(imports, module) or imports & exported or (beside and mirrored[-1] in parts[-1]):
             near.append(test)
@@ -172,7 +172,7 @@ def related(row: Row) -> tuple[list[str], list[str], list[str]]:
         elif package != "coca_lit" and _has(imports, package):
             wide.append(test)
     if "gpu_check" in row.file:
-        near.append("gpu/test_simulation.py")
+        near.append("projects/gpu_check/test_simulation.py")
     near, folder = (near, folder) if near else (folder, [])
     return near[:NEAR], folder, near[NEAR:] + wide
 

@@ -67,7 +67,7 @@ def hooks() -> ModuleType:
     [
         ("[a study](demo)", "[a study](demo/README.md)"),
         ("[studies](demo/)", "[studies](demo/README.md)"),
-        ("[code](../tests/gpu)", "code"),
+        ("[code](../tests/cli)", "code"),
         ("[a page](demo/README.md)", "[a page](demo/README.md)"),
         ("![a picture](demo/samples.png)", "![a picture](demo/samples.png)"),
     ],

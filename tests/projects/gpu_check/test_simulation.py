@@ -10,7 +10,7 @@ import pytest
 import torch
 
 SIMULATED = Path(__file__).parent / "simulated"
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.slow

@@ -5,8 +5,8 @@ It finds what would fail or wait on a GPU: operators that get tensors of two dev
 the device, collectives that NCCL refuses. It knows nothing about time, and its kernels are the CPU's.
 
 Importing it changes PyTorch for the whole process, so the tests with it run in a process of their own, as a plugin that
-pytest loads first: tests/gpu/test_simulation.py starts it. `device.cpp` gives a CPU build of PyTorch what its autograd
-engine asks of a device; g++ builds it in a few seconds, once.
+pytest loads first: `test_simulation.py` starts it. `device.cpp` gives a CPU build of PyTorch what its autograd engine
+asks of a device; g++ builds it in a few seconds, once.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 
 DEVICE = torch.device(KIND, 0)
 GIGABYTES = 80
-TESTS = str(Path(__file__).resolve().parents[2])
+TESTS = str(Path(__file__).resolve().parents[3])
 aten = torch.ops.aten
 
 

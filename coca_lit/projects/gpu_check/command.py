@@ -34,7 +34,7 @@ def gpu_check(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         sys.exit(f"error: --output: cannot write {options.output}: {error.strerror or error}")
 
-    from coca_lit.tools.gpu_check.checks import check_gpu
+    from coca_lit.projects.gpu_check.checks import check_gpu
 
     if check_gpu(options.output, options.quick):
         sys.exit(1)

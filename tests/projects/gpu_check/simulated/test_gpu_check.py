@@ -15,8 +15,8 @@ from simulated_gpu import SimulatedGpu
 from torch.profiler import ProfilerActivity, profile
 
 from coca_lit.models import CoCa
-from coca_lit.tools.gpu_check import checks
-from coca_lit.tools.gpu_check.command import gpu_check
+from coca_lit.projects.gpu_check import checks
+from coca_lit.projects.gpu_check.command import gpu_check
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

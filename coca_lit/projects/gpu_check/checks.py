@@ -337,7 +337,7 @@ def resumes() -> str:
         precision = "trainer.precision=32-true"
         expected = _run(whole, precision)
         with contextlib.suppress(KeyError):
-            _run(broken, precision, "+callbacks.stop={_target_: coca_lit.tools.gpu_check.checks.StopAt, step: 2}")
+            _run(broken, precision, "+callbacks.stop={_target_: coca_lit.projects.gpu_check.checks.StopAt, step: 2}")
         found = _run(broken, precision)
     apart = _largest(_difference(x, expected["state_dict"][name], 1.0) for name, x in found["state_dict"].items())
     return _within(1e-5, weights=apart)
