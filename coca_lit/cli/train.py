@@ -5,8 +5,10 @@ Heavy packages are imported inside functions, so that `--help` is answered at on
 
 import os
 import signal
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -24,108 +26,199 @@ from coca_lit.runs.run_folder import NEWEST, in_use, start_run_folder
 OWN_PHOTOS = "coca_lit.data.datasets.folder.folder_records"  # what reads them
 
 if TYPE_CHECKING:
+    import lightning.pytorch as L
+
+    from coca_lit.callbacks import ScoreDuringTraining
     from coca_lit.data.datamodule import CaptionDataModule
-    from coca_lit.models import CoCa
+    from coca_lit.lit_module import CoCaLit
+    from coca_lit.models import CoCa, DualEncoder
     from coca_lit.runs.resume import Start
+
+
+class Beginning(NamedTuple):
+    """What a run begins with.
+
+    Attributes:
+        checkpoint: what it resumes from, if anything.
+        ckpt_path: the key of this name; a job that its scheduler started again resumes from its newest checkpoint,
+            whatever its command names.
+        strict: whether to refuse a config or data that have changed since the checkpoint, instead of printing a note.
+        source: the model in `init_from`, which a run that resumes does not read.
+    """
+
+    checkpoint: "Start | None"
+    ckpt_path: str | None
+    strict: bool
+    source: "DualEncoder | None"
+
+
+@dataclass
+class RunParts:
+    """The objects of a run, ready to train."""
+
+    module: "CoCaLit"
+    data: "CaptionDataModule"
+    trainer: "L.Trainer"
+    scoring: "ScoreDuringTraining"
+    report: Callable[..., Any] | None
+    not_run: dict[str, str]  # evaluation -> why it cannot be computed
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
     """Trains as configured, scores the result and returns the scores; the run folder is `cfg.output_dir`."""
-    cfg, folder = with_start(cfg), Path(cfg.output_dir)
+    cfg = with_start(cfg)
+    folder = Path(cfg.output_dir)
     with in_use(folder):
-        if is_first_process():
-            print(f"training {cfg.name}, loading libraries …", flush=True)
-
-        import lightning.pytorch as L
-
-        from coca_lit.callbacks import samples_seen
-        from coca_lit.data.datamodule import CaptionDataModule, RecordsDataModule
-        from coca_lit.data.prefetch import worker_errors
-        from coca_lit.distributed import print_rank_zero
-        from coca_lit.models import part_sizes
-        from coca_lit.models.generation.state import check_options
-        from coca_lit.runs.results import finish_run, read_conditions, read_draws
-        from coca_lit.runs.resume import (
-            check_same_run,
-            find_checkpoint,
-            finished_results,
-            forget_jobs,
-            identity_of,
-            is_requeued,
-            resume_command,
-        )
-        from coca_lit.runs.scores import print_scores
-        from coca_lit.training.objectives import needs_of
-        from coca_lit.training.suitability import check_data, check_held_out
-        from coca_lit.training.trainer import choose_fp32_matmul, prepare
-
-        configure_libraries(cfg.threads, cfg.kernels.enabled, tf32=True)
-        with error_context("seed"):
-            L.seed_everything(cfg.seed, workers=True, verbose=False)
-        strict = cfg.ckpt_path == NEWEST
-        forget_jobs(folder)
-        if is_requeued(folder):
-            cfg = cfg.copy()
-            cfg.ckpt_path = NEWEST
-        start = find_checkpoint(folder, cfg.ckpt_path, is_first_process())
-        resumed = start is not None and start.lies_in(folder)
-        source = None if resumed else load_source(cfg)
-        cfg = with_recipe(cfg, source, resumed)
-        if start is not None and is_first_process():
-            identity = identity_of(plain(cfg))
-            check_same_run(start, identity, strict, argument_defaults(identity))
-        if start is not None and (results := finished_results(cfg, start)) is not None:
-            if is_first_process():
-                images = {score: of.images for score, of in read_conditions(folder).items()}
-                print_scores(results, read_draws(folder), images)
+        set_up_process(cfg)
+        beginning = find_beginning(cfg)
+        cfg = completed(cfg, beginning)
+        results = finished_scores(cfg, beginning.checkpoint)
+        if results is not None:
             return results
-        module = build_module(cfg, start, source)
-        data = build_data(cfg, module.net.tokenizer)  # before the evaluations: reported first if missing
-        if start is not None and isinstance(data, CaptionDataModule):
-            resume_data(data, start, strict)
-        elif start is not None:
-            print_rank_zero(f"note: {type(data).__name__} keeps no place: the epoch ends with its first batches")
-        evals, not_run = build_evals(cfg)
-        if start is None and isinstance(data, RecordsDataModule):
-            held_out = {evaluation.name: evaluation.records for evaluation in evals}
-            check_held_out(data.train_records, held_out)
-        scoring = build_scoring(cfg, evals)
-        generate = scoring.settings.generate or {}
-        with error_context("scoring.generate"):
-            check_options(module.net, generate)
-        if start is None and isinstance(data, CaptionDataModule):
-            read_captions = any(objective.reads_captions for objective in module.every_objective)
-            of_pairs = bool(needs_of(module.every_objective))
-            check_data(data, module.net, generate, read_captions, of_pairs)
-        if cfg.scoring.objective is not None:
-            scoring.check_score("scoring.objective", cfg.scoring.objective, at_end=True)
-        else:
-            check_study(evals)
-        report = build(cfg.report, "report") if cfg.report is not None else None
-        trainer = build_trainer(cfg, scoring, start, isinstance(data, CaptionDataModule))
-        check_processes(trainer.world_size)
-        prepare(trainer, module, data)
-        if start is None:
-            choose_fp32_matmul(trainer, module, cfg.kernels.fp32_matmul)
+        parts = build_run(cfg, beginning)
         # Not before: a run that cannot start leaves nothing behind.
-        start_run_folder(cfg, start.run if start is not None and resumed else None, **chosen_experiment())
-        try:
-            with worker_errors():
-                checkpoint = start.path if start is not None else None
-                trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        except SystemExit as stopped:  # by a signal, with everything saved
-            if trainer.is_global_zero and not os.environ.get(SWEEP_VARIABLE):  # else it is the command of the sweep
-                print(f"resume with: {resume_command(cfg.name, folder)}", flush=True)
-            if isinstance(stopped.__context__, KeyboardInterrupt):  # Lightning's exit code is 1
-                raise SystemExit(128 + signal.SIGINT) from stopped
-            raise
-        facts = {**samples_seen(trainer), "parameters": part_sizes(module.net)}
-        if trainer.is_global_zero:
-            scoring.found.not_run = not_run | scoring.found.not_run
-            finish_run(folder, scoring.found, facts, report)
-            if (folder / "checkpoints" / "last.ckpt").exists():
-                print(f"next: {next_commands(cfg, module.net, data)}", flush=True)
-        return scoring.found.scores
+        resumed = is_resumed(cfg, beginning.checkpoint)
+        before = beginning.checkpoint.run if beginning.checkpoint is not None and resumed else None
+        start_run_folder(cfg, before, **chosen_experiment())
+        fit(cfg, parts, beginning.checkpoint)
+        return finish(cfg, parts)
+
+
+def set_up_process(cfg: DictConfig) -> None:
+    """Loads and configures the libraries, and seeds all random generators."""
+    if is_first_process():
+        print(f"training {cfg.name}, loading libraries …", flush=True)
+
+    import lightning.pytorch as L
+
+    configure_libraries(cfg.threads, cfg.kernels.enabled, tf32=True)
+    with error_context("seed"):
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
+
+
+def find_beginning(cfg: DictConfig) -> Beginning:
+    """The checkpoint that the run resumes from, or the model that it starts from."""
+    from coca_lit.runs.resume import find_checkpoint, forget_jobs, is_requeued
+
+    folder = Path(cfg.output_dir)
+    forget_jobs(folder)
+    ckpt_path = NEWEST if is_requeued(folder) else cfg.ckpt_path
+    checkpoint = find_checkpoint(folder, ckpt_path, is_first_process())
+    source = None if is_resumed(cfg, checkpoint) else load_source(cfg)
+    return Beginning(checkpoint, ckpt_path, cfg.ckpt_path == NEWEST, source)
+
+
+def is_resumed(cfg: DictConfig, checkpoint: "Start | None") -> bool:
+    """Whether the run continues in its own folder; it may also start from a checkpoint of another run."""
+    return checkpoint is not None and checkpoint.lies_in(Path(cfg.output_dir))
+
+
+def completed(cfg: DictConfig, beginning: Beginning) -> DictConfig:
+    """The config with the values that its recipe chooses, compared with the config of the checkpoint."""
+    from coca_lit.runs.resume import check_same_run, identity_of
+
+    cfg = cfg.copy()
+    cfg.ckpt_path = beginning.ckpt_path
+    cfg = with_recipe(cfg, beginning.source, is_resumed(cfg, beginning.checkpoint))
+    if beginning.checkpoint is not None and is_first_process():
+        identity = identity_of(plain(cfg))
+        check_same_run(beginning.checkpoint, identity, beginning.strict, argument_defaults(identity))
+    return cfg
+
+
+def finished_scores(cfg: DictConfig, checkpoint: "Start | None") -> dict[str, float] | None:
+    """The scores of a run that has nothing left to do, printed; None for any other run."""
+    from coca_lit.runs.results import read_conditions, read_draws
+    from coca_lit.runs.resume import finished_results
+    from coca_lit.runs.scores import print_scores
+
+    results = finished_results(cfg, checkpoint) if checkpoint is not None else None
+    if results is not None and is_first_process():
+        folder = Path(cfg.output_dir)
+        images = {score: conditions.images for score, conditions in read_conditions(folder).items()}
+        print_scores(results, read_draws(folder), images)
+    return results
+
+
+def build_run(cfg: DictConfig, beginning: Beginning) -> RunParts:
+    """Builds the parts of a run from its config, and checks that they fit each other."""
+    from coca_lit.data.datamodule import CaptionDataModule
+    from coca_lit.training.trainer import choose_fp32_matmul, prepare
+
+    checkpoint = beginning.checkpoint
+    module = build_module(cfg, checkpoint, beginning.source)
+    data = build_data(cfg, module.net.tokenizer)  # before the evaluations: reported first if missing
+    if checkpoint is not None:
+        resume_data(data, checkpoint, beginning.strict)
+    evals, not_run = build_evals(cfg)
+    scoring = build_scoring(cfg, evals)
+    check_parts(module, data, scoring, is_new=checkpoint is None)
+    if cfg.scoring.objective is not None:
+        scoring.check_score("scoring.objective", cfg.scoring.objective, at_end=True)
+    else:
+        check_study(evals)
+    report = build(cfg.report, "report") if cfg.report is not None else None
+    trainer = build_trainer(cfg, scoring, checkpoint, isinstance(data, CaptionDataModule))
+    check_processes(trainer.world_size)
+    prepare(trainer, module, data)
+    if checkpoint is None:
+        choose_fp32_matmul(trainer, module, cfg.kernels.fp32_matmul)
+    return RunParts(module, data, trainer, scoring, report, not_run)
+
+
+def check_parts(module: "CoCaLit", data: "CaptionDataModule", scoring: "ScoreDuringTraining", *, is_new: bool) -> None:
+    """Raises an error if the network cannot generate as the evaluations ask; of a new run also if its data do not suit
+    the network and its losses, or hold records of the evaluations.
+    """
+    from coca_lit.data.datamodule import CaptionDataModule, RecordsDataModule
+    from coca_lit.models.generation.state import check_options
+    from coca_lit.training.objectives import needs_of
+    from coca_lit.training.suitability import check_data, check_held_out
+
+    if is_new and isinstance(data, RecordsDataModule):
+        held_out = {evaluation.name: evaluation.records for evaluation in scoring.evals}
+        check_held_out(data.train_records, held_out)
+    generate = scoring.settings.generate or {}
+    with error_context("scoring.generate"):
+        check_options(module.net, generate)
+    if is_new and isinstance(data, CaptionDataModule):
+        read_captions = any(objective.reads_captions for objective in module.every_objective)
+        of_pairs = bool(needs_of(module.every_objective))
+        check_data(data, module.net, generate, read_captions, of_pairs)
+
+
+def fit(cfg: DictConfig, parts: RunParts, checkpoint: "Start | None") -> None:
+    """Trains. A signal ends the process here, with everything saved."""
+    from coca_lit.data.prefetch import worker_errors
+    from coca_lit.runs.resume import resume_command
+
+    path = checkpoint.path if checkpoint is not None else None
+    try:
+        with worker_errors():
+            parts.trainer.fit(parts.module, datamodule=parts.data, ckpt_path=path, weights_only=True)
+    except SystemExit as stopped:
+        if parts.trainer.is_global_zero and not os.environ.get(SWEEP_VARIABLE):  # else it is the command of the sweep
+            print(f"resume with: {resume_command(cfg.name, Path(cfg.output_dir))}", flush=True)
+        if isinstance(stopped.__context__, KeyboardInterrupt):  # Lightning's exit code is 1
+            raise SystemExit(128 + signal.SIGINT) from stopped
+        raise
+
+
+def finish(cfg: DictConfig, parts: RunParts) -> dict[str, float]:
+    """Writes the results of a trained run, says what to do with it, and returns its scores."""
+    from coca_lit.callbacks import samples_seen
+    from coca_lit.models import part_sizes
+    from coca_lit.runs.results import finish_run
+
+    folder = Path(cfg.output_dir)
+    found = parts.scoring.found
+    facts = {**samples_seen(parts.trainer), "parameters": part_sizes(parts.module.net)}
+    if parts.trainer.is_global_zero:
+        found.not_run = parts.not_run | found.not_run
+        finish_run(folder, found, facts, parts.report)
+        if (folder / "checkpoints" / "last.ckpt").exists():
+            print(f"next: {next_commands(cfg, parts.module.net, parts.data)}", flush=True)
+    return found.scores
 
 
 def next_commands(cfg: DictConfig, net: "CoCa", data: "CaptionDataModule") -> str:
@@ -162,12 +255,17 @@ def resume_data(data: "CaptionDataModule", start: "Start", strict: bool) -> None
     Raises:
         DataError: the data have changed.
     """
+    from coca_lit.data.datamodule import CaptionDataModule
     from coca_lit.distributed import print_rank_zero
 
+    if not isinstance(data, CaptionDataModule):
+        print_rank_zero(f"note: {type(data).__name__} keeps no place: the epoch ends with its first batches")
+        return
     state = start.content.get(type(data).__qualname__, {})
     data.load_state_dict(state)
     data.prepare_data()
-    if not (changed := data.changed_since(state)):
+    changed = data.changed_since(state)
+    if not changed:
         return
     if strict:
         raise DataError(
