@@ -7,7 +7,7 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
 from coca_lit.callbacks.checkpoint import Averaging, Checkpoints, StepSeeds
-from coca_lit.callbacks.guards import BadSampleLog, NonFiniteGuard, RunFolderGuard, SameOnAllRanks, StallGuard
+from coca_lit.callbacks.guards import BadSampleLog, NonFiniteGuard, SameOnAllRanks
 from coca_lit.callbacks.loggers import LogRunFacts, MetricsLog
 from coca_lit.callbacks.progress import (
     RunSummary,
@@ -27,12 +27,10 @@ __all__ = [
     "LogRunFacts",
     "MetricsLog",
     "NonFiniteGuard",
-    "RunFolderGuard",
     "RunSummary",
     "SamplesSeen",
     "ScoreDuringTraining",
     "SourceCounts",
-    "StallGuard",
     "StepSeeds",
     "Throughput",
     "in_order",

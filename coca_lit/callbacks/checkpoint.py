@@ -133,10 +133,6 @@ class Checkpoints(L.Callback):
     def _set_clock(self) -> None:
         self.due_at = math.inf if self.every_minutes is None else time.monotonic() + 60 * self.every_minutes
 
-    def save_soon(self) -> None:
-        """Asks for a checkpoint before the next step, also where one of this step was saved already."""
-        self.due_at, self._saved = 0.0, None
-
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:

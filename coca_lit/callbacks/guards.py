@@ -1,15 +1,12 @@
-"""What can go wrong while a run trains, noted in its run folder: steps that are not finite, bad samples, a deleted
-folder, no progress.
+"""What can go wrong while a run trains, noted in its run folder: steps that are not finite, bad samples. And ranks that
+would train different things.
 """
 
 import csv
-import faulthandler
 import json
 import logging
 import math
 import statistics
-import threading
-import time
 from collections import Counter, deque
 from contextlib import suppress
 from functools import partial
@@ -20,15 +17,14 @@ import lightning.pytorch as L
 import torch
 from torch.distributed.tensor import DTensor
 
-from coca_lit.callbacks.checkpoint import Checkpoints
 from coca_lit.data.bad_samples import BadSample
 from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import CaptionDataModule
 from coca_lit.distributed import Arriving, gather_objects, print_rank_zero, rank, step_exchange, world_size
 from coca_lit.errors import DataError, TrainingError, check_number
 from coca_lit.files import Waiting, append_lines, atomic_write, csv_line, whole_lines
-from coca_lit.runs.run_folder import BAD_STEPS, CONFIG, ENVIRONMENT, HOLDER
-from coca_lit.training.lightning_fixes import callbacks_of, is_logged_step
+from coca_lit.runs.run_folder import BAD_STEPS
+from coca_lit.training.lightning_fixes import is_logged_step
 
 log = logging.getLogger(__name__)
 
@@ -274,103 +270,3 @@ def _compare(own: dict[str, Any]) -> None:
         for name, value in first.items():
             if other[name] != value:
                 raise DataError(f"process {process} differs from the first in {name}: {other[name]}, not {value}")
-
-
-class RunFolderGuard(L.Callback):
-    """Checks after each step that the run folder is still there. If not, it says so, makes the folder again and asks
-    for a checkpoint, so that nothing else is lost.
-    """
-
-    def __init__(self, output_dir: str | Path) -> None:
-        self.folder = Path(output_dir)
-        self._files: dict[str, bytes] = {}
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if rank() == 0:
-            present = [name for name in (CONFIG, ENVIRONMENT, HOLDER) if (self.folder / name).is_file()]
-            self._files = {name: (self.folder / name).read_bytes() for name in present}
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._look(trainer)
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._look(trainer)
-
-    def _look(self, trainer: L.Trainer) -> None:
-        if not self._files or not _is_gone(self.folder / CONFIG):
-            return
-        log.warning("the run folder %s was deleted while the run writes to it; it is made again", self.folder)
-        try:
-            for name, content in self._files.items():
-                atomic_write(self.folder / name, content)
-        except DataError as error:
-            log.warning("%s", error)
-        for checkpoints in callbacks_of(trainer, Checkpoints):
-            checkpoints.save_soon()
-
-
-def _is_gone(path: Path) -> bool:
-    """Whether there is no such file; a file system that does not answer for a moment does not say so."""
-    try:
-        path.stat()
-    except OSError as error:
-        return isinstance(error, FileNotFoundError | NotADirectoryError)
-    return False
-
-
-class StallGuard(L.Callback):
-    """Reports when a process makes no progress: after which samples, and where each of its threads is, on standard
-    error. A data worker that hangs on a disk, or a rank that is stopped, makes no error: everybody waits, for hours.
-
-    Not among the default callbacks: `+callbacks.stall._target_=coca_lit.callbacks.StallGuard`. Scores and checkpoints
-    count as no progress too, so choose a time longer than they take.
-
-    Args:
-        minutes: without progress after which there is a report, once.
-    """
-
-    def __init__(self, minutes: float = 30.0) -> None:
-        check_number("minutes", minutes, above=0)
-        self.seconds = 60 * minutes
-        self._over = threading.Event()
-        self._began, self._doing, self._keys, self._said = time.monotonic(), "", [""], False
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._over.clear()
-        self._now(f"after step {trainer.global_step}", [])
-        threading.Thread(target=self._watch, name="stalls", daemon=True).start()
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
-        self._now(f"in the step after step {trainer.global_step}", batch.keys)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        self._now(f"after step {trainer.global_step}", batch.keys)
-
-    def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._now(f"in the validation after step {trainer.global_step}", batch.keys)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._over.set()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._over.set()  # then there is no teardown
-
-    def _now(self, doing: str, keys: list[str]) -> None:
-        self._began, self._doing, self._keys, self._said = time.monotonic(), doing, keys, False
-
-    def _watch(self) -> None:
-        while not self._over.wait(self.seconds / 10):
-            seconds = time.monotonic() - self._began
-            if seconds > self.seconds and not self._said:
-                self._said = True
-                where = f"rank {rank()} has made no progress for {seconds:.0f} seconds {self._doing}"
-                log.warning("%s; its last samples: %s", where, ", ".join(self._keys) or "none")
-                faulthandler.dump_traceback(2)  # the stream that no one replaces

@@ -173,7 +173,7 @@ def check_held(folder: Path) -> None:
     lock was deleted and nobody else came in.
 
     Raises:
-        ConfigError: another process has taken the folder since.
+        ConfigError: the folder was deleted, or another process has taken it since.
     """
     inode, holder = _held.get(folder.absolute(), (None, {}))
     try:
@@ -182,8 +182,8 @@ def check_held(folder: Path) -> None:
         return
     if holder and now != inode and (now is not None or _holder(folder) != holder):
         raise ConfigError(
-            f"another process has taken {folder}, because its file {LOCK} was deleted: this one ends and writes nothing"
-            " more"
+            f"{folder}, or its file {LOCK}, was deleted while this run held it, so another process may have taken it: "
+            "this run ends and writes nothing more"
         )
 
 

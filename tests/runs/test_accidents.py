@@ -1,7 +1,6 @@
-"""What happens to a run from outside while it trains: workers that die or hang, a deleted folder, a full disk."""
+"""What happens to a run from outside while it trains: workers that die, a full disk."""
 
 import csv
-import json
 import logging
 import multiprocessing
 import os
@@ -47,30 +46,6 @@ def test_killed_worker_is_one_sentence(tmp_path: Path) -> None:
     last = said.strip().splitlines()[-1]
     expected = rf"coca_lit\.errors\.DataError: a data worker( \(process {pid}\))? .*killed.*fewer workers.*resumes"
     assert re.fullmatch(expected, last)
-
-
-class DeleteFolder(L.Callback):
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == 3:
-            shutil.rmtree(self.folder)
-
-
-@pytest.mark.slow
-def test_deleted_folder_is_said_and_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = tmp_path / "run"
-    with watched(DeleteFolder(folder)), caplog.at_level(logging.WARNING):
-        scores = run(folder, *SHORT)
-    assert caplog.text.count("was deleted") == 1
-    assert results(folder) == scores
-    assert {"config.yaml", "environment.json", "report.html", "checkpoints"} <= {path.name for path in folder.iterdir()}
-    assert json.loads((folder / "environment.json").read_text())["seconds"] >= 0
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = [int(row["step"]) for row in csv.DictReader(file) if row["train/caption_loss"]]
-    assert rows == [2, 3, 4, 5]  # the row of step 3 was written just after
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step_4.ckpt", "step_6.ckpt", "last.ckpt"}
 
 
 @pytest.fixture

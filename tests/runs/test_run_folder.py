@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -110,12 +111,23 @@ def test_who_lost_the_folder_to_another_process_writes_nothing_more(
         if ended:
             (folder / ".lock").unlink()
             (folder / ".lock.json").unlink()
-        with pytest.raises(ConfigError, match=r"another process has taken .*/run, because its file \.lock was deleted"):
+        with pytest.raises(
+            ConfigError, match=r"/run, or its file \.lock, was deleted .* another process may have taken"
+        ):
             check_held(folder)
     if not ended:  # what is there is the other's, and holds
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
         with pytest.raises(ConfigError, match=f"in use by process {other.pid}"), in_use(folder):
             pass
+
+
+def test_a_deleted_folder_is_not_made_again_for_a_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with in_use(folder):
+        shutil.rmtree(folder)
+        with pytest.raises(ConfigError, match=r"/run, or its file \.lock, was deleted while this run held it"):
+            check_held(folder)
+    assert not folder.exists()
 
 
 @pytest.mark.slow
@@ -128,7 +140,7 @@ def test_a_run_that_lost_its_folder_ends_before_it_overwrites_a_checkpoint(tmp_p
                 (folder / ".lock").unlink()
                 hold(folder)
 
-    with watched(Deletes()), pytest.raises(ConfigError, match="another process has taken"):
+    with watched(Deletes()), pytest.raises(ConfigError, match="another process may have taken it"):
         run(folder, *TINY, "evals=[]", "callbacks.checkpoint.every_n_steps=1", "trainer.max_steps=4")
     saved = {path.name for path in (folder / "checkpoints").iterdir()}
     assert saved == {"step_1.ckpt", "last.ckpt"}
