@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.cli.runtime import best_precision
@@ -43,16 +45,13 @@ def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None,
     Raises:
         ConfigError: a target that does not exist, or a key or value that its constructor refuses.
     """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
     values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
     if not isinstance(values, dict) or "_target_" not in values:
         raise ConfigError(f"{path} names nothing to build: set {path}._target_ to a class or a function")
     resolve_target(values["_target_"], path)
     taken = read_signature(values["_target_"]).arguments
     objects |= {key: value for key, value in (offered or {}).items() if key not in values and key in taken}
-    node = _without(node)
+    node = OmegaConf.create(without_references(values))  # Hydra 1.4 would look up a changed copy of a node by its key
     for key in FUNCTIONS:  # Hydra would call these: `_partial_` keeps those that await arguments
         for name, part in (node.get(key) or {}).items():
             if isinstance(part, DictConfig) and "_target_" in part and _awaits_arguments(part, f"{path}.{key}.{name}"):
@@ -64,6 +63,17 @@ def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None,
         if not isinstance(cause, TypeError | ValueError | ModuleNotFoundError):
             raise cause or error from error
         raise ConfigError(f"{path}: {cause}") from error
+
+
+def without_references(value: Any) -> Any:
+    """Plain values whose texts OmegaConf takes as they are, also where "${" is in them."""
+    if isinstance(value, dict):
+        return {key: without_references(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_references(part) for part in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+    return value
 
 
 def resolve_target(target: Any, path: str) -> Callable[..., Any]:
