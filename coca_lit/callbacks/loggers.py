@@ -1,14 +1,13 @@
-"""Logs of a run: `metrics.csv`; TensorBoard, W&B and MLflow; and what each logger is told.
+"""Logs of a run: `metrics.csv`; TensorBoard and W&B; and what each logger is told.
 
 Each tracker gets the config, the model's size, the state of the code, scores and samples, and goes on in the same run
 after a kill, with every step once. A run that resumes repeats the steps since its last checkpoint, with the same
-values, bit by bit. TensorBoard's readers drop what came before; to W&B and MLflow, which keep whatever they got, a step
-that they have is not sent again.
+values, bit by bit. TensorBoard's readers drop what came before; to W&B, which keeps whatever it got, a step that it has
+is not sent again. Other loggers are Lightning's own.
 """
 
 import csv
 import logging
-import os
 import sys
 import time
 from argparse import Namespace
@@ -23,7 +22,7 @@ from uuid import uuid4
 import lightning.pytorch as L
 import numpy as np
 import yaml
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
@@ -36,7 +35,6 @@ from coca_lit.runs.run_folder import METRICS, environment
 
 log = logging.getLogger(__name__)
 
-SLOW, AGAIN = 5.0, 600.0  # seconds in vain after which a server is left alone, and for how long
 SOON = 60.0  # seconds until a disk that was full is tried again
 
 
@@ -91,33 +89,9 @@ class MetricsLog(Logger):
         append_lines(self.path, [csv_line(row.get(name, "") for name in self._columns) for row in rows])
 
 
-class Tolerant:
-    """A tracker for which a full disk, or a server that is away, costs rows of its own and not the run."""
-
-    _told = False
-    _away_until = 0.0
-
-    def attempt(self, send: Callable[[], object]) -> None:
-        """Calls `send`, unless it took long in vain a short while ago, as where a server does not answer."""
-        begun = time.monotonic()
-        if begun < self._away_until:
-            return
-        try:
-            send()
-        except Exception as error:
-            if not self._told:
-                why = redact(str(error.__cause__ or error))
-                log.warning("%s: %s; the run continues, and metrics.csv has all rows", type(self).__name__, why)
-            self._told, now = True, time.monotonic()
-            self._away_until = now + AGAIN if now - begun > SLOW else 0.0
-            self.failed()
-
-    def failed(self) -> None:
-        """What is left to do after an error."""
-
-
-class TensorBoardLog(Tolerant, TensorBoardLogger):
-    """Lightning's, whose readers drop everything that an earlier process wrote from the resumed step on.
+class TensorBoardLog(TensorBoardLogger):
+    """Lightning's, whose readers drop everything that an earlier process wrote from the resumed step on. A full disk
+    costs rows and not the run.
 
     Args:
         output_dir: the run folder.
@@ -128,6 +102,8 @@ class TensorBoardLog(Tolerant, TensorBoardLogger):
         self, output_dir: str | Path, name: str = "tensorboard", version: str = "", logged_steps: int = 0
     ) -> None:
         super().__init__(output_dir, name, version, default_hp_metric=False, purge_step=logged_steps)
+        self._has_warned = False
+        self._paused_until = 0.0
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -152,29 +128,25 @@ class TensorBoardLog(Tolerant, TensorBoardLogger):
     def finalize(self, status: str) -> None:
         self.attempt(partial(super().finalize, status))
 
-    def failed(self) -> None:
-        """After an error in its thread a writer takes nothing any more: later rows go to another file."""
-        with suppress(Exception):
-            self.experiment.close()
-        self._experiment = None
-        self._kwargs["purge_step"] = None  # the rows before stay
-        self._away_until = time.monotonic() + SOON
-
-
-class KeptName:
-    """The name that a tracker gave to a run, in a file of the run folder.
-
-    Args:
-        same_run: whether the run resumes; otherwise the tracker gets a new one.
-    """
-
-    def __init__(self, path: Path, same_run: bool) -> None:
-        self.path = path
-        self.before = path.read_text(encoding="utf-8").strip() if same_run and path.exists() else None
-
-    def keep(self, name: str) -> None:
-        """Not before training starts: what an earlier run left is archived by then."""
-        atomic_write(self.path, f"{name}\n".encode())
+    def attempt(self, write: Callable[[], object]) -> None:
+        """Calls `write`, unless it failed a short while ago. After an error in its thread a writer takes nothing any
+        more: later rows go to another file.
+        """
+        if time.monotonic() < self._paused_until:
+            return
+        try:
+            write()
+        except Exception as error:
+            if not self._has_warned:
+                log.warning(
+                    "TensorBoardLog: %s; the run continues, and metrics.csv has all rows", error.__cause__ or error
+                )
+            self._has_warned = True
+            with suppress(Exception):
+                self.experiment.close()
+            self._experiment = None
+            self._kwargs["purge_step"] = None  # the rows before stay
+            self._paused_until = time.monotonic() + SOON
 
 
 class WandbLog(WandbLogger):
@@ -185,16 +157,19 @@ class WandbLog(WandbLogger):
     newest of the run's folders holds all of it.
 
     Args:
-        output_dir: the run folder.
+        output_dir: the run folder, whose file `wandb_run` keeps the id of the W&B run.
+        same_run: whether the run resumes; otherwise W&B gets a new one.
         settings: of `wandb.init`, too: `tags`, `entity`, `group` (by default what precedes the last slash of `name`).
     """
 
     def __init__(self, output_dir: str | Path, same_run: bool = False, **settings: Any) -> None:
         self.folder = Path(output_dir)
-        self.kept = KeptName(self.folder / "wandb_run", same_run)
+        self.id_file = self.folder / "wandb_run"
+        self.resumes = same_run and self.id_file.exists()
+        run_id = self.id_file.read_text(encoding="utf-8").strip() if self.resumes else uuid4().hex[:8]
         self.first_step = 0  # that W&B lacks
         group = str(settings.get("name") or "").rpartition("/")[0] or None
-        own = {"id": self.kept.before or uuid4().hex[:8], "resume": "allow", "group": group}
+        own = {"id": run_id, "resume": "allow", "group": group}
         super().__init__(save_dir=output_dir, **{**own, **settings})
 
     @property
@@ -212,9 +187,9 @@ class WandbLog(WandbLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
-        self.kept.keep(self.experiment.id)
+        atomic_write(self.id_file, f"{self.experiment.id}\n".encode())  # by now what an earlier run left is archived
         super().log_hyperparams(params)
-        if self.kept.before is not None:
+        if self.resumes:
             self.first_step = self.experiment.step
             for row in csv.DictReader(whole_lines(self.folder / METRICS)):
                 if row["step"].isdigit():
@@ -243,73 +218,6 @@ class WandbLog(WandbLogger):
         if self._experiment is not None:
             self._experiment.finish(exit_code=int(status != "success"))
             self._experiment = None
-
-
-class MLflowLog(Tolerant, MLFlowLogger):
-    """Lightning's, in the same MLflow run after a kill.
-
-    Args:
-        output_dir: the run folder.
-        tracking_uri: a store, such as `sqlite:///mlflow.db`, or the address of a server.
-    """
-
-    def __init__(
-        self,
-        output_dir: str | Path,
-        tracking_uri: str,
-        experiment_name: str,
-        run_name: str | None = None,
-        tags: dict[str, str] | None = None,
-        artifact_location: str | None = None,
-        same_run: bool = False,
-    ) -> None:
-        self.kept = KeptName(Path(output_dir) / "mlflow_run", same_run)
-        self.last = -1  # the last step of them
-        self.logged: dict[tuple[int | None, str], float] = {}  # by step and name, what earlier processes logged
-        for name, value in (("MLFLOW_HTTP_REQUEST_TIMEOUT", "20"), ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")):
-            os.environ.setdefault(name, value)  # all other processes wait meanwhile, by default for 20 minutes
-        super().__init__(
-            experiment_name=experiment_name,
-            run_name=run_name,
-            tracking_uri=tracking_uri,
-            tags=tags,
-            artifact_location=artifact_location,
-            run_id=self.kept.before,
-        )
-
-    @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
-        """MLflow refuses another value for a parameter that it has, such as the number of workers of a resumed run."""
-        assert self.run_id is not None
-        self.kept.keep(self.run_id)
-        if self.kept.before is None:
-            super().log_hyperparams(params)
-            return
-        self.experiment.update_run(self.run_id, status="RUNNING")
-        for name in self.experiment.get_run(self.run_id).data.metrics:
-            history = self.experiment.get_metric_history(self.run_id, name)
-            self.logged |= {(point.step, name): point.value for point in history}
-        self.last = max((step for step, _ in self.logged if step is not None), default=0)
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        # MLflow takes no "@" in names: Lightning would drop it with a warning at every recall@1.
-        named = {name.replace("@", "_at_"): value for name, value in metrics.items()}
-        known = {name for name in named if (step, name) in self.logged}
-        if step == self.last:  # scores may be made again, of other images
-            known = {name for name in known if self.logged[step, name] == named[name]}
-        if new := {name: value for name, value in named.items() if name not in known}:
-            self.attempt(partial(super().log_metrics, new, step))
-
-    @rank_zero_only
-    def log_picture(self, name: str, path: Path, step: int) -> None:
-        assert self.run_id is not None  # a repeated step replaces the picture
-        place = f"{Path(name).parent}/step_{step}"
-        self.attempt(partial(self.experiment.log_artifact, self.run_id, str(path), place))
-
-    @rank_zero_only
-    def finalize(self, status: str = "success") -> None:
-        self.attempt(partial(super().finalize, status))
 
 
 class LogRunFacts(L.Callback):

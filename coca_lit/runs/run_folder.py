@@ -36,7 +36,7 @@ RUN_FILES = (
     *(CONFIG, ENVIRONMENT, RESULTS, EARLIER, INTERVALS, DRAWS, CONDITIONS, CHECKPOINTS, METRICS, BAD_STEPS),
     *("not_run.json", "curves.png", "report.html", "report.md"),
     *("bad_samples", "predictions", "samples"),
-    *("tensorboard", "wandb", "wandb_run", "mlflow_run"),
+    *("tensorboard", "wandb", "wandb_run"),
 )
 NEWEST = "auto"  # as `ckpt_path`: the newest checkpoint in the run folder, if it has one
 LOCK, HOLDER = ".lock", ".lock.json"
