@@ -1,5 +1,5 @@
 """Hydra takes launchers and sweepers from this namespace package alone, and imports it in every run. What they do is in
-`coca_lit.tools.clusters`, which is imported when a sweep begins.
+`coca_lit.projects.clusters`, which is imported when a sweep begins.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from hydra.plugins.sweeper import Sweeper
 
 
 class JobsLauncher(Launcher):
-    """Stands for the class of its name in `coca_lit.tools.clusters.launchers`, with the same options."""
+    """Stands for the class of its name in `coca_lit.projects.clusters.launchers`, with the same options."""
 
     def __init__(self, **options: Any) -> None:
         self.options = options
 
     def setup(self, **sweep: Any) -> None:
-        from coca_lit.tools.clusters import launchers
+        from coca_lit.projects.clusters import launchers
 
         self.launcher: Launcher = getattr(launchers, type(self).__name__)(**self.options)
         self.launcher.setup(**sweep)
@@ -29,9 +29,13 @@ class JobsLauncher(Launcher):
 class JoblibLauncher(JobsLauncher):
     """`hydra/launcher=joblib_jobs`"""
 
+    one_process_per_job = True
+
 
 class RayLauncher(JobsLauncher):
     """`hydra/launcher=ray_jobs`"""
+
+    one_process_per_job = True
 
 
 class SlurmLauncher(JobsLauncher):
@@ -39,13 +43,13 @@ class SlurmLauncher(JobsLauncher):
 
 
 class OptunaSweeper(Sweeper):
-    """`hydra/sweeper=optuna_study`, see `coca_lit.tools.clusters.study`."""
+    """`hydra/sweeper=optuna_study`, see `coca_lit.projects.clusters.study`."""
 
     def __init__(self, **options: Any) -> None:
         self.options = options
 
     def setup(self, **sweep: Any) -> None:
-        from coca_lit.tools.clusters.study import OptunaSweeper
+        from coca_lit.projects.clusters.study import OptunaSweeper
 
         self.sweeper = OptunaSweeper(**self.options)
         self.sweeper.setup(**sweep)

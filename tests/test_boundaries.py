@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "coca_lit").rglob("*.py"))
 FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
 READS_CONFIGS = {  # besides cli/ and the commands of the tools
     *("runs/redaction.py", "runs/resume.py", "runs/run_folder.py"),
-    *("tools/clusters/engines.py", "tools/clusters/launchers.py", "tools/clusters/study.py"),
+    *("tools/engines.py", "projects/clusters/launchers.py", "projects/clusters/study.py"),
 }
 PLAIN = [
     *("coca_lit", "coca_lit.losses", "coca_lit.training.optim", "coca_lit.tokenizer", "coca_lit.distributed"),

@@ -1,8 +1,8 @@
 """Sweeps, with any launcher and sweeper: records of their jobs, which a report gets at the end.
 
 The process that runs a job, on any machine, keeps a record in the job's folder. A sweep consists of all jobs in
-its folder with the same fixed values and the same varied keys: a sweep that is started again, or that continues an
-Optuna study, also shows its earlier jobs.
+its folder with the same fixed values and the same varied keys: a sweep that is started again, or that continues a
+search, also shows its earlier jobs.
 """
 
 import os
@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from hydra.utils import get_method
+from hydra.utils import get_class, get_method
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from coca_lit.errors import ConfigError, suggest
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from coca_lit.evals import Evaluation
 
 RECORD, ERROR, SWEEP_VARIABLE = "job.json", "error.txt", "COCA_LIT_SWEEP"
-IN_ONE_PROCESS = ("JoblibLauncher", "RayLauncher")
 
 
 class Sweep(NamedTuple):
@@ -70,7 +69,7 @@ class SweepCallback(Callback):
         objective = OmegaConf.select(config, "scoring.objective")
         direction = config.hydra.sweeper.get("direction")
         wanted = "minimize" if objective is not None and lower_is_better(objective) else "maximize"
-        if isinstance(direction, str) and direction != wanted:  # a sweeper that searches, such as Optuna's
+        if isinstance(direction, str) and direction != wanted:  # of a sweeper that searches
             raise ConfigError(f"scoring.objective={objective} needs hydra.sweeper.direction={wanted}, got {direction}")
         given = OverridesParser.create().parse_overrides([*config.hydra.overrides.task])
         if params := config.hydra.sweeper.get("params"):  # keys on the command line replace them
@@ -89,12 +88,12 @@ class SweepCallback(Callback):
         sweep = uuid4().hex
         prepare_jobs(config, sweep, fixed, left_out)
         folder = Path(config.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)  # an Optuna study is created in it first
+        folder.mkdir(parents=True, exist_ok=True)  # a sweeper may write there first
         _started.append(
             Sweep(
                 id=sweep,
                 folder=folder,
-                fixed=_values(map(_text, fixed)),
+                fixed=override_values(map(_text, fixed)),
                 keys={_key(o) for o in overrides},
                 left_out=left_out,
                 objective=objective,
@@ -128,7 +127,7 @@ def job_record() -> Iterator[None]:
         return
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    record = {"sweep": sweep, "begun": time.time(), "overrides": _values(hydra.overrides.task)}
+    record = {"sweep": sweep, "begun": time.time(), "overrides": override_values(hydra.overrides.task)}
     (folder / ERROR).unlink(missing_ok=True)
     write_json(folder / RECORD, {**record, "status": "unfinished"})
     try:
@@ -146,27 +145,6 @@ def job_record() -> Iterator[None]:
         write_json(folder / RECORD, {**record, "status": "stopped", "error": reason})
         raise
     write_json(folder / RECORD, {**record, "status": "ok"})
-
-
-def record_death(config: DictConfig, reason: str) -> None:
-    """Records as failed a job whose process ended before it could do so itself.
-
-    Args:
-        config: of the job, with Hydra's part.
-    """
-    before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(config)
-    try:
-        folder = Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir
-        sweep, overrides = config.hydra.job.env_set[SWEEP_VARIABLE], _values(config.hydra.overrides.task)
-    finally:
-        HydraConfig.instance().cfg = before
-    folder.mkdir(parents=True, exist_ok=True)
-    record = read_json(folder / RECORD, dict) if (folder / RECORD).exists() else {}
-    if record.get("sweep") != sweep:
-        record = {"sweep": sweep, "begun": time.time(), "overrides": overrides, "status": "unfinished"}
-    if record["status"] == "unfinished":
-        write_json(folder / RECORD, {**record, "status": "failed", "error": reason})
 
 
 def prepare_jobs(config: DictConfig, sweep: str, fixed: Sequence[Override], left_out: set[str]) -> None:
@@ -205,36 +183,38 @@ def sweep_score(results: Any, cfg: DictConfig) -> Any:
     return results.get(score)
 
 
-def check_study(evals: Sequence["Evaluation"]) -> None:
-    """Raises `ConfigError` if Optuna searches, and nothing says by which score of these evaluations."""
-    if not HydraConfig.initialized() or not _is_study():
+def check_search(evals: Sequence["Evaluation"]) -> None:
+    """Raises `ConfigError` if a sweeper searches, and nothing says by which score of these evaluations."""
+    if not HydraConfig.initialized() or not _searches():
         return
     names = [f"{e.name}/{score}" for e in evals for score in (*e.score_names, *(e.final_score_names or ()))]
     known = all(e.score_names and e.final_score_names is not None for e in evals)  # not of one's own
     if known and headline(names) is None:
-        raise ConfigError(f"scoring.objective: name the score that Optuna improves, one of: {', '.join(names)}")
+        raise ConfigError(f"scoring.objective: name the score that the search improves, one of: {', '.join(names)}")
 
 
-def _is_study() -> bool:
-    """Whether Optuna chooses the values of this job."""
+def _searches() -> bool:
+    """Whether the sweeper chooses the values of this job by the scores of others."""
     hydra = HydraConfig.get()
-    return hydra.mode == RunMode.MULTIRUN and hydra.sweeper.get("_target_", "").endswith("OptunaSweeper")
+    return hydra.mode == RunMode.MULTIRUN and isinstance(hydra.sweeper.get("direction"), str)
 
 
 def check_processes(count: int) -> None:
-    """Raises `ConfigError` if a job of a sweep wants more processes than its launcher can give it."""
+    """Raises `ConfigError` if a job of a sweep wants more processes than its launcher gives it. The class of a launcher
+    that starts one process for each job has a true attribute `one_process_per_job`.
+    """
     if count == 1 or not HydraConfig.initialized():
         return
-    launcher = HydraConfig.get().launcher.get("_target_", "").rpartition(".")[2]
-    if _is_study() and launcher == "BasicLauncher":
+    launcher = get_class(HydraConfig.get().launcher._target_)
+    if _searches() and launcher.__name__ == "BasicLauncher":
         raise ConfigError(
-            f"each of {count} processes would ask the study for values of its own: set trainer.devices=1, or "
-            "hydra/launcher=slurm_jobs for large jobs"
+            f"each of {count} processes would ask the search for values of its own: set trainer.devices=1, or choose a "
+            "hydra/launcher that starts the processes of a job"
         )
-    if launcher in IN_ONE_PROCESS:
+    if getattr(launcher, "one_process_per_job", False):
         raise ConfigError(
-            f"{launcher} runs each job in one process, and this job wants {count}: set trainer.devices=1 to train "
-            "models side by side, hydra/launcher=slurm_jobs for large jobs, or no launcher for one job after another"
+            f"{launcher.__name__} runs each job in one process, and this job wants {count}: set trainer.devices=1 to "
+            "train models side by side, or choose no launcher for one job after another"
         )
 
 
@@ -294,5 +274,5 @@ def _key(override: Override) -> str:
     return override.get_key_element().removeprefix("++")
 
 
-def _values(overrides: Iterable[str]) -> dict[str, str]:
+def override_values(overrides: Iterable[str]) -> dict[str, str]:
     return {key.removeprefix("++"): value for key, _, value in (redact(o).partition("=") for o in overrides)}

@@ -18,7 +18,7 @@ from coca_lit.cli.command import is_shipped
 from coca_lit.cli.module import build_module, load_source, with_recipe, with_start
 from coca_lit.cli.runtime import configure_libraries
 from coca_lit.cli.schema import argument_defaults
-from coca_lit.cli.sweep import SWEEP_VARIABLE, check_processes, check_study
+from coca_lit.cli.sweep import SWEEP_VARIABLE, check_processes, check_search
 from coca_lit.errors import DataError, error_context
 from coca_lit.machine import in_shell, is_first_process
 from coca_lit.runs.run_folder import NEWEST, in_use, start_run_folder
@@ -156,7 +156,7 @@ def build_run(cfg: DictConfig, beginning: Beginning) -> RunParts:
     if cfg.scoring.objective is not None:
         scoring.check_score("scoring.objective", cfg.scoring.objective, at_end=True)
     else:
-        check_study(evals)
+        check_search(evals)
     report = build(cfg.report, "report") if cfg.report is not None else None
     trainer = build_trainer(cfg, scoring, checkpoint, isinstance(data, CaptionDataModule))
     check_processes(trainer.world_size)

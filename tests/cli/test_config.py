@@ -48,7 +48,7 @@ def evaluates_all() -> DictConfig:
 def test_every_file_is_an_option_or_known() -> None:
     others = {str(path) for path in FILES if path.parent.as_posix() not in GROUPS}
     commands = {"train", "evaluate", "caption", "search", "export", "demo", "plan"}
-    engines = {"engine", *(f"engine/{name}" for name in ("local", "gpus", "slurm", "ray"))}  # see test_engines.py
+    engines = {"engine", *(f"engine/{name}" for name in ("local", "gpus"))}  # see test_engines.py
     brought = {
         "small": compose("trainer=smoke").data.batch_size == 8,
         "skip_missing": evaluates_all().scoring.skip_missing,

@@ -26,7 +26,7 @@ from coca_lit.machine import processors, workers_start_at_once
 from coca_lit.models.generation.options import OPTIONS, complete, describe
 from coca_lit.runs.run_folder import in_use
 from coca_lit.tools.checkpoint import chosen_checkpoint
-from coca_lit.tools.clusters.engines import Engine, Machine, Work
+from coca_lit.tools.engines import Engine, Machine, Work
 
 if TYPE_CHECKING:
     import torch

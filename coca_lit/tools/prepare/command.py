@@ -1,8 +1,8 @@
 """`coca-data prepare SOURCE OUTPUT` writes shards, `coca-data check SHARDS` reads and decodes every sample of them,
 `coca-data spice` fetches what SPICE needs. Projects add further subcommands.
 
-Where shards are worked on is a key as of other commands, engine=slurm engine.partition=cpu, see
-`coca_lit.tools.clusters.engines`.
+Where shards are worked on is a key as of other commands, engine=gpus engine.devices=[0,1], see
+`coca_lit.tools.engines`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from coca_lit.tools.prepare.subcommand import (
 
 if TYPE_CHECKING:
     from coca_lit.data.shards.shard import ManifestEntry
-    from coca_lit.tools.clusters.engines import Work
+    from coca_lit.tools.engines import Work
     from coca_lit.tools.prepare.subcommand import SubcommandParser, Subcommands
 
 EXAMPLE = "for example: coca-data prepare captions.csv shards/"
@@ -218,7 +218,9 @@ def _add_common(parser: "SubcommandParser") -> None:
     )
     parser.add_engine()
     parser.add_argument(
-        "--workers", type=positive, help="processes of this machine, or of each SLURM job (default: one per core)"
+        "--workers",
+        type=positive,
+        help="processes of this machine, or of each job (default: one per core)",
     )
 
 
@@ -232,7 +234,7 @@ def _judge(good: int, bad: int, limit: float) -> None:
 
 
 def _work(options: argparse.Namespace, doing: str) -> "Work":
-    from coca_lit.tools.clusters.engines import Work, engine_from
+    from coca_lit.tools.engines import Work, engine_from
 
     return Work(engine_from(options.engine, ["cpu"] * options.workers if options.workers else "cores"), doing)
 

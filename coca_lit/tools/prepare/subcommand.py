@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     Subcommands = argparse._SubParsersAction["SubcommandParser"]
 
-ENGINE = "engine=local|gpus|slurm|ray and engine.KEY=VALUE: where the work is done (default: cores of this machine)"
 SHARDS = "folders, 'FOLDER/{00000..00099}.tar', 'FOLDER/*.tar'"
 
 
@@ -38,7 +37,15 @@ class SubcommandParser(argparse.ArgumentParser):
     def add_engine(self) -> None:
         """Takes engine=NAME and engine.KEY=VALUE, which `run_subcommand` collects in the option `engine`."""
         self.set_defaults(engine=[])
-        self.epilog = ENGINE
+
+    def format_help(self) -> str:
+        if self.get_default("engine") is not None:
+            from coca_lit.cli.command import options_of
+
+            names = "|".join(options_of("engine", "engine"))
+            where = "where the work is done (default: cores of this machine)"
+            self.epilog = f"engine={names} and engine.KEY=VALUE: {where}"
+        return super().format_help()
 
 
 def data_parser(description: str | None = None) -> "tuple[argparse.ArgumentParser, Subcommands]":
@@ -127,7 +134,7 @@ def annotate(
         claim_outputs: called before the work with all shards and the settings.
     """
     from coca_lit.data.shards.listing import local_shards
-    from coca_lit.tools.clusters.engines import Work, engine_from
+    from coca_lit.tools.engines import Work, engine_from
     from coca_lit.tools.prepare.annotate import check_shards
 
     paths = local_shards(options.shards)

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.errors import ConfigError, TrainingError
-from coca_lit.tools.clusters.launchers import require
+from coca_lit.projects.clusters.launchers import require
 
 if TYPE_CHECKING:
     import optuna

@@ -1,6 +1,4 @@
-"""Shards on the devices of this machine: what dies starts again, what fails is counted. Engines that need a cluster are
-in test_slurm.py and test_ray.py.
-"""
+"""Shards on the devices of this machine: what dies starts again, what fails is counted."""
 
 import multiprocessing
 import os
@@ -12,7 +10,7 @@ import pytest
 
 from coca_lit.data.shards.shard import read_manifest
 from coca_lit.errors import ConfigError, DataError
-from coca_lit.tools.clusters.engines import Machine, Slurm, Work, engine_from
+from coca_lit.tools.engines import Machine, Work, engine_from
 from coca_lit.tools.prepare.command import data as coca_data
 from coca_lit.tools.prepare.scenes import write_shards
 from helpers.forking import called
@@ -80,31 +78,17 @@ def test_a_process_that_is_killed_while_it_waits_for_a_job_is_replaced() -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("engine=slrum", "'engine' has no option 'slrum'; did you mean 'slurm'"),
+        ("engine=gpu", "'engine' has no option 'gpu'; did you mean 'gpus'"),
         ("engine=gpus engine.device=[0]", "there is no key 'engine.device'; did you mean 'engine.devices'"),
         ("engine=gpus engine.devices=7", "engine.devices must be auto, cores, or a list of GPU numbers and cpu, got 7"),
         ("engine=gpus engine.devices=[-1]", "engine.devices must be auto, cores, or a list"),
-        ("engine=slurm engine.tasks_per_node=8", "engine.nodes and engine.tasks_per_node must be 1"),
-        ("engine=slurm engine.shards_per_job=0", "engine.shards_per_job must be at least 1, got 0"),
     ],
 )
 def test_mistakes_are_one_sentence(words: str, message: str) -> None:
-    if "slurm" in words:
-        pytest.importorskip("submitit")
     with pytest.raises(ConfigError) as raised:
         engine_from(words.split())
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
-
-
-def test_keys_of_launchers_are_keys_of_engines() -> None:
-    pytest.importorskip("submitit")
-    words = ["engine=slurm", "engine.partition=gpu", "engine.timeout_min=7", "engine.shards_per_job=3"]
-    engine = engine_from(words, ["cpu", "cpu"])
-    assert isinstance(engine, Slurm)
-    assert (engine.options["partition"], engine.options["timeout_min"], engine.size) == ("gpu", 7, 3)
-    assert engine.machine.devices == ["cpu", "cpu"]  # of `coca-data check … --workers 2`
-    assert engine_from(words).machine.devices is None  # a model has the GPU of its job
 
 
 def test_a_shard_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -2,7 +2,7 @@
 
 Hydra's own plugins for these are no longer kept up, and lose all results when one process dies. A launcher here takes
 picklable jobs and returns for each its result, or the reason why its process ended without one. A dead job is recorded
-as failed; all others run to their end. `coca_lit.tools.clusters.engines` runs other jobs with them.
+as failed; all others run to their end. `coca_lit.projects.clusters.engines` runs other jobs with them.
 """
 
 import logging
@@ -19,17 +19,21 @@ from importlib.util import find_spec
 from multiprocessing import connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from coca_lit.cli.sweep import record_death
+from coca_lit.cli.sweep import RECORD, SWEEP_VARIABLE, override_values
 from coca_lit.errors import ConfigError
+from coca_lit.files import write_json
 from coca_lit.machine import processors
+from coca_lit.reading import read_json
+from coca_lit.tools.engines import Runnable
 
 if TYPE_CHECKING:
     import submitit
@@ -37,12 +41,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit codes of a run that a signal stopped, with all saved
-
-
-class Runnable(Protocol):
-    """A picklable job."""
-
-    def __call__(self) -> Any: ...
 
 
 def require(choice: str, extra: str, package: str) -> None:
@@ -117,6 +115,27 @@ class JobsLauncher(Launcher):
     @abstractmethod
     def run(self, jobs: Sequence[Runnable]) -> Iterator[tuple[int, Any]]:
         """As each job ends, its number and its result, or the reason (a str) why its process ended without one."""
+
+
+def record_death(config: DictConfig, reason: str) -> None:
+    """Records as failed a job whose process ended before it could do so itself.
+
+    Args:
+        config: of the job, with Hydra's part.
+    """
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(config)
+    try:
+        folder = Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir
+        sweep, overrides = config.hydra.job.env_set[SWEEP_VARIABLE], override_values(config.hydra.overrides.task)
+    finally:
+        HydraConfig.instance().cfg = before
+    folder.mkdir(parents=True, exist_ok=True)
+    record = read_json(folder / RECORD, dict) if (folder / RECORD).exists() else {}
+    if record.get("sweep") != sweep:
+        record = {"sweep": sweep, "begun": time.time(), "overrides": overrides, "status": "unfinished"}
+    if record["status"] == "unfinished":
+        write_json(folder / RECORD, {**record, "status": "failed", "error": reason})
 
 
 def death(code: int) -> str:

@@ -1,11 +1,11 @@
-"""Work on a list of shards: in this process, in a process per GPU, in a SLURM array, or on a Ray cluster.
+"""Work on a list of shards: in this process, or in a process for each core or GPU of this machine. A project adds other
+engines by the config group `engine`, whose options name a class by `_target_`.
 
-    engine=local | gpus | slurm engine.partition=gpu | ray engine.ray.init.address=auto
+    engine=local | engine=gpus engine.devices=[0,1]
 
 A command hands `Work` a picklable function `(shard, settings) -> result` that writes its output whole or not at all,
-and the shards that are not finished yet. What dies starts again: here a process, under SLURM a job that is preempted or
-loses its node, on Ray a task that loses its worker. What fails nevertheless is reported, and the same command tries it
-again. The launchers of sweeps run the jobs of SLURM and Ray; folders must be shared by all machines.
+and the shards that are not finished yet. A process that dies starts again. What fails nevertheless is reported, and the
+same command tries it again.
 """
 
 import multiprocessing
@@ -28,9 +28,14 @@ from coca_lit.cli.command import compose, explain
 from coca_lit.errors import ConfigError, DataError, UserError
 from coca_lit.machine import processors
 from coca_lit.reading import printable
-from coca_lit.tools.clusters.launchers import RayLauncher, Runnable, SlurmLauncher
 
 ATTEMPTS = 3  # at a shard whose process dies
+
+
+class Runnable(Protocol):
+    """A picklable job."""
+
+    def __call__(self) -> Any: ...
 
 
 class Engine(Protocol):
@@ -139,44 +144,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-class Ray(RayLauncher):
-    """A task of a Ray cluster for each job."""
-
-    choice, key = "engine=ray", "engine"
-
-
-class Slurm(SlurmLauncher):
-    """A SLURM array, of which each job takes `shards_per_job` shards and works on them as `Machine(devices)` does."""
-
-    choice, key = "engine=slurm", "engine"
-
-    def __init__(self, shards_per_job: int, devices: str | Sequence[int | str] | None, **options: Any) -> None:
-        if shards_per_job < 1:
-            raise ConfigError(f"engine.shards_per_job must be at least 1, got {shards_per_job}")
-        if (options.get("nodes") or 1) != 1 or (options.get("tasks_per_node") or 1) != 1:
-            raise ConfigError(
-                "engine.nodes and engine.tasks_per_node must be 1: more shards at a time are more jobs, or with "
-                "engine.gpus_per_node=8 engine.devices=auto a process for each GPU of a job"
-            )
-        super().__init__(**options)
-        self.size, self.machine = shards_per_job, Machine(devices)
-
-    def run(self, jobs: Sequence[Runnable]) -> Iterator[tuple[int, Any]]:
-        parts = [_Part(jobs[start : start + self.size], self.machine) for start in range(0, len(jobs), self.size)]
-        for number, outcome in super().run(parts):
-            for i in range(len(parts[number].jobs)):
-                yield number * self.size + i, outcome if isinstance(outcome, str) else outcome[i]
-
-
-class _Part(NamedTuple):
-    jobs: Sequence[Runnable]
-    machine: Machine
-
-    def __call__(self) -> list[Any]:
-        outcomes = dict(self.machine.run(self.jobs))
-        return [outcomes[i] for i in range(len(self.jobs))]
-
-
 # Work
 
 
@@ -235,7 +202,7 @@ class _Job(NamedTuple):
     user_code: bool  # whether the config names modules in it
 
     def __call__(self) -> Any:
-        os.chdir(self.folder)  # the processes of a Ray cluster start elsewhere
+        os.chdir(self.folder)  # processes on other machines start elsewhere
         if self.user_code and self.folder not in sys.path:
             sys.path.append(self.folder)
         try:
@@ -248,7 +215,7 @@ class _Job(NamedTuple):
 
 
 def engine_from(words: Sequence[str], devices: str | Sequence[int | str] | None = None) -> Any:
-    """The engine of a command without Hydra, from words such as engine=slurm and engine.partition=gpu.
+    """The engine of a command without Hydra, from words such as engine=gpus and engine.devices=[0,1].
 
     Args:
         devices: of a `Machine` for which the words choose none.
