@@ -14,6 +14,8 @@ what it adds. Both are read without importing the project, whose code is importe
     names = ["my_vit_b32"]
     [text_towers]                  # and the other tables of `TABLES`: name = "module:object"
     mine = "my_package.text:MyTower"
+    [scores]                       # last parts of names of scores; with "%" at its end, tables print it times 100
+    right = { title = "right answers, %", share = true }  # or lower_is_better = true
     [commands.data]                # `coca-data count …` calls run(["count", …]); an option is declared as "--count"
     count = { run = "my_package.command:count", help = "what it does" }
 
@@ -44,9 +46,23 @@ TABLES = {  # of "module:object" by name, but for the last, which holds texts
     "inputs": "readers of files, by their ending",
     "resolvers": "functions that configs call, as ${name:argument}",
     "scenes": "functions that make built-in scenes, by their kind",
-    "titles": "what readers call the data of an evaluation, by its name",
+    "titles": "what readers call the other parts of names of scores: the evaluation, and how answers were found",
 }
-KEYS = ("about", "requires", "usual_evals", "groups", "roots", "presets", "commands", *TABLES)
+KEYS = ("about", "requires", "usual_evals", "groups", "roots", "presets", "scores", "commands", *TABLES)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a name of scores means.
+
+    Attributes:
+        title: what readers call it; with "%" at its end, tables print the score times 100.
+        share: whether it is a share of images, texts or answers, in [0, 1].
+    """
+
+    title: str
+    share: bool = False
+    lower_is_better: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,10 @@ class Project:
         if kind == "presets":
             return {name: table["module"] for name in table.get("names", ())}
         return table
+
+    def scores(self) -> dict[str, Score]:
+        """The names of scores that it declares."""
+        return {name: Score(**meaning) for name, meaning in self.table("scores").items()}
 
     def commands(self, tool: str) -> dict[str, dict[str, str]]:
         """What it adds to the command of a tool, see `commands_of`."""
@@ -120,6 +140,10 @@ def _read(entry: EntryPoint) -> Project:
     check_names(str(folder / MANIFEST), manifest, KEYS)
     if "about" not in manifest:
         raise ValueError(f"{folder / MANIFEST} lacks the key 'about'")
+    for name, meaning in manifest.get("scores", {}).items():
+        check_names(f"{folder / MANIFEST}: scores.{name}", meaning, ("title", "share", "lower_is_better"))
+        if "title" not in meaning:
+            raise ValueError(f"{folder / MANIFEST}: '{name}' of [scores] lacks a title")
     for tool, commands in manifest.get("commands", {}).items():
         for word, command in commands.items():
             if command.keys() != {"run", "help"}:
@@ -144,7 +168,7 @@ def _check_names(project: Project, others: Mapping[str, Project]) -> None:
     if project.name in others:
         raise ValueError(f"the package '{others[project.name].distribution}' has a project of the same name")
     for other in others.values():
-        for kind in (*TABLES, "presets", "roots"):
+        for kind in (*TABLES, "presets", "roots", "scores"):
             twice = project.table(kind).keys() & other.table(kind).keys()
             if twice:
                 raise ValueError(f"'{min(twice)}' of its {kind} is also the name of one of the project '{other.name}'")
@@ -158,6 +182,12 @@ def _check_names(project: Project, others: Mapping[str, Project]) -> None:
 def declared(kind: str) -> dict[str, str]:
     """What all projects declare of a kind, a table of `project.toml`: name -> "module:object"."""
     return {name: target for project in projects() for name, target in project.table(kind).items()}
+
+
+@functools.cache
+def scores() -> dict[str, Score]:
+    """What all projects declare of names of scores, by their last part."""
+    return {name: score for project in projects() for name, score in project.scores().items()}
 
 
 def listed(key: str) -> list[str]:

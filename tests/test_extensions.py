@@ -13,6 +13,9 @@ about = "Counts things."
 things = "${data_dir}/things"
 [text_towers]
 counting = "outsider.idea.tower:Tower"
+[scores]
+counted = { title = "things counted, %", share = true }
+missed = { title = "things missed", lower_is_better = true }
 [commands.data]
 count = { run = "outsider.idea.tower:count", help = "count things" }
 """
@@ -53,6 +56,17 @@ def train(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_names_are_known_without_an_import(site: Path) -> None:
     program = "print(extensions.declared('text_towers')['counting'], 'outsider' in sys.modules)"
     assert python(site, program).stdout == "outsider.idea.tower:Tower False\n"
+
+
+def test_names_of_scores_say_what_they_mean(site: Path) -> None:
+    program = """
+from coca_lit.metrics import is_share, lower_is_better
+from coca_lit.runs.scores import cell, score_name
+for score in ("x/counted", "x/missed", "x/other"):
+    print(score_name(score), cell(score, 0.5), is_share(score), lower_is_better(score))
+"""
+    expected = ["things counted, % 50.00 True False", "things missed 0.50 False True", "other 0.50 False False"]
+    assert python(site, program).stdout.splitlines() == expected
 
 
 def test_configs_roots_and_help_are_found_without_an_import(site: Path) -> None:
@@ -131,6 +145,8 @@ for words in (["count", "a"], ["a", "count"], ["a", "--draw", "b"], ["--draw=b"]
     [
         ("about = 'x'\nrots = 1", "has no argument 'rots'; did you mean 'roots'?"),
         ("[roots]", "lacks the key 'about'"),
+        ("about = 'x'\n[scores]\nright = { tilte = 'x' }", "has no argument 'tilte'; did you mean 'title'?"),
+        ("about = 'x'\n[scores]\nright = { share = true }", "title"),
         ("about =", "Invalid value"),
         ("about = 'x'\nrequires = ['another']", "it requires the project 'another'"),
         ("about = 'x'\n[text_towers]\ncounting = 'a:b'", "'counting' of its text_towers is also the name of one"),

@@ -1,22 +1,29 @@
 """Scores of captions, retrieval, classification and answers: pure functions, and torchmetrics classes over them.
 
-Nothing else of coca_lit is imported here. The classes (`CaptionMetric`, `ZeroShotAccuracy`) go into any LightningModule
-or training loop; several processes may hold any part of the samples, and each sample counts once.
+Nothing else of coca_lit is imported here but what projects declare of the names of their scores. The classes
+(`CaptionMetric`, `ZeroShotAccuracy`) go into any LightningModule or training loop; several processes may hold any part
+of the samples, and each sample counts once.
 """
 
 import re
 
+from coca_lit import extensions
+
 
 def lower_is_better(score: str) -> bool:
     """Whether a smaller value of the score of this name is the better one; of your own scores the last word says it."""
+    declared = extensions.scores().get(score.rpartition("/")[2])
+    if declared is not None:
+        return declared.lower_is_better
     own = ("loss", "error", "perplexity", "mse", "rmse", "mae", "wer", "fid")
     last = re.split("[^a-z]+", score.lower())[-1]
-    return score.endswith(("median_rank", "CHAIRi", "CHAIRs", "cut_captions")) or last in own
+    return score.endswith(("median_rank", "cut_captions")) or last in own
 
 
 def is_share(score: str) -> bool:
     """Whether the score of this name is a share of images, pixels, texts or answers, in [0, 1]."""
-    ends = ("accuracy", "consistency", "miou", "top1", "top5", "exact_match", "novel", "CHAIRi", "CHAIRs", "text_score")
-    return "recall@" in score or score.endswith(
-        (*ends, "image_score", "group_score", "_precision", "_recall", "cut_captions")
-    )
+    declared = extensions.scores().get(score.rpartition("/")[2])
+    if declared is not None:
+        return declared.share
+    ends = ("accuracy", "consistency", "miou", "top1", "top5", "exact_match", "novel")
+    return "recall@" in score or score.endswith((*ends, "_precision", "_recall", "cut_captions"))

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from coca_lit.extensions import declared
+from coca_lit import extensions
 from coca_lit.reading import printable
 
 if TYPE_CHECKING:  # else every command would wait for NumPy
@@ -35,14 +35,9 @@ NAMES = {
     "macro_accuracy": "mean accuracy over kinds, %",
     "box_accuracy": "boxes right at IoU 0.5, %",
     "name_accuracy": "things named right in a box, %",
-    "CHAIRi": "CHAIRi, objects that are not there, %",
-    "CHAIRs": "CHAIRs, captions with such objects, %",
     **{f"{fact}_{kind}": f"{kind} of {fact}s, %" for fact in FACTS for kind in ("precision", "recall")},
     "cut_captions": "captions that are cut, %",
     "read_tokens": "tokens that are read, %",
-    "text_score": "text score, %",
-    "image_score": "image score, %",
-    "group_score": "group score, %",
     "top1": "top-1, %",
     "top5": "top-5, %",
     "mean_per_class_recall": "mean per-class recall, %",
@@ -54,7 +49,6 @@ DATA_SETS = {  # names of evaluations -> names for readers, besides those that p
     "compositional": "built-in scenes, unseen combinations",
     "scenes_vqa": "questions about built-in scenes",
     "scenes_places": "places in built-in scenes",
-    "scenes_choice": "built-in scenes, choice of caption",
     "scenes_entailment": "statements about built-in scenes",
     "scenes_comparison": "statements about two built-in scenes",
     "scenes_motion": "moving scenes",
@@ -76,9 +70,6 @@ DATA_SETS = {  # names of evaluations -> names for readers, besides those that p
     "imagenet_a": "ImageNet-A",
     "imagenet_r": "ImageNet-R",
     "imagenet_sketch": "ImageNet-Sketch",
-    "sugarcrepe": "SugarCrepe",
-    "winoground": "Winoground",
-    "sugarcrepe_pp": "SugarCrepe++",
     "cxc": "MSCOCO with CxC's pairs",
     "eccv_caption": "ECCV Caption",
     "folder": "your photos",
@@ -86,7 +77,7 @@ DATA_SETS = {  # names of evaluations -> names for readers, besides those that p
     "vqa": "VQA v2",
     "laion": "LAION",
 }
-WAYS = {  # second parts of the names of scores: how an answer was found -> for readers
+WAYS = {  # second parts of the names of scores: how an answer was found -> for readers, besides those of projects
     "likelihood": "by likelihood",
     "pmi": "by the gain in likelihood",
     "knn": "by nearest neighbours",
@@ -99,7 +90,6 @@ WAYS = {  # second parts of the names of scores: how an answer was found -> for 
     "blind": "best guess without the image",
     "half": "half of the images",
     "folds": "mean of folds",
-    "text_only": "among texts alone",
 }
 DIRECTIONS = {"t2i_": "text to image", "i2t_": "image to text"}
 TAUS = {"tau_b_": "Kendall's tau-b of ", "tau_c_": "Kendall's tau-c of "}  # prefixes of scores of scores
@@ -141,14 +131,21 @@ def headlines_of(scores: Collection[str], count: int) -> list[str]:
 
 def data_name(name: str) -> str:
     """A data set for readers: "mscoco" -> "MSCOCO", "nocaps/in-domain" -> "NoCaps, in-domain"."""
-    name, _, domain = name.partition("/")
-    title = (DATA_SETS | declared("titles")).get(name, name)
-    return title + (f", {WAYS.get(domain, domain)}" if domain else "")
+    name, _, way = name.partition("/")
+    title = (DATA_SETS | extensions.declared("titles")).get(name, name)
+    return f"{title}, {way_name(way)}" if way else title
+
+
+def way_name(way: str) -> str:
+    """How an answer was found, for readers: "pmi" -> "by the gain in likelihood"; a domain as it is."""
+    return (WAYS | extensions.declared("titles")).get(way, way)
 
 
 def score_name(score: str) -> str:
     """A score for readers: "mscoco/t2i_recall@1" -> "text to image recall@1, %"."""
     short = score.rpartition("/")[2]
+    if short in extensions.scores():
+        return extensions.scores()[short].title
     for prefix, measure in TAUS.items():
         if short.startswith(prefix):
             return measure + NAMES.get(rest := short.removeprefix(prefix), rest)
@@ -172,6 +169,8 @@ def in_print_units(score: str, value: float) -> float:
 
 def _times_100(score: str) -> bool:
     short = score.rpartition("/")[2]
+    if short in extensions.scores():
+        return extensions.scores()[short].title.endswith("%")
     return (
         short in TIMES_100
         or "recall@" in short

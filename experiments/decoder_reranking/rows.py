@@ -26,16 +26,16 @@ from torchvision.transforms.functional import to_pil_image
 
 from coca_lit.data.datasets.captions import flickr_records
 from coca_lit.data.records import Record
-from coca_lit.data.scenes.facts import scene_choice_records
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import RandomCrop, load_pixels
 from coca_lit.evals import inference
-from coca_lit.evals.choice import ChoiceAccuracy, is_right
 from coca_lit.evals.inference import blind_log_likelihoods, embed_images, embed_pairs
 from coca_lit.evals.retrieval import candidate_pairs, log_likelihoods, reranked
 from coca_lit.metrics.retrieval import recall_at_k
 from coca_lit.metrics.uncertainty import exact
 from coca_lit.models import CoCa
+from coca_lit.projects.choice.evaluation import ChoiceAccuracy, is_right
+from coca_lit.projects.choice.scenes import scene_choice_records
 from coca_lit.runs.run_folder import environment
 from coca_lit.weights.load import load_model
 from experiments.study import Row, replace_rows

@@ -390,12 +390,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "metrics/test_uncertainty.py -k often",
         ),
     ],
-    "evals/choice.py": [
+    "projects/choice/evaluation.py": [
         (
             "winoground_tie",
             "pairs[:, 0, 0] > pairs[:, 1, 1]",
             "pairs[:, 0, 0] >= pairs[:, 1, 1]",
-            "evals/test_choice.py -k by_hand",
+            "projects/choice/test_choice.py -k by_hand",
         ),
     ],
     "training/optim.py": [
@@ -746,25 +746,25 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "projects/curation/test_judge.py -k training",
         ),
     ],
-    "evals/chair.py": [
+    "projects/choice/chair.py": [
         (
             "object_counted_twice",
             "for word in words) for words, there",
             "for word in set(words)) for words, there",
-            "evals/test_chair.py -k by_hand",
+            "projects/choice/test_chair.py -k by_hand",
         ),
         (
             "later_group",
             "for group in synonyms for word",
             "for group in reversed(synonyms) for word",
-            "evals/test_chair.py -k group",
+            "projects/choice/test_chair.py -k group",
         ),
-        ("plural_of_f", '("ves", "f"), ', "", "evals/test_chair.py -k objects_in"),
+        ("plural_of_f", '("ves", "f"), ', "", "projects/choice/test_chair.py -k objects_in"),
         (
             "all_references",
             "map(self.objects_in, record.captions)",
             "map(self.objects_in, record.captions[:1])",
-            "evals/test_chair.py -k references",
+            "projects/choice/test_chair.py -k references",
         ),
     ],
     "assets/published.json": [

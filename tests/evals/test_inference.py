@@ -11,7 +11,6 @@ from coca_lit.data.datasets.classification import Classification
 from coca_lit.errors import DataError
 from coca_lit.evals import Evaluation, Settings
 from coca_lit.evals.captions import CaptionScores
-from coca_lit.evals.choice import ChoiceScores
 from coca_lit.evals.classification import ZeroShotScores
 from coca_lit.evals.inference import caption_images, embed_pairs
 from coca_lit.evals.retrieval import RetrievalScores
@@ -80,7 +79,7 @@ def test_one_by_one_gives_the_same(alone: dict[str, Any]) -> None:
     assert alone["training"]
 
 
-@pytest.mark.parametrize("evaluation", [CaptionScores, RetrievalScores, VQAScores, ChoiceScores, Evaluation])
+@pytest.mark.parametrize("evaluation", [CaptionScores, RetrievalScores, VQAScores, Evaluation])
 def test_records_that_cannot_be_scored_are_refused_before_training(evaluation: type[Evaluation]) -> None:
     with pytest.raises(DataError, match="mine"):
         evaluation("mine", [])

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from coca_lit.data.scenes.facts import scene_choice_records
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.evals import Settings
-from coca_lit.evals.choice import ChoiceScores
 from coca_lit.evals.retrieval import RetrievalScores
+from coca_lit.projects.choice.evaluation import ChoiceScores
+from coca_lit.projects.choice.scenes import scene_choice_records
 from experiments.decoder_reranking import rows
 
 

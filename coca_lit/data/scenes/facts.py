@@ -118,27 +118,6 @@ def scene_facts(
     return parts
 
 
-def scene_choice_records(split: str, size: int = 32, count: int | None = None) -> list[Record]:
-    """The first caption of scenes of two objects, and a wrong one: the same objects in the other "order", with each
-    other's "colour", or the first one of another "shape", which is the domain. Arguments as for `scene_records`.
-    """
-    shapes = list(SHAPES)
-    records = []
-    for record in scene_records(split, size, count):
-        first, second = decode(int(record.id)).things
-        other = shapes[(shapes.index(first.shape) + 1) % len(shapes)]
-        wrong = {
-            "order": (second, first),
-            "colour": (first._replace(colour=second.colour), second._replace(colour=first.colour)),
-            "shape": (first._replace(shape=other), second),
-        }
-        for kind, things in wrong.items():
-            if things != (first, second):
-                texts = record.captions[0], captions(Scene(decode(int(record.id)).axis, things))[0]
-                records.append(Record(f"{record.id}/{kind}", record.image, texts, kind))
-    return records
-
-
 # Questions of colour, shape, number and place. Only those with one clear answer are asked. Answers are balanced over
 # questions of the same words, so that guessing without looking at the image scores as little as the scenes allow (the
 # idea of VQA v2).

@@ -20,7 +20,6 @@ from coca_lit.runs.scores import (
     DIRECTIONS,
     RERANKED,
     STATISTICS,
-    WAYS,
     cell,
     data_name,
     headlines_of,
@@ -28,6 +27,7 @@ from coca_lit.runs.scores import (
     own_scores,
     score_name,
     spread_cell,
+    way_name,
 )
 from coca_lit.tools.report.runs import Run, differences, obstacles, same_data
 from coca_lit.weights.hub import PREFIX, released
@@ -133,7 +133,7 @@ def score_tables(run: Run) -> list[Table]:
             # Published scores have their own decimals.
             rows[s] = [_own_name([run], s), *cells, *(cell(s, column.get(s)) for column in published.values())]
         scales = [text for end, text in SCALES.items() if any(score.endswith(end) for score in scores)]
-        header, notes = ["", *(WAYS.get(column, column) for column in columns)], [*scales, *sources]
+        header, notes = ["", *(way_name(column) for column in columns)], [*scales, *sources]
         if THIS_RUN in columns and any(f"{name}/{s}" in run.draws for s in scores):
             place = header.index(THIS_RUN) + 1
             header.insert(place, INTERVAL)

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,9 @@ from coca_lit.tools.score.output import add_output, check_output, write_scores
 if TYPE_CHECKING:
     from coca_lit.data.records import Listing
     from coca_lit.metrics.captions import CaptionTable
+    from coca_lit.metrics.uncertainty import Parts
+
+    Measure = Callable[[Sequence[Listing], dict[int | str, str]], Parts]  # as in coca_lit.evals.captions
 
 DESCRIPTION = """\
 Scores captions against references: BLEU-1..4, METEOR, ROUGE-L, CIDEr, SPICE (where its jars are), and statistics of the
@@ -36,14 +39,6 @@ def _parser() -> argparse.ArgumentParser:
         "references", type=Path, nargs="?", help="COCO or nocaps captions, or Karpathy's dataset_*.json; may be .gz"
     )
     parser.add_argument("--split", default="test", help="split of a Karpathy file (default: test)")
-    parser.add_argument("--synonyms", type=Path, help="CHAIR's synonyms.txt: adds CHAIRi and CHAIRs; with --instances")
-    parser.add_argument(
-        "--instances",
-        type=Path,
-        nargs="+",
-        action="extend",
-        help="COCO's instances_val2014.json, or several such files",
-    )
     parser.add_argument("--examples", type=int, default=0, metavar="N", help="print the N best and worst captions")
     add_output(parser)
     return parser
@@ -56,13 +51,20 @@ def score(arguments: Sequence[str] | None = None) -> None:
     handed_over = command_for("score", words)
     if handed_over is not None:
         handed_over(words)
-        return
+    else:
+        score_files(words)
+
+
+def score_files(words: Sequence[str], make_measure: "Callable[[], Measure] | None" = None) -> None:
+    """What `coca-score` does with a file of captions and one of references.
+
+    Args:
+        make_measure: makes a function of the listings of images and their captions, which returns further scores.
+    """
     parser = _parser()
     options = parser.parse_args(words)
     if options.references is None:
         sys.exit(f"error: name the files of the captions and of their references; {EXAMPLE} (more: coca-score --help)")
-    if (options.synonyms is None) != (options.instances is None):
-        parser.error("CHAIR needs both --synonyms and --instances")
 
     with started("coca-score", ValueError, RuntimeError, FileNotFoundError):
         from coca_lit.reading import printable
@@ -71,7 +73,7 @@ def score(arguments: Sequence[str] | None = None) -> None:
         check_output(parser, options.output)
         captions, listings = read_files(options.predictions, options.references, options.split)
         texts = {key: item.captions for key, item in listings.items()}
-        table = score_captions(captions, listings, options.synonyms, options.instances)
+        table = score_captions(captions, listings, make_measure() if make_measure is not None else None)
         scores = table.scores
         domains = Counter(item.domain for item in listings.values())
         images = {score: domains.get(score.rpartition("/")[0], len(captions)) for score in scores}
@@ -113,26 +115,20 @@ def read_files(predictions: Path, references: Path, split: str = "test") -> tupl
     return captions, listings
 
 
-def score_captions(
-    captions: Captions, listings: Listings, synonyms: Path | None = None, instances: Sequence[Path] | None = None
-) -> "CaptionTable":
-    """Scores, the reasons for missing ones, and their draws; with the files of CHAIR also its scores."""
+def score_captions(captions: Captions, listings: Listings, measure: "Measure | None" = None) -> "CaptionTable":
+    """Scores, the reasons for missing ones, and their draws; with those of a further measure."""
     from coca_lit.metrics.captions import caption_table
     from coca_lit.metrics.uncertainty import Ratios, bootstrap
     from coca_lit.progress import ProgressBar
 
     domains = {key: item.domain for key, item in listings.items()}
     texts = {key: item.captions for key, item in listings.items()}
-    judge = None
-    if synonyms is not None and instances is not None:
-        from coca_lit.evals.chair import Chair
-
-        judge = Chair(synonyms, instances)
     with ProgressBar("SPICE") as bar:
         table = caption_table(texts, captions, domains, progress=bar.reach)
-    if judge is not None:
-        table.draws.update(bootstrap(list(texts), Ratios(judge(list(listings.values()), dict(captions)))))
-        table.scores.update({name: table.draws[name].score for name in ("CHAIRi", "CHAIRs")})
+    if measure is not None:
+        draws = bootstrap(list(texts), Ratios(measure(list(listings.values()), dict(captions))))
+        table.draws.update(draws)
+        table.scores.update({name: of_score.score for name, of_score in draws.items()})
     return table
 
 

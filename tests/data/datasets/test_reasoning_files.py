@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from coca_lit.data.datasets.choice import SUGARCREPE, SUGARCREPE_PP, sugarcrepe_pp_records, sugarcrepe_records
 from coca_lit.data.datasets.statements import (
     nlvr2_records,
     nlvr2_statement,
@@ -47,19 +45,6 @@ def test_pairs(files: Path) -> None:
     records = compare(lambda split: pairs_records(files / "pairs", split), comparison_records, str, ("train", "val"))
     assert {record.domain for record in records} == {"more", "both", "one"}
     assert sorted(pair_labels(files / "pairs")) == ["false", "true"]
-
-
-@pytest.mark.parametrize(("kinds", "read"), [(SUGARCREPE, sugarcrepe_records), (SUGARCREPE_PP, sugarcrepe_pp_records)])
-def test_the_first_cases_are_of_all_kinds(kinds: tuple[str, ...], read: Callable, tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
-    case = {"filename": "0.jpg", "caption": "a", "caption2": "b", "negative_caption": "c"}
-    for kind in kinds:
-        cases = [{"id": i, **case} for i in range(30)]
-        content = cases if read is sugarcrepe_pp_records else dict(enumerate(cases))
-        (tmp_path / f"{kind}.json").write_text(json.dumps(content))
-    records = read(tmp_path)
-    assert len(records) == 30 * len(kinds)
-    assert {record.domain for record in records[:40]} == set(kinds)
 
 
 def compare(read: Callable, made: Callable, label: Callable, splits: Any = ("train", "val", "test")) -> list[Record]:

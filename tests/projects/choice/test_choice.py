@@ -10,19 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
-from coca_lit.data.datasets.choice import (
+from coca_lit.data.records import Record
+from coca_lit.data.transforms import build_transform
+from coca_lit.errors import DataError, DataNotFoundError
+from coca_lit.evals import Settings
+from coca_lit.metrics.uncertainty import bootstrap, exact, resamples
+from coca_lit.projects.choice.evaluation import ChoiceAccuracy, ChoiceScores, is_right, pair_accuracy
+from coca_lit.projects.choice.files import (
     SUGARCREPE,
     SUGARCREPE_PP,
     sugarcrepe_pp_records,
     sugarcrepe_records,
     winoground_records,
 )
-from coca_lit.data.records import Record
-from coca_lit.data.transforms import build_transform
-from coca_lit.errors import DataError, DataNotFoundError
-from coca_lit.evals import Settings
-from coca_lit.evals.choice import ChoiceAccuracy, ChoiceScores, is_right, pair_accuracy
-from coca_lit.metrics.uncertainty import bootstrap, exact, resamples
 from helpers.evaluating import WORDS, make_model, noise
 
 
@@ -217,3 +217,24 @@ def test_equal_to_clip_benchmark(root: Path, tmp_path: Path) -> None:
 def test_what_is_missing_is_named(tmp_path: Path, read: Callable[[Path], list[Record]]) -> None:
     with pytest.raises(DataNotFoundError, match=str(tmp_path)):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(("kinds", "read"), [(SUGARCREPE, sugarcrepe_records), (SUGARCREPE_PP, sugarcrepe_pp_records)])
+def test_the_first_cases_are_of_all_kinds(kinds: tuple[str, ...], read: Callable, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
+    case = {"filename": "0.jpg", "caption": "a", "caption2": "b", "negative_caption": "c"}
+    for kind in kinds:
+        cases = [{"id": i, **case} for i in range(30)]
+        content = cases if read is sugarcrepe_pp_records else dict(enumerate(cases))
+        (tmp_path / f"{kind}.json").write_text(json.dumps(content))
+    records = read(tmp_path)
+    assert len(records) == 30 * len(kinds)
+    assert {record.domain for record in records[:40]} == set(kinds)
+
+
+def test_records_without_texts_are_refused_before_training() -> None:
+    with pytest.raises(DataError, match="mine"):
+        ChoiceScores("mine", [])
+    records = [Record(f"image {i}", Path("x.png"), () if i in (2, 4) else ("a", "b")) for i in range(7)]
+    with pytest.raises(DataError, match=r"2 of 7 .*'mine'.*'image 2'"):
+        ChoiceScores("mine", records)

@@ -41,47 +41,56 @@ class ChoiceScores(Evaluation):
     ) -> None:
         super().__init__(name, records, every)
         check_number("right", right, whole=True, at_least=1, at_most=1 if paired else 2)
-        self.paired, self.right = paired, right
-        names = exact(len({r.image_key for r in records}), self._accuracy(np.zeros(len(records)), records))
-        self.score_names = ("text_score", "image_score", "group_score") if paired else tuple(names)
+        self.paired = paired
+        self.right = right
+        if paired:
+            self.score_names = ("text_score", "image_score", "group_score")
+        else:
+            images = len({record.image_key for record in records})
+            self.score_names = tuple(exact(images, self._accuracy(np.zeros(len(records)), records)))
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        if self.paired and len(records) < 2:
-            raise DataError(f"{self.name} compares pairs of images: set scoring.images and scoring.quick to 2 or more")
-        if self.paired:  # a last image whose other one has been cut off is left out
-            records = records[: len(records) // 2 * 2]
-        # What an interval draws: pairs, or images with all their cases.
-        first = range(0, len(records), 2) if self.paired else Units(record.image_key for record in records).first
-        units = [records[i].id for i in first]
-        size, workers = settings.batch_size, settings.workers
-        images, texts, image_of_text = embed_pairs(model, records, size, workers)
+        if self.paired:
+            if len(records) < 2:
+                raise DataError(
+                    f"{self.name} compares pairs of images: set scoring.images and scoring.quick to 2 or more"
+                )
+            records = records[: len(records) // 2 * 2]  # without a last image whose other one has been cut off
+            drawn = list(range(0, len(records), 2))  # an interval draws pairs,
+        else:
+            drawn = Units(record.image_key for record in records).first  # or images with all their cases
+        units = [records[i].id for i in drawn]
         counts = [len(record.captions) for record in records]
-        ways = {"": list((images[image_of_text] * texts).sum(dim=1).split(counts))}  # of each image (K,)
+        images, texts, image_of_text = embed_pairs(model, records, settings.batch_size, settings.workers)
+        cosines = (images[image_of_text] * texts).sum(dim=1).split(counts)  # of each image (K,)
         if not settings.full:
-            return exact(len(units), self._resampled(records, ways[""]))
+            return exact(len(units), self._resampled(records, cosines))
+        measured = {"": self._resampled(records, cosines)}
         if model.decoder is None:
             self.not_run[f"{self.name} likelihood"] = "the model has no decoder to read the texts with"
         else:
             captions = [caption for record in records for caption in record.captions]
             numbers = torch.arange(len(captions)).split(counts)
-            read = log_likelihoods(model, records, captions, lambda i: numbers[i].tolist(), size, workers)
-            blind = blind_log_likelihoods(model, captions, size).split(counts)  # without the image
-            ways["likelihood/"] = read
-            ways["pmi/"] = [row - prior for row, prior in zip(read, blind, strict=True)]
-        measured = {way: self._resampled(records, found) for way, found in ways.items()}
+            read = log_likelihoods(
+                model, records, captions, lambda i: numbers[i].tolist(), settings.batch_size, settings.workers
+            )
+            blind = blind_log_likelihoods(model, captions, settings.batch_size).split(counts)  # without the image
+            gains = [row - prior for row, prior in zip(read, blind, strict=True)]
+            measured["likelihood/"] = self._resampled(records, read)
+            measured["pmi/"] = self._resampled(records, gains)
         if self.right == 2:
             among_texts = [own @ own.T for own in texts.split(counts)]  # (K, K) of each image
             alike = is_right([torch.cat([row[0, 1:2], row[:2, 2:].flatten()]) for row in among_texts])
             measured["text_only/"] = self._accuracy(alike, records)
         for way, resampled in measured.items():
-            draws = bootstrap(units, resampled)
-            self.draws |= {f"{way}{score}": of for score, of in draws.items()}
+            for score, draws in bootstrap(units, resampled).items():
+                self.draws[way + score] = draws
         return {score: draws.score for score, draws in self.draws.items()}
 
-    def _resampled(self, records: Sequence[Record], found: Sequence[Tensor]) -> Resampled:
+    def _resampled(self, records: Sequence[Record], scores: Sequence[Tensor]) -> Resampled:
         if self.paired:
-            return pair_accuracy(found)
-        return self._accuracy(is_right(found, self.right), records)
+            return pair_accuracy(scores)
+        return self._accuracy(is_right(scores, self.right), records)
 
     def _accuracy(self, right: np.ndarray, records: Sequence[Record]) -> "ChoiceAccuracy":
         return ChoiceAccuracy(right, [record.domain for record in records], [record.image_key for record in records])
@@ -116,16 +125,18 @@ class ChoiceAccuracy(Ratios):
         self, right: np.ndarray, kinds: Sequence[str | None], images: Sequence[Hashable] | None = None
     ) -> None:
         units = Units(images or range(len(right)))
-        cases = {"accuracy": np.ones(len(right), dtype=bool)} | {
-            f"{kind}_accuracy": np.array([own == kind for own in kinds])
-            for kind in sorted({kind for kind in kinds if kind})
-        }
-        super().__init__({name: units.mean(right, rows) for name, rows in cases.items()})
+        parts = {"accuracy": units.mean(right)}
+        for kind in sorted({kind for kind in kinds if kind}):
+            of_kind = np.array([own == kind for own in kinds])
+            parts[f"{kind}_accuracy"] = units.mean(right, of_kind)
+        super().__init__(parts)
 
     def __call__(self, counts: np.ndarray) -> dict[str, np.ndarray]:
-        everything, *kinds = super().__call__(counts).items()  # a kind may be absent from a resample
-        mean = {"macro_accuracy": np.nanmean([of for _, of in kinds], axis=0)} if kinds else {}
-        return dict([everything]) | mean | dict(kinds)
+        kinds = super().__call__(counts)
+        scores = {"accuracy": kinds.pop("accuracy")}
+        if kinds:
+            scores["macro_accuracy"] = np.nanmean(list(kinds.values()), axis=0)  # a resample may lack a kind
+        return scores | kinds
 
 
 def pair_accuracy(scores: Sequence[Tensor]) -> Resampled:
@@ -140,5 +151,5 @@ def pair_accuracy(scores: Sequence[Tensor]) -> Resampled:
     text = is_right(pairs[:, 0].unbind()) & is_right(pairs[:, 1].unbind())
     # The rival of image 0 for text 0 is image 1 with the text that is not its own.
     image = ((pairs[:, 0, 0] > pairs[:, 1, 1]) & (pairs[:, 1, 0] > pairs[:, 0, 1])).numpy()
-    found = {"text_score": text, "image_score": image, "group_score": text & image}
-    return lambda counts: {name: counts @ of / counts.sum(axis=1) for name, of in found.items()}
+    right = {"text_score": text, "image_score": image, "group_score": text & image}
+    return lambda counts: {name: counts @ pair / counts.sum(axis=1) for name, pair in right.items()}

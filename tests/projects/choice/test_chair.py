@@ -11,8 +11,8 @@ from coca_lit.data.records import Record
 from coca_lit.errors import DataError
 from coca_lit.evals import Settings
 from coca_lit.evals.captions import CaptionScores
-from coca_lit.evals.chair import Chair, ObjectWords, chair
 from coca_lit.metrics.uncertainty import Ratios, exact
+from coca_lit.projects.choice.chair import Chair, ObjectWords, chair
 from helpers.evaluating import make_model, noise
 from helpers.running import without_java
 
