@@ -2,5 +2,5 @@
 
 from coca_lit.tools.caption.command import caption
 
-if __name__ == "__main__":  # and not in the processes that decode images
+if __name__ == "__main__":  # and not in the processes that it starts
     caption()

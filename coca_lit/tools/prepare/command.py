@@ -242,7 +242,3 @@ def _work(options: argparse.Namespace, doing: str) -> "Work":
 def _print_total(entries: "Sequence[ManifestEntry]", bad: int) -> None:
     good, size = sum(entry.samples for entry in entries), sum(entry.bytes for entry in entries)
     print(f"{len(entries):,} shards, {good:,} samples, {size / 1e9:.3g} GB; {bad:,} bad samples are left out")
-
-
-if __name__ == "__main__":
-    data()
