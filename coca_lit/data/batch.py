@@ -1,7 +1,6 @@
 """`Batch` is the contract between data, LightningModule and evaluations."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -10,7 +9,7 @@ from torch.utils.data import default_collate
 
 from coca_lit.data.bad_samples import BadSample
 from coca_lit.errors import DataError
-from coca_lit.models.inputs import Images, Patches, stack_images
+from coca_lit.models.inputs import Images, Input, stack_images
 from coca_lit.models.packing import to_device
 
 
@@ -28,8 +27,7 @@ class Batch(NamedTuple):
     """
 
     images: Images  # (B, 3, H, W) uint8, channels last in memory as decoders return them, normalised on the device;
-    # clips (B, F, 3, H, W); or `Patches`, padded to the longest image; (0, 3, H, W) for texts alone; cached features
-    # of the image encoder are (B, S, C) fp16
+    # or an `Input`; (0, 3, H, W) for texts alone; cached features of the image encoder are (B, S, C) fp16
     tokens: Tensor  # (B, L) int64, padded to the longest caption of the batch
     lengths: Tensor  # (B,) int64, number of real tokens including start and end; on the host, see `to`
     keys: list[str]  # sample ids, for error reports
@@ -42,11 +40,10 @@ class Batch(NamedTuple):
         word, stay on the host, where the layout of the texts is computed: to read them from a GPU, the host would wait
         for it.
         """
-        images = self.images
-        if isinstance(images, Patches):
-            images = replace(images, rows=to_device(images.rows, device))
+        if isinstance(self.images, Input):
+            images: Images = self.images.to(device, non_blocking=True)
         else:
-            images = to_device(images, device)
+            images = to_device(self.images, device)
         extras = dict(self.extras)
         for name, values in self.extras.items():
             if isinstance(values, Tensor) and not name.endswith("lengths"):
@@ -68,7 +65,7 @@ class Batch(NamedTuple):
 class Example(NamedTuple):
     """One training pair, the input of `collate`."""
 
-    image: Images  # (3, H, W) uint8, (F, 3, H, W) of a clip, or `Patches`, or (S, C) fp16
+    image: Images  # (3, H, W) uint8, or a single `Input`, or (S, C) fp16
     tokens: list[int]  # with start and end, not padded
     key: str
     bad: tuple[BadSample, ...] = ()  # samples that this one replaces
@@ -113,14 +110,12 @@ def _stack_extras(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _stack(images: Sequence[Images]) -> Images:
-    """Pixels (B, 3, H, W) channels last, clips (B, F, 3, H, W), `Patches`, or cached features (B, S, C). A worker
-    writes pixels and features into memory that the training process shares, which saves a copy.
+    """Pixels (B, 3, H, W) channels last, an `Input`, or cached features (B, S, C). A worker writes pixels and features
+    into memory that the training process shares, which saves a copy.
     """
-    if isinstance(images[0], Patches):
+    if any(isinstance(image, Input) for image in images):
         return stack_images(images)
     tensors = cast(Sequence[Tensor], images)
-    if len({tensor.shape for tensor in tensors if tensor.ndim == 4} | {tensors[0].shape}) > 1:
-        raise DataError("images and clips, or clips of several numbers of frames, are in one batch: train on one kind")
     if tensors[0].ndim != 3:
         return default_collate([*tensors])
     return default_collate([image.permute(1, 2, 0) for image in tensors]).permute(0, 3, 1, 2)

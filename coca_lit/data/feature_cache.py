@@ -36,7 +36,7 @@ from coca_lit.data.video import ClipFile
 from coca_lit.distributed import broadcast_object, gather_objects, print_rank_zero, rank, stable_seed, world_size
 from coca_lit.errors import DataError
 from coca_lit.files import replacing, state_of
-from coca_lit.models.inputs import joined
+from coca_lit.models.inputs import Clips, Images, Input, joined, stack_images
 from coca_lit.progress import ProgressBar
 from coca_lit.reading import may_pass, printable
 from coca_lit.tokenizer import Tokenizer, split_words
@@ -173,37 +173,38 @@ class FeatureCache:
         Raises `DataError` for one that another attempt may read: what is written stays for all later runs.
         """
         encoder, done = self.encoder.to(device).eval(), 0
-        blank, first = cast(Tensor, self.plain(Image.new("RGB", (32, 32)))), records[0].image
+        blank, first = self.plain(Image.new("RGB", (32, 32))), records[0].image
         if isinstance(first, Clip):
-            blank = blank.expand(first.count, -1, -1, -1)
+            blank = Clips(cast(Tensor, blank).expand(first.count, -1, -1, -1))
         read = functools.partial(self._read, view)
         for batch in DataLoader(records, BATCH, collate_fn=read, **worker_options(num_workers)):  # type: ignore[arg-type]
-            broken = [i for i, image in enumerate(batch) if not isinstance(image, Tensor)]
+            broken = [i for i, image in enumerate(batch) if isinstance(image, _Unread)]
             for i in broken:
                 name = printable(str(records[done + i].id))
                 if batch[i].may_pass or not trained:
                     raise DataError(f"{name}: {batch[i].reason}")
                 if view == 0:
                     log.warning("%s is left out of training: %s", name, batch[i].reason)
-            images = torch.stack([image if isinstance(image, Tensor) else blank for image in batch])  # (b, 3, H, W)
-            layout = torch.channels_last if images.ndim == 4 else torch.preserve_format
+            images = stack_images([blank if isinstance(image, _Unread) else image for image in batch]).to(device)
+            if isinstance(images, Tensor):  # (b, 3, H, W)
+                images = images.contiguous(memory_format=torch.channels_last)
             with self.precision():
-                features = joined(encoder(images.to(device, memory_format=layout))).half().cpu()  # (b, S, C)
+                features = joined(encoder(images)).half().cpu()  # (b, S, C)
             features[broken] = torch.nan
             done += len(batch)
             yield done, features
 
-    def _read(self, view: int, records: Sequence[Record]) -> list[Tensor | _Unread]:
+    def _read(self, view: int, records: Sequence[Record]) -> list[Images | _Unread]:
         """Pixels of each record, or why there are none."""
         return [self._view(view, record) for record in records]
 
-    def _view(self, view: int, record: Record) -> Tensor | _Unread:
+    def _view(self, view: int, record: Record) -> Images | _Unread:
         try:
             if view < 2:
-                pixels = cast(Tensor, loaded(record.image, self.plain))
+                pixels = loaded(record.image, self.plain)
             else:
                 rng = random.Random(stable_seed("view", self.seed, view, record.id))
-                pixels = cast(Tensor, augmented(record.image, self.crop, rng))
+                pixels = augmented(record.image, self.crop, rng)
         except DataError as error:
             cause = error.__cause__
             passes = isinstance(cause, ImportError)
@@ -213,7 +214,9 @@ class FeatureCache:
                 gone = getattr(cause, "code", getattr(getattr(cause, "response", None), "status_code", 0)) in GONE
                 passes |= may_pass(cause) or (type(cause) not in (OSError, UnidentifiedImageError) and not gone)
             return _Unread(str(error), passes)
-        return pixels.flip(-1) if is_mirrored(view) else pixels
+        if not is_mirrored(view):
+            return pixels
+        return pixels.mirrored() if isinstance(pixels, Input) else pixels.flip(-1)
 
 
 def view_numbers(records: Sequence[Record], count: int) -> range:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coca_lit.data.batch import Batch
 from coca_lit.errors import DataError
-from coca_lit.models.inputs import Patches
+from coca_lit.models.inputs import Input
 
 
 def ahead_of(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -39,7 +39,7 @@ def ahead_of(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 def _arrived(batch: Batch, arrival: torch.cuda.Event) -> Batch:
     here = torch.cuda.current_stream()
     here.wait_event(arrival)
-    images = batch.images.rows if isinstance(batch.images, Patches) else batch.images
+    images = batch.images.rows if isinstance(batch.images, Input) else batch.images
     for x in (images, batch.tokens, *batch.extras.values()):
         if isinstance(x, Tensor) and x.device.type == "cuda":
             x.record_stream(here)  # its memory is not for the other stream before this one is done with it

@@ -26,7 +26,7 @@ from torchvision.transforms.functional import pil_to_tensor, resize
 from coca_lit.data.pixels import in_rgb, orientation_of, upright
 from coca_lit.data.records import Clip, ImageFile
 from coca_lit.errors import DataError
-from coca_lit.models.inputs import Images, Interpolation, Patches, ResizeMode, patch_grid, preprocessing
+from coca_lit.models.inputs import Clips, Images, Interpolation, Patches, ResizeMode, patch_grid, preprocessing
 
 Transform = Callable[[Image.Image], Images]  # for evaluation: any PIL image -> (3, size, size) uint8, or patches
 
@@ -112,7 +112,7 @@ def decoding() -> Iterator[None]:
 
 @decoding()
 def loaded(image: Callable[[], Image.Image], transform: Transform) -> Images:
-    """The image of a record as a transform makes it, or the frames of a clip, (F, 3, size, size)."""
+    """The image of a record as a transform makes it, or a clip of its frames."""
     if isinstance(image, Clip):
         return _stacked([transform(frame) for frame in image.frames()])
     return transform(image())
@@ -130,11 +130,11 @@ def augmented(
     return transform(load_pixels(image), rng, patches)
 
 
-def _stacked(frames: list[Images]) -> Tensor:
+def _stacked(frames: list[Images]) -> Clips:
     pixels = [frame for frame in frames if isinstance(frame, Tensor)]
     if len(pixels) < len(frames):
         raise DataError("clips need a model whose images have one shape: use another image encoder than naflex")
-    return torch.stack(pixels)
+    return Clips(torch.stack(pixels))
 
 
 def load_pixels(image: Callable[[], Image.Image]) -> Tensor:

@@ -20,7 +20,7 @@ from coca_lit.data.transforms import build_transform
 from coca_lit.evals.inference import evaluating, seeded_by
 from coca_lit.evals.samples import spread, thumbnail
 from coca_lit.models import CoCa
-from coca_lit.models.inputs import Images, Patches
+from coca_lit.models.inputs import Images, Input
 from coca_lit.tokenizer import Tokenizer
 
 OVERLAY = 120  # pixels of an image with its attention map
@@ -36,12 +36,12 @@ def attention_samples(
     transform = build_transform(**model.preprocessing)
     samples = []
     for record in spread(records, count):
-        pixels = transform(record.image())  # (3, H, W) uint8, or patches
+        pixels = transform(record.image())  # (3, H, W) uint8, or an `Input`
         own = seeded_by([record], options, model.device)
         captions = model.generate(pixels[None], **own, return_attention=True)
         assert captions.attention is not None
         ((words, maps),) = maps_of_captions(model, pixels, captions.ids, captions.attention)
-        seen = pixels.pixels() if isinstance(pixels, Patches) else pixels  # (3, H, W)
+        seen = pixels.picture() if isinstance(pixels, Input) else pixels  # (3, H, W)
         picture = Image.fromarray(seen.permute(1, 2, 0).cpu().numpy())
         drawn = [thumbnail(overlay(picture, part)) for part in maps]
         rows = [{"word": word, "map": image} for word, image in zip(words, drawn, strict=True)]
@@ -50,21 +50,21 @@ def attention_samples(
 
 
 def maps_of_captions(model: CoCa, pixels: Images, ids: Tensor, attention: Tensor) -> list[tuple[list[str], Tensor]]:
-    """The words of each caption (N, L) of an image (3, H, W), or of its patches, and where the model looked for each
+    """The words of each caption (N, L) of an image (3, H, W), or of an `Input`, and where the model looked for each
     word: (words, h, w), sums of 1, from the attention (N, L, Q).
     """
     images = pixels[None].to(model.device)
     pooled = evaluating(model, lambda x: model.pooling.attention(model.image_encoder(x)), images)
     places = pooled[0, :, model.image_encoder.prefix_tokens :].float()  # (Q, S) without class tokens
     side = math.isqrt(places.shape[1])
-    grid = pixels.grids.tolist() if isinstance(pixels, Patches) else (side, side)
+    grid = pixels.token_grid() if isinstance(pixels, Input) else (side, side)
     found = []
     for row, weights in zip(ids.tolist(), attention, strict=True):
         maps = (weights @ places).cpu()  # (L, S)
         words = words_of(model.tokenizer, row)
         per_word = torch.stack([maps[positions].mean(dim=0) for _, positions in words]) if words else maps[:0]
         per_word = per_word / per_word.sum(dim=1, keepdim=True).clamp(min=1e-12)
-        found.append(([word for word, _ in words], per_word.unflatten(1, tuple(grid))))
+        found.append(([word for word, _ in words], per_word.unflatten(1, grid)))
     return found
 
 

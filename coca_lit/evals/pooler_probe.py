@@ -24,7 +24,7 @@ from coca_lit.distributed import forked_rng, gather_objects
 from coca_lit.errors import check_number
 from coca_lit.models import CoCa
 from coca_lit.models.image import ImageEncoder
-from coca_lit.models.inputs import joined
+from coca_lit.models.inputs import Input, joined, stack_images
 from coca_lit.models.poolers import AttentionalPooler
 
 
@@ -93,7 +93,6 @@ class PoolerProbe:
         with _frozen(model.image_encoder) as encoder, forked_rng(model.device):
             transform = build_transform(**model.preprocessing)
             pixels = loaded(training[0].image, transform)
-            assert isinstance(pixels, Tensor)
             with torch.no_grad():
                 values = joined(encoder(pixels[None].to(model.device))).numel()
             fitting = int(self.max_gb * 1e9 // (BYTES * values))  # token maps
@@ -173,9 +172,9 @@ class TokenMaps:
         every = cast(Dataset[int], range(len(self.records)))
         loader = DataLoader(every, batch_sampler=parts, collate_fn=load, **worker_options(self.workers))
         for positions, batch in zip(parts, loader, strict=True):
-            pixels = [i for i, item in enumerate(batch) if item.ndim > 2]
+            pixels = [i for i, item in enumerate(batch) if isinstance(item, Input) or item.ndim > 2]
             if pixels:
-                images = torch.stack([batch[i] for i in pixels]).to(self.device)
+                images = stack_images([batch[i] for i in pixels]).to(self.device)
                 for i, tokens in zip(pixels, joined(self.encoder(images)).half(), strict=True):
                     batch[i] = tokens
             yield positions, torch.stack([item.to(self.device) for item in batch]).float()
@@ -184,7 +183,7 @@ class TokenMaps:
 def _items(
     records: Sequence[Record], path: Path | None, stored: int, transform: Transform, positions: Sequence[int]
 ) -> list[Any]:
-    """Tokens (S, C) of the stored images, pixels (3, H, W) of the others, (F, 3, H, W) of clips; in a worker."""
+    """Tokens (S, C) of the stored images, pixels (3, H, W) or an `Input` of the others; in a worker."""
     return [
         read_features(path, i) if path is not None and i < stored else loaded(records[i].image, transform)
         for i in positions

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from coca_lit.models.coca import CoCa
 from coca_lit.models.image import ImageEncoder
-from coca_lit.models.inputs import EncodedFrames, Interpolation, Preprocessing, ResizeMode, preprocessing
+from coca_lit.models.inputs import Images, Input, Interpolation, Preprocessing, ResizeMode, preprocessing
 from coca_lit.models.layers import SelfBlock
 from coca_lit.models.packing import expect_to_fit, expect_tokens
 from coca_lit.tokenizer import get_tokenizer
@@ -75,13 +75,11 @@ class CLIP(nn.Module):
     def device(self) -> torch.device:
         return self.logit_scale.device
 
-    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
-        """images (B, 3, H, W) or clips (B, F, 3, H, W) -> features (B, E), of unit length unless `normalize` is off; of
-        a clip from the mean of its frames.
-        """
+    def encode_image(self, images: Images, normalize: bool = True) -> Tensor:
+        """images (B, 3, H, W) -> features (B, E), of unit length unless `normalize` is off."""
         encoded = self.image_encoder(images)
-        vectors = encoded.rows[:, :, 0].mean(dim=1) if isinstance(encoded, EncodedFrames) else encoded[:, 0]
-        features = self.image_projection(vectors)  # of the class token
+        class_tokens = encoded.class_tokens() if isinstance(encoded, Input) else encoded[:, 0]
+        features = self.image_projection(class_tokens)
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:

@@ -20,14 +20,7 @@ from coca_lit.models.config import CoCaConfig
 from coca_lit.models.generation.generate import write_captions
 from coca_lit.models.image import build_image_encoder
 from coca_lit.models.init import init_projection
-from coca_lit.models.inputs import (
-    EncodedFrames,
-    EncodedPatches,
-    FramePooling,
-    Images,
-    Preprocessing,
-    preprocessing,
-)
+from coca_lit.models.inputs import FramePooling, Images, Preprocessing, preprocessing
 from coca_lit.models.likelihood import log_likelihood
 from coca_lit.models.packing import Layout, expect_to_fit, expect_tokens, text_lengths, to_device
 from coca_lit.models.poolers import PoolingSizes, build_pooling
@@ -63,7 +56,7 @@ class CoCaOutput(NamedTuple):
     logit_bias: Tensor | None = None  # (1,), of a model with contrastive="siglip"
     pooled: Tensor | None = None  # (B, P), the contrastive vector of an image before its projection
     image_tokens: Tensor | None = None  # (B, Q, T), what the decoder attends to
-    encoded: Tensor | EncodedFrames | EncodedPatches | None = None  # tokens of the image encoder; of images (B, S, C)
+    encoded: Images | None = None  # tokens of the image encoder; of images (B, S, C)
     text_states: Tensor | None = None  # (B, L, D), of the text tower at each token; 0 after the end of a text
     token_count: Tensor | None = None  # of a micro-batch: the labels of the whole batch on all ranks that count
 
@@ -188,8 +181,8 @@ class CoCa(Trainable):
         """What losses need of a batch of pairs. Only what is asked for is computed.
 
         Args:
-            images: (B, 3, H, W), uint8, or normalised floats, or `Patches`; or clips (B, F, 3, H, W); or what the image
-                encoder or its `frozen_part` makes of them.
+            images: (B, 3, H, W), uint8, or normalised floats; or an `Input`; or what the image encoder or its
+                `frozen_part` makes of them.
             tokens: (B, L) ids, padded at the end to any L.
             lengths: (B,) number of real tokens; None finds them from the trailing pads. On the host: to copy them
                 there, or to find them, the host has to wait for the device.
@@ -271,7 +264,7 @@ class CoCa(Trainable):
         return hidden, labels
 
     def encode_image(self, images: Images, normalize: bool = True) -> Tensor:
-        """images (B, 3, H, W) or clips (B, F, 3, H, W) -> features (B, E), of unit length unless `normalize` is off."""
+        """images (B, 3, H, W) -> features (B, E), of unit length unless `normalize` is off."""
         vector, _ = self.pooling(self.image_encoder(images), captioning=False)
         features = self.image_projection(vector)
         return F.normalize(features, dim=-1) if normalize else features
@@ -282,7 +275,7 @@ class CoCa(Trainable):
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_image_tokens(self, images: Images) -> Tensor:
-        """images (B, 3, H, W), or clips (B, F, 3, H, W), -> the tokens that the decoder attends to (B, Q, E)."""
+        """images (B, 3, H, W) -> the tokens that the decoder attends to (B, Q, E)."""
         _, tokens = self.pooling(self.image_encoder(images), contrastive=False)
         return tokens
 

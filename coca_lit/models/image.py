@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coca_lit.errors import check_number
 from coca_lit.models import kernels
 from coca_lit.models.convolutional import FrozenStages, as_tokens, frozen_stages, use_global_batch_norms
-from coca_lit.models.inputs import EncodedFrames, expect_batch, expect_pixels
+from coca_lit.models.inputs import Images, Input, expect_batch, expect_pixels
 from coca_lit.models.registry import IMAGE_ENCODERS, check_architecture
 
 CLIP_NORMALISATION = {
@@ -126,16 +126,13 @@ class ImageEncoder(nn.Module):
         elif on:
             raise ValueError("grad_checkpointing=blocks needs a method set_grad_checkpointing of the image encoder")
 
-    def forward(self, images: Tensor | EncodedFrames) -> Tensor | EncodedFrames:
-        """images (B, 3, H, W) -> tokens (B, S, width), or clips (B, F, 3, H, W) -> (B, F, S, width). An output of this
-        method is returned as it is; an output of `frozen_part` passes the remaining stages.
+    def forward(self, images: Images) -> Images:
+        """images (B, 3, H, W) -> tokens (B, S, width), or what an `Input` makes of them. An output of this method is
+        returned as it is; an output of `frozen_part` passes the remaining stages.
         """
-        if isinstance(images, EncodedFrames):
-            return images
+        if isinstance(images, Input):
+            return images.encoded_by(self)
         expect_pixels(images)
-        if images.ndim == 5:
-            frames = cast(Tensor, self.forward(images.flatten(0, 1)))
-            return EncodedFrames(frames.unflatten(0, images.shape[:2]))
         if images.ndim == 3 and images.is_floating_point():
             tokens = images.to(self.normalise.mean.dtype)
             return tokens if tokens.shape[2] == self.width else self._run_remaining(tokens)

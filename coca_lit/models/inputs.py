@@ -4,16 +4,17 @@ How an image becomes the pixels that a model was trained on, `Preprocessing`, tr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NotRequired, Self, TypedDict, get_args
+from typing import Any, Literal, NotRequired, Self, TypedDict, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from timm.data.naflex_transforms import get_image_size_for_seq
 from torch import Tensor
+from torch.utils.data import default_collate
 
-from coca_lit.errors import check_choice
+from coca_lit.errors import DataError, check_choice
 from coca_lit.models.packing import to_device
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -65,10 +66,20 @@ def preprocessing(size: int, interpolation: Interpolation, resize_mode: ResizeMo
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """A batch of another form than pixels; what a tensor of pixels does, it does too."""
+class Input:
+    """A batch of images in another form than pixels (B, 3, H, W), or a single one, or what an image encoder makes of
+    such a batch. A subclass is a kind of input: it says how images become a batch, and what models do with one.
+
+    Attributes:
+        rows: (B, …), of one image without B.
+    """
 
     rows: Tensor
+
+    @classmethod
+    def stack(cls, images: Sequence[Self]) -> Self:
+        """A batch of single ones. In a data worker it lies in memory that the training process shares."""
+        return cls(default_collate([image.rows for image in images]))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,9 +94,51 @@ class Rows:
     def detach(self) -> Self:
         return replace(self, rows=self.rows.detach())
 
+    def pin_memory(self) -> Self:
+        return replace(self, rows=self.rows.pin_memory())
+
+    def __getitem__(self, index: int | slice | Sequence[int] | None) -> Self:
+        """Some images of a batch, or one; with None a batch of one image."""
+        return replace(self, rows=self.rows[index])
+
+    def split(self, size: int) -> list[Self]:
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+    def mirrored(self) -> Self:
+        """With left and right exchanged."""
+        raise TypeError(f"{type(self).__name__} cannot be mirrored")
+
+    def picture(self) -> Tensor:
+        """Of a single one: its pixels (3, H, W), to look at."""
+        raise TypeError(f"{type(self).__name__} is more than one picture")
+
+    def token_grid(self) -> tuple[int, int]:
+        """Of a single one: rows and columns of the tokens that the encoder makes of it."""
+        raise TypeError(f"{type(self).__name__} is more than one picture")
+
+    def encoded_by(self, encoder: Callable[[Tensor], Any]) -> Any:
+        """What an image encoder for pixels (B, 3, H, W) makes of it: tokens (B, S, C), or another `Input`.
+
+        Raises:
+            TypeError: such an encoder cannot take it.
+        """
+        raise TypeError(f"this image encoder takes pixels (B, 3, H, W), got {type(self).__name__}")
+
+    def pooled_by(self, pooling: Any, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Of an encoder's output: what a `Pooling` makes of it, as of `Pooling.pool`."""
+        return pooling.pool(self, contrastive, captioning)
+
+    def joined(self) -> Tensor:
+        """Of an encoder's output: all tokens of each image (B, S, C)."""
+        return self.rows
+
+    def class_tokens(self) -> Tensor:
+        """Of an encoder's output: the token (B, C) that a CLIP takes for the whole image."""
+        return self.rows[:, 0]
+
 
 @dataclass(frozen=True, eq=False)
-class Patches(Rows):
+class Patches(Input):
     """An image of any shape, or with a dimension B in front of all tensors a batch of them, cut into square patches.
 
     Attributes:
@@ -96,6 +149,13 @@ class Patches(Rows):
     """
 
     grids: Tensor
+
+    @classmethod
+    def stack(cls, images: Sequence[Self]) -> Self:
+        """Padded to the longest image."""
+        longest = max(len(image) for image in images)
+        rows = [F.pad(image.rows, (0, 0, 0, longest - len(image))) for image in images]
+        return cls(torch.stack(rows), torch.stack([image.grids for image in images]))
 
     @classmethod
     def of(cls, pixels: Tensor, patch_size: int) -> Self:
@@ -139,39 +199,40 @@ class Patches(Rows):
         mask = F.pad(valid, (prefix, 0), value=True)[:, None, None]
         return to_device(mask, self.rows.device)
 
-    def pixels(self) -> Tensor:
-        """(3, H, W) of an image, the opposite of `of`."""
+    def picture(self) -> Tensor:
+        """The opposite of `of`."""
         height, width = self.grids.tolist()
         side = round((self.rows.shape[-1] / 3) ** 0.5)
         cells = self.rows[: height * width].unflatten(-1, (side, side, 3)).unflatten(0, (height, width))
         return cells.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)
 
+    def token_grid(self) -> tuple[int, int]:
+        height, width = self.grids.tolist()
+        return height, width
+
     def __getitem__(self, index: int | slice | Sequence[int] | None) -> Self:
-        """Some images of a batch, or one; with None a batch of one image."""
         return replace(self, rows=self.rows[index], grids=self.grids[index])
-
-    def pin_memory(self) -> Self:
-        return replace(self, rows=self.rows.pin_memory())
-
-    def split(self, size: int) -> list[Self]:
-        return [self[start : start + size] for start in range(0, len(self), size)]
 
 
 class EncodedPatches(Patches):
     """The same after an image encoder: `rows` are tokens (B, N, width)."""
 
 
-Images = Tensor | Patches
+Images = Tensor | Input
 
 
 def stack_images(images: Sequence[Images]) -> Images:
-    """Images of one shape as a tensor (B, 3, H, W), patches padded to the longest image as `Patches`."""
-    patches = [image for image in images if isinstance(image, Patches)]
-    if not patches:
-        return torch.stack([image for image in images if isinstance(image, Tensor)])
-    longest = max(len(image) for image in patches)
-    rows = [F.pad(image.rows, (0, 0, 0, longest - len(image))) for image in patches]
-    return Patches(torch.stack(rows), torch.stack([image.grids for image in patches]))
+    """A batch of single images: pixels (B, 3, H, W) of one shape, or an `Input`.
+
+    Raises:
+        DataError: the images are of several kinds.
+    """
+    kind = type(images[0])
+    if any(type(image) is not kind for image in images):
+        raise DataError("images of several kinds are in one batch: take records of one kind")
+    if issubclass(kind, Input):
+        return kind.stack(cast(Sequence[Input], images))
+    return torch.stack(cast(Sequence[Tensor], images))  # type: ignore[arg-type]
 
 
 def patch_grid(height: int, width: int, patch_size: int, max_patches: int) -> tuple[int, int]:
@@ -182,14 +243,69 @@ def patch_grid(height: int, width: int, patch_size: int, max_patches: int) -> tu
     return size
 
 
-class EncodedFrames(Rows):
-    """A batch of clips, F frames in the place of an image, after an image encoder, which sees each frame by itself.
+class Clips(Input):
+    """A batch of clips, F frames each in the place of an image.
+
+    Attributes:
+        rows: (B, F, 3, H, W), of one clip (F, 3, H, W).
+    """
+
+    @classmethod
+    def stack(cls, images: Sequence[Self]) -> Self:
+        if len({clip.rows.shape for clip in images}) > 1:
+            raise DataError("clips of several numbers of frames are in one batch: take records of one kind")
+        return super().stack(images)
+
+    def mirrored(self) -> Self:
+        return replace(self, rows=self.rows.flip(-1))
+
+    def encoded_by(self, encoder: Callable[[Tensor], Any]) -> "EncodedFrames":
+        if self.rows.ndim != 5:
+            raise ValueError(
+                f"clips must have the shape (batch, frames, 3, height, width), got {tuple(self.rows.shape)}"
+            )
+        return EncodedFrames(encoder(self.rows.flatten(0, 1)).unflatten(0, self.rows.shape[:2]))
+
+
+class EncodedFrames(Input):
+    """A batch of clips after an image encoder, which sees each frame by itself.
 
     Attributes:
         rows: tokens (B, F, S, C).
     """
 
+    def encoded_by(self, encoder: Callable[[Tensor], Any]) -> Self:
+        return self
 
-def joined(encoded: Tensor | EncodedFrames) -> Tensor:
-    """The tokens of all frames of a clip, one frame after the other (B, F · S, C); those of an image as they are."""
-    return encoded.rows.flatten(1, 2) if isinstance(encoded, EncodedFrames) else encoded
+    def pooled_by(self, pooling: Any, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Of the tokens of all frames together, or means of what `Pooling.pool` makes of each frame."""
+        frames = self.rows
+        if pooling.frame_positions is not None:
+            count, known = frames.shape[1], len(pooling.frame_positions)
+            if count != known:
+                raise DataError(f"the model has positions for {known} frames, got clips of {count}: set frames={known}")
+            frames = frames + pooling.frame_positions
+        if pooling.frame_pooling == "tokens":
+            first = frames[:, 0, : pooling.left_out]
+            kept = frames[:, :, pooling.left_out :].flatten(1, 2)
+            return pooling.pool(torch.cat([first, kept], dim=1) if pooling.left_out else kept, contrastive, captioning)
+        vector, rows = pooling.pool(frames.flatten(0, 1), contrastive, captioning)  # (B · F, E) and (B · F, Q, E)
+        return _mean_of_frames(vector, frames), _mean_of_frames(rows, frames)
+
+    def joined(self) -> Tensor:
+        """One frame after the other, (B, F · S, C)."""
+        return self.rows.flatten(1, 2)
+
+    def class_tokens(self) -> Tensor:
+        return self.rows[:, :, 0].mean(dim=1)
+
+
+def _mean_of_frames(pooled: Tensor | None, frames: Tensor) -> Tensor | None:
+    if pooled is None:
+        return None
+    return pooled.unflatten(0, frames.shape[:2]).mean(dim=1)
+
+
+def joined(encoded: Images) -> Tensor:
+    """All tokens of each image (B, S, C) that an image encoder returned."""
+    return encoded.joined() if isinstance(encoded, Input) else encoded

@@ -9,10 +9,9 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from coca_lit.errors import DataError
 from coca_lit.models.image import ImageEncoder
 from coca_lit.models.init import init_attention, init_projection
-from coca_lit.models.inputs import EncodedFrames, EncodedPatches, FramePooling, joined
+from coca_lit.models.inputs import EncodedPatches, FramePooling, Input
 from coca_lit.models.layers import CrossAttention, KeysValues
 from coca_lit.models.registry import POOLERS
 
@@ -107,27 +106,10 @@ class Pooling(nn.Module, ABC):
     def forward(
         self, tokens: Any, contrastive: bool = True, captioning: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
-        """As `pool`, also for `EncodedFrames` (B, F, S, C): of all their tokens together, or means of what `pool` makes
-        of each frame.
-        """
-        if not isinstance(tokens, EncodedFrames):
-            return self.pool(tokens, contrastive, captioning)
-        if self.frame_positions is not None:
-            frames, known = tokens.rows.shape[1], len(self.frame_positions)
-            if frames != known:
-                raise DataError(
-                    f"the model has positions for {known} frames, got clips of {frames}: set frames={known}"
-                )
-            tokens = EncodedFrames(tokens.rows + self.frame_positions)
-        if self.frame_pooling == "tokens":
-            return self.pool(self.joined(tokens), contrastive, captioning)
-        pooled = self.pool(tokens.rows.flatten(0, 1), contrastive, captioning)  # (B · F, E) and (B · F, Q, E)
-        vector, rows = (None if x is None else x.unflatten(0, tokens.rows.shape[:2]).mean(dim=1) for x in pooled)
-        return vector, rows
-
-    def joined(self, clips: EncodedFrames) -> Tensor:
-        """The tokens of all frames as `pool` takes those of an image."""
-        return joined(clips)
+        """As `pool`, or what another kind of input makes of it."""
+        if isinstance(tokens, Input):
+            return tokens.pooled_by(self, contrastive, captioning)
+        return self.pool(tokens, contrastive, captioning)
 
     @abstractmethod
     def pool(self, tokens: Any, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -298,10 +280,6 @@ class MeanPooling(Pooling):
     def init_parameters(self) -> None:
         self.norm.reset_parameters()
         init_projection(self.to_text)
-
-    def joined(self, clips: EncodedFrames) -> Tensor:
-        left_out, kept = clips.rows[:, 0, : self.left_out], clips.rows[:, :, self.left_out :]
-        return torch.cat([left_out, kept.flatten(1, 2)], dim=1)
 
     def pool(self, tokens: Tensor, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:
         tokens = tokens[:, self.left_out :]

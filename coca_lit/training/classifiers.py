@@ -3,6 +3,7 @@ of images, by an attentional pooler of their own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from coca_lit.losses import caption_loss
 from coca_lit.metrics.vqa import enough_people, normalize_answer, vqa_accuracy
 from coca_lit.models import CoCa
 from coca_lit.models.coca import CAPTION, IGNORED_LABEL
-from coca_lit.models.inputs import Images, joined
+from coca_lit.models.inputs import Clips, Images, Input, joined
 from coca_lit.models.packing import Layout, to_device
 from coca_lit.models.poolers import AttentionalPooler
 from coca_lit.models.text import expect_decoder
@@ -281,7 +282,7 @@ class PoolerClassifier(Classifier):
         return self.features_of(net, (), batch.images)
 
     def features_of(self, net: CoCa, records: Sequence[Record], images: Images) -> Tensor:
-        if isinstance(images, Tensor) and images.ndim == 5 and net.config.frame_pooling == "mean":
+        if isinstance(images, Clips) and net.config.frame_pooling == "mean":
             raise ConfigError("this classifier sees the tokens of all frames at once: set frame_pooling=tokens")
         return self.pooler(joined(net.image_encoder(images)).to(self.head.weight.dtype))[:, 0]
 
@@ -291,15 +292,17 @@ class PoolerClassifier(Classifier):
         Raises:
             ConfigError: clips are to be pooled frame by frame, or stored features to be mixed.
         """
-        if not self.training or not self.mixup or not isinstance(batch.images, Tensor):
+        if not self.training or not self.mixup:
             return super().forward(net, batch)
         share = float(torch.distributions.Beta(self.mixup, self.mixup).sample())
-        pixels = batch.images
+        pixels = batch.images.rows if isinstance(batch.images, Input) else batch.images
         if pixels.ndim < 4:
             raise ConfigError("mixup mixes pixels, and data.cached_augmentations keeps features: set one of them to 0")
         if not pixels.is_floating_point():
             pixels = net.image_encoder.normalise(pixels.flatten(0, -4)).view(pixels.shape)  # frames as images
-        mixed = batch._replace(images=share * pixels + (1 - share) * pixels.flip(0))
+        pixels = share * pixels + (1 - share) * pixels.flip(0)
+        images = replace(batch.images, rows=pixels) if isinstance(batch.images, Input) else pixels
+        mixed = batch._replace(images=images)
         logits = self.head(self.features(net, mixed)).float()
         other = batch._replace(extras={"captions": batch.extras["captions"][::-1]})
         return {self.term: share * self.loss_of(logits, batch) + (1 - share) * self.loss_of(logits, other)}

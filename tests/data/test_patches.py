@@ -84,7 +84,7 @@ def test_evaluation_equals_timm() -> None:
         assert torch.equal(patches.rows, rows)
         assert torch.equal(patches.coords, coords)
         assert torch.equal(patches.valid, valid)
-        assert torch.equal(patches.pixels(), pixels)
+        assert torch.equal(patches.picture(), pixels)
         assert 12 < len(patches) <= 20
 
 
@@ -100,7 +100,7 @@ def test_training_crops_equal_timm() -> None:
         patches = CropToPatches(8, 64)(torch.zeros(3, height, width, dtype=torch.uint8), random.Random(seed), 20)
         assert tuple(patches.grids * 8) == size
     pixels = torch.randint(0, 256, (3, 16, 48), dtype=torch.uint8)
-    assert torch.equal(CropToPatches(8, 12, whole_box)(pixels, random.Random(0)).pixels(), pixels)
+    assert torch.equal(CropToPatches(8, 12, whole_box)(pixels, random.Random(0)).picture(), pixels)
 
 
 def test_a_batch_of_different_shapes() -> None:
@@ -110,7 +110,7 @@ def test_a_batch_of_different_shapes() -> None:
     assert batch.valid.tolist() == [[True] * 6, [True] + [False] * 5]
     assert batch.coords[0].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
     assert batch.coords[1].tolist() == [[0, 0]] * 6
-    assert torch.equal(batch[1].pixels(), images[1].pixels())
+    assert torch.equal(batch[1].picture(), images[1].picture())
     assert [len(part) for part in batch.split(1)] == [1, 1]
     assert images[0][None].key_mask() is None
     assert batch.key_mask(prefix=1)[1].flatten().tolist() == [True, True, *[False] * 5]
@@ -141,7 +141,7 @@ def test_a_schedule_fills_batches() -> None:
 def contents(batches: list[Batch]) -> list[tuple]:
     """By sample: ranks and workers change its place, never its content."""
     return [
-        {key: (image.pixels().tolist(), tokens[:length].tolist()) for key, image, tokens, length in rows}
+        {key: (image.picture().tolist(), tokens[:length].tolist()) for key, image, tokens, length in rows}
         for rows in (zip(b.keys, b.images, b.tokens, b.lengths.tolist(), strict=True) for b in batches)
     ]
 

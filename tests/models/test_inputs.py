@@ -7,7 +7,7 @@ from torch import Tensor
 
 from coca_lit.errors import DataError
 from coca_lit.models import CLIP, CoCa, create_model
-from coca_lit.models.inputs import largest_shape, preprocessing
+from coca_lit.models.inputs import Clips, largest_shape, preprocessing
 from coca_lit.training.classifiers import PoolerClassifier
 from coca_lit.weights.start import copy_weights
 
@@ -37,6 +37,8 @@ def test_the_largest_shape_is_the_nearest_to_a_square_of_all_that_fill_the_patch
 
 
 def both(model: CoCa, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Of images (B, 3, H, W) or clips (B, F, 3, H, W)."""
+    images = Clips(images) if images.ndim == 5 else images
     with torch.no_grad():
         return model.encode_image(images), model.encode_image_tokens(images)
 
@@ -48,7 +50,7 @@ def test_one_frame_is_an_image(pooler: str, frame_pooling: str) -> None:
     for clip, image in zip(both(model, images), both(model, images[:, 0]), strict=True):
         assert torch.equal(clip, image)
     options = {"strategy": "greedy", "max_length": 8}
-    assert torch.equal(model.generate(images, **options), model.generate(images[:, 0], **options))
+    assert torch.equal(model.generate(Clips(images), **options), model.generate(images[:, 0], **options))
 
 
 @pytest.mark.parametrize("frame_pooling", ["tokens", "mean"])
@@ -72,7 +74,7 @@ def test_positions_tell_the_order() -> None:
     assert not torch.allclose(both(model, images)[0], both(model, images.flip(1))[0], atol=1e-3)
     assert torch.equal(both(model, images[:, 0])[0], both(plain, images[:, 0])[0])  # an image has no position
     with pytest.raises(DataError, match="positions for 4 frames, got clips of 2: set frames=4"):
-        model.encode_image(images[:, :2])
+        model.encode_image(Clips(images[:, :2]))
 
 
 @pytest.mark.parametrize("pooler", POOLERS)
@@ -130,7 +132,7 @@ def test_the_way_can_be_changed_and_is_kept() -> None:
 def test_training_reaches_positions_and_trunk() -> None:
     model = build(frame_positions=4).train()
     tokens = model.tokenizer(["a red circle", "a blue ring", "a pink star"])
-    out = model(clips(), tokens)
+    out = model(Clips(clips()), tokens)
     (out.image_features.sum() + out.logits.logsumexp(-1).mean()).backward()
     assert model.pooling.frame_positions.grad.abs().sum(dim=(1, 2)).gt(0).all()
     assert next(model.image_encoder.parameters()).grad.abs().sum() > 0
@@ -150,7 +152,7 @@ def test_a_classifier_sees_all_frames() -> None:
     head.build(model)
     images = clips()
     with torch.no_grad():
-        found = head.features_of(model, (), images)
+        found = head.features_of(model, (), Clips(images))
         rows = torch.cat([model.image_encoder(images[:, i]) for i in range(4)], dim=1)
         torch.testing.assert_close(found, head.pooler(rows)[:, 0])
 
@@ -163,5 +165,5 @@ def test_clip_means_class_tokens() -> None:
     images = clips()
     with torch.no_grad():
         vectors = [model.encode_image(images[:, i], normalize=False) for i in range(4)]
-        torch.testing.assert_close(model.encode_image(images), F.normalize(sum(vectors) / 4, dim=-1))
-        assert torch.equal(model.encode_image(images[:, :1]), model.encode_image(images[:, 0]))
+        torch.testing.assert_close(model.encode_image(Clips(images)), F.normalize(sum(vectors) / 4, dim=-1))
+        assert torch.equal(model.encode_image(Clips(images[:, :1])), model.encode_image(images[:, 0]))

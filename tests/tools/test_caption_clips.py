@@ -14,6 +14,7 @@ from coca_lit.data.scenes.render import render
 from coca_lit.data.video import ClipFile
 from coca_lit.errors import DataError
 from coca_lit.models import CoCa
+from coca_lit.models.inputs import Clips
 from coca_lit.tools.search.index import ImageIndex
 from helpers.applying import caption, new_model, run
 from helpers.clips import write_clip
@@ -39,9 +40,9 @@ def folder(model: CoCa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path / "videos"
 
 
-def frames_of(model: CoCa, path: Path, count: int) -> torch.Tensor:
+def frames_of(model: CoCa, path: Path, count: int) -> Clips:
     transform = build_transform(**model.preprocessing)
-    return torch.stack([transform(frame) for frame in ClipFile(path, count).frames()])[None]
+    return Clips(torch.stack([transform(frame) for frame in ClipFile(path, count).frames()])[None])
 
 
 def test_captions(model: CoCa, folder: Path, capsys: pytest.CaptureFixture) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coca_lit.models import CoCa
+from coca_lit.models.inputs import Clips
 from coca_lit.weights import MODEL_KEY
 from coca_lit.weights.load import load_model, save_model
 from coca_lit.weights.lora import PARTS, LowRank, add_lora, merged
@@ -87,7 +88,7 @@ def test_positions_of_frames_train(tiny_model: Build) -> None:
     """A model of images has none to start from."""
     model = tiny_model(frame_positions=2)
     add_lora(model, rank=2)
-    model(torch.randn(1, 2, 3, 32, 32), model.tokenizer(TEXTS[:1])).logits.square().mean().backward()
+    model(Clips(torch.randn(1, 2, 3, 32, 32)), model.tokenizer(TEXTS[:1])).logits.square().mean().backward()
     assert model.pooling.frame_positions.grad.abs().sum() > 0
 
 

@@ -11,7 +11,7 @@ from coca_lit.models import kernels
 from coca_lit.models.generation.decode import Constraints, Sampling, caption_lengths, decode, greedy
 from coca_lit.models.generation.options import OPTIONS, GenerateOptions, Options, complete, describe
 from coca_lit.models.generation.state import Decoding, Hypotheses, Prompts, encode_prompts
-from coca_lit.models.inputs import EncodedFrames, Images, Patches, expect_pixels
+from coca_lit.models.inputs import Images, Input, expect_pixels
 from coca_lit.models.text import expect_decoder
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def write_captions(
 
 
 _OPTION_LINES = "\n    ".join(f"{name}: {describe(name)}" for name in OPTIONS)
-write_captions.__doc__ = f"""Captions of images (B, 3, H, W), or `Patches`, as ids (B, L), padded, ended by the end id.
+write_captions.__doc__ = f"""Captions of images (B, 3, H, W), or an `Input`, as ids (B, L), padded, ended by the end id.
 
 `model.tokenizer.decode(row)` gives the text.
 
@@ -105,7 +105,7 @@ def write(
     given: Mapping[str, Any],
 ) -> Tensor | Captions:
     """`write_captions` with a `Decoding` of a certain kind."""
-    if not isinstance(images, Patches | EncodedFrames):
+    if not isinstance(images, Input):
         expect_pixels(images)
     options = complete(given)
     expect_decoder(model.decoder)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_lit.models import CoCa, text_lengths
+from coca_lit.models.inputs import Clips
 from coca_lit.models.layers import CrossBlock
 from coca_lit.models.packing import KVCache
 from coca_lit.models.text import ClassicDecoder
@@ -85,7 +86,8 @@ class ImageGraph(nn.Module):
         captions, the keys and the values of the image for every layer of the decoder, each (L, B, H, S, D/H).
         """
         decoder = self.model.decoder
-        vector, tokens = self.model.pooling(self.model.image_encoder(images), captioning=decoder is not None)
+        encoded = self.model.image_encoder(Clips(images) if images.ndim == 5 else images)
+        vector, tokens = self.model.pooling(encoded, captioning=decoder is not None)
         features = F.normalize(self.model.image_projection(cast(Tensor, vector)), dim=-1)
         if decoder is None:
             return (features,)

@@ -26,7 +26,7 @@ from coca_lit.losses import loss_terms
 from coca_lit.losses.caption import CHUNK, GPU_CHUNK
 from coca_lit.models import CoCa, kernels
 from coca_lit.models.coca import CAPTION, CONTRASTIVE
-from coca_lit.models.inputs import largest_shape
+from coca_lit.models.inputs import Clips, Images, largest_shape
 from coca_lit.training.classifiers import Classifier
 
 BATCHES = (64, 128)  # the difference of their peaks is the memory per sample; both exceed a chunk of the losses
@@ -163,7 +163,8 @@ class _Step(nn.Module):
     def forward(self, images: Tensor, tokens: Tensor, lengths: Tensor, mark: Callable[[str], None]) -> Tensor:
         """`mark` is called at the end of the network and of each loss, computed or not."""
         terms: list[Tensor] = []
-        given = (images[: len(tokens)], tokens, lengths)
+        given_images: Images = Clips(images) if images.ndim == 5 else images
+        given = (given_images[: len(tokens)], tokens, lengths)
         wanted = [*(CONTRASTIVE if self.weights["contrastive"] else ()), *(CAPTION if self.weights["caption"] else ())]
         out = self.net(*given, needs=wanted) if wanted or not self.classifiers else None
         mark("network")
@@ -175,7 +176,8 @@ class _Step(nn.Module):
         for made in self.given:
             count = len(tokens) * getattr(made, "images", 1)
             labels = [(made.classes[0],)] * len(tokens)
-            batch = Batch(images[:count], tokens, lengths, [], prefix_lengths=lengths, extras={"captions": labels})
+            extras = {"captions": labels}
+            batch = Batch(given_images[:count], tokens, lengths, [], prefix_lengths=lengths, extras=extras)
             terms += made(self.net, batch).values()
         mark("classifiers")
         return torch.stack(terms).sum()

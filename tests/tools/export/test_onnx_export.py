@@ -27,6 +27,7 @@ from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import build_transform
 from coca_lit.data.video import image_or_clip
 from coca_lit.models import CoCa, create_model
+from coca_lit.models.inputs import Clips
 from coca_lit.tools.export import command as cli
 from coca_lit.tools.export import onnx
 from coca_lit.tools.export.folder import Exported, write_card
@@ -91,14 +92,15 @@ def test_graphs_of_other_models(name: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(onnx, "SCENES", onnx.BATCH + 8)
     about = onnx.write_onnx(model, tmp_path, max_int8_loss=1 if frames else 0, frames=frames)
     images = images_of(15).unflatten(0, (5, 3)) if frames else images_of(8)
+    given = Clips(images) if frames else images
     tokens = model.tokenizer(["a red circle", "two blue squares and a green ring", ""])
     for graph, inputs, expected in (
-        ("image_encoder", {"images": images.numpy()}, model.encode_image(images)),
+        ("image_encoder", {"images": images.numpy()}, model.encode_image(given)),
         ("text_encoder", {"tokens": tokens.numpy()}, model.encode_text(tokens)),
     ):
         found = torch.from_numpy(session(tmp_path, graph).run(["features"], inputs)[0])
         torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=0)
-    captioner, captions = Captioner(tmp_path), model.generate(images)
+    captioner, captions = Captioner(tmp_path), model.generate(given)
     ids = captioner.write(images.numpy())
     assert ids.tolist() == captions.tolist()
     assert [captioner.decode(row) for row in ids] == [model.tokenizer.decode(row) for row in captions]

@@ -18,6 +18,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.scenes.render import render
 from coca_lit.losses import contrastive_loss, loss_terms
 from coca_lit.models import CoCa, create_model, kernels
+from coca_lit.models.inputs import Clips
 from coca_lit.tools.plan import command as cli
 from coca_lit.tools.plan.command import build_without_weights, read_recipe, read_settings
 from coca_lit.tools.plan.estimate import Model, Recipe, flops, largest_batch, largest_micro_batch, measure, memory
@@ -386,7 +387,7 @@ def test_a_vocabulary_is_counted_where_the_captions_are(
 def test_frames_of_clips(frame_pooling: str) -> None:
     real = create_model("coca_tiny", frame_pooling=frame_pooling).train()
     tokens = torch.randint(3, real.tokenizer.vocab_size, (BATCH, TOKENS))
-    clips = torch.zeros(BATCH, 4, 3, 32, 32, dtype=torch.uint8)
+    clips = Clips(torch.zeros(BATCH, 4, 3, 32, 32, dtype=torch.uint8))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         real(clips, tokens, torch.full((BATCH,), TOKENS))
     found = trace(without_weights(frame_pooling=frame_pooling), WEIGHTS, TOKENS, None, BATCH, frames=4)
