@@ -6,6 +6,7 @@ what it adds. Both are read without importing the project, whose code is importe
     about = "One sentence."        # required
     requires = ["other_project"]   # projects whose modules it imports
     usual_evals = ["my_score"]     # of its evals, those that evals=all takes
+    rarely_tested = ["my_"]        # how evaluations begin whose data rarely have a test split
     groups = ["grid"]              # config groups of its own, of which nothing is chosen by default
     [roots]                        # folders of data sets: roots.NAME
     vqa = "${data_dir}/vqa"
@@ -48,7 +49,18 @@ TABLES = {  # of "module:object" by name, but for the last, which holds texts
     "scenes": "functions that make built-in scenes, by their kind",
     "titles": "what readers call the other parts of names of scores: the evaluation, and how answers were found",
 }
-KEYS = ("about", "requires", "usual_evals", "groups", "roots", "presets", "scores", "commands", *TABLES)
+KEYS = (
+    "about",
+    "requires",
+    "usual_evals",
+    "rarely_tested",
+    "groups",
+    "roots",
+    "presets",
+    "scores",
+    "commands",
+    *TABLES,
+)
 
 
 @dataclass(frozen=True)
@@ -191,7 +203,7 @@ def scores() -> dict[str, Score]:
 
 
 def listed(key: str) -> list[str]:
-    """The names in a list of all projects: `usual_evals` or `groups`."""
+    """The names in a list of all projects: one of `LISTS`."""
     return [name for project in projects() for name in project.manifest.get(key, ())]
 
 

@@ -8,11 +8,11 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, QuotedString
@@ -26,6 +26,7 @@ from coca_lit.cli.schema import part_of, written
 from coca_lit.cli.sweep import SWEEP_VARIABLE
 from coca_lit.cli.words import quote
 from coca_lit.errors import ConfigError, DataError, UserError, error_context
+from coca_lit.extensions import listed
 from coca_lit.machine import is_first_process
 from coca_lit.reading import printable, read_run_yaml
 from coca_lit.runs.redaction import redact
@@ -36,13 +37,9 @@ if TYPE_CHECKING:
 
 MAX_NAMES = 300  # characters of names that a message repeats
 _OWN = re.compile(r"evals\.[\w-]+(\._target_=.*|=\{.*)", re.DOTALL)
-# What evaluations read as the training does: frames of a clip, the split 1k-A of MSR-VTT, Karpathy's file of MS-COCO,
-# names of classes, the folder of SNLI-VE's photos.
-FOLLOWING = ("frames", "one_thousand", "karpathy", "classes", "images")
-# How the names of evaluations of data begin that rarely have a test split: one's own, and Kinetics.
+_FOLLOWS = re.compile(r"\$\{oc\.select:data\.(records\.)?")  # how evaluations refer to what the training data have
+# How the names of evaluations of data begin that rarely have a test split; projects name others.
 RARELY_TESTED = ("my_photos_", "my_clips_", "kinetics_", "classes_", "pairs_")
-# How the names of evaluations end.
-KINDS = ("captions", "retrieval", "zeroshot", "choice", "probe", "answers", "judgments", "labels")
 
 
 def evaluate() -> None:
@@ -50,10 +47,19 @@ def evaluate() -> None:
     job_command("evaluate", run, with_evals)
 
 
+class ScoredRun(NamedTuple):
+    """A checkpoint, and what the config of its run says of its evaluations."""
+
+    checkpoint: str
+    config: Mapping[str, Any]
+    shipped: list[str]  # evaluations that are options of the config group
+    own: list[str]  # all others
+
+
 def with_evals(words: list[str]) -> list[str]:
-    """The overrides with the evaluations of the checkpoint's run, how it wrote captions, and where their data were,
-    unless `evals` is given. Of the run's config only names of our evaluations, existing folders, the `FOLLOWING` of its
-    data and plain options of `scoring.generate` count: it may be a stranger's.
+    """The overrides with the evaluations of the checkpoint's run, how it wrote captions, and where its data were,
+    unless `evals` is given. Of the run's config only names of evaluations that are options here, existing folders, what
+    they refer to in the training data, and plain options of `scoring.generate` count: it may be a stranger's.
 
     Raises:
         ConfigError: no evaluations are known: the checkpoint belongs to no run, or to one with only own evaluations.
@@ -61,62 +67,99 @@ def with_evals(words: list[str]) -> list[str]:
     given = {key.lstrip("+~"): value for key, _, value in (word.partition("=") for word in words)}
     if "evals" in given or "checkpoint" not in given:
         return words
-    from coca_lit.weights.hub import PHOTOS, PREFIX, released
-
-    known = options_of("evaluate", "evals", words)
-    # Evaluations that the user builds: +evals.mine._target_=my_parts.my_score, or +evals.mine={_target_: …}.
-    built = {key.split(".")[1] for key, value in given.items() if _OWN.fullmatch(f"{key}={value}")}
-    # The user's options count alone: those of the run may belong to another strategy.
-    decoding_given = any(key == "scoring" or f"{key}.".startswith("scoring.generate.") for key in given)
-    names: list[str] = []
-    places: dict[str, str | int] = {}
-    generates: set[str | None] = set()
-    notes: list[str] = []
     checkpoints = _values(f"checkpoint={given['checkpoint']}")
-    if not checkpoints:
-        return words
-    for checkpoint in checkpoints:
-        path = Path(os.path.expanduser(checkpoint))  # in quotes Hydra leaves a ~ as it is
-        is_name = checkpoint == PHOTOS or checkpoint.startswith(PREFIX) or released(checkpoint) is not None
-        if not is_name and not os.path.exists(path):
-            return words  # a mistake, which is reported with the others
-        folder = next((place for place in (path, *path.parents[:2]) if os.path.isfile(place / CONFIG)), None)
-        config = read_run_yaml(folder, CONFIG) if folder is not None else {}
-        evals = part_of(config, "evals")
-        scored = [name for name in evals if name in known and evals[name]]
-        own = [name for name in evals if name not in known and name not in built and evals[name]]
-        if own:
-            named = printable(", ".join(map(str, own))[:MAX_NAMES])
-            notes.append(
-                f"the run's own evaluations ({named}) are not repeated by themselves, as a config may run code: "
-                f"add what its {CONFIG} has below evals.NAME, such as +evals.NAME._target_=…"
-            )
-        if not scored and not built:
-            raise ConfigError(
-                notes[-1]
-                if own
-                else f"{checkpoint} belongs to no scored run: name what to score, evals=all or evals=[NAME,NAME] of "
-                f"coca-evaluate --help, such as {_grouped(known)}"
-            )
-        names += scored
-        for key, place in _places(config, scored):
-            if places.setdefault(key, place) != place and key not in given:
-                notes.append(f"the runs differ in {key}: all are scored with that of the first one, unless it is given")
-        if not decoding_given:
-            generates.add(generate := _generate(config))
-            if generate is None and part_of(config, "scoring").get("generate"):
-                notes.append(f"{checkpoint}: scoring.generate holds more than plain options and is not taken over")
-    added = [f"evals=[{','.join(dict.fromkeys(names))}]"]
-    if len(generates) > 1:
-        notes.append("the runs differ in scoring.generate: captions are greedy unless it is given")
-    elif generate := next(iter(generates), None):
-        added.append(f"scoring.generate={generate}")
+    if not checkpoints or not all(map(_exists, checkpoints)):
+        return words  # a mistake, which is reported with the others
+    known = options_of("evaluate", "evals", words)
+    runs = [_scored_run(checkpoint, known) for checkpoint in checkpoints]
+    notes = _notes_on_own(runs, given, known)
+    names = list(dict.fromkeys(name for run in runs for name in run.shipped))
+    added = [f"evals=[{','.join(names)}]"]
+    # The user's options count alone: those of the run may belong to another strategy.
+    if not any(key == "scoring" or f"{key}.".startswith("scoring.generate.") for key in given):
+        generate, differences = _common_generate(runs)
+        notes += differences
+        if generate is not None:
+            added.append(f"scoring.generate={generate}")
+    places, differing = _common_places(runs)
+    for key in differing:
+        if key not in given:
+            notes.append(f"the runs differ in {key}: all are scored with that of the first one, unless it is given")
     if names:
         notes.insert(0, f"scoring what the run scored: {' '.join(added)}")
     if notes and is_first_process():
         print(*dict.fromkeys(notes), sep="\n", flush=True)
-    kept = {key: quote(of) if isinstance(of, str) else str(of) for key, of in places.items() if key not in given}
-    return [*words, *added, *(f"{key}={value}" for key, value in kept.items())]
+    for key, place in places.items():
+        if key not in given:
+            added.append(f"{key}={quote(place) if isinstance(place, str) else place}")
+    return [*words, *added]
+
+
+def _exists(checkpoint: str) -> bool:
+    """Whether it is the name of a model, or a file or folder."""
+    from coca_lit.weights.hub import PHOTOS, PREFIX, released
+
+    is_name = checkpoint == PHOTOS or checkpoint.startswith(PREFIX) or released(checkpoint) is not None
+    return is_name or os.path.exists(os.path.expanduser(checkpoint))  # in quotes Hydra leaves a ~ as it is
+
+
+def _scored_run(checkpoint: str, known: Collection[str]) -> ScoredRun:
+    path = Path(os.path.expanduser(checkpoint))
+    folder = next((place for place in (path, *path.parents[:2]) if os.path.isfile(place / CONFIG)), None)
+    config = read_run_yaml(folder, CONFIG) if folder is not None else {}
+    scored = [name for name, node in part_of(config, "evals").items() if node]
+    shipped = [name for name in scored if name in known]
+    return ScoredRun(checkpoint, config, shipped, [name for name in scored if name not in known])
+
+
+def _notes_on_own(runs: Sequence[ScoredRun], given: Mapping[str, str], known: Sequence[str]) -> list[str]:
+    """What is said of the runs' own evaluations, which are not repeated unless the user builds them: by
+    +evals.mine._target_=my_parts.my_score or +evals.mine={_target_: …}.
+
+    Raises:
+        ConfigError: a run has no other evaluations, and the user builds none.
+    """
+    built = {key.split(".")[1] for key, value in given.items() if _OWN.fullmatch(f"{key}={value}")}
+    notes: list[str] = []
+    for run in runs:
+        own = [str(name) for name in run.own if name not in built]
+        note = (
+            f"{run.checkpoint} belongs to no scored run: name what to score, evals=all or evals=[NAME,NAME] of "
+            f"coca-evaluate --help, such as {_grouped(known)}"
+        )
+        if own:
+            note = (
+                f"the run's own evaluations ({printable(', '.join(own)[:MAX_NAMES])}) are not repeated by themselves, "
+                f"as a config may run code: add what its {CONFIG} has below evals.NAME, such as +evals.NAME._target_=…"
+            )
+            notes.append(note)
+        if not run.shipped and not built:
+            raise ConfigError(note)
+    return notes
+
+
+def _common_generate(runs: Sequence[ScoredRun]) -> tuple[str | None, list[str]]:
+    """How the runs wrote captions, in Hydra's grammar, None for the default; and what is not taken over."""
+    notes: list[str] = []
+    found = [_generate(run.config) for run in runs]
+    for run, generate in zip(runs, found, strict=True):
+        if generate is None and part_of(run.config, "scoring").get("generate"):
+            notes.append(f"{run.checkpoint}: scoring.generate holds more than plain options and is not taken over")
+    if len(set(found)) > 1:
+        notes.append("the runs differ in scoring.generate: captions are greedy unless it is given")
+        return None, notes
+    return found[0], notes
+
+
+def _common_places(runs: Sequence[ScoredRun]) -> tuple[dict[str, str | int], list[str]]:
+    """Keys of what the runs scored, with the values of the first run that has them; and those in which runs differ."""
+    places: dict[str, str | int] = {}
+    differing: list[str] = []
+    for run in runs:
+        for key, place in _places(run.config, run.shipped):
+            if places.setdefault(key, place) != place:
+                differing.append(key)
+    return places, differing
 
 
 def _values(override: str) -> list[str]:
@@ -148,20 +191,25 @@ def _places(config: Mapping[str, Any], evals: Sequence[str]) -> Iterator[tuple[s
     """Keys of what a run scored: the folders of data, the split of data that rarely have a test split, and what follows
     the training data.
     """
+    data, roots = part_of(config, "data"), part_of(config, "roots")
     split = part_of(config, "scoring").get("split")
-    if split in ("train", "val") and all(name.startswith(RARELY_TESTED) for name in evals):
+    rarely_tested = (*RARELY_TESTED, *listed("rarely_tested"))
+    if split in ("train", "val") and all(name.startswith(rarely_tested) for name in evals):
         yield "scoring.split", split
-    roots, data = part_of(config, "roots"), part_of(config, "data")
-    found = {"data_dir": config.get("data_dir")}
-    found |= {f"roots.{name}": roots[name] for name in roots if any(own.startswith(f"{name}_") for own in evals)}
-    for key, place in found.items():
-        place = data.get("root") if place == "${data.root}" else place
-        if isinstance(place, str) and os.path.isdir(place):
-            yield key, place
-    for name, part, key in product(evals, ("records", "images"), FOLLOWING):
-        follows = str(part_of(part_of(part_of(config, "evals"), name), part).get(key))
-        if follows.startswith("${oc.select:data."):
-            value = (part_of(data, "records") if follows.startswith("${oc.select:data.records.") else data).get(key)
+    folders = {"data_dir": config.get("data_dir")}
+    for name, root in roots.items():
+        if any(evaluation.startswith(f"{name}_") for evaluation in evals):
+            folders[f"roots.{name}"] = data.get("root") if root == "${data.root}" else root
+    for key, folder in folders.items():
+        if isinstance(folder, str) and os.path.isdir(folder):
+            yield key, folder
+    for name, part in product(evals, ("records", "images")):
+        node = part_of(part_of(part_of(config, "evals"), name), part)
+        for key, reference in node.items():
+            follows = _FOLLOWS.match(str(reference))
+            if follows is None or not re.fullmatch(r"[a-z]\w*", str(key), re.ASCII):
+                continue
+            value = (part_of(data, "records") if follows[1] else data).get(key)
             is_place = isinstance(value, str) and (os.path.exists(value) or (key, value) == ("classes", "imagenet"))
             if is_place or isinstance(value, int):
                 yield f"evals.{name}.{part}.{key}", cast(str | int, value)
@@ -172,9 +220,9 @@ def _grouped(names: Sequence[str]) -> str:
     groups: dict[str, list[str]] = {}
     for name in names:
         data, _, kind = name.rpartition("_")
-        if kind in KINDS and data:
-            groups.setdefault(kind, []).append(data)
-    return ", ".join(f"{{{','.join(sorted(data))}}}_{kind}" for kind, data in groups.items())
+        groups.setdefault(kind, []).append(data)
+    several = {kind: data for kind, data in groups.items() if len(data) > 1 and all(data)}
+    return ", ".join(f"{{{','.join(sorted(data))}}}_{kind}" for kind, data in several.items())
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
