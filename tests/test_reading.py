@@ -2,8 +2,6 @@
 
 import os
 import re
-import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from coca_lit.tools.prepare.check import check_shards
 from coca_lit.tools.prepare.write import JOURNAL, prepare
 from coca_lit.tools.report.runs import read_run
 from coca_lit.tools.search.index import ImageIndex
-from helpers.hostile import good
+from helpers.hostile import Evil, good
 from helpers.shards import write_tar
 
 
@@ -84,48 +82,39 @@ def test_odd_json_is_one_sentence(tmp_path, name, text):
     assert name in str(error.value) or "a=" in str(error.value)
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_arrays_compressed_in_another_way_than_numpy_does(tmp_path, method):
-    with zipfile.ZipFile(tmp_path / "x.npz", "w", method) as archive:
-        archive.writestr("a.npy", bytes(1000))
-    content = bytearray((tmp_path / "x.npz").read_bytes())
-    content[40:60] = bytes(20)  # damaged as well, for which those two have errors of their own
-    (tmp_path / "x.npz").write_bytes(content)
-    with pytest.raises(DataError, match=r"x\.npz is not a readable \.npz file: a\.npy is compressed in another way"):
+def test_arrays_are_never_objects(tmp_path):
+    arrays = {"numbers": np.zeros(3), "texts": np.array(["a", "bc"])}
+    np.savez_compressed(tmp_path / "x.npz", **arrays)
+    found = read_run_npz(tmp_path, "x.npz")
+    assert found.keys() == arrays.keys()
+    assert all(np.array_equal(found[name], arrays[name]) for name in arrays)
+    np.savez(tmp_path / "x.npz", objects=np.array([Evil(tmp_path / "ran")], dtype=object))
+    with pytest.raises(DataError, match=r"x\.npz is not a readable \.npz file: .*allow_pickle"):
         read_run_npz(tmp_path, "x.npz")
+    np.save((tmp_path / "x.npz").open("wb"), np.zeros(3))
+    with pytest.raises(DataError, match=r"x\.npz is not a readable \.npz file"):
+        read_run_npz(tmp_path, "x.npz")
+    assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("kind", ["float32", "int16", "bool", "U3", "S3", "complex64", "datetime64[s]", "V3"])
-def test_arrays_of_numbers_and_texts_alone(tmp_path, kind):
-    array = np.zeros(3, kind)
-    np.savez(tmp_path / "x.npz", a=array)
-    if kind in ("complex64", "datetime64[s]", "V3"):
-        with pytest.raises(DataError, match=r"a\.npy holds .*neither numbers nor texts"):
-            read_run_npz(tmp_path, "x.npz")
-    else:
-        np.testing.assert_array_equal(read_run_npz(tmp_path, "x.npz")["a"], array)
-
-
-def test_a_configuration_may_hold_a_large_tokenizer_and_not_many_values(tmp_path):
+def test_a_configuration_may_hold_a_large_tokenizer(tmp_path):
     config = {"model": {"net": {"tokenizer": {"packed": "eNq+/" * 2**20, "start": "<s>"}}}}
     (tmp_path / "x.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     assert read_run_yaml(tmp_path, "x.yaml") == config
-    (tmp_path / "x.yaml").write_text(f"values: [{'1,' * 2**18}]")
-    with pytest.raises(DataError, match=r"x\.yaml holds more than 262,144 values"):
+
+
+ODD_YAML = {
+    "code": "a: !!python/object/apply:os.getcwd []",
+    "circle": "a: &a [*a]",
+    "deep": "a: " + "[" * 9_000 + "]" * 9_000,
+    "date": "a: 2020-01-01",
+    "digits": "a: " + "1" * 30,
+    "list": "[1]",
+}
+
+
+@pytest.mark.parametrize("text", ODD_YAML.values(), ids=ODD_YAML)
+def test_odd_yaml_is_one_sentence(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(DataError, match=r"^[^\n]*x\.yaml [^\n]+$"):
         read_run_yaml(tmp_path, "x.yaml")
-
-
-def test_numbers_in_base_60(tmp_path):
-    (tmp_path / "x.yaml").write_text("time: 1:30\nnote: 'a:b:c'\n")
-    assert read_run_yaml(tmp_path, "x.yaml") == {"time": 90, "note": "a:b:c"}
-    for long in ("1" + ":59" * 200_000, "!!int '1" + " :5" * 200_000 + "'"):
-        (tmp_path / "x.yaml").write_text(f"time: {long}\n")
-        begun = time.process_time()
-        with pytest.raises(DataError, match=r"x\.yaml has a number in base 60 of more than 64 digits"):
-            read_run_yaml(tmp_path, "x.yaml")
-        assert time.process_time() - begun < 5
-    text = "1" + ":1" * 64 + "1" * 100_000 + "x"
-    (tmp_path / "x.yaml").write_text(f"text: {text}\n")
-    begun = time.process_time()
-    assert read_run_yaml(tmp_path, "x.yaml") == {"text": text}
-    assert time.process_time() - begun < 5

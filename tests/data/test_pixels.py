@@ -1,8 +1,7 @@
-"""Decoding: the pixels of Pillow, upright, whichever library decodes, in bounded time and memory."""
+"""Decoding: the pixels of Pillow, upright, whichever library decodes."""
 
 import io
 import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import simplejpeg
 import torch
 from PIL import Image, ImageOps
 
-from coca_lit.data.pixels import MAX_SCANS, decode_pixels, in_rgb
+from coca_lit.data.pixels import decode_pixels, in_rgb
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
 
@@ -125,14 +124,20 @@ def with_segments(content: bytes, *segments: tuple[int, bytes]) -> bytes:
     return content[:2] + made + content[20:]
 
 
-def test_no_parser_of_pillow_sees_exif(monkeypatch):
-    """It copies the value of every entry: 60 kB of EXIF, whose 5,000 entries claim 60 kB each, take 300 MB."""
-    entries = b"".join(struct.pack("<HHII", 0x1000 + number, 7, 60_000, 8) for number in range(5_000))
-    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 5_000) + entries
-    monkeypatch.setattr(Image.Exif, "load", None)
-    assert decode_pixels(with_segments(encoded(picture("L")), (0xE1, exif)), "x").shape == (67, 91, 3)
+def test_the_orientation_is_found_behind_other_segments():
+    exif = turned()[24:].partition(b"\xff\xdb")[0]
+    assert exif.startswith(b"Exif")
+    other = (0xE2, b"ICC_PROFILE\0" + bytes(60_000)), (0xFE, b"a comment"), (0xE1, b"http://ns.adobe.com/xap/1.0/\0")
+    plain = encoded(picture())
+    content = with_segments(plain, *other, (0xE1, exif), (0xE1, b"Exif\0\0"))
+    filled = content[:2] + b"\xff\xff" + content[2:]
+    for jpeg in (content, filled):
+        assert np.array_equal(decode_pixels(jpeg, "x"), np.rot90(from_pillow(plain), -1))
+    at_the_end = plain + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    assert np.array_equal(decode_pixels(at_the_end, "x"), from_pillow(plain))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize(
     "exif",
     [b"", b"II*\0", b"II*\0" + struct.pack("<I", 2**32 - 1), b"II*\0" + struct.pack("<IH", 8, 65_535),
@@ -142,55 +147,6 @@ def test_no_parser_of_pillow_sees_exif(monkeypatch):
 def test_damaged_exif_counts_as_none(exif):
     content = with_segments(encoded(picture("L")), (0xE1, b"Exif\0\0" + exif))
     assert decode_pixels(content, "x").shape == (67, 91, 3)
-
-
-def with_scans(content: bytes, count: int, start: int) -> bytes:
-    """A progressive JPEG whose last scan, a refinement, is repeated; `start` is where its first scan begins."""
-    last = content.rindex(b"\xff\xda", start)
-    assert content.count(b"\xff\xda") == 10
-    return content[:-2] + content[last:-2] * (count - 10) + content[-2:]
-
-
-def test_scans_of_a_jpeg_are_bounded():
-    progressive = encoded(picture(), progressive=True)
-    start = progressive.index(b"\xff\xda")
-    few = with_scans(progressive, MAX_SCANS, start)
-    assert np.array_equal(decode_pixels(few, "x"), np.array(Image.open(io.BytesIO(few)).convert("RGB")))
-    with pytest.raises(DataError, match=f"{MAX_SCANS} scans"):
-        decode_pixels(with_scans(progressive, MAX_SCANS + 1, start), "x")
-    with pytest.raises(DataError, match=f"{MAX_SCANS} scans"):  # more markers than are worth counting
-        decode_pixels(few[:-2] + b"\xff\xfe\0\2" * 10_000 + few[start:], "x")
-    assert decode_pixels(progressive + b"\xff\xda" * 1_000, "x").shape == (67, 91, 3)  # what follows is no scan
-
-
-def png_chunks(count: int) -> bytes:
-    chunk = bytes(4) + b"abCd" + struct.pack(">I", zlib.crc32(b"abCd"))
-    content = encoded(picture(), "PNG")
-    return content[:33] + chunk * count + content[33:]
-
-
-def gif_comment(count: int) -> bytes:
-    content = encoded(picture("P"), "GIF")
-    start = 13 + 3 * (2 << (content[10] & 7))  # behind the palette
-    return content[:start] + b"\x21\xfe" + (b"\xff" + bytes(255)) * count + b"\0" + content[start:]
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (png_chunks(100_000), "chunks or comments"),  # 6 s for 32 MB of them
-        (gif_comment(16_000), "chunks or comments"),  # time grows with the square
-        (with_segments(encoded(picture()), *[(0xE1, b"")] * 1_000), "1,000 segments"),  # 11 s and 1.7 GB for 32 MB
-        (
-            encoded(picture()).replace(b"\xff\xc0", b"\xff\xc9"),
-            "arithmetic",
-        ),  # its time has nothing to do with its bytes
-    ],
-    ids=["chunks of PNG", "comments of GIF", "segments of JPEG", "arithmetic coding"],
-)
-def test_parts_that_take_time_are_bounded(content, said):
-    with pytest.raises(DataError, match=said):
-        decode_pixels(content, "x")
 
 
 def test_animations_give_their_first_picture():

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from coca_lit.data.pixels import FORMATS, MAX_PIXELS, MAX_SLOW_PIXELS
+from coca_lit.data.pixels import FORMATS, MAX_PIXELS
 from coca_lit.data.records import ImageFile
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
@@ -61,7 +61,7 @@ def read_photo(path: str | Path) -> Image.Image:
     except DataError as error:
         raise DataError(
             f"{Path(path).name} is refused: expected an intact {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of at "
-            f"most {MAX_SLOW_PIXELS:,} pixels, or a baseline JPEG of {MAX_PIXELS:,}"
+            f"most {MAX_PIXELS:,} pixels"
         ) from error
 
 

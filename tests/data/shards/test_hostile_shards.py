@@ -141,18 +141,11 @@ def test_headers_that_cost_time_and_memory_by_the_square_of_their_length(tmp_pat
     assert "a header" in bad.found[0].detail
 
 
-def test_a_compressed_shard_does_not_grow_without_bound(tmp_path):
-    info = tarfile.TarInfo("zeros.bin")
-    info.size = 100 * 2**20
-    content = info.tobuf() + bytes(info.size + 1024)
-    path = tmp_path / "x.tar.gz"
-    path.write_bytes(gzip.compress(content, 1))
+def test_xz_is_refused_by_name(tmp_path):
+    (tmp_path / "x.tar.xz").touch()
     bad = BadSamples(1.0)
-    assert not list(read_shard(Shard(str(path)), ["txt"], bad))
-    assert "67,108,864" in bad.found[0].detail
-    path.with_suffix(".xz").touch()
-    list(read_shard(Shard(str(path.with_suffix(".xz"))), ["txt"], bad))
-    assert "xz is not read" in bad.found[1].detail
+    assert not list(read_shard(Shard(str(tmp_path / "x.tar.xz")), ["txt"], bad))
+    assert "xz is not read" in bad.found[0].detail
 
 
 def test_names_that_are_not_utf8(tmp_path):

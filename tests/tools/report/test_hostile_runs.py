@@ -1,18 +1,14 @@
-"""The report of a stranger's run folder: one sentence for what no run writes, nothing from outside it, bounded time and
-memory, nothing that controls a terminal.
+"""The report of a stranger's run folder: one sentence for what no run writes, nothing from outside it, nothing that
+controls a terminal.
 """
 
-import io
 import json
 import os
 import re
-import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from coca_lit.tools.report.command import report
@@ -33,7 +29,6 @@ def folder(tmp_path: Path) -> Path:
 
 def refused(folder: Path, name: str) -> str:
     """What the command says; it names the file, on one line."""
-    begun = time.monotonic()
     with pytest.raises(SystemExit) as error:
         report([str(folder)])
     message = str(error.value)
@@ -41,7 +36,6 @@ def refused(folder: Path, name: str) -> str:
     assert name in message
     assert "\n" not in message
     assert len(message) < 500
-    assert time.monotonic() - begun < 60
     return message
 
 
@@ -52,9 +46,6 @@ def test_an_output_that_cannot_be_made(folder: Path) -> None:
 
 
 CONFIGS: dict[str, bytes] = {
-    "aliases that grow without end": b"".join(
-        [b"b0: &b0 [x, x]\n", *(f"b{i + 1}: &b{i + 1} [*b{i}, *b{i}]\n".encode() for i in range(40))]
-    ),
     "an alias of itself": b"a: &a {b: *a}\n",
     "a tag that names a class": b"a: !!python/object/apply:os.system [true]\n",
     "another tag": b"a: !whatever 1\n",
@@ -74,13 +65,10 @@ def test_configs_that_no_run_writes(folder: Path, what: str) -> None:
     refused(folder, "config.yaml")
 
 
-def test_references_that_grow_without_end_stay_as_they_are(folder: Path) -> None:
-    lines = [f'b{i}: "${{b{i + 1}}}${{b{i + 1}}}"' for i in range(40)]
-    (folder / "config.yaml").write_text("\n".join([*lines, "b40: x", "seed: ${oc.env:HOME}", ""]))
-    begun = time.monotonic()
+def test_references_call_no_resolver_and_may_form_a_circle(folder: Path) -> None:
+    (folder / "config.yaml").write_text('a: "${b}"\nb: "x${a}"\nseed: ${oc.env:HOME}\n')
     report([str(folder)])
     report([str(folder), str(folder), "--output", str(folder / "both")])
-    assert time.monotonic() - begun < 60
     assert "<span>seed</span> ${oc.env:HOME}" in (folder / "report.html").read_text()
 
 
@@ -93,7 +81,6 @@ FILES: list[tuple[str, Any]] = [
     ("not_run.json", ["SPICE"]),
     ("environment.json", {"parameters": 7}),
     ("environment.json", {"parameters": {"image encoder": "many"}}),
-    ("environment.json", {"seconds": 1e300}),
     ("environment.json", {"seconds": "60"}),
     ("environment.json", {"command": {}}),
     ("environment.json", {"seconds": int("9" * 400)}),
@@ -115,28 +102,10 @@ def test_values_of_other_types(folder: Path, name: str, content: Any) -> None:
     refused(folder, name)
 
 
-@pytest.mark.parametrize("row", [b"1,much", b"1e5,2.0", b"1,2.0,3.0", b"9" * 400 + b",2.0", b"-1,2.0"])
+@pytest.mark.parametrize("row", [b"1,much", b"1e5,2.0", b"1,2.0,3.0"])
 def test_curves_of_other_values(folder: Path, row: bytes) -> None:
     (folder / "metrics.csv").write_bytes(b"step,x_loss\n" + row + b"\n")
     refused(folder, "metrics.csv")
-
-
-def bomb(path: Path) -> None:
-    with (
-        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("values.npy", "w", force_zip64=True) as file,
-    ):
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (2**25,)})
-        file.write(header.getvalue())
-        for _ in range(256):
-            file.write(bytes(2**20))
-
-
-def test_draws_that_unpack_to_more_than_memory(folder: Path) -> None:
-    bomb(folder / "draws.npz")
-    assert (folder / "draws.npz").stat().st_size < 2**20
-    refused(folder, "draws.npz")
 
 
 PLACES = ["config.yaml", "environment.json", "not_run.json", "metrics.csv", "samples/a_captions.json", "samples/a.png"]
