@@ -44,7 +44,6 @@ JOBS = "jobs"  # in `environment.json`: in which the run was begun or resumed la
 # What names a job that SLURM or torchrun may start again, with the same command: how often it did.
 RESTARTS = {"SLURM_JOB_ID": "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID": "TORCHELASTIC_RESTART_COUNT"}
 PATIENCE = 30.0  # seconds for the workers of a killed process to notice that it is gone
-_held: dict[Path, tuple[int | None, dict[str, Any]]] = {}  # by this process: inode of the lock, and holder
 
 
 def step_files(folder: Path) -> list[Path]:
@@ -134,7 +133,7 @@ def in_use(folder: Path, output: str | None = None) -> Iterator[None]:
     process: after `kill -9`, and when a job is requeued on another machine, nothing is left to clean up. NFS 4 and
     Lustre carry it between machines. `SoftFileLock`, a file that merely exists, would outlive its process, and by
     filelock's documentation is recognised as stale only on the machine that made it; `FileLock` falls back to it where
-    a file system has no flock. Deleting the file lets another process in: see `check_held`.
+    a file system has no flock.
 
     Raises:
         ConfigError: another process holds the folder, or it cannot be written.
@@ -150,13 +149,11 @@ def in_use(folder: Path, output: str | None = None) -> Iterator[None]:
         raise ConfigError(f"{output} cannot be written: {error.strerror or error}") from error
     holder = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     inode = _inode(folder / LOCK)
-    _held[folder.absolute()] = inode, holder
     try:
         with suppress(DataError):  # on a full disk the name is missing, and the lock holds all the same
             write_json(folder / HOLDER, holder)
         yield
     finally:
-        del _held[folder.absolute()]
         with suppress(OSError):
             if _holder(folder) == holder:
                 (folder / HOLDER).unlink()
@@ -166,25 +163,6 @@ def in_use(folder: Path, output: str | None = None) -> Iterator[None]:
         lock.release()
         with suppress(OSError):
             folder.rmdir()  # of a run that could not start
-
-
-def check_held(folder: Path) -> None:
-    """Before a checkpoint is written: this process still holds the folder that it held at its start. It does where the
-    lock was deleted and nobody else came in.
-
-    Raises:
-        ConfigError: the folder was deleted, or another process has taken it since.
-    """
-    inode, holder = _held.get(folder.absolute(), (None, {}))
-    try:
-        now = _inode(folder / LOCK)
-    except OSError:  # the file system does not answer; before the next checkpoint it is asked again
-        return
-    if holder and now != inode and (now is not None or _holder(folder) != holder):
-        raise ConfigError(
-            f"{folder}, or its file {LOCK}, was deleted while this run held it, so another process may have taken it: "
-            "this run ends and writes nothing more"
-        )
 
 
 def _inode(path: Path) -> int | None:

@@ -1,12 +1,12 @@
 """Weights on disk: reading a model from any supported file, and writing a file that is complete by itself.
 
 Files are data, never code: `torch.load` always runs with `weights_only=True`, a model is rebuilt from the plain values
-stored beside its weights, and modules named there are not imported. `intact` limits what a file may take.
+stored beside its weights, whose names and shapes must fit it, and modules named there are not imported.
 """
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -24,12 +24,8 @@ from coca_lit.weights import MODEL_KEY
 from coca_lit.weights.computation import misfit
 from coca_lit.weights.hub import CONFIGS, MAX_CONFIG, OPEN_CLIP_CONFIG, PREFIX, locate, released
 from coca_lit.weights.intact import (
-    MAX_CONTEXT,
-    MAX_PATCHES,
     ContentError,
     check_archive,
-    check_plain,
-    check_stored,
     load_tensors,
     save_tensors,
     without_memory,
@@ -40,9 +36,6 @@ from coca_lit.weights.sharded import REST, check_shards, is_checkpoint, is_folde
 
 log = logging.getLogger(__name__)
 
-# Arguments that need not show in a tensor: a rotary base, a budget of patches, and a number of positions, of which a
-# tower that learns them has a tensor to compare with.
-_NO_SIZES = ("rope_base", "max_patches", "context_length")
 _SECTIONS = ("model_cfg", "vision_cfg")  # of OpenCLIP's config, the second if it is the model's alone
 SCALES = ".scales"  # ends the names of the scales of int8, see `dequantised`
 EMBEDDING, PROJECTION = "text.token_embedding.weight", "decoder.vocabulary.weight"  # one tensor where they are tied
@@ -132,9 +125,8 @@ def read_state(path: Path) -> tuple[Mapping[str, Tensor], Any]:
         if config is not None:  # the network of a training module
             state = {name.removeprefix("net."): t for name, t in state.items() if str(name).startswith("net.")}
     try:
-        check_stored(tensors := {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}, path)
-        if config is not None and len(tensors) == len(state):
-            state = dequantised(tensors, isinstance(config, dict) and config.get("tied_embeddings") is True)
+        if config is not None and all(isinstance(tensor, Tensor) for tensor in state.values()):
+            state = dequantised(state, isinstance(config, dict) and config.get("tied_embeddings") is True)
     except ValueError as error:
         raise ValueError(f"'{path}' is damaged: {error}") from error
     return state, config
@@ -146,10 +138,6 @@ def architecture(config: Any, path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: they hold something else.
     """
-    try:
-        check_plain(config)
-    except ValueError as error:
-        raise ValueError(f"'{path}' is damaged: {error}") from error
     if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
         raise ValueError(f"'{path}' is damaged: expected the arguments of a model, found {type(config).__name__}")
     encoder = config.get("image_encoder_args") or {}
@@ -182,10 +170,9 @@ def _own_model(path: Path, state: Mapping[str, Tensor], config: Any) -> CoCa:
     arguments = architecture(config, path)
     try:
         tensors = merged(state)
-        _check_numbers(arguments, tensors)
         model = None
         try:
-            shapes = without_memory(lambda: CoCa(**arguments), tensors).state_dict()
+            shapes = without_memory(lambda: CoCa(**arguments)).state_dict()
         except (NotImplementedError, RuntimeError, TypeError) as error:
             if "meta" not in str(error) or not of_guests(arguments):
                 raise
@@ -203,27 +190,6 @@ def _own_model(path: Path, state: Mapping[str, Tensor], config: Any) -> CoCa:
     except Exception as error:  # of any kind: a stranger's values reach timm's constructors
         raise ValueError(f"'{path}' is damaged or from another version: {error}") from error
     return model.eval()
-
-
-def _check_numbers(arguments: dict[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Raises `RuntimeError` for a number that no size explains: a constructor may make a list of that length."""
-    largest = max([4096, *(size for tensor in state.values() for size in tensor.shape)])  # 4096: of an image or depth
-    guests = of_guests(arguments)
-    ours = {name: value for name, value in arguments.items() if name not in guests}
-    if wrong := [number for number in _numbers(ours) if number > largest]:
-        raise RuntimeError(f"a size of {wrong[0]} is larger than any in its tensors")
-    if arguments.get("context_length", 0) > MAX_CONTEXT:
-        raise RuntimeError(f"a context_length above {MAX_CONTEXT}")
-    if (ours.get("image_encoder_args") or {}).get("max_patches", 0) > MAX_PATCHES:
-        raise RuntimeError(f"max_patches above {MAX_PATCHES}")
-
-
-def _numbers(node: Any) -> Iterator[float]:
-    if isinstance(node, dict | list | tuple):
-        for child in (v for k, v in node.items() if k not in _NO_SIZES) if isinstance(node, dict) else node:
-            yield from _numbers(child)
-    elif isinstance(node, int | float):
-        yield node
 
 
 def _config_beside(path: Path) -> Any:

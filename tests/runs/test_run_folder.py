@@ -1,9 +1,7 @@
 """One process at a time in a run folder, and none that is dead."""
 
-import errno
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -11,16 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as L
 import pytest
 
 from coca_lit.cli import train
 from coca_lit.errors import ConfigError
 from coca_lit.runs import run_folder
-from coca_lit.runs.run_folder import PATIENCE, add_facts, check_held, in_use
-from helpers.running import ROOT, TINY, compose, run, watched
+from coca_lit.runs.run_folder import PATIENCE, add_facts, in_use
+from helpers.running import ROOT, compose
 
 HOLD = """
 import os, sys, time
@@ -87,64 +83,6 @@ def test_killed_process_holds_nothing(tmp_path: Path, hold: Callable, words: tup
     with in_use(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()
-
-
-def test_a_file_system_that_does_not_answer_takes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stat(path: Path, **_: Any) -> Any:
-        raise OSError(errno.ESTALE, "Stale file handle")
-
-    with in_use(tmp_path), monkeypatch.context() as patch:
-        patch.setattr(Path, "stat", stat)
-        check_held(tmp_path)
-
-
-@pytest.mark.parametrize("ended", [False, True])
-def test_who_lost_the_folder_to_another_process_writes_nothing_more(
-    tmp_path: Path, hold: Callable, ended: bool
-) -> None:
-    folder = tmp_path / "run"
-    with in_use(folder):
-        (folder / ".lock").unlink()
-        check_held(folder)  # nobody came in
-        other = hold(folder)
-        before = {path.name: path.read_bytes() for path in folder.iterdir()}
-        if ended:
-            (folder / ".lock").unlink()
-            (folder / ".lock.json").unlink()
-        with pytest.raises(
-            ConfigError, match=r"/run, or its file \.lock, was deleted .* another process may have taken"
-        ):
-            check_held(folder)
-    if not ended:  # what is there is the other's, and holds
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-        with pytest.raises(ConfigError, match=f"in use by process {other.pid}"), in_use(folder):
-            pass
-
-
-def test_a_deleted_folder_is_not_made_again_for_a_checkpoint(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    with in_use(folder):
-        shutil.rmtree(folder)
-        with pytest.raises(ConfigError, match=r"/run, or its file \.lock, was deleted while this run held it"):
-            check_held(folder)
-    assert not folder.exists()
-
-
-@pytest.mark.slow
-def test_a_run_that_lost_its_folder_ends_before_it_overwrites_a_checkpoint(tmp_path: Path, hold: Callable) -> None:
-    folder = tmp_path / "run"
-
-    class Deletes(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-            if trainer.global_step == 2:
-                (folder / ".lock").unlink()
-                hold(folder)
-
-    with watched(Deletes()), pytest.raises(ConfigError, match="another process may have taken it"):
-        run(folder, *TINY, "evals=[]", "callbacks.checkpoint.every_n_steps=1", "trainer.max_steps=4")
-    saved = {path.name for path in (folder / "checkpoints").iterdir()}
-    assert saved == {"step_1.ckpt", "last.ckpt"}
-    assert (folder / ".lock").exists()
 
 
 def test_only_the_first_process_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

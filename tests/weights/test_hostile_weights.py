@@ -1,4 +1,4 @@
-"""Checkpoints of strangers run no code, name no other files and take no memory that they do not need."""
+"""Checkpoints of strangers run no code, name no other files and fit what they describe."""
 
 import json
 import pickle
@@ -56,15 +56,41 @@ def test_weights_that_name_other_files(tmp_path, target, key):
         run(compose("trainer=smoke", f"init_from={tmp_path}/model.safetensors", f"output_dir={tmp_path}/run", "name=x"))
 
 
-@pytest.mark.parametrize("forged", [{"embed_dim": 40_000}, {"decoder_layers": 10**9}, {"embed_dim": 10**30}])
-def test_a_checkpoint_that_claims_a_size_takes_no_memory(tmp_path, forged):
+@pytest.mark.parametrize("forged", [{"embed_dim": 39_999}, {"decoder_layers": 3}, {"embed_dim": 3 * 10**30}])
+def test_names_and_shapes_must_fit_the_description_before_memory_is_taken(tmp_path, forged):
     model = create_model("coca_tiny")
     state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"state_dict": state, "coca_lit_model": asdict(model.config) | forged}, tmp_path / "x.ckpt")
+    torch.save({"state_dict": state, MODEL_KEY: asdict(model.config) | forged}, tmp_path / "x.ckpt")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=r"x\.ckpt' .*size"):
+    with pytest.raises(ValueError, match=r"x\.ckpt' is damaged"):
         coca_lit.load_model(tmp_path / "x.ckpt")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
+def test_low_rank_updates_of_another_size(tmp_path):
+    model = create_model("coca_tiny")
+    state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
+    name = "net.text.blocks.0.attention.out"
+    inside = f"{name}.parametrizations.weight"
+    state[f"{inside}.original"] = state.pop(f"{name}.weight")
+    state |= {f"{inside}.0.a": torch.zeros(1, 10**5), f"{inside}.0.b": torch.zeros(10**5, 1)}
+    state[f"{inside}.0.scale"] = torch.zeros(())
+    torch.save({"state_dict": state, MODEL_KEY: asdict(model.config)}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"the low-rank update of 'text\.blocks\.0\.attention\.out' has another size"):
+        coca_lit.load_model(tmp_path / "x.ckpt")
+
+
+def test_a_description_has_a_size_limit(tmp_path):
+    model = create_model("coca_tiny")
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    text = json.dumps(asdict(model.config))[:-1] + ', "x": [' + "[]," * (2 * 10**6) + "[]]}"
+    save_file(state, tmp_path / "x.safetensors", {MODEL_KEY: text})
+    with pytest.raises(ValueError, match="describes its model in more than 4,194,304 bytes"):
+        coca_lit.load_model(tmp_path / "x.safetensors")
+    save_file({"visual.x": torch.zeros(1)}, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(text)
+    with pytest.raises(ValueError, match="more than 4,194,304 bytes"):
+        coca_lit.load_model(tmp_path / "open_clip_model.safetensors")
 
 
 FORGED_SHARDS = {

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 FLAT = 200_000  # embeddings that are compared one by one; more are sorted into cells, of which the nearest are searched
 CELLS = 32  # that are searched
 BATCH = 1024  # embeddings that are searched for together
-MAX_KEY = 4096  # bytes; a few kilobytes of Parquet could claim a million long ones
 _MISSING = "{} needs an optional package: pip install 'coca_lit[curate]'"
 
 
@@ -198,12 +197,7 @@ def _view(db: "DuckDBPyConnection", name: str, scores: Mapping[Path, Any], selec
         read_selection(selection)  # raises one clear sentence if the file is not a selection
         db.read_parquet(str(selection.absolute())).create_view("selected")
         chosen = "SEMI JOIN selected USING (shard, key)"
-    bounded = ", ".join(
-        f"CASE WHEN strlen({column}) > {MAX_KEY} THEN error('a {column} has more than {MAX_KEY} bytes') "
-        f"ELSE {column} END AS {column}"
-        for column in COLUMNS
-    )
-    db.execute(f"CREATE TEMP VIEW {name} AS SELECT * REPLACE ({bounded}) FROM all_{name} {chosen}")
+    db.execute(f"CREATE TEMP VIEW {name} AS SELECT * FROM all_{name} {chosen}")
     (count,) = _row(db, f"SELECT count(*) FROM all_{name}")
     return int(count)
 

@@ -19,7 +19,6 @@ from coca_lit.models.variants.mammut import TwoPassDecoder, TwoPassTower, TwoPas
 from coca_lit.models.variants.modern import ModernDecoder, ModernTextTower, Style
 from coca_lit.models.variants.naflex import DEFAULTS, TIMM_NAME, NaFlexEncoder
 from coca_lit.tokenizer import get_tokenizer
-from coca_lit.weights.intact import MAX_CONTEXT, MAX_PATCHES
 from coca_lit.weights.open_clip.config_keys import (
     CLIP_KEYS,
     COCA_KEYS,
@@ -281,7 +280,7 @@ def coca_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
         arguments["cls_mask"] = found.cls_mask
     elif tower == "modern":
         pool = {"argmax": "eos"}.get(found.text.get("pool_type", "argmax"), found.text.get("pool_type"))
-        arguments["context_length"] = count(found.text, "context_length", 77, MAX_CONTEXT)
+        arguments["context_length"] = count(found.text, "context_length", 77)
         arguments["text_tower_args"] = {**sizes["text_tower_args"], "pool": pool, **_style(found.text)}
         if sizes["decoder_args"] is not None:
             arguments["decoder_args"] = {**sizes["decoder_args"], **_style(found.decoder), **_every(found, sizes)}
@@ -364,8 +363,6 @@ def _naflex_arguments(config: OpenClipConfig, sizes: Mapping[str, Any]) -> dict[
     budget = (image_size // image["patch_size"]) ** 2
     if config.vision.get("image_seq_len") is not None and count(config.vision, "image_seq_len", budget) != budget:
         budget = image["max_patches"] = config.vision["image_seq_len"]
-    if budget > MAX_PATCHES:
-        raise ValueError(f"{FILE} asks for images of {budget} patches, more than {MAX_PATCHES}")
     if config.normalisation != CLIP_NORMALISATION:
         image["pretrained_cfg_overlay"] = config.normalisation
     return {"image_encoder_args": image, "image_size": image_size}

@@ -236,10 +236,10 @@ def _translated(model: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
-def count(section: Mapping[str, Any], key: str, default: int, at_most: int | None = None) -> int:
+def count(section: Mapping[str, Any], key: str, default: int) -> int:
     """A number of a section that must be whole and positive."""
     value = section.get(key, default)
-    check_number(f"{FILE}: {key}", value, whole=True, at_least=1, at_most=at_most)
+    check_number(f"{FILE}: {key}", value, whole=True, at_least=1)
     return value
 
 

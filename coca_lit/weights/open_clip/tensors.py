@@ -28,7 +28,6 @@ from coca_lit.models.text import ClassicDecoder, TextTower
 from coca_lit.models.variants.mammut import TwoPassDecoder, TwoPassTower
 from coca_lit.models.variants.modern import ModernDecoder, ModernTextTower
 from coca_lit.models.variants.naflex import NaFlexEncoder
-from coca_lit.weights.intact import without_memory
 from coca_lit.weights.open_clip.config import clip_arguments, coca_arguments, obstacle_to_open_clip
 from coca_lit.weights.open_clip.sizes import at_the_root, clip_sizes, coca_sizes, has_modern_towers
 
@@ -182,7 +181,7 @@ def from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = 
     if "map_viz2txt_kv" in theirs and "text.lm_head" not in theirs:  # names of the code that trained openMaMMUT
         theirs["text.lm_head"] = theirs.pop("text.text_projection")
     guests = bool(of_guests(overrides))
-    model = _built(lambda: CoCa(**sizes | coca_arguments(config, sizes) | overrides), theirs, guests)
+    model = _built(lambda: CoCa(**sizes | coca_arguments(config, sizes) | overrides), guests)
     _load(model, theirs, _names(model))
     return model
 
@@ -200,17 +199,13 @@ def clip_from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | No
     """
     theirs = _Tensors(at_the_root(_plain_state(state)))
     sizes = clip_sizes(theirs)
-    model = _built(lambda: CLIP(**sizes | clip_arguments(config, sizes) | overrides), theirs)
+    model = _built(lambda: CLIP(**sizes | clip_arguments(config, sizes) | overrides))
     trunk = ((f"image_encoder.{a}", b, inside) for a, b, inside in _names_of(model.image_encoder))
     _load(model, theirs, (*trunk, *_CLIP_NAMES))
     return model
 
 
-def _built(make: Callable[[], Model], theirs: Mapping[str, Tensor], guests: bool = False) -> Model:
-    try:
-        without_memory(make, theirs)
-    except RuntimeError as error:
-        raise ValueError(f"the checkpoint is damaged: {error}") from error
+def _built(make: Callable[[], Model], guests: bool = False) -> Model:
     # A part from outside may derive what no file holds from its first values.
     with nullcontext() if guests else Uninitialised():
         return make()
