@@ -26,11 +26,11 @@ class CropToPatches:
     def __init__(self, patch_size: int, max_patches: int, box: Callable[..., Box] = random_box) -> None:
         self.patch_size, self.max_patches, self.box = patch_size, max_patches, box
 
-    def __call__(self, pixels: Tensor, rng: random.Random, patches: int | None = None) -> Patches:
-        """pixels (3, H, W) uint8 -> at most `patches` patches."""
+    def __call__(self, pixels: Tensor, rng: random.Random, budget: int | None = None) -> Patches:
+        """pixels (3, H, W) uint8 -> at most `budget` patches."""
         height, width = pixels.shape[1:]
         box = self.box(height, width, rng, width / height)
-        size = patch_grid(box.height, box.width, self.patch_size, patches or self.max_patches)
+        size = patch_grid(box.height, box.width, self.patch_size, budget or self.max_patches)
         return Patches.of(resized(pixels, box, size), self.patch_size)
 
 

@@ -24,21 +24,14 @@ from coca_lit.data.loader import (
     validation_loader,
 )
 from coca_lit.data.mixture import Source
-from coca_lit.data.records import Clip, Record, drawn, trainable
+from coca_lit.data.records import Record, drawn, trainable
 from coca_lit.data.scenes.facts import scene_question_records
 from coca_lit.data.scenes.motion import motion_records
 from coca_lit.data.scenes.places import scene_place_records
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.scenes.statements import LABELS, TRUTHS, comparison_records, entailment_records
-from coca_lit.data.transforms import (
-    RandomCrop,
-    TrainTransform,
-    Transform,
-    build_transform,
-    random_box,
-    whole,
-    whole_box,
-)
+from coca_lit.data.sources import ImageSource, TrainTransform, Transform
+from coca_lit.data.transforms import RandomCrop, build_transform, random_box, whole, whole_box
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError, whole_number
 from coca_lit.tokenizer import Tokenizer
@@ -314,12 +307,9 @@ class RecordsDataModule(CaptionDataModule):
         assert self.cache_dir is not None
         net = cast(Any, self.trainer.lightning_module).net
         encoder: nn.Module = net.image_encoder.frozen_part()
-        apart = net.config.frame_pooling == "mean" or net.config.frame_positions or net.pooling.left_out
-        if (apart or encoder is not net.image_encoder) and isinstance(self.train_records[0].image, Clip):
-            raise DataError(
-                "features of clips are cached for frame_pooling=tokens without frame_positions, of a whole frozen "
-                "encoder, and not for pooler=mean beside class tokens: set these, or cached_augmentations=0"
-            )
+        first = self.train_records[0].image
+        if isinstance(first, ImageSource) and (reason := first.why_not_cached(net)) is not None:
+            raise DataError(reason)
         precision, plain = self.trainer.precision_plugin, self.plain_transform()
         context = (precision.forward_context, precision.precision, net.config.image_encoder_args)
         cache = FeatureCache(self.cache_dir, encoder, plain, self.train_transform(), self.seed, *context)

@@ -10,7 +10,8 @@ from torch.utils.data import Dataset
 from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples
 from coca_lit.data.batch import Example
 from coca_lit.data.records import Record, most_bad
-from coca_lit.data.transforms import TrainTransform, Transform, augmented, loaded
+from coca_lit.data.sources import TrainTransform, Transform
+from coca_lit.data.transforms import augmented, loaded
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
 from coca_lit.models.inputs import Images
@@ -24,7 +25,7 @@ class Index(NamedTuple):
 
     turn: int  # pass over the data set; the epoch of records
     i: int
-    patches: int | None = None  # budget of its image, where one was drawn for the batch
+    budget: int | None = None  # for its image, where one was drawn for the batch
 
 
 class TrainingExamples(Dataset[Example]):
@@ -96,7 +97,7 @@ class CaptionDataset(TrainingExamples):
         choice = rng.randrange(len(record.captions))
         try:
             image, record = self.image(index, record, rng)
-            further = tuple(augmented(other, self.transform, rng, index.patches) for other in record.further)
+            further = tuple(augmented(other, self.transform, rng, index.budget) for other in record.further)
         except DataError as error:
             raise BadSampleError(BadSample("", str(record.id), "unreadable image", str(error))) from error
         captions = [record.captions[choice]]
@@ -115,7 +116,7 @@ class CaptionDataset(TrainingExamples):
 
     def image(self, index: Index, record: Record, rng: random.Random) -> tuple[Images, Record]:
         """The first image, and the record with the texts that go with it."""
-        return augmented(record.image, self.transform, rng, index.patches), record
+        return augmented(record.image, self.transform, rng, index.budget), record
 
 
 class FirstCaptionDataset(Dataset[Example]):

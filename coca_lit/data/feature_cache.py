@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,13 +30,13 @@ from torch.utils.data import DataLoader
 
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index
 from coca_lit.data.prefetch import worker_options
-from coca_lit.data.records import Clip, ImageFile, Record
-from coca_lit.data.transforms import TrainTransform, Transform, augmented, build_transform, loaded, whole
-from coca_lit.data.video import ClipFile
+from coca_lit.data.records import Record
+from coca_lit.data.sources import BLANK, ImageSource, TrainTransform, Transform
+from coca_lit.data.transforms import augmented, build_transform, loaded, whole
 from coca_lit.distributed import broadcast_object, gather_objects, print_rank_zero, rank, stable_seed, world_size
 from coca_lit.errors import DataError
-from coca_lit.files import replacing, state_of
-from coca_lit.models.inputs import Clips, Images, Input, joined, stack_images
+from coca_lit.files import replacing
+from coca_lit.models.inputs import Images, Input, joined, stack_images
 from coca_lit.progress import ProgressBar
 from coca_lit.reading import may_pass, printable
 from coca_lit.tokenizer import Tokenizer, split_words
@@ -126,7 +126,7 @@ class FeatureCache:
                 f"features are cached of one image a record, and {several[0]!r} has more: set cached_augmentations=0"
             )
         named = ((record.id, record.image) for record in records)
-        files = ((i, x, *state_of(x.path)) if isinstance(x, ImageFile | ClipFile) else (i, x) for i, x in named)
+        files = ((i, x, *x.state()) if isinstance(x, ImageSource) else (i, x) for i, x in named)
         name = broadcast_object(stable_seed("records", *(pickle.dumps(source).hex() for source in files)))
         views = view_numbers(records, count)
         if count > 1 and views[1] > 1:
@@ -173,9 +173,8 @@ class FeatureCache:
         Raises `DataError` for one that another attempt may read: what is written stays for all later runs.
         """
         encoder, done = self.encoder.to(device).eval(), 0
-        blank, first = self.plain(Image.new("RGB", (32, 32))), records[0].image
-        if isinstance(first, Clip):
-            blank = Clips(cast(Tensor, blank).expand(first.count, -1, -1, -1))
+        first = records[0].image
+        blank = first.blank(self.plain) if isinstance(first, ImageSource) else self.plain(Image.new("RGB", BLANK))
         read = functools.partial(self._read, view)
         for batch in DataLoader(records, BATCH, collate_fn=read, **worker_options(num_workers)):  # type: ignore[arg-type]
             broken = [i for i, image in enumerate(batch) if isinstance(image, _Unread)]
@@ -208,7 +207,7 @@ class FeatureCache:
         except DataError as error:
             cause = error.__cause__
             passes = isinstance(cause, ImportError)
-            if isinstance(record.image, ImageFile | ClipFile):  # whose state names the cache
+            if isinstance(record.image, ImageSource) and record.image.is_file:  # whose state names the cache
                 passes |= may_pass(cause) and not isinstance(cause, FileNotFoundError)
             elif isinstance(cause, OSError):  # what a network or a disk says has a number or a class of its own
                 gone = getattr(cause, "code", getattr(getattr(cause, "response", None), "status_code", 0)) in GONE

@@ -70,7 +70,9 @@ class TrainLoader:
         for step in range(done, self.steps):
             batch = next(self._batches)
             self.waited = time.monotonic() - asked_at
-            self._next = (epoch, step + 1) if step + 1 < self.steps else (epoch + 1, 0) if self.endless else None
+            self._next = (epoch, step + 1)
+            if step + 1 == self.steps:
+                self._next = (epoch + 1, 0) if self.endless else None
             yield batch
             asked_at = time.monotonic()
 
@@ -97,7 +99,7 @@ class Planned(NamedTuple):
 
     first: int  # samples of all batches before it
     size: int
-    patches: int | None = None  # the budget of each image, if one was drawn for the batch
+    budget: int | None = None  # for each image, if one was drawn for the batch
 
 
 class Schedule:
@@ -160,7 +162,7 @@ class ShuffledBatches:
 
     def part(self, number: int) -> list[Index]:
         """This rank's samples in a global batch, computed without the batches before it."""
-        first, size, patches = self.schedule.at(number)
+        first, size, budget = self.schedule.at(number)
         order: Iterable[tuple[int, int]]
         if len(self.sources) == 1:  # a global batch of many processes takes time to go through
             order = ((0, k) for k in range(first + self.rank, first + size, self.world))
@@ -172,7 +174,7 @@ class ShuffledBatches:
             turn, place = divmod(k, self._per_pass[source])
             group, within = divmod(place, self.together)
             i = self.starts[source] + self.together * self._group(source, turn, group) + within
-            samples.append(Index(turn, i, patches))
+            samples.append(Index(turn, i, budget))
         return samples
 
     def _group(self, source: int, turn: int, place: int) -> int:

@@ -13,7 +13,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,18 +24,9 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILTo
 from torchvision.transforms.functional import pil_to_tensor, resize
 
 from coca_lit.data.pixels import in_rgb, orientation_of, upright
-from coca_lit.data.records import Clip, ImageFile
+from coca_lit.data.sources import ImageSource, TrainTransform, Transform, as_tensor
 from coca_lit.errors import DataError
-from coca_lit.models.inputs import Clips, Images, Interpolation, Patches, ResizeMode, patch_grid, preprocessing
-
-Transform = Callable[[Image.Image], Images]  # for evaluation: any PIL image -> (3, size, size) uint8, or patches
-
-
-class TrainTransform(Protocol):
-    """For training: pixels (3, H, W) uint8 -> (3, size, size) uint8, or at most `patches` patches."""
-
-    def __call__(self, pixels: Tensor, rng: random.Random, patches: int | None = None) -> Images: ...
-
+from coca_lit.models.inputs import Images, Interpolation, Patches, ResizeMode, patch_grid, preprocessing
 
 SCALE = (0.9, 1.0)  # of the image's area
 RATIO = (3 / 4, 4 / 3)  # width to height
@@ -57,13 +48,13 @@ class RandomCrop:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def __call__(self, pixels: Tensor, rng: random.Random, patches: int | None = None) -> Tensor:
+    def __call__(self, pixels: Tensor, rng: random.Random, budget: int | None = None) -> Tensor:
         """pixels (3, H, W) uint8 -> (3, size, size) uint8."""
         height, width = pixels.shape[1:]
         return resized(pixels, random_box(height, width, rng), (self.size, self.size))
 
 
-def whole(pixels: Tensor, rng: random.Random, patches: int | None = None) -> Tensor:
+def whole(pixels: Tensor, rng: random.Random, budget: int | None = None) -> Tensor:
     """No crop, for images that are made at the right size and must stay complete."""
     return pixels
 
@@ -112,38 +103,27 @@ def decoding() -> Iterator[None]:
 
 @decoding()
 def loaded(image: Callable[[], Image.Image], transform: Transform) -> Images:
-    """The image of a record as a transform makes it, or a clip of its frames."""
-    if isinstance(image, Clip):
-        return _stacked([transform(frame) for frame in image.frames()])
+    """What a model sees of the image of a record in an evaluation."""
+    if isinstance(image, ImageSource):
+        return image.transformed(transform)
     return transform(image())
 
 
 @decoding()
 def augmented(
-    image: Callable[[], Image.Image], transform: TrainTransform, rng: random.Random, patches: int | None = None
+    image: Callable[[], Image.Image], transform: TrainTransform, rng: random.Random, budget: int | None = None
 ) -> Images:
-    """The same for training. All frames of a clip have the same crop."""
-    if isinstance(image, Clip):
-        seed = rng.random()
-        frames = (as_tensor(np.array(_to_rgb(frame))) for frame in image.frames())
-        return _stacked([transform(frame, random.Random(seed), patches) for frame in frames])
-    return transform(load_pixels(image), rng, patches)
-
-
-def _stacked(frames: list[Images]) -> Clips:
-    pixels = [frame for frame in frames if isinstance(frame, Tensor)]
-    if len(pixels) < len(frames):
-        raise DataError("clips need a model whose images have one shape: use another image encoder than naflex")
-    return Clips(torch.stack(pixels))
+    """The same in training."""
+    if isinstance(image, ImageSource):
+        return image.augmented(transform, rng, budget)
+    return transform(load_pixels(image), rng, budget)
 
 
 def load_pixels(image: Callable[[], Image.Image]) -> Tensor:
     """(3, H, W) uint8 of the image of a record; a file is read without the copies that Pillow would make."""
-    return as_tensor(image.pixels() if isinstance(image, ImageFile) else np.array(_to_rgb(image())))
-
-
-def as_tensor(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    if isinstance(image, ImageSource):
+        return image.pixels()
+    return as_tensor(np.array(_to_rgb(image())))
 
 
 # Evaluation

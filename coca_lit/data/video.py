@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -23,6 +23,7 @@ from PIL import Image
 from coca_lit.data.pixels import CLIPS, check_shape, upright
 from coca_lit.data.records import Clip, ImageFile
 from coca_lit.errors import DataError
+from coca_lit.files import state_of
 from coca_lit.reading import open_regular
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ class ClipFile(Clip):
 
     path: Path
     count: int
+    is_file: ClassVar[bool] = True
+
+    def state(self) -> tuple[int, ...]:
+        return state_of(self.path)
 
     def frames(self, count: int | None = None) -> Iterator[Image.Image]:
         try:

@@ -21,12 +21,13 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor
 
-from coca_lit.data.records import Clip, Record
+from coca_lit.data.records import Record
+from coca_lit.data.sources import ImageSource
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import ConfigError, DataError, check_number
 from coca_lit.files import atomic_write
 from coca_lit.metrics.uncertainty import Conditions, Draws, Resampled, bootstrap, digest, exact
-from coca_lit.models import CLIP, CoCa, DualEncoder
+from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.generation.options import OPTIONS, check_shared, complete
 
 log = logging.getLogger(__name__)
@@ -189,10 +190,12 @@ class Evaluation:
         self, scores: Iterable[str], model: DualEncoder, records: Sequence[Record], settings: Settings
     ) -> dict[str, Conditions]:
         """Of each score, those of a domain included, such as "in-domain/CIDEr"."""
-        of_clips: dict[str, Any] = {}
-        if frames := sorted({record.image.count for record in records if isinstance(record.image, Clip)}):
-            pooling = "mean" if isinstance(model, CLIP) else model.config.frame_pooling
-            of_clips = {"frames": "/".join(map(str, frames)), "frame_pooling": pooling}
+        of_sources: dict[str, set[Any]] = {}
+        for record in records:
+            if isinstance(record.image, ImageSource):
+                for name, value in record.image.conditions(model).items():
+                    of_sources.setdefault(name, set()).add(value)
+        of_images = {name: "/".join(map(str, sorted(values))) for name, values in of_sources.items()}
         groups = {"": records}
         for domain in dict.fromkeys(record.domain for record in records if record.domain):
             groups[domain] = [record for record in records if record.domain == domain]
@@ -205,7 +208,7 @@ class Evaluation:
         of_all = known[""]
         return {
             score: known.get(score.rpartition("/")[0], of_all)._replace(
-                settings=self.depends_on(score, settings) | of_clips
+                settings=self.depends_on(score, settings) | of_images
             )
             for score in scores
         }

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.data.prefetch import worker_options
 from coca_lit.data.records import Record
-from coca_lit.data.transforms import Transform, build_transform, loaded
+from coca_lit.data.sources import Transform
+from coca_lit.data.transforms import build_transform, loaded
 from coca_lit.distributed import gather_objects, rank, stable_seed, world_size
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.generation.options import complete

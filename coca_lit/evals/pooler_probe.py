@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from coca_lit.data.feature_cache import BYTES, FeatureCache, read_features
 from coca_lit.data.prefetch import worker_options
 from coca_lit.data.records import Record
-from coca_lit.data.transforms import Transform, build_transform, loaded, whole
+from coca_lit.data.sources import Transform
+from coca_lit.data.transforms import build_transform, loaded, whole
 from coca_lit.distributed import forked_rng, gather_objects
 from coca_lit.errors import check_number
 from coca_lit.models import CoCa

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coca_lit.data.transforms import Transform, build_transform
+from coca_lit.data.sources import Transform
+from coca_lit.data.transforms import build_transform
 from coca_lit.errors import UserError, error_context
 from coca_lit.models import DualEncoder
 from coca_lit.tokenizer import CLIPTokenizer, Tokenizer, get_tokenizer

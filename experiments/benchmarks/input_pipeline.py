@@ -34,7 +34,8 @@ from coca_lit.data.shards.index import tar_indexes
 from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.sample import Pair, pair_of
-from coca_lit.data.transforms import Box, RandomCrop, as_tensor, random_box, resized
+from coca_lit.data.sources import as_tensor
+from coca_lit.data.transforms import Box, RandomCrop, random_box, resized
 from coca_lit.tokenizer import get_tokenizer
 from experiments.benchmarks.harness import interleaved, ratio
 from experiments.benchmarks.record import record

@@ -556,8 +556,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "crop_budget",
-            "patches or self.max_patches)",
-            "patches or 4 * self.max_patches)",
+            "budget or self.max_patches)",
+            "budget or 4 * self.max_patches)",
             "data/test_patches.py -k timm",
         ),
     ],

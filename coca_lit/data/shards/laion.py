@@ -17,7 +17,7 @@ from coca_lit.data.mixture import Source, check_weights
 from coca_lit.data.records import Record, drawn
 from coca_lit.data.shards.index import count_faults, tar_indexes
 from coca_lit.data.shards.listing import find_shards
-from coca_lit.data.shards.sample import CLIP_SUFFIXES, IMAGE_SUFFIXES
+from coca_lit.data.shards.sample import IMAGES, ClipReader, MemberReader
 from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import CacheSettings, Shard
 from coca_lit.data.shards.training import IndexedShards
@@ -90,7 +90,8 @@ class LAIONDataModule(CaptionDataModule):
             epoch_samples = whole_number("epoch_samples", epoch_samples, at_least=1)
         if frames and teachers is not None:
             raise ValueError("teachers see images and no clips: leave out frames, or teachers")
-        self.teachers, self.frames = teachers, frames
+        self.teachers = teachers
+        self.reader: MemberReader = ClipReader(frames) if frames else IMAGES
         BadSamples(max_bad_fraction)  # checks the number here rather than in a worker
         keys = {caption_keys: 1.0} if isinstance(caption_keys, str) else caption_keys
         self.caption_keys = check_weights("caption_keys", keys)
@@ -126,8 +127,7 @@ class LAIONDataModule(CaptionDataModule):
         records: list[Record] = []
         for shard in shards:
             with suppress(DataError):  # the training counts those
-                suffixes = CLIP_SUFFIXES if self.frames else IMAGE_SUFFIXES
-                of_shard = read_shard(shard, self.caption_keys, BadSamples(1.0), suffixes, self.frames)
+                of_shard = read_shard(shard, self.caption_keys, BadSamples(1.0), [self.reader])
                 records += islice(of_shard, math.ceil(count / len(shards)))
         return records
 
@@ -190,7 +190,7 @@ class LAIONDataModule(CaptionDataModule):
         count_faults(self._all_shards, found, bad)
         bad.end_of_pass()
         images, clips = (any(index.places[:, kind].any() for index in found) for kind in (0, 3))
-        if clips and not images and not self.frames:
+        if clips and not images and self.reader is IMAGES:
             raise DataError("the shards hold clips and no images: set data.frames, the number of frames of each")
         rest = iter(found)
         by_name = {name: [*islice(rest, len(shards))] for name, shards in self.shards.items()}
@@ -280,7 +280,7 @@ class LAIONDataModule(CaptionDataModule):
             within_shard=self.windows is not None,
             step=step,
             captions=self.captions,
-            frames=self.frames,
+            reader=self.reader,
         )
 
     def indices_from(self, epoch: int, start: int) -> ShuffledBatches:

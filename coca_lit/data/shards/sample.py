@@ -9,6 +9,7 @@ from coca_lit.data.bad_samples import BadSample, BadSampleError
 from coca_lit.data.pixels import CLIPS, MAX_IMAGE
 from coca_lit.data.records import clean_captions
 from coca_lit.data.shards.tar import MAX_MEMBER
+from coca_lit.data.sources import EncodedImage, ImageSource
 from coca_lit.errors import DataError
 from coca_lit.reading import encoding_of, parse_json
 
@@ -19,23 +20,57 @@ _WANTED = re.compile(rf".*\.({'|'.join((*IMAGE_SUFFIXES, *CLIP_SUFFIXES))}|txt|j
 MEMBERS = (IMAGE_SUFFIXES, ("txt",), ("json",), CLIP_SUFFIXES)  # of a sample; the first of each that is there
 
 Pair = tuple[bytes, dict[str, tuple[str, ...]]]
-"""An encoded image or clip, and its captions by caption key, "txt" or a field of the JSON; none is empty."""
+"""An encoded image, or what stands in its place, and its captions by caption key, "txt" or a field of the JSON; none is
+empty.
+"""
 
 
-def pair_of(
-    fields: dict[str, Any], caption_keys: Collection[str], shard: str, suffixes: Sequence[str] = IMAGE_SUFFIXES
-) -> Pair:
-    """The image or clip, and the captions, among the members with one key.
+class MemberReader:
+    """Which members of a sample hold its image, and what reads them: here images. A subclass reads what stands in their
+    place.
+
+    Attributes:
+        kind: for people.
+        suffixes: of the members.
+    """
+
+    kind = "image"
+    suffixes: Sequence[str] = IMAGE_SUFFIXES
+
+    def source(self, content: bytes, name: str) -> ImageSource:
+        return EncodedImage(content, name)
+
+
+class ClipReader(MemberReader):
+    """Clips, of which a model sees `frames` frames."""
+
+    kind = "clip"
+    suffixes = CLIP_SUFFIXES
+
+    def __init__(self, frames: int) -> None:
+        self.frames = frames
+
+    def source(self, content: bytes, name: str) -> ImageSource:
+        from coca_lit.data.video import EncodedClip
+
+        return EncodedClip(content, name, self.frames)
+
+
+IMAGES = MemberReader()
+
+
+def pair_of(fields: dict[str, Any], caption_keys: Collection[str], shard: str, reader: MemberReader = IMAGES) -> Pair:
+    """The image, or what stands in its place, and the captions, among the members with one key.
 
     Args:
-        suffixes: see `kind_of`.
+        reader: of the image.
         caption_keys: where captions may be: "txt" for KEY.txt, else a field of KEY.json that holds a text or a list
             of texts. A sample needs at least one of them.
 
     Raises:
         BadSampleError: it is not complete.
     """
-    key, image = fields["__key__"], image_of(fields, suffixes)
+    key, image = fields["__key__"], image_of(fields, reader.suffixes)
     captions, content = {}, {}
     whole = {name: text for name in ("txt", "json") if len(text := fields.get(name, b"")) <= MAX_TEXT}
     if any(key != "txt" for key in caption_keys):
@@ -51,7 +86,7 @@ def pair_of(
         return image, captions
     missing = f"no caption in the JSON under {', '.join(caption_keys)}"
     if not image or "txt" in caption_keys:
-        missing = "missing caption" if image else f"missing {'clip' if suffixes == CLIP_SUFFIXES else 'image'}"
+        missing = "missing caption" if image else f"missing {reader.kind}"
     raise BadSampleError(BadSample(shard, key, missing))
 
 

@@ -7,18 +7,14 @@ not read, and those that could hold code count as bad samples.
 import itertools
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image
-
 from coca_lit.data.bad_samples import BadSampleError, BadSamples
-from coca_lit.data.pixels import decode_image
 from coca_lit.data.records import Record
-from coca_lit.data.shards.sample import CLIP_SUFFIXES, IMAGE_SUFFIXES, kind_of, pair_of, read_limit
+from coca_lit.data.shards.sample import IMAGES, MemberReader, kind_of, pair_of, read_limit
 from coca_lit.data.shards.shard import ChangedError, Shard
 from coca_lit.data.shards.tar import TWICE, Member, group_members, tar_members
 from coca_lit.errors import DataError
@@ -33,28 +29,23 @@ def read_shard(
     shard: Shard,
     caption_keys: Collection[str],
     bad: BadSamples,
-    suffixes: Sequence[str] = IMAGE_SUFFIXES,
-    frames: int = 1,
+    readers: Sequence[MemberReader] = (IMAGES,),
 ) -> Iterator[Record]:
     """The complete samples of a shard in tar order; broken ones are counted in `bad` and skipped. Other arguments as of
     `pair_of`.
 
     Args:
-        frames: of each clip that a model gets.
+        readers: of the image of a sample; the first one that finds its member reads it.
     """
     for fields in read_fields(shard, bad):
-        key = fields["__key__"]
+        found = (reader for reader in readers if kind_of(fields, reader.suffixes))
+        reader = next(found, readers[0])
         try:
-            image, captions = pair_of(fields, caption_keys, shard.name, suffixes)
+            content, captions = pair_of(fields, caption_keys, shard.name, reader)
         except BadSampleError as error:
             bad.catch(error)
         else:
-            picture: Callable[[], Image.Image] = partial(decode_image, image, "it")
-            if kind_of(fields, suffixes) in CLIP_SUFFIXES:
-                from coca_lit.data.video import EncodedClip
-
-                picture = EncodedClip(image, "it", frames)
-            yield Record(key, picture, itertools.chain(*captions.values()))
+            yield Record(fields["__key__"], reader.source(content, "it"), itertools.chain(*captions.values()))
 
 
 def read_fields(

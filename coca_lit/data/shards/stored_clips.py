@@ -10,7 +10,7 @@ from coca_lit.data.bad_samples import BadSampleError, BadSamples
 from coca_lit.data.records import Clip, Record
 from coca_lit.data.shards.index import TarIndex, count_faults, tar_indexes
 from coca_lit.data.shards.listing import find_shards
-from coca_lit.data.shards.sample import CLIP_SUFFIXES, image_of, pair_of
+from coca_lit.data.shards.sample import CLIP_SUFFIXES, ClipReader, image_of, pair_of
 from coca_lit.data.shards.shard import CacheSettings
 from coca_lit.data.video import EncodedClip
 from coca_lit.errors import DataError
@@ -52,7 +52,8 @@ def clip_shard_records(
     for index in indexes:
         for row in range(len(index)):
             try:
-                clip, captions = pair_of(index.read(row, CLIP_SUFFIXES), caption_keys, index.shard.name, CLIP_SUFFIXES)
+                fields = index.read(row, CLIP_SUFFIXES)
+                clip, captions = pair_of(fields, caption_keys, index.shard.name, ClipReader(frames))
                 next(EncodedClip(clip, index.key(row), 1).frames())  # else it would end the evaluation later
             except BadSampleError as error:
                 bad.catch(error)

@@ -16,9 +16,9 @@ from coca_lit.data.bad_samples import BadSample, BadSampleError, LostShardError
 from coca_lit.data.batch import Example
 from coca_lit.data.examples import Index, TrainingExamples
 from coca_lit.data.mixture import Source, draw
-from coca_lit.data.pixels import decode_pixels
-from coca_lit.data.shards.sample import CLIP_SUFFIXES, IMAGE_SUFFIXES, pair_of
-from coca_lit.data.transforms import TrainTransform, as_tensor, augmented
+from coca_lit.data.shards.sample import IMAGES, MemberReader, pair_of
+from coca_lit.data.sources import TrainTransform
+from coca_lit.data.transforms import augmented
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
 from coca_lit.models.inputs import Images
@@ -52,7 +52,7 @@ class IndexedShards(TrainingExamples):
             `SHARD_TRIES` bad ones, and not by one of the whole source.
         step: in place of `transform`.
         captions: of each image, each drawn as the first one is.
-        frames: of clips, which are read in place of images.
+        reader: of the images.
     """
 
     sources: Sequence[Source]
@@ -64,13 +64,12 @@ class IndexedShards(TrainingExamples):
     within_shard: bool = False
     step: SampleStep | None = None
     captions: int = 1
-    frames: int = 0
+    reader: MemberReader = IMAGES
 
     max_tries = 100  # at the 5 % of bad samples that are usual on the web, even ten in a row occur
 
     def __post_init__(self) -> None:
         super().__init__(self.seed, self.max_bad_fraction)
-        self.suffixes: Sequence[str] = CLIP_SUFFIXES if self.frames else IMAGE_SUFFIXES
         self.indexes = [index for source in self.sources for index in source.shards]
         self.shard_ends = [*accumulate(map(len, self.indexes))]
         self.source_ends = [*accumulate(source.samples for source in self.sources)]
@@ -88,36 +87,33 @@ class IndexedShards(TrainingExamples):
         if number in self._lost:
             raise LostShardError(self._lost[number].sample._replace(key=tar.key(row)))
         try:
-            fields = tar.read(row, self.suffixes)
+            fields = tar.read(row, self.reader.suffixes)
         except LostShardError as error:
             if tar.shard.is_remote:
                 self._lost[number] = error
             raise
-        image, captions = pair_of(fields, self.caption_keys, shard, self.suffixes)
+        content, captions = pair_of(fields, self.caption_keys, shard, self.reader)
         key = fields["__key__"]
         seed = (self.seed, index.turn, key)
-        rng, name = random.Random(stable_seed("image", *seed)), f"{key} in {shard}"
+        rng = random.Random(stable_seed("image", *seed))
         caption = draw(captions, self.caption_keys, "caption", *seed)
-        try:
-            crop: Images
-            if self.frames:
-                from coca_lit.data.video import EncodedClip
-
-                crop = augmented(EncodedClip(image, name, self.frames), self.transform, rng, index.patches)
-            else:
-                pixels = as_tensor(decode_pixels(image, name))
-                crop = pixels if self.step else self.transform(pixels, rng, index.patches)
-        except DataError as error:
-            reason = f"unreadable {'clip' if self.frames else 'image'}"
-            raise BadSampleError(BadSample(shard, key, reason, str(error))) from error
+        source = self.reader.source(content, f"{key} in {shard}")
         extras: dict[str, Any] = {}
-        if self.step:
-            crop, extras = self.step(Sample(pixels, caption, key, shard), rng)
-        if source := self.sources[bisect_right(self.source_ends, index.i)].name:
-            extras["source"] = source
+        try:
+            if self.step is None:
+                image = augmented(source, self.transform, rng, index.budget)
+            else:
+                pixels = source.pixels()
+        except DataError as error:
+            raise BadSampleError(BadSample(shard, key, f"unreadable {self.reader.kind}", str(error))) from error
+        if self.step is not None:
+            image, extras = self.step(Sample(pixels, caption, key, shard), rng)
+        name = self.sources[bisect_right(self.source_ends, index.i)].name
+        if name:
+            extras["source"] = name
         further = [draw(captions, self.caption_keys, "caption", n, *seed) for n in range(1, self.captions)]
         return Example(
-            crop,
+            image,
             self.tokenizer.encode(caption),
             f"{shard}/{key}",
             further_tokens=tuple(self.tokenizer.encode(text) for text in further),

@@ -190,10 +190,10 @@ class WindowedBatches(ShuffledBatches):
 
     def part(self, number: int) -> list[Index]:
         """Neighbouring samples, and so those of neighbouring readers."""
-        turns, patches = self._turns(number), self.schedule.at(number).patches
+        turns, budget = self._turns(number), self.schedule.at(number).budget
         places = (divmod(item, len(turns)) for item in self._items(number))
         return [
-            Index(*self.orders[source].sample(reader, k), patches) for reader, i in places for source, k in [turns[i]]
+            Index(*self.orders[source].sample(reader, k), budget) for reader, i in places for source, k in [turns[i]]
         ]
 
     def _items(self, number: int) -> range:

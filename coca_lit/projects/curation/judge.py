@@ -19,7 +19,8 @@ from coca_lit.data.near_duplicates import perceptual_hash
 from coca_lit.data.pixels import decode_image
 from coca_lit.data.prefetch import worker_errors, worker_options
 from coca_lit.data.shards.index import TarIndex
-from coca_lit.data.transforms import Transform, build_transform
+from coca_lit.data.sources import Transform
+from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
 from coca_lit.evals.inference import evaluating
 from coca_lit.files import claim, size_and_time

@@ -19,7 +19,8 @@ from coca_lit.data.pixels import decode_pixels
 from coca_lit.data.prefetch import worker_errors, worker_options
 from coca_lit.data.shards.index import TarIndex
 from coca_lit.data.shards.reinforced import Reinforced, reinforced_path, write_reinforced
-from coca_lit.data.transforms import Box, as_tensor, random_box, resized
+from coca_lit.data.sources import as_tensor
+from coca_lit.data.transforms import Box, random_box, resized
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.evals.inference import evaluating

@@ -12,7 +12,7 @@ pytest.importorskip("av")
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.records import Clip
 from coca_lit.data.shards.laion import LAIONDataModule
-from coca_lit.data.shards.sample import CLIP_SUFFIXES
+from coca_lit.data.shards.sample import ClipReader
 from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import Shard
 from coca_lit.data.shards.stored_clips import clip_shard_records
@@ -111,7 +111,7 @@ def test_records_for_evaluation(clips: dict[str, Path], tmp_path: Path, monkeypa
         of_file = ClipFile(clips[name], 3)
         np.testing.assert_array_equal([*record.image.frames()], [*of_file.frames()])
         np.testing.assert_array_equal(record.image(), of_file())
-    read = [*read_shard(Shard(str(path)), ["txt"], BadSamples(0), CLIP_SUFFIXES, frames=3)]
+    read = [*read_shard(Shard(str(path)), ["txt"], BadSamples(0), [ClipReader(3)])]
     assert [[*map(np.array, record.image.frames())][2].tolist() for record in read] == [
         [*map(np.array, record.image.frames())][2].tolist() for record in records
     ]

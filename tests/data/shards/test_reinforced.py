@@ -12,7 +12,8 @@ from coca_lit import save_model
 from coca_lit.data.pixels import decode_pixels
 from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.reinforced import Reinforced, teachers_of
-from coca_lit.data.transforms import as_tensor, resized
+from coca_lit.data.sources import as_tensor
+from coca_lit.data.transforms import resized
 from coca_lit.errors import DataError
 from coca_lit.projects.curation import teach
 from coca_lit.projects.curation.teach import Teaching, claim_outputs, teach_shard

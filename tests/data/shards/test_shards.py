@@ -97,7 +97,7 @@ def test_missing_shards_are_named(tmp_path):
 def test_read_shard(tmp_path):
     (path,) = write_shards(tmp_path, 1, 2)
     sample, _ = read_shard(Shard(str(path)), ["txt"], BadSamples(0))
-    assert (sample.id, sample.image.args[0], sample.captions) == ("00000", jpeg(0), ("a dog number",))
+    assert (sample.id, sample.image.content, sample.captions) == ("00000", jpeg(0), ("a dog number",))
     assert [s.captions for s in read_shard(Shard(str(path)), ["recaption"], BadSamples(0))] == [("a dog",)] * 2
     assert read(path, "nothing") == ([], {"no caption in the JSON under nothing": 2})
 
