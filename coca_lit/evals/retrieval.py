@@ -1,4 +1,4 @@
-"""Retrieval scores, with samples for the report, decoder re-ranking, and queries with many right answers.
+"""Retrieval scores, with samples for the report, and re-ranking of the nearest by another comparison.
 
 A dual encoder compares two embeddings. The decoder of the same model scores a text token by token while it attends to
 all tokens of an image, log p(text | image): it sees more and costs a pass for every pair. So only pairs among each
@@ -11,28 +11,32 @@ Shapes: I images, T texts, E embedding width.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from coca_lit.data.datasets.retrieval import Positives
 from coca_lit.data.records import Record
-from coca_lit.distributed import print_rank_zero, rank
-from coca_lit.errors import DataError, check_number
+from coca_lit.distributed import gather_objects, print_rank_zero, rank
+from coca_lit.errors import check_number
 from coca_lit.evals import inference
 from coca_lit.evals.base import Evaluation, Settings
-from coca_lit.evals.inference import embed_pairs
+from coca_lit.evals.inference import embed_pairs, evaluating, image_batches
 from coca_lit.evals.samples import retrieval_samples, retrieval_sheet
-from coca_lit.metrics.retrieval import KS, Ranks, feature_ranks, folded_ranks, positive_scores, similarity_ranks
-from coca_lit.metrics.uncertainty import Draws, Ratios, Resampled, bootstrap
+from coca_lit.metrics.retrieval import Ranks, feature_ranks, folded_ranks, similarity_ranks
+from coca_lit.metrics.uncertainty import Draws, Ratios, bootstrap
 from coca_lit.models import CoCa, DualEncoder
+from coca_lit.models.inputs import Images
 
 UNREAD = ("cut_captions", "read_tokens")
 BEHIND = 1e4  # further than any two scores are apart
-CAPTIONS = 5  # of each image of `PositiveRetrieval`, as in all published numbers; ten of MS-COCO's test images have six
+
+# Scores (B, N) of images (B, 3, H, W) and tokens (N, L) of texts, on the scale of the similarities of the network,
+# exp(logit_scale) · cosine. It is called without gradients, in evaluation mode.
+Comparison = Callable[[DualEncoder, Images, Tensor], Tensor]
 
 
 class RetrievalScores(Evaluation):
@@ -43,6 +47,7 @@ class RetrievalScores(Evaluation):
 
     Args:
         rerank_weight: share of the decoder's score in re-ranking, between 0 and 1.
+        comparison: re-ranks in the place of the decoder.
         fold: images of such a part, as many as follow each other; none if there are fewer than twice as many.
     """
 
@@ -64,12 +69,15 @@ class RetrievalScores(Evaluation):
         rerank_weight: float = 0.5,
         fold: int | None = None,
         every: int = 1,
+        comparison: Comparison | None = None,
     ) -> None:
         super().__init__(name, records, every)
         check_number("rerank_weight", rerank_weight, at_least=0, at_most=1)
         if fold is not None:
             check_number("fold", fold, whole=True, at_least=1)
-        self.rerank_weight, self.fold = rerank_weight, fold
+        self.rerank_weight = rerank_weight
+        self.fold = fold
+        self.comparison = comparison
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         images, texts, image_of_text = embed_pairs(model, records, settings.batch_size, settings.workers)
@@ -89,12 +97,21 @@ class RetrievalScores(Evaluation):
             scores |= self._recalls("folds/", ids, folded_ranks(images, texts, image_of_text, self.fold))
         if not settings.rerank:
             return scores
-        if model.decoder is None:
+        if self.comparison is None and model.decoder is None:
             self.not_run[f"{self.name} reranked recall"] = "the model has no decoder to re-rank with"
             return scores
-        options = (settings.rerank, self.rerank_weight, settings.batch_size, settings.workers)
-        reranked = similarity_ranks(decoder_rerank(model, records, images, texts, *options), image_of_text)
-        return scores | self._recalls("reranked_", ids, reranked)
+        similarity = rerank(
+            model,
+            records,
+            images,
+            texts,
+            settings.rerank,
+            self.rerank_weight,
+            settings.batch_size,
+            settings.workers,
+            self.comparison,
+        )
+        return scores | self._recalls("reranked_", ids, similarity_ranks(similarity, image_of_text))
 
     def _recalls(self, prefix: str, ids: Sequence[int | str], ranks: Ranks) -> dict[str, float]:
         """Further recalls, of the first images or all, whose draws are noted."""
@@ -105,8 +122,12 @@ class RetrievalScores(Evaluation):
     def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
         if score.startswith("folds/"):
             return {"fold": self.fold}
-        reranked = score.startswith("reranked_")
-        return {"rerank": settings.rerank, "rerank_weight": self.rerank_weight} if reranked else {}
+        if not score.startswith("reranked_"):
+            return {}
+        options: dict[str, Any] = {"rerank": settings.rerank, "rerank_weight": self.rerank_weight}
+        if self.comparison is not None:
+            options["comparison"] = _name(self.comparison)
+        return options
 
     def _unread(self, model: DualEncoder, records: Sequence[Record]) -> dict[str, Draws]:
         """Which captions are longer than the context and lose their end; nothing if none is."""
@@ -126,8 +147,14 @@ class RetrievalScores(Evaluation):
         return bootstrap([record.id for record in records], Ratios(parts))
 
 
-def decoder_rerank(
-    model: CoCa,
+def _name(comparison: Comparison) -> str:
+    function = comparison.func if isinstance(comparison, partial) else comparison  # of a config
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def rerank(
+    model: DualEncoder,
     records: Sequence[Record],
     image_features: Tensor,
     text_features: Tensor,
@@ -135,31 +162,46 @@ def decoder_rerank(
     weight: float,
     batch_size: int = 64,
     num_workers: int = 0,
+    comparison: Comparison | None = None,
 ) -> Tensor:
     """Similarities (I, T) of images and all their captions, in float64, on the CPU of every rank.
 
-    A candidate pair has (1 - weight) · exp(logit_scale) · cosine + weight · log (p(text | image) / p(text)); all other
-    pairs follow behind, in the order of their cosines.
+    A candidate pair has (1 - weight) · exp(logit_scale) · cosine + weight · score, where the decoder's score is
+    log (p(text | image) / p(text)); all other pairs follow behind, in the order of their cosines.
 
     Args:
         image_features, text_features: (I, E) and (T, E) of `embed_pairs`.
-        candidates: nearest images of each text that the decoder scores; for each image, as many nearest texts as give
-            both directions the same number of pairs.
-        weight: share of the log-likelihood, between 0 and 1.
+        candidates: nearest images of each text that are scored; for each image, as many nearest texts as give both
+            directions the same number of pairs.
+        weight: share of the score, between 0 and 1.
+        comparison: gives the score; None for the decoder.
     """
     similarity = model.logit_scale.exp().item() * image_features @ text_features.T  # (I, T)
-    found = log_likelihoods(model, records, candidate_pairs(similarity, candidates), batch_size, num_workers)
-    return reranked(similarity, found, weight)
+    pairs = candidate_pairs(similarity, candidates)
+    if comparison is not None:
+        scores = compared(model, records, pairs, comparison, batch_size, num_workers)
+    else:
+        assert isinstance(model, CoCa)  # a CLIP has no decoder
+        scores = informative(log_likelihoods(model, records, pairs, batch_size, num_workers))
+    return mix_scores(similarity, scores, weight)
 
 
-def reranked(similarity: Tensor, log_likelihood: Tensor, weight: float) -> Tensor:
-    """Scores (I, T) of `decoder_rerank`, from similarities (I, T) and log-likelihoods (I, T) of the candidates; -inf
-    marks all other pairs.
+def informative(log_likelihood: Tensor) -> Tensor:
+    """log (p(text | image) / p(text)) (I, T), p(text) being the mean over the images that the text was read with; -inf
+    marks pairs that were not read.
     """
-    candidate = ~log_likelihood.isneginf()
-    informative = log_likelihood - (log_likelihood.logsumexp(dim=0) - candidate.sum(dim=0).log())
-    scores = (1 - weight) * similarity + weight * informative
-    return torch.where(candidate, scores, similarity.double() - BEHIND)  # float32 would merge cosines that far out
+    read = ~log_likelihood.isneginf()
+    mean = log_likelihood.logsumexp(dim=0) - read.sum(dim=0).log()  # (T,)
+    return torch.where(read, log_likelihood - mean, -torch.inf)
+
+
+def mix_scores(similarity: Tensor, scores: Tensor, weight: float) -> Tensor:
+    """Similarities (I, T) of `rerank`, from those of the features (I, T) and scores (I, T) of the candidates, with -inf
+    for all other pairs.
+    """
+    both = (1 - weight) * similarity + weight * scores
+    behind = similarity.double() - BEHIND  # float32 would merge cosines that far out
+    return torch.where(scores.isneginf(), behind, both)
 
 
 def candidate_pairs(similarity: Tensor, candidates: int) -> Tensor:
@@ -185,59 +227,27 @@ def log_likelihoods(
     return found
 
 
-class PositiveRetrieval(Evaluation):
-    """Recall@1/5/10, R-precision and mAP@R in both directions, see `positive_scores`. Candidates are all images and the
-    first five captions of each; queries are those that have a right answer among them.
-
-    Args:
-        positives: what describes what, see `coca_lit.data.datasets.retrieval`.
+def compared(
+    model: DualEncoder,
+    records: Sequence[Record],
+    pairs: Tensor,
+    comparison: Comparison,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> Tensor:
+    """What the comparison says (I, T) of the `pairs`, -inf elsewhere; on the CPU of every rank. It is asked about one
+    image at a time, and at most `batch_size` of its texts.
     """
-
-    captioned = True
-    generates = False
-    score_names = tuple(
-        f"{way}_{name}" for way in ("t2i", "i2t") for name in (*(f"recall@{k}" for k in KS), "r_precision", "map@r")
-    )
-
-    def __init__(self, name: str, records: Sequence[Record], positives: Positives, every: int = 1) -> None:
-        cut = [record._replace(captions=record.captions[:CAPTIONS]) for record in records]
-        super().__init__(name, cut, every)
-        self.positives = positives
-        for record in cut:
-            if len(record.captions) > len(positives.captions.get(record.id, ())):
-                raise DataError(
-                    f"the captions of image {record.id!r} have no ids in dataset_coco.json: use the images that it "
-                    "lists"
-                )
-
-    def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        images, texts, _ = embed_pairs(model, records, settings.batch_size, settings.workers)
-        return self.resample([record.id for record in records], self.resampled(records, images, texts), settings)
-
-    def resampled(self, records: Sequence[Record], images: Tensor, texts: Tensor) -> Resampled:
-        """Means over the queries of drawn images, from features (I, E) and (T, E)."""
-        place = {record.id: number for number, record in enumerate(records)}
-        captions = [id for r in records for id in self.positives.captions[r.id][: len(r.captions)]]
-        place_of_caption = {id: number for number, id in enumerate(captions)}
-        owner = np.repeat(np.arange(len(records)), [len(record.captions) for record in records])
-        asked: dict[str, tuple[Tensor, Tensor, list[Sequence[int]], Mapping[Any, int], np.ndarray]] = {
-            "t2i": (texts, images, [self.positives.of_caption.get(id, ()) for id in captions], place, owner),
-            "i2t": (
-                images,
-                texts,
-                [self.positives.of_image.get(r.id, ()) for r in records],
-                place_of_caption,
-                np.arange(len(records)),
-            ),
-        }
-        parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
-        for way, (queries, candidates, right, places, unit) in asked.items():
-            numbers = [[places[id] for id in ids if id in places] for ids in right]
-            rows = [row for row, own in enumerate(numbers) if own]
-            if not rows:
-                raise DataError(f"{self.name} has no right answer among these images: raise scoring.images")
-            total = np.bincount(unit[rows], minlength=len(records)).astype(np.float64)
-            scores = positive_scores(queries[rows], candidates, [numbers[row] for row in rows])
-            for name, values in scores.items():
-                parts[f"{way}_{name}"] = np.bincount(unit[rows], weights=values, minlength=len(records)), total
-        return Ratios(parts)
+    texts = [caption for record in records for caption in record.captions]
+    tokens = model.tokenizer.tokens_of(texts).to(model.device)  # (T, L)
+    own: list[tuple[int, Tensor]] = []
+    for positions, images in image_batches(model, records, batch_size, num_workers):
+        for row, position in enumerate(positions):
+            compare = partial(comparison, model, images[row : row + 1])
+            parts = tokens[pairs[position].to(tokens.device)].split(batch_size)
+            own.append((position, torch.cat([evaluating(model, compare, part)[0].float().cpu() for part in parts])))
+    scores = torch.full(pairs.shape, -torch.inf)
+    for part in gather_objects(own):
+        for position, values in part:
+            scores[position, pairs[position]] = values
+    return scores

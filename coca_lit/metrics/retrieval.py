@@ -158,42 +158,6 @@ def folded_ranks(
     return Ranks(torch.cat([part.t2i for part in parts]), torch.cat([part.i2t for part in parts]), image_of)
 
 
-def positive_scores(
-    queries: Tensor, candidates: Tensor, positives: Sequence[Sequence[int]], ks: Sequence[int] = KS, chunk: int = 1000
-) -> dict[str, np.ndarray]:
-    """Scores (Q,) of queries (Q, D) that may have several right answers among the candidates (C, D): whether one is
-    among the k most similar ("recall@k"); of the R most similar, R being the number of right answers, the share that is
-    right ("r_precision"); and mean average precision at R (Musgrave et al. 2020, arXiv 2003.08505; "map@r").
-
-    A wrong candidate that ties with a right one is placed before it.
-
-    Args:
-        positives: of each query the numbers of its right answers, one or more.
-
-    Raises:
-        ValueError: NaN, or a query without a right answer.
-    """
-    queries, candidates = queries.detach().float(), candidates.detach().float()
-    found: dict[str, list[float]] = {name: [] for name in (*(f"recall@{k}" for k in ks), "r_precision", "map@r")}
-    for start in range(0, len(queries), chunk):
-        similarity = queries[start : start + chunk] @ candidates.T  # (q, C)
-        check_numbers(similarity)
-        for row, right in zip(similarity.cpu().numpy(), positives[start : start + chunk], strict=True):
-            numbers = np.unique(np.asarray(right, dtype=np.int64))
-            if not len(numbers):
-                raise ValueError("each query needs one or more right answers")
-            own = np.sort(row[numbers])[::-1]  # (R,)
-            order = np.arange(len(own))
-            rivals = np.delete(row, numbers)
-            place = (rivals >= own[:, None]).sum(axis=1) + order  # (R,) of each right answer, 0 is best
-            within = place < len(own)
-            for k in ks:
-                found[f"recall@{k}"].append(float(place[0] < k))
-            found["r_precision"].append(within.mean())
-            found["map@r"].append((within * (order + 1) / (place + 1)).sum() / len(own))
-    return {name: np.array(values) for name, values in found.items()}
-
-
 def check_numbers(similarity: Tensor) -> None:
     """Raises ValueError for NaN."""
     if similarity.isnan().any():

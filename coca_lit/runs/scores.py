@@ -70,8 +70,6 @@ DATA_SETS = {  # names of evaluations -> names for readers, besides those that p
     "imagenet_a": "ImageNet-A",
     "imagenet_r": "ImageNet-R",
     "imagenet_sketch": "ImageNet-Sketch",
-    "cxc": "MSCOCO with CxC's pairs",
-    "eccv_caption": "ECCV Caption",
     "folder": "your photos",
     "my_photos": "your photos",
     "vqa": "VQA v2",
@@ -93,7 +91,6 @@ WAYS = {  # second parts of the names of scores: how an answer was found -> for 
 }
 DIRECTIONS = {"t2i_": "text to image", "i2t_": "image to text"}
 TAUS = {"tau_b_": "Kendall's tau-b of ", "tau_c_": "Kendall's tau-c of "}  # prefixes of scores of scores
-SHARES = ("recall", "r_precision", "map@r")  # of retrieval, in %
 RERANKED = "reranked_"  # prefix of retrieval scores after decoder re-ranking
 STATISTICS = ("mean_length", "vocabulary", "distinct_1", "distinct_2", "novel")  # neither good nor bad
 COUNTS = ("mean_length", "vocabulary", "median_rank")
@@ -154,7 +151,7 @@ def score_name(score: str) -> str:
         if plain.startswith(prefix):
             rest = plain.removeprefix(prefix)
             name = f"{direction} {rest.replace('_', ' ')}" + (" after re-ranking" if plain != short else "")
-            return f"{name}, %" if rest.startswith(SHARES) else name
+            return f"{name}, %" if rest.startswith("recall") else name
     if short not in NAMES and short.endswith("_accuracy"):
         return f"accuracy on {short.removesuffix('_accuracy').replace('_', ' ')}, %"
     return NAMES.get(short, short)
@@ -171,12 +168,7 @@ def _times_100(score: str) -> bool:
     short = score.rpartition("/")[2]
     if short in extensions.scores():
         return extensions.scores()[short].title.endswith("%")
-    return (
-        short in TIMES_100
-        or "recall@" in short
-        or short.endswith(("accuracy", "r_precision", "map@r"))
-        or short.startswith(tuple(TAUS))
-    )
+    return short in TIMES_100 or "recall@" in short or short.endswith("accuracy") or short.startswith(tuple(TAUS))
 
 
 def cell(score: str, value: float | None, images: int | None = None) -> str:

@@ -30,7 +30,7 @@ from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import RandomCrop, load_pixels
 from coca_lit.evals import inference
 from coca_lit.evals.inference import blind_log_likelihoods, embed_images, embed_pairs
-from coca_lit.evals.retrieval import candidate_pairs, log_likelihoods, reranked
+from coca_lit.evals.retrieval import candidate_pairs, informative, log_likelihoods, mix_scores
 from coca_lit.metrics.retrieval import recall_at_k
 from coca_lit.metrics.uncertainty import exact
 from coca_lit.models import CoCa
@@ -69,7 +69,7 @@ def reranked_rows(model: CoCa, records: Sequence[Record], counts: Sequence[int])
         about = {"way": "decoder", "count": str(count), "pairs": str(number)}
         about |= cost(before, float(np.interp(number, pairs, seconds)))
         for weight in WEIGHTS:
-            recalls = recall_at_k(reranked(similarity, read, weight), image_of_text)
+            recalls = recall_at_k(mix_scores(similarity, informative(read), weight), image_of_text)
             yield about | {"weight": str(weight)} | scores(recalls)
 
 

@@ -11,7 +11,7 @@ from coca_lit.data.datasets.classification import Classification, scene_classes
 from coca_lit.data.records import Record
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import embed_pairs, embed_texts, evaluating, write_texts
-from coca_lit.evals.retrieval import decoder_rerank
+from coca_lit.evals.retrieval import rerank
 from coca_lit.metrics.captions import caption_scores, exact_match
 from coca_lit.metrics.java.runtime import ptb_tokenize
 from coca_lit.metrics.retrieval import feature_ranks, similarity_ranks
@@ -63,7 +63,7 @@ class DecoderRetrieval(Evaluation):
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         assert isinstance(model, CoCa)
         images, texts, image_of_text = embed_pairs(model, records, settings.batch_size, settings.workers)
-        read = decoder_rerank(model, records, images, texts, len(records), 1.0, settings.batch_size, settings.workers)
+        read = rerank(model, records, images, texts, len(records), 1.0, settings.batch_size, settings.workers)
         return {
             f"{way}_{name}": value
             for way, similarity in (("cosine", images @ texts.T), ("decoder", read))

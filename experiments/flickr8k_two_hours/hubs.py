@@ -15,7 +15,7 @@ from coca_lit.data.records import Record
 from coca_lit.errors import check_number
 from coca_lit.evals.base import Settings
 from coca_lit.evals.inference import embed_pairs
-from coca_lit.evals.retrieval import RetrievalScores, candidate_pairs, log_likelihoods, reranked
+from coca_lit.evals.retrieval import RetrievalScores, candidate_pairs, informative, log_likelihoods, mix_scores
 from coca_lit.metrics.retrieval import Ranks, similarity_ranks
 from coca_lit.metrics.uncertainty import bootstrap
 from coca_lit.models import DualEncoder
@@ -54,8 +54,8 @@ class BankedRetrieval(RetrievalScores):
             near = [candidate_pairs(way, settings.rerank) for way in (for_texts, for_images)]
             read = log_likelihoods(model, records, near[0] | near[1], settings.batch_size, settings.workers)
             found["reranked_"] = _ranks(
-                reranked(for_texts, read.masked_fill(~near[0], -torch.inf), self.rerank_weight),
-                reranked(for_images, read.masked_fill(~near[1], -torch.inf), self.rerank_weight),
+                mix_scores(for_texts, informative(read.masked_fill(~near[0], -torch.inf)), self.rerank_weight),
+                mix_scores(for_images, informative(read.masked_fill(~near[1], -torch.inf)), self.rerank_weight),
                 image_of_text,
             )
         scores: dict[str, float] = {}

@@ -8,7 +8,7 @@ import torch
 from coca_lit.data.transforms import build_transform
 from coca_lit.evals import Settings
 from coca_lit.evals.inference import embed_pairs, log_likelihoods
-from coca_lit.evals.retrieval import BEHIND, RetrievalScores, decoder_rerank, reranked
+from coca_lit.evals.retrieval import BEHIND, RetrievalScores, informative, mix_scores, rerank
 from coca_lit.metrics.retrieval import recall_at_k, retrieval_scores
 from helpers.evaluating import make_model, records
 from helpers.slow import slow
@@ -19,7 +19,7 @@ WEIGHT = 0.4
 def look(candidates: int, batch_size: int = 2) -> Any:
     model = make_model()
     images, texts, _ = embed_pairs(model, records(), batch_size)
-    return decoder_rerank(model, records(), images, texts, candidates, WEIGHT, batch_size)
+    return rerank(model, records(), images, texts, candidates, WEIGHT, batch_size)
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def test_mixture_by_hand() -> None:
     read = torch.tensor([[0.5, 0.0], [0.25, 0.1]]).log()  # -inf: not read
     # p(text) is (0.5 + 0.25) / 2 for the first text, 0.1 for the second, which was read with one image only.
     log = torch.tensor([0.5 / 0.375, 0.25 / 0.375]).log()
-    found = reranked(similarity, read, weight=0.5)
+    found = mix_scores(similarity, informative(read), weight=0.5)
     expected = torch.tensor([[1.5 + log[0] / 2, 1.0 - BEHIND], [1 + log[1] / 2, 2.0]]).double()
     torch.testing.assert_close(found, expected)
 
@@ -132,7 +132,7 @@ def test_near_cosines_of_what_was_not_read_keep_their_order(weight: float) -> No
     assert cosines.diff().gt(0).all()
     read = torch.full((50, 1), -torch.inf)
     read[7] = -40.0
-    order = reranked(100 * cosines[:, None], read, weight)[:, 0].argsort(descending=True, stable=True)
+    order = mix_scores(100 * cosines[:, None], informative(read), weight)[:, 0].argsort(descending=True, stable=True)
     assert order.tolist() == [7, *(i for i in range(49, -1, -1) if i != 7)]
 
 

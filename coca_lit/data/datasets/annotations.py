@@ -44,20 +44,6 @@ def _karpathy_listings(content: Any, path: Path, split: str | None) -> list[List
         ]
 
 
-def read_caption_ids(path: Path, split: str) -> dict[int | str, tuple[int, ...]]:
-    """The ids of the captions of each image of one split of a Karpathy file, in the order of `read_karpathy`."""
-    content = read_json(path, limit=MAX_BYTES)
-    ids: dict[int | str, tuple[int, ...]] = {}
-    with schema(path, "Karpathy's"):
-        for image in content["images"]:
-            if image["split"] == split:
-                own = tuple(sentence["sentid"] for sentence in image["sentences"])
-                if not all(map(is_int64, own)):
-                    raise TypeError(f"expected whole numbers as ids of captions, got {own!r:.80}")
-                ids[check_id(image.get("cocoid", image["imgid"]))] = own
-    return ids
-
-
 def read_coco(path: Path) -> list[Listing]:
     """All images of `{"images": [{id, file_name, domain?}], "annotations": [{image_id, caption}]}`.
 

@@ -5,7 +5,7 @@ the same schema, Flickr8k and Flickr30k in the Karpathy split, and nocaps.
 from pathlib import Path
 from typing import Literal
 
-from coca_lit.data.datasets.annotations import find_file, read_caption_ids, read_coco, read_karpathy
+from coca_lit.data.datasets.annotations import find_file, read_coco, read_karpathy
 from coca_lit.data.records import Listing, Record, not_found, records_on_disk
 from coca_lit.errors import DataError
 
@@ -45,14 +45,6 @@ def mscoco_training_captions(root: str | Path, karpathy: str | Path | None = Non
     path = _karpathy_file(Path(root), karpathy)
     listings = read_karpathy(path, "train") if path else read_coco(_official_file(Path(root), "train"))
     return [caption for item in listings for caption in item.captions]
-
-
-def mscoco_caption_ids(root: str | Path, split: str) -> dict[int | str, tuple[int, ...]]:
-    """The ids of the captions of each image of the Karpathy split, which CxC and ECCV Caption refer to."""
-    if (path := _karpathy_file(Path(root), None)) is None:
-        places = [Path(root), Path(root) / "annotations"]
-        raise not_found("the Karpathy split of MS-COCO", places, "put dataset_coco.json there")
-    return read_caption_ids(path, split)
 
 
 def _karpathy_file(root: Path, karpathy: str | Path | None) -> Path | None:

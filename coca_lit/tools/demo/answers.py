@@ -16,7 +16,7 @@ from coca_lit.data.records import ImageFile
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
 from coca_lit.evals.attention import maps_of_captions
-from coca_lit.evals.retrieval import reranked
+from coca_lit.evals.retrieval import informative, mix_scores
 from coca_lit.evals.samples import thumbnail
 from coca_lit.models import Captions, CoCa
 from coca_lit.models.inputs import Images, stack_images
@@ -133,7 +133,8 @@ def rerank_images(model: CoCa, hits: Sequence[Hit], text: str, weight: float = 0
     tokens = model.tokenizer([text]).to(model.device).expand(len(hits), -1)  # (I, L)
     likelihood = model.log_likelihood(images, tokens).float().cpu()[:, None]  # (I, 1)
     similarity = model.logit_scale.exp().item() * torch.tensor([hit.score for hit in hits])[:, None]
-    order = reranked(similarity, likelihood, weight)[:, 0].argsort(descending=True, stable=True)
+    ranked = mix_scores(similarity, informative(likelihood), weight)[:, 0]
+    order = ranked.argsort(descending=True, stable=True)
     return [hits[i] for i in order.tolist()]
 
 

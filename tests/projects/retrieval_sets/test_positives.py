@@ -6,17 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from coca_lit.data.datasets.captions import mscoco_records
-from coca_lit.data.datasets.retrieval import Positives, cxc_positives, eccv_positives
-from coca_lit.data.records import Record
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.evals import Settings
-from coca_lit.evals.inference import embed_pairs
-from coca_lit.evals.retrieval import PositiveRetrieval, RetrievalScores
-from coca_lit.metrics.retrieval import positive_scores
 from coca_lit.metrics.uncertainty import exact
+from coca_lit.projects.retrieval_sets.evaluation import PositiveRetrieval, positive_scores
+from coca_lit.projects.retrieval_sets.positives import Positives, cxc_positives, eccv_positives
 from helpers.evaluating import make_model, noise, records
 
 IMAGES = 12
@@ -152,31 +148,3 @@ def test_files_of_strangers(root: Path, name: str, content: str, said: str) -> N
     (root / name).write_text(content)
     with pytest.raises(DataError, match=said):
         (cxc_positives if name.startswith("sits") else eccv_positives)(root, root)
-
-
-def naive_recall(similarity: Tensor, owner: list[int], k: int) -> tuple[float, float]:
-    """Text to image, image to text."""
-    t2i = [owner[t] in similarity[:, t].topk(k).indices for t in range(len(owner))]
-    i2t = [any(owner[t] == i for t in similarity[i].topk(k).indices) for i in range(len(similarity))]
-    return sum(t2i) / len(t2i), sum(i2t) / len(i2t)
-
-
-def test_folds_are_searched_by_themselves(tmp_path: Path) -> None:
-    """The mean over three folds of two images, of seven."""
-    listed: list[Record] = [record._replace(captions=record.captions * 2) for record in records()]
-    model = make_model()
-    evaluation = RetrievalScores("x", listed, fold=2)
-    scores = evaluation.evaluate(model, Settings(tmp_path))
-    images, texts, owner = embed_pairs(model, listed)
-    of_folds = []
-    for start in (0, 2, 4):
-        own = (owner >= start) & (owner < start + 2)
-        of_folds.append((images[start : start + 2] @ texts[own].T, (owner[own] - start).tolist()))
-    t2i = sum(naive_recall(*fold, 1)[0] * len(fold[1]) for fold in of_folds) / sum(len(own) for _, own in of_folds)
-    i2t = sum(naive_recall(*fold, 1)[1] for fold in of_folds) / 3
-    assert scores["x/folds/t2i_recall@1"] == pytest.approx(t2i)
-    assert scores["x/folds/i2t_recall@1"] == pytest.approx(i2t)
-    assert evaluation.draws["x/folds/i2t_recall@1"].trials == 6
-    assert not any(
-        "folds" in score for score in RetrievalScores("x", listed[:3], fold=2).evaluate(model, Settings(tmp_path))
-    )

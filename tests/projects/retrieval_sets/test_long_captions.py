@@ -1,15 +1,13 @@
-"""Long captions in the layouts of Urban1k, DOCCI and ShareGPT4V, and what a model does not read of them."""
+"""Long captions in the layouts of Urban1k, DOCCI and ShareGPT4V."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from coca_lit.data.datasets.retrieval import docci_records, sharegpt4v_records, urban1k_records
 from coca_lit.errors import DataError, DataNotFoundError
-from coca_lit.evals import Settings
-from coca_lit.evals.retrieval import RetrievalScores
-from helpers.evaluating import WORDS, make_model, noise
+from coca_lit.projects.retrieval_sets.long_captions import docci_records, sharegpt4v_records, urban1k_records
+from helpers.evaluating import WORDS, noise
 
 TEXTS = [" ".join([word] * count) for word, count in zip(WORDS, (3, 22, 23, 40), strict=False)]
 
@@ -61,15 +59,3 @@ def test_the_first_entries_of_a_list_that_goes_on(root: Path, tmp_path: Path) ->
     for read in (urban1k_records, docci_records, sharegpt4v_records):
         with pytest.raises(DataNotFoundError, match=str(tmp_path)):
             read(tmp_path)
-
-
-def test_what_is_not_read_is_counted(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The context of 24 takes 22 words, start and end: 23 and 40 words are cut."""
-    evaluation = RetrievalScores("urban1k", urban1k_records(root))
-    scores = evaluation.evaluate(make_model(), Settings(tmp_path))
-    assert scores["urban1k/cut_captions"] == 0.5
-    assert scores["urban1k/read_tokens"] == pytest.approx((5 + 24 + 24 + 24) / (5 + 24 + 25 + 42))
-    assert "2 of 4 captions of urban1k are longer than the 24 tokens" in capsys.readouterr().out
-    assert {"urban1k/cut_captions", "urban1k/t2i_recall@1"} <= evaluation.draws.keys()
-    short = RetrievalScores("urban1k", urban1k_records(root)[:2]).evaluate(make_model(), Settings(tmp_path))
-    assert "urban1k/cut_captions" not in short

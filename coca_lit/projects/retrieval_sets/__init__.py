@@ -1,0 +1,1 @@
+"""Retrieval with many right answers and by captions of several sentences."""

@@ -1,0 +1,110 @@
+"""Retrieval beyond plain recall: folds, what a model does not read of long captions, and another comparison."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from coca_lit.data.records import Record
+from coca_lit.data.transforms import build_transform
+from coca_lit.evals import Settings
+from coca_lit.evals.inference import embed_pairs
+from coca_lit.evals.retrieval import RetrievalScores, rerank
+from coca_lit.metrics.retrieval import recall_at_k
+from coca_lit.models import DualEncoder
+from helpers.evaluating import WORDS, make_model, noise, records
+
+TEXTS = [" ".join([word] * count) for word, count in zip(WORDS, (3, 22, 23, 40), strict=False)]
+
+
+def naive_recall(similarity: Tensor, owner: list[int], k: int) -> tuple[float, float]:
+    """Text to image, image to text."""
+    t2i = [owner[t] in similarity[:, t].topk(k).indices for t in range(len(owner))]
+    i2t = [any(owner[t] == i for t in similarity[i].topk(k).indices) for i in range(len(similarity))]
+    return sum(t2i) / len(t2i), sum(i2t) / len(i2t)
+
+
+def test_folds_are_searched_by_themselves(tmp_path: Path) -> None:
+    """The mean over three folds of two images, of seven."""
+    listed: list[Record] = [record._replace(captions=record.captions * 2) for record in records()]
+    model = make_model()
+    evaluation = RetrievalScores("x", listed, fold=2)
+    scores = evaluation.evaluate(model, Settings(tmp_path))
+    images, texts, owner = embed_pairs(model, listed)
+    of_folds = []
+    for start in (0, 2, 4):
+        own = (owner >= start) & (owner < start + 2)
+        of_folds.append((images[start : start + 2] @ texts[own].T, (owner[own] - start).tolist()))
+    t2i = sum(naive_recall(*fold, 1)[0] * len(fold[1]) for fold in of_folds) / sum(len(own) for _, own in of_folds)
+    i2t = sum(naive_recall(*fold, 1)[1] for fold in of_folds) / 3
+    assert scores["x/folds/t2i_recall@1"] == pytest.approx(t2i)
+    assert scores["x/folds/i2t_recall@1"] == pytest.approx(i2t)
+    assert evaluation.draws["x/folds/i2t_recall@1"].trials == 6
+    assert not any(
+        "folds" in score for score in RetrievalScores("x", listed[:3], fold=2).evaluate(model, Settings(tmp_path))
+    )
+
+
+def test_what_is_not_read_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The context of 24 takes 22 words, start and end: 23 and 40 words are cut."""
+    listed = [Record(i, partial(noise, i), [text]) for i, text in enumerate(TEXTS)]
+    evaluation = RetrievalScores("mine", listed)
+    scores = evaluation.evaluate(make_model(), Settings(tmp_path))
+    assert scores["mine/cut_captions"] == 0.5
+    assert scores["mine/read_tokens"] == pytest.approx((5 + 24 + 24 + 24) / (5 + 24 + 25 + 42))
+    assert "2 of 4 captions of mine are longer than the 24 tokens" in capsys.readouterr().out
+    assert {"mine/cut_captions", "mine/t2i_recall@1"} <= evaluation.draws.keys()
+    short = RetrievalScores("mine", listed[:2]).evaluate(make_model(), Settings(tmp_path))
+    assert "mine/cut_captions" not in short
+
+
+def likelihoods(model: DualEncoder, images: Tensor, texts: Tensor) -> Tensor:
+    """log p(text | image) of every image with every text, as a user may compute it."""
+    assert not model.training
+    rows = [model.log_likelihood(image.expand(len(texts), -1, -1, -1), texts) for image in images]
+    return torch.stack(rows)
+
+
+def test_another_comparison_re_ranks(tmp_path: Path) -> None:
+    model, weight = make_model(), 0.3
+    images, texts, image_of_text = embed_pairs(model, records())
+    transform = build_transform(**model.preprocessing)
+    captions = [caption for record in records() for caption in record.captions]
+    with torch.no_grad():
+        pixels = torch.stack([transform(record.image()) for record in records()])
+        read = likelihoods(model.eval(), pixels, model.tokenizer(captions))
+    cosines = model.logit_scale.exp().item() * images @ texts.T
+    model.train()
+    expected = ((1 - weight) * cosines + weight * read).double()
+    found = rerank(model, records(), images, texts, 7, weight, batch_size=2, comparison=likelihoods)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert model.training
+    few = rerank(model, records(), images, texts, 2, weight, comparison=likelihoods)
+    asked = few > -1000
+    assert 2 * len(captions) <= asked.sum() < asked.numel()
+    torch.testing.assert_close(few[asked], expected[asked], atol=1e-4, rtol=1e-4)
+
+    evaluation = RetrievalScores("mine", records(), weight, comparison=partial(likelihoods))
+    scores = evaluation.evaluate(model, Settings(tmp_path, rerank=7))
+    for name, value in recall_at_k(expected, image_of_text).items():
+        assert scores[f"mine/reranked_{name}"] == value
+    settings = evaluation.conditions["mine/reranked_t2i_recall@1"].settings
+    assert settings["comparison"].endswith("test_retrieval_scores.likelihoods")
+    model.decoder = None  # the decoder is asked nothing
+    evaluation.comparison = lambda model, images, texts: model.encode_image(images) @ model.encode_text(texts).T
+    assert "mine/reranked_t2i_recall@1" in evaluation.evaluate(model, Settings(tmp_path, rerank=3))
+
+
+@pytest.mark.slow
+def test_another_comparison_on_ranks(on_ranks) -> None:
+    alone = compared_by_likelihood()
+    for found in on_ranks(3, compared_by_likelihood):
+        torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)
+
+
+def compared_by_likelihood() -> Tensor:
+    model = make_model()
+    images, texts, _ = embed_pairs(model, records(), 2)
+    return rerank(model, records(), images, texts, 3, 0.4, 2, comparison=likelihoods)
