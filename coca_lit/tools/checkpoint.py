@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin"  # as a checkpoint: the demo model, which learned the built-in scenes
 OUTPUTS = Path("outputs")
-SAMPLE_PHOTOS = Path(__file__).parents[1] / "assets" / "photos"  # of the public domain
 RUN = "demo_model"  # name of the run if one must be started
 SCORE = "scenes/exact_match"
 GOOD = 0.8  # least score: a finished demo has 0.92 or more, a smoke test 0

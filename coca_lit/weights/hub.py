@@ -50,7 +50,7 @@ EPOCH = re.compile(r"epoch_(\d+)\.pt")  # OpenCLIP's checkpoints of a training
 # library's file, but there one of the others comes first.
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors")
 GRAPHS = ("image_encoder", "text_encoder", "decoder")  # of an export to ONNX
-GRAPH_ENDS = (".onnx", ".onnx.data", "_int8.onnx", "_int8.onnx.data")
+GRAPH_ENDS = (".onnx", ".onnx.data")
 CHECKPOINTS = ("best.ckpt", "last.ckpt")  # of a run, in that order
 FILE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 CAPTIONER = "mscoco_finetuned_laion2b_s13b_b90k"  # the tag that a CoCa's name without a tag means

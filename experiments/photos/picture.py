@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coca_lit.data.transforms import build_transform
 from coca_lit.models.inputs import Images
-from coca_lit.tools.checkpoint import SAMPLE_PHOTOS
+from coca_lit.weights.hub import PHOTOS_WEIGHTS
 from coca_lit.weights.load import load_model
 
 WRONG = {  # photo -> words of its caption that are wrong
@@ -47,7 +47,7 @@ BLACK, RED = (30, 30, 30), (200, 0, 0)
 def main() -> None:
     model = load_model("photos")
     transform = build_transform(**model.preprocessing)
-    photos = {path.stem: Image.open(path).convert("RGB") for path in sorted(SAMPLE_PHOTOS.glob("*.jpg"))}
+    photos = {path.stem: Image.open(path).convert("RGB") for path in sorted(PHOTOS_WEIGHTS.parent.glob("*.jpg"))}
     images = torch.stack([as_pixels(transform(photo)) for photo in photos.values()])  # (7, 3, H, W)
     captions = [model.tokenizer.decode(caption) for caption in model.generate(images, strategy="beam")]
     for name, caption in zip(photos, captions, strict=True):

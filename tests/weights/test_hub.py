@@ -480,7 +480,7 @@ def test_pushed_and_pulled(
     hub: Hub, model: CoCa, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    graphs = dict.fromkeys(["decoder.onnx", "decoder.onnx.data", "text_encoder_int8.onnx"], b"of an earlier push")
+    graphs = dict.fromkeys(["decoder.onnx", "decoder.onnx.data", "text_encoder.onnx"], b"of an earlier push")
     hub.repositories["me/my-coca"] = repository = Repository(files | graphs | {"LICENSE": b"MIT"})
     assert push_to_hub(model, "me/my-coca") == "hf-hub:me/my-coca"
     assert repository.files.keys() == {"model.safetensors", "README.md", "LICENSE", "pytorch_model.bin"}

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from coca_lit.tools.export.folder import Exported
 
 FORMATS = ("open_clip", "safetensors", "onnx")
-INT8_LOSS = 0.05  # the default in conf/export.yaml
 ONNX = ("onnx", "onnxscript", "onnxruntime")  # packages that the format needs
 
 
@@ -71,10 +70,12 @@ def run(cfg: DictConfig) -> None:
 def _writer(cfg: DictConfig) -> "Callable[[CoCa, Path], Exported]":
     """The function that writes the format."""
     name, version = cfg.format, str(cfg.version)
-    given = {"frames": cfg.frames, "max_int8_loss": cfg.max_int8_loss != INT8_LOSS}
-    given |= {"correct_cls_mask": cfg.correct_cls_mask, "version": version != "3.3"}
-    for key in filter(given.get, given):
-        if name != (owner := "onnx" if key in ("frames", "max_int8_loss") else "open_clip"):
+    for key, owner, is_given in (
+        ("frames", "onnx", bool(cfg.frames)),
+        ("correct_cls_mask", "open_clip", cfg.correct_cls_mask),
+        ("version", "open_clip", version != "3.3"),
+    ):
+        if is_given and name != owner:
             raise ConfigError(f"{key} belongs to format={owner}, but the format is {name}: leave it out")
     if name == "open_clip":
         from coca_lit.tools.export.open_clip import write_open_clip
@@ -89,7 +90,7 @@ def _writer(cfg: DictConfig) -> "Callable[[CoCa, Path], Exported]":
             raise ValueError(f"onnx needs {', '.join(missing)}: pip install 'coca_lit[onnx]'")
         from coca_lit.tools.export.onnx import write_onnx
 
-        return lambda model, folder: write_onnx(model, folder, cfg.max_int8_loss, cfg.frames)
+        return lambda model, folder: write_onnx(model, folder, cfg.frames)
     raise ValueError(f"there is no format '{name}'{suggest(name, FORMATS)} The formats: {', '.join(FORMATS)}")
 
 
@@ -99,9 +100,8 @@ def _command(cfg: DictConfig) -> str:
         words["correct_cls_mask"] = "true"
     if cfg.format == "open_clip":
         words["version"] = cfg.version
-    if cfg.format == "onnx":
-        words["max_int8_loss"] = cfg.max_int8_loss
-        words |= {"frames": cfg.frames} if cfg.frames else {}
+    if cfg.frames:
+        words["frames"] = cfg.frames
     if cfg.interpolate_with is not None:
         words |= {"interpolate_with": cfg.interpolate_with, "weight": cfg.weight}
     if cfg.push_to is not None:

@@ -1,7 +1,6 @@
 """Captions from exported graphs with NumPy and ONNX Runtime alone (Pillow reads the photos):
 
     python captioner.py photo.jpg
-    python captioner.py --int8 photo.jpg
     python captioner.py frame0.jpg frame1.jpg … (of one clip, if the graphs take clips: config.json has "frames" then)
 
 `image_encoder.onnx` is run once per batch of images. `decoder.onnx` is run once per token: it takes the new tokens,
@@ -21,20 +20,14 @@ Array = NDArray[Any]
 
 
 class Captioner:
-    """Writes the likeliest token each time (greedy).
+    """Writes the likeliest token each time (greedy)."""
 
-    Args:
-        int8: use the graphs of that kind, which are for CPUs.
-    """
-
-    def __init__(
-        self, folder: str | Path, providers: tuple[str, ...] = ("CPUExecutionProvider",), int8: bool = False
-    ) -> None:
-        folder, ending = Path(folder), "_int8.onnx" if int8 else ".onnx"
+    def __init__(self, folder: str | Path, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> None:
+        folder = Path(folder)
         self.config = json.loads((folder / "config.json").read_text())
         self.token_bytes = [token.encode("latin-1") for token in json.loads((folder / "tokens.json").read_text())]
         self._image_encoder, self._decoder = (
-            onnxruntime.InferenceSession(folder / f"{name}{ending}", providers=list(providers))
+            onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=list(providers))
             for name in ("image_encoder", "decoder")
         )
         self._cache_shape = next(x.shape for x in self._decoder.get_inputs() if x.name == "past_keys")
@@ -102,13 +95,10 @@ class Captioner:
 
 
 if __name__ == "__main__":
-    names = [word for word in sys.argv[1:] if word != "--int8"]
+    names = sys.argv[1:]
     if not names:
         sys.exit(__doc__)
-    folder, int8 = Path(__file__).parent, "--int8" in sys.argv[1:]
-    if int8 and not (folder / "decoder_int8.onnx").exists():
-        sys.exit("error: this export has no int8 graphs: leave --int8 out")
-    captioner = Captioner(folder, int8=int8)
+    captioner = Captioner(Path(__file__).parent)
     if frames := captioner.config["frames"]:
         if len(names) != frames:
             sys.exit(f"error: the graphs take clips of {frames} frames, got {len(names)}")

@@ -237,7 +237,7 @@ def test_a_missing_package_is_named(checkpoint: Path, tmp_path: Path, monkeypatc
     [
         (["format=openclip"], "^format: .*'openclip'.*'open_clip'"),
         (["format=onnx", "correct_cls_mask=true"], "^correct_cls_mask .*format=open_clip.*onnx"),
-        (["format=safetensors", "max_int8_loss=0.1"], "^max_int8_loss .*format=onnx.*safetensors"),
+        (["format=safetensors", "frames=8"], "^frames .*format=onnx.*safetensors"),
         (["format=safetensors", "checkpoint=absent.ckpt"], "'absent.ckpt'"),
         (["format=safetensors", "weight=0.3"], "^weight .*interpolate_with"),
     ],

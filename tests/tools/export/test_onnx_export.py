@@ -9,21 +9,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocoevalcap.cider.cider import Cider
 
 pytest.importorskip("onnxscript")
-import onnxruntime.quantization
-from onnx import load
+import onnxruntime
 
 from coca_lit.cli.command import compose
-from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import build_transform
 from coca_lit.data.video import image_or_clip
 from coca_lit.models import CoCa, create_model
@@ -57,7 +53,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[CoCa, Path]:
     save_model(model, folder / "checkpoint.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx, "ONE_FILE", 0)
-        patch.setattr(onnx, "SCENES", 8)
         choice = [f"checkpoint={folder}/checkpoint.safetensors", f"output={folder}/graphs", "format=onnx"]
         cli.run(compose("export", choice))
     return model, folder / "graphs"
@@ -77,7 +72,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_graphs_of_other_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_of_other_models(name: str, tmp_path: Path) -> None:
     """Features and greedy captions, of a batch that is larger than the exporter's example. Two take clips of three
     frames, one has a tokenizer of a file.
     """
@@ -89,8 +84,7 @@ def test_graphs_of_other_models(name: str, tmp_path: Path, monkeypatch: pytest.M
         model.decoder.vocabulary.weight[model.tokenizer.eot_id] *= 2
         if model.pooling.frame_positions is not None:
             model.pooling.frame_positions.normal_()
-    monkeypatch.setattr(onnx, "SCENES", onnx.BATCH + 8)
-    about = onnx.write_onnx(model, tmp_path, max_int8_loss=1 if frames else 0, frames=frames)
+    about = onnx.write_onnx(model, tmp_path, frames=frames)
     images = images_of(15).unflatten(0, (5, 3)) if frames else images_of(8)
     given = Clips(images) if frames else images
     tokens = model.tokenizer(["a red circle", "two blue squares and a green ring", ""])
@@ -202,8 +196,6 @@ def test_the_captioner_is_a_program(exported: tuple[CoCa, Path], tmp_path: Path)
     again = subprocess.run(several, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert again.stdout == done.stdout * 18
     assert "skipped: page.jpg: " in again.stderr
-    none = subprocess.run([*command, "--int8"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert none.stderr.startswith("error: this export has no int8 graphs") or none.stdout
 
 
 def test_the_captioner_without_photos_says_how(exported: tuple[CoCa, Path]) -> None:
@@ -251,92 +243,3 @@ def test_a_graph_that_computes_something_else_is_refused(
     monkeypatch.setattr(onnx, "_differences", lambda graph, path: iter((0.0, math.nan)))
     with pytest.raises(ValueError, match="differs by nan"):
         onnx.write_onnx(model, tmp_path)
-
-
-def test_int8_graphs_are_small_and_nearly_the_same(exported: tuple[CoCa, Path]) -> None:
-    model, folder = exported
-    for name in ("image_encoder", "text_encoder", "decoder"):
-        kinds = {node.op_type for node in load(folder / f"{name}_int8.onnx").graph.node}
-        assert "MatMulInteger" in kinds
-        assert "Gemm" not in kinds
-    weights = {
-        name: sum(p.stat().st_size for p in folder.glob(f"{name}*")) for name in ("decoder.onnx", "decoder_int8")
-    }
-    assert weights["decoder_int8"] < 0.5 * weights["decoder.onnx"]
-    images, tokens = images_of(5), model.tokenizer(["a red circle", "two blue squares", "star"])
-    for name, inputs, expected in (
-        ("image_encoder", {"images": images.numpy()}, model.encode_image(images)),
-        ("text_encoder", {"tokens": tokens.numpy()}, model.encode_text(tokens)),
-    ):
-        found = torch.from_numpy(session(folder, f"{name}_int8").run(["features"], inputs)[0])
-        assert 0.98 < (found * expected).sum(dim=1).min() < 1 - 1e-6
-    ids = Captioner(folder, int8=True).write(images.numpy())
-    assert ids.shape[0] == 5
-    assert all(model.tokenizer.eot_id in row for row in ids.tolist())
-
-
-def test_what_int8_loses_on_photos_is_in_the_card(exported: tuple[CoCa, Path]) -> None:
-    """This model has CLIP's vocabulary."""
-    model, folder = exported
-    measured = (
-        r"on 42 views of the package's photos the lowest cosine .* is ([\d.]+), [\d.]+% of the captions are the same"
-    )
-    lowest = float(re.search(measured, (folder / "README.md").read_text()).group(1))
-    transform, photos = build_transform(**model.preprocessing), Path(onnx.__file__).parents[2] / "assets/photos"
-    images = torch.stack([transform(Image.open(photo)) for photo in photos.glob("*.jpg")])
-    assert len(images) == 7
-    found = torch.from_numpy(session(folder, "image_encoder_int8").run(["features"], {"images": images.numpy()})[0])
-    assert 0.98 < lowest <= (found * model.encode_image(images)).sum(dim=1).min() + 1e-4
-
-
-@pytest.fixture
-def graphs(exported: tuple[CoCa, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Its graphs, as if it knew the scenes; nothing is written again."""
-    shutil.copytree(exported[1], tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(onnx, "_export", lambda graph, path: None)
-    monkeypatch.setattr(onnxruntime.quantization, "quantize_dynamic", lambda *_, **__: None)
-    monkeypatch.setattr(onnx, "SCENES", 8)
-    monkeypatch.setattr(onnx, "knows_only_scenes", lambda model: True)
-    return tmp_path
-
-
-def test_what_int8_loses_on_scenes(exported: tuple[CoCa, Path], graphs: Path) -> None:
-    measured = r"int8: [\d.]+ → [\d.]+ MB; on 8 built-in scenes .* is [\d.]+, CIDEr ([\d.]+) → ([\d.]+), [\d.]+% of the"
-    before, after = map(float, re.search(measured, onnx.write_onnx(exported[0], graphs, 1).check).groups())
-    records = scene_records("test", 32, 8)
-    images = np.stack([np.asarray(record.image()).transpose(2, 0, 1) for record in records])
-    references = {record.id: list(record.captions) for record in records}
-    for score, int8 in ((before, False), (after, True)):
-        captioner = Captioner(graphs, int8=int8)
-        texts = map(captioner.decode, captioner.write(images))
-        own = {record.id: [text] for record, text in zip(records, texts, strict=True)}
-        assert score == pytest.approx(100 * Cider().compute_score(references, own)[0], abs=0.06)
-
-
-def test_int8_is_refused_above_the_stated_loss(
-    exported: tuple[CoCa, Path], graphs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scores = iter((5.0, 4.0, 0.5, 0.4))  # as a share of 1 at least, the second pair loses a tenth
-    monkeypatch.setattr(onnx, "_captions", lambda *_, **__: ([], 1.0))
-    monkeypatch.setattr(onnx, "_cider", lambda texts, records: next(scores))
-    with pytest.raises(ValueError, match=r"20.0%.*500.0 → 400.0.*max_int8_loss=0.15"):
-        onnx.write_onnx(exported[0], graphs, 0.15)
-    assert "decoder_int8.onnx" in onnx.write_onnx(exported[0], graphs, 0.15).files
-    monkeypatch.setattr(onnx, "knows_only_scenes", lambda model: False)
-    monkeypatch.setattr(onnx, "_lowest_cosine", lambda folder, images: 0.8)
-    with pytest.raises(ValueError, match=r"photos.*20.0%.*0.8000.*max_int8_loss=0.15"):
-        onnx.write_onnx(exported[0], graphs, 0.15)
-    monkeypatch.setattr(onnx, "_lowest_cosine", lambda folder, images: math.nan)
-    with pytest.raises(ValueError, match=r"photos.*nan.*max_int8_loss=0.15"):
-        onnx.write_onnx(exported[0], graphs, 0.15)
-
-
-def test_the_lowest_cosine_is_no_number_where_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def session(path: Path) -> SimpleNamespace:  # each image has itself as features
-        return SimpleNamespace(run=lambda outputs, inputs: [inputs["images"]])
-
-    monkeypatch.setattr(onnx.onnxruntime, "InferenceSession", session)
-    images = np.ones((onnx.BATCH + 1, 1), np.float32)
-    assert onnx._lowest_cosine(tmp_path, images) == 1
-    images[-1] = math.nan  # in the second batch
-    assert math.isnan(onnx._lowest_cosine(tmp_path, images))
