@@ -6,7 +6,6 @@ import os
 import pickle
 import random
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import ExitStack
@@ -18,10 +17,6 @@ import pytest
 
 if TYPE_CHECKING:  # else functions import what takes seconds: the process that hands out the tests needs none of it
     from coca_lit.models import CoCa
-
-# They need a process of their own: tests/projects/gpu_check/test_simulation.py starts it.
-collect_ignore = [] if "simulated_gpu" in sys.modules else ["projects/gpu_check/simulated"]
-
 
 gc.disable()  # until the first test, see `_only_new_garbage`; the process that hands out tests has nothing to collect
 os.environ["COCA_SPICE_JARS"] = os.devnull  # else tests would parse for minutes where the user has the jars

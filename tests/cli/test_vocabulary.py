@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from coca_lit.cli.module import build_module, with_vocabulary
+from coca_lit.data.batch import Batch
 from coca_lit.data.scenes.facts import scene_question_records
 from coca_lit.errors import ConfigError
 from coca_lit.models import create_model
@@ -86,7 +87,7 @@ def test_unknown_words_are_read_but_not_predicted() -> None:
     lengths = torch.tensor([5, 4])
     out = model(images, tokens, lengths)
     assert out.labels.tolist() == [4, -100, 6, 2, 4, 5, 2]
-    assert predicted_tokens(model, tokens, lengths, torch.ones(2)) == 6
+    assert predicted_tokens(model, Batch(images, tokens, lengths, [])) == 6
     other = model(images, model.tokenizer(["a dog runs", "a dog"]), lengths)
     assert torch.equal(out.hidden[1], other.hidden[1])  # what comes before it
     assert not torch.allclose(out.hidden[2], other.hidden[2])
