@@ -179,3 +179,57 @@ for target in ("coca_lit.projects.gone.x:Y", "outsider.nothing:Y"):
     first, second = python(site, program.replace("outsider.", "absent.")).stdout.splitlines()
     assert first.endswith("; the project 'gone' is not installed. It comes with the package coca_lit")
     assert "package coca_lit" not in second
+
+
+PARTS = """\
+from coca_lit.models.poolers import SinglePooling
+from coca_lit.models.text import TextTower
+
+
+class Pooler(SinglePooling):
+    pass
+
+
+class Tower(TextTower):
+    pass
+
+
+PRESETS = {"outsider_tiny": {
+    "image_encoder": "resnet10t", "image_encoder_args": {"channels": [8, 8, 8, 8]}, "image_size": 32, "embed_dim": 16,
+    "pooler": "counting_pooler", "pooler_queries": 3, "pooler_heads": 2, "tokenizer": "numbers", "context_length": 8,
+    "text_tower": "counting", "text_width": 16, "text_layers": 1, "text_heads": 2, "decoder_layers": 1,
+}}
+WORDS = ["one", "two"]
+"""
+DECLARED = """\
+about = "Counts things."
+[text_towers]
+counting = "outsider.idea.parts:Tower"
+[poolers]
+counting_pooler = "outsider.idea.parts:Pooler"
+[vocabularies]
+numbers = "outsider.idea.parts:WORDS"
+[presets]
+module = "outsider.idea.parts:PRESETS"
+names = ["outsider_tiny"]
+"""
+
+
+def test_a_model_of_declared_parts_is_built_by_its_name_and_loaded_without_imports(site: Path) -> None:
+    package = site / "outsider" / "idea"
+    (package.parent / "__init__.py").write_text("")
+    (package / "parts.py").write_text(PARTS)
+    (package / "project.toml").write_text(DECLARED)
+    build = """
+import coca_lit
+model = coca_lit.create_model("Outsider-Tiny")
+coca_lit.save_model(model, sys.path[0] + "/model.safetensors")
+"""
+    assert python(site, build).stderr == ""
+    load = """
+import coca_lit
+model = coca_lit.load_model(sys.path[0] + "/model.safetensors")
+print(type(model.text).__module__, type(model.pooling).__name__, model.config.text_tower, model.tokenizer.spec)
+"""
+    done = python(site, load)
+    assert done.stdout == "outsider.idea.parts Pooler outsider.idea.parts:counting ['one', 'two']\n", done.stderr

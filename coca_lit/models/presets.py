@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from coca_lit import extensions
 from coca_lit.errors import check_names, suggest
 
 if TYPE_CHECKING:
@@ -211,8 +212,10 @@ def create_model(
         arguments["tokenizer"] = {"packed": pack(Path(named.pop("file")).expanduser()), **named}
     elif isinstance(tokenizer, str) and tokenizer in VOCABULARIES:
         arguments["tokenizer"] = VOCABULARIES[tokenizer]
+    elif isinstance(tokenizer, str) and tokenizer in extensions.declared("vocabularies"):
+        arguments["tokenizer"] = extensions.load(extensions.declared("vocabularies")[tokenizer])
     elif isinstance(tokenizer, str) and tokenizer not in BYTE_PAIRS:
-        names = [*BYTE_PAIRS, *VOCABULARIES]
+        names = [*BYTE_PAIRS, *VOCABULARIES, *extensions.declared("vocabularies")]
         raise ValueError(
             f"unknown tokenizer '{tokenizer}'{suggest(tokenizer, names)} Expected {', '.join(names)}, a list of words"
             " or a file"
@@ -226,14 +229,20 @@ def preset(name: str) -> dict[str, Any]:
     Raises:
         ValueError: there is none; the message suggests the nearest one.
     """
-    presets = PRESETS | STUDY
-    found = {_letters(known): arguments for known, arguments in presets.items()}.get(_letters(str(name)))
-    if found is None:
-        nearest = suggest(str(name), presets)
-        raise ValueError(
-            f"unknown model '{name}'{nearest}" + (f" The presets: {', '.join(presets)}" if nearest == "." else "")
-        )
-    return found
+    letters = _letters(str(name))
+    own = PRESETS | STUDY
+    for known, arguments in own.items():
+        if _letters(known) == letters:
+            return arguments
+    of_projects = extensions.declared("presets")
+    for known, dictionary in of_projects.items():
+        if _letters(known) == letters:
+            arguments = extensions.load(dictionary)[known]
+            return arguments
+    names = [*own, *of_projects]
+    nearest = suggest(str(name), names)
+    listed = f" The presets: {', '.join(names)}" if nearest == "." else ""
+    raise ValueError(f"unknown model '{name}'{nearest}{listed}")
 
 
 def _letters(name: str) -> str:

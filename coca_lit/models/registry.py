@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from coca_lit import extensions
 from coca_lit.errors import check_names, suggest
 
 Factory = Callable[..., nn.Module]
@@ -39,10 +40,12 @@ class Registry:
         kind: what the factories make, for messages.
         own: where CoCa's own factories are, "module:class", by name. Checkpoints store their names alone.
         declared: where further ones are that are imported when they are asked for.
+        table: the table of `project.toml` in which projects declare others, see `coca_lit.extensions`.
     """
 
-    def __init__(self, kind: str, own: Mapping[str, str], declared: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, own: Mapping[str, str], declared: Mapping[str, str], table: str) -> None:
         self.kind = kind
+        self.table = table
         self._own = own
         self._declared = declared
         self._factories: dict[str, Factory] = {}
@@ -74,7 +77,7 @@ class Registry:
         """
         module, _, name = spec.rpartition(":")
         if name not in self._factories:
-            place = self._own.get(name) or self._declared.get(name)
+            place = self._own.get(name) or self._declared.get(name) or extensions.declared(self.table).get(name)
             if place is not None:
                 self._factories[name] = pkgutil.resolve_name(place)
         factory = self._factories.get(name)
@@ -125,7 +128,9 @@ class Registry:
         module, _, name = spec.rpartition(":")
         if module:
             raise ValueError(f"the {self.kind} '{name}' is registered by '{module}': pass imports=['{module}']")
-        names = list(dict.fromkeys([*self._own, *self._declared, *self._factories, *known]))
+        names = list(
+            dict.fromkeys([*self._own, *self._declared, *extensions.declared(self.table), *self._factories, *known])
+        )
         close = difflib.get_close_matches(name, names, n=5) or names[:5]
         raise ValueError(f"there is no {self.kind} '{name}'; similar names: {', '.join(close)}")
 
@@ -184,7 +189,9 @@ def import_modules(modules: Iterable[str]) -> None:
             raise ValueError(f"imports: there is no module '{module}'; is its package installed?") from error
 
 
-IMAGE_ENCODERS = Registry("image encoder", {}, {"naflex": "coca_lit.models.variants.naflex:NaFlexEncoder"})
+IMAGE_ENCODERS = Registry(
+    "image encoder", {}, {"naflex": "coca_lit.models.variants.naflex:NaFlexEncoder"}, "image_encoders"
+)
 POOLERS = Registry(
     "pooler",
     {
@@ -199,6 +206,7 @@ POOLERS = Registry(
         "mean_all": "coca_lit.models.poolers:MeanPoolingWithClassToken",
     },
     {},
+    "poolers",
 )
 TEXT_TOWERS = Registry(
     "text tower",
@@ -208,6 +216,7 @@ TEXT_TOWERS = Registry(
         "two_pass": "coca_lit.models.variants.mammut:TwoPassTower",
         "two_pass_with_pads": "coca_lit.models.variants.mammut:TwoPassTowerWithPads",
     },
+    "text_towers",
 )
 register_image_encoder = IMAGE_ENCODERS.register
 register_pooler = POOLERS.register
