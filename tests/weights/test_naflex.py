@@ -179,7 +179,6 @@ def test_files_go_both_ways(tmp_path: Path) -> None:
         ("vision_cfg", "timm_model_name", "naflexvit_so150m2_patch16_reg1_gap", "asks for vision_cfg.timm_model_name"),
         ("vision_cfg", "timm_model_kwargs", {"patch_size": 16}, "kwargs.patch_size is 16, and the tensors show 8"),
         ("vision_cfg", "timm_model_kwargs", {"pos_embed_ar_preserving": True}, "kwargs.pos_embed_ar_preserving, which"),
-        ("vision_cfg", "image_seq_len", 10**9, "1000000000 patches"),
     ],
 )
 def test_a_config_that_asks_for_something_else(section: str, key: str, value: Any, message: str) -> None:

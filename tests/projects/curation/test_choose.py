@@ -284,7 +284,6 @@ def test_formulas_see_the_columns_alone(rows, tmp_path, monkeypatch, formula):
         ("key", [1, 2]),
         ("embedding", ["1", "2"]),
         ("phash", ["1", "2"]),
-        ("key", ["x" * 10_000] * 2),
     ],
 )
 def test_columns_of_another_type(tmp_path, column, values):
