@@ -184,9 +184,12 @@ def import_modules(modules: Iterable[str]) -> None:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise
-            raise ValueError(f"imports: there is no module '{module}'; is its package installed?") from error
+            if error.name is None or f"{module}.".startswith(f"{error.name}."):
+                raise ValueError(f"imports: there is no module '{module}'; is its package installed?") from error
+            raise ValueError(
+                f"imports: {module} imports '{error.name}', which is not installed; if it lies in the current folder, "
+                f"name it as well: imports=[{error.name},{module}]"
+            ) from error
 
 
 IMAGE_ENCODERS = Registry(

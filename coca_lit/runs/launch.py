@@ -10,8 +10,11 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from coca_lit.errors import ConfigError, UserError
 from coca_lit.machine import is_first_process
@@ -141,13 +144,29 @@ def isolate() -> None:
     os.environ["PYTHONSAFEPATH"] = "1"
 
 
+class _NamedModules(MetaPathFinder):
+    """Finds modules of these names, and no others, in a folder."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.names: set[str] = set()
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(fullname, [self.folder]) if fullname in self.names else None
+
+
 def import_from_current_folder(modules: Iterable[str]) -> None:
     """Lets a config name code in the folder that the command was started from, after all that is installed: if it names
-    a module that nobody else has. Configs are code, and whoever runs a config runs what it names; nothing else in that
-    folder is imported.
+    a module that nobody else has. Configs are code, and whoever runs a config runs what it names. Nothing else in that
+    folder is imported, neither by these modules nor by a library that looks for an optional package.
     """
     names = {str(module).partition(".")[0] for module in modules}
-    if os.getcwd() not in sys.path and any(
-        name.isidentifier() and name not in sys.modules and find_spec(name) is None for name in names
-    ):
-        sys.path.append(os.getcwd())
+    missing = {name for name in names if name.isidentifier() and name not in sys.modules and find_spec(name) is None}
+    if not missing:
+        return
+    folder = os.getcwd()
+    finders = [finder for finder in sys.meta_path if isinstance(finder, _NamedModules) and finder.folder == folder]
+    finder = finders[0] if finders else _NamedModules(folder)
+    if not finders:
+        sys.meta_path.append(finder)
+    finder.names |= missing

@@ -1,6 +1,7 @@
 """Nothing in the folder of a user's files runs, unless a config names it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from helpers.shards import jpeg, write_tar
 NAMES = (
     *("torch.py", "yaml.py", "numpy.py", "hydra.py", "sitecustomize.py", "usercustomize.py", "multiprocessing.py"),
     *("coca_lit/__init__.py", "hydra_plugins/evil.py", "hydra_plugins/__init__.py", "pickle.py", "mine.py"),
+    "triton.py",  # which PyTorch imports if there is one
 )
 
 
@@ -82,6 +84,21 @@ def test_a_module_in_a_folder_of_downloads(trap: Path) -> None:
 def test_a_config_that_names_code_gets_what_it_names(trap: Path) -> None:
     done = run(trap, script(trap, "coca_lit.cli.evaluate", "evaluate"), "imports=[mine]", "checkpoint=builtin")
     assert ran(trap) == "mine.py\n", done.stderr
+
+
+@pytest.mark.slow
+def test_modules_that_a_named_one_imports_are_named_as_well(trap: Path) -> None:
+    (trap / "mine.py").write_text("import helper_of_mine\n")
+    (trap / "helper_of_mine.py").write_text(f"open({str(trap / 'ran')!r}, 'a').write('helper')\n")
+    words = (script(trap, "coca_lit.tools.caption.command", "caption"), "A1.jpg", "checkpoint=photos")
+    done = run(trap, *words, "imports=[mine]")
+    assert re.search(
+        r"^error: imports: mine imports 'helper_of_mine'.*imports=\[helper_of_mine,mine\]$", done.stderr, re.M
+    )
+    assert ran(trap) == ""
+    done = run(trap, *words, "imports=[helper_of_mine,mine]")
+    assert done.returncode == 0, done.stderr
+    assert ran(trap) == "helper"
 
 
 CHILDREN = """
