@@ -29,6 +29,7 @@ from coca_lit.runs.run_folder import (
     NEWEST,
     RESULTS,
     command,
+    is_of_run,
     restarted,
     step_files,
 )
@@ -137,12 +138,11 @@ def is_requeued(folder: Path) -> bool:
 
 def forget_jobs(folder: Path) -> None:
     """At the first start of a job: an earlier one of its name was another, as torchrun's names are used again."""
-    if restarted() or not is_first_process():
+    if restarted() or not is_first_process() or not is_of_run(folder):
         return
-    with suppress(DataError):  # there is none
-        known = read_json(folder / ENVIRONMENT, dict)
-        if known.pop(JOBS, None) is not None:
-            write_json(folder / ENVIRONMENT, known)
+    known = read_json(folder / ENVIRONMENT, dict)
+    if known.pop(JOBS, None) is not None:
+        write_json(folder / ENVIRONMENT, known)
 
 
 def check_same_run(

@@ -33,10 +33,11 @@ METRICS, BAD_STEPS, CHECKPOINTS = "metrics.csv", "bad_steps.jsonl", "checkpoints
 EARLIER = "earlier_results.json"  # of a run that went on
 # What belongs to one run, as outputs/README.md lists it.
 RUN_FILES = (
-    *(CONFIG, ENVIRONMENT, RESULTS, EARLIER, INTERVALS, DRAWS, CONDITIONS, CHECKPOINTS, METRICS, BAD_STEPS),
+    *(CONFIG, RESULTS, EARLIER, INTERVALS, DRAWS, CONDITIONS, CHECKPOINTS, METRICS, BAD_STEPS),
     *("not_run.json", "curves.png", "report.html", "report.md"),
     *("bad_samples", "predictions", "samples"),
     *("tensorboard", "wandb", "wandb_run"),
+    ENVIRONMENT,  # the last one to be archived: it shows that a run wrote the others
 )
 NEWEST = "auto"  # as `ckpt_path`: the newest checkpoint in the run folder, if it has one
 LOCK, HOLDER = ".lock", ".lock.json"
@@ -216,10 +217,15 @@ def start_run_folder(cfg: DictConfig, resumed: Mapping[str, Any] | None = None, 
     Args:
         resumed: what the checkpoint in this folder from which the run resumes says about it, see `Start.run`.
         facts: for `environment.json`.
+
+    Raises:
+        ConfigError: the folder holds files of these names that no run wrote.
     """
     if not is_first_process():
         return
     folder = Path(cfg.output_dir)
+    if resumed is None:
+        check_is_run(folder)
     for place in (folder, folder / CHECKPOINTS):
         remove_leftovers(place)
     if resumed is None:
@@ -229,8 +235,25 @@ def start_run_folder(cfg: DictConfig, resumed: Mapping[str, Any] | None = None, 
     if (folder / RESULTS).exists():  # of other weights: until the run ends, it has no scores
         os.replace(folder / RESULTS, folder / EARLIER)
         print(f"the scores so far are in {folder / EARLIER}", flush=True)
+    write_json(folder / ENVIRONMENT, environment() | facts)  # the first one, see `check_is_run`
     atomic_write(folder / CONFIG, masked_yaml(cfg).encode())
-    write_json(folder / ENVIRONMENT, environment() | facts)
+
+
+def check_is_run(folder: Path) -> None:
+    """Raises `ConfigError` if a folder holds files with names of a run's, and no run wrote them."""
+    found = [name for name in RUN_FILES if os.path.lexists(folder / name)]
+    if found and not is_of_run(folder):
+        raise ConfigError(
+            f"{folder} holds {', '.join(found)}, and no {ENVIRONMENT} that a run of coca_lit wrote: choose another name"
+        )
+
+
+def is_of_run(folder: Path) -> bool:
+    """Whether a run wrote the `environment.json` of a folder."""
+    try:
+        return {"command", "started", "lightning"} <= read_json(folder / ENVIRONMENT, dict).keys()
+    except DataError:
+        return False
 
 
 def rewind_run(folder: Path, resumed: Mapping[str, Any]) -> None:

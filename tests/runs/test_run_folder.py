@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from coca_lit.cli import train
+from coca_lit.cli import command, evaluate, train
 from coca_lit.errors import ConfigError
 from coca_lit.runs import run_folder
 from coca_lit.runs.run_folder import PATIENCE, add_facts, in_use
-from helpers.running import ROOT, compose
+from helpers.running import ROOT, TINY, compose
 
 HOLD = """
 import os, sys, time
@@ -127,3 +127,25 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
         in_use(tmp_path / "file" / "run"),
     ):
         pass
+
+
+def training(folder: Path) -> None:
+    train.run(compose(*TINY, f"output_dir={folder}", "name=x", "evals=[]"))
+
+
+def scoring(folder: Path) -> None:
+    evaluate.run(command.compose("evaluate", ["checkpoint=photos", "evals=[scenes_captions]", f"output_dir={folder}"]))
+
+
+@pytest.mark.parametrize("start", [training, scoring])
+def test_a_folder_that_no_run_wrote_stays_as_it_is(tmp_path: Path, start: Callable[[Path], None]) -> None:
+    """A table of somebody's measurements has the name of our log, and a step column, too."""
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "a.txt").write_text("mine")
+    (tmp_path / "metrics.csv").write_text("step,price\n0,1\n900000,3\n")
+    (tmp_path / "environment.json").write_text('{"jobs": {}, "command": "mine"}')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    said = r"holds metrics\.csv, samples, environment\.json, and no environment\.json that a run of coca_lit wrote"
+    with pytest.raises(ConfigError, match=said):
+        start(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
