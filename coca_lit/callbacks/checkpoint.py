@@ -24,7 +24,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from coca_lit.callbacks.progress import samples_seen
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import max_over_ranks, print_rank_zero, rank, stable_seed, step_exchange, world_size
-from coca_lit.errors import DataError, check_number
+from coca_lit.errors import DataError, TrainingError, check_number
 from coca_lit.files import atomic_link, remove, try_waiting, write_json
 from coca_lit.metrics import lower_is_better
 from coca_lit.models import kernels
@@ -268,6 +268,15 @@ class Checkpoints(L.Callback):
         if (saving := getattr(trainer.strategy, "saving", None)) is not None:  # of `FullySharded`
             saving.finish()
         self._link()
+
+    def check_saved(self, trainer: L.Trainer) -> None:
+        """Raises `TrainingError` if a full disk has cost the checkpoint at the end of a training."""
+        path = self._path(trainer.global_step)
+        if self._trained and not path.exists():
+            raise TrainingError(
+                f"the trained weights are not on disk: {path} could not be saved; make room and start the same command "
+                "again, which trains on from the newest checkpoint there"
+            )
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step}.ckpt"

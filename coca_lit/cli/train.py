@@ -205,10 +205,15 @@ def fit(cfg: DictConfig, parts: RunParts, checkpoint: "Start | None") -> None:
 
 
 def finish(cfg: DictConfig, parts: RunParts) -> dict[str, float]:
-    """Writes the results of a trained run, says what to do with it, and returns its scores."""
-    from coca_lit.callbacks import samples_seen
+    """Writes the results of a trained run, says what to do with it, and returns its scores.
+
+    Raises:
+        TrainingError: the disk is too full for its weights.
+    """
+    from coca_lit.callbacks import Checkpoints, samples_seen
     from coca_lit.models import part_sizes
     from coca_lit.runs.results import finish_run
+    from coca_lit.training.lightning_fixes import callbacks_of
 
     folder = Path(cfg.output_dir)
     found = parts.scoring.found
@@ -216,6 +221,8 @@ def finish(cfg: DictConfig, parts: RunParts) -> dict[str, float]:
     if parts.trainer.is_global_zero:
         found.not_run = parts.not_run | found.not_run
         finish_run(folder, found, facts, parts.report)
+        for checkpoints in callbacks_of(parts.trainer, Checkpoints):
+            checkpoints.check_saved(parts.trainer)
         if (folder / "checkpoints" / "last.ckpt").exists():
             print(f"next: {next_commands(cfg, parts.module.net, parts.data)}", flush=True)
     return found.scores

@@ -44,7 +44,10 @@ def save(checkpoint: dict[str, Any], target: Path) -> None:
             storages = {(own := t.untyped_storage()).data_ptr(): own.nbytes() for t in tensors}
             needed, free = sum(storages.values()), shutil.disk_usage(target.parent).free
             if free < needed + SPARE:
-                raise OSError(f"it needs {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free")
+                raise OSError(
+                    f"it needs {needed / 2**20:.0f} MB, {SPARE // 2**20} MB stay free for logs and samples, and "
+                    f"{free / 2**20:.0f} MB are free"
+                )
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
             inspect(temporary)

@@ -77,7 +77,7 @@ def finish_run(
             print(f"{error}; trying again in {PAUSE} seconds", flush=True)
             time.sleep(PAUSE)
     hint = "; open report.html there" if (folder / "report.html").exists() else ""
-    print(f"{seconds} seconds since its last start; everything is in {folder}{hint}", flush=True)
+    print(f"{seconds} seconds since its last start; the run is in {folder}{hint}", flush=True)
 
 
 def write_draws(folder: Path, draws: Mapping[str, Draws]) -> None:

@@ -80,7 +80,7 @@ def test_demo_says_what_runs_and_what_comes_next(demo: Path) -> None:
     assert lines[0] == "training test, loading libraries …"
     assert "steps   2" in lines
     assert re.search(r"^step 1/2 · epoch 1 · ETA [\d:]+ · .*samples/s", printed, re.MULTILINE)
-    assert f"everything is in {demo}; open report.html there" in lines[-2]
+    assert f"the run is in {demo}; open report.html there" in lines[-2]
     assert lines[-1] == f"next: coca-demo checkpoint={demo}   or   coca-evaluate checkpoint={demo}"  # no photos
     assert "run_training_batch" in printed  # the profiler's table
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import time
 import zlib
@@ -502,6 +503,20 @@ def test_full_disk_costs_a_checkpoint_and_no_run(
     assert "could not save step_2.ckpt" in caplog.text
     assert [p.name for p in path.parent.iterdir()] == ["step_1.ckpt"]
     assert inspect(path)["global_step"] == 1
+
+
+def test_a_run_whose_last_checkpoint_is_not_on_disk_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = (*TINY, "trainer.max_steps=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_io.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**23))
+        with pytest.raises(TrainingError, match=r"^the trained weights are not on disk: .*step_2\.ckpt"):
+            run(tmp_path / "run", *words)
+    assert re.search(r"needs \d+ MB, 64 MB stay free for logs and samples, and 8 MB are free", caplog.text)
+    assert (tmp_path / "run" / "results.json").exists()
+    run(tmp_path / "run", *words)
+    assert inspect(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 2
 
 
 def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
