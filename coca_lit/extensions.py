@@ -29,7 +29,7 @@ import pkgutil
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,13 @@ class Score:
     Attributes:
         title: what readers call it; with "%" at its end, tables print the score times 100.
         share: whether it is a share of images, texts or answers, in [0, 1].
+        group: under which heading of a table it stands, such as "classification".
     """
 
     title: str
     share: bool = False
     lower_is_better: bool = False
+    group: str = "captions"
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def _read(entry: EntryPoint) -> Project:
     if "about" not in manifest:
         raise ValueError(f"{folder / MANIFEST} lacks the key 'about'")
     for name, meaning in manifest.get("scores", {}).items():
-        check_names(f"{folder / MANIFEST}: scores.{name}", meaning, ("title", "share", "lower_is_better"))
+        check_names(f"{folder / MANIFEST}: scores.{name}", meaning, [field.name for field in fields(Score)])
         if "title" not in meaning:
             raise ValueError(f"{folder / MANIFEST}: '{name}' of [scores] lacks a title")
     for tool, commands in manifest.get("commands", {}).items():

@@ -25,5 +25,5 @@ def is_share(score: str) -> bool:
     declared = extensions.scores().get(score.rpartition("/")[2])
     if declared is not None:
         return declared.share
-    ends = ("accuracy", "consistency", "miou", "top1", "top5", "exact_match", "novel")
+    ends = ("accuracy", "consistency", "top1", "top5", "exact_match", "novel")
     return "recall@" in score or score.endswith((*ends, "_precision", "_recall", "cut_captions"))

@@ -41,7 +41,6 @@ NAMES = {
     "top1": "top-1, %",
     "top5": "top-5, %",
     "mean_per_class_recall": "mean per-class recall, %",
-    "miou": "mean IoU of classes, %",
     "p": "p of the paired test",
 }
 DATA_SETS = {  # names of evaluations -> names for readers, besides those that projects declare
@@ -78,13 +77,7 @@ DATA_SETS = {  # names of evaluations -> names for readers, besides those that p
 WAYS = {  # second parts of the names of scores: how an answer was found -> for readers, besides those of projects
     "likelihood": "by likelihood",
     "pmi": "by the gain in likelihood",
-    "knn": "by nearest neighbours",
-    "linear": "by a linear probe",
-    "segmentation": "pixels by a linear probe",
     "classifier": "by the classifier",
-    "pooler": "by a probe with an attentional pooler",
-    "mean": "by a linear probe of the mean token",
-    "pooler_gain": "the pooler minus the linear probe of the mean token",
     "blind": "best guess without the image",
     "half": "half of the images",
     "folds": "mean of folds",

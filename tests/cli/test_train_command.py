@@ -294,9 +294,6 @@ def test_a_word_that_evaluates_is_no_code(error_of: Callable[..., str], target: 
     [
         (["evals=[mscoco_retrieval]"], "roots.mscoco"),
         (["evals=[mscoco_retrieval]", "data=mscoco"], "data.root"),
-        (["evals=[imagenet_probe]"], "roots.imagenet or roots.imagenet_train"),
-        (["evals=[folder_probe]"], "roots.folder"),
-        (["evals=[sugarcrepe_choice]"], "roots.sugarcrepe or roots.mscoco"),
         (["evals=[clip_shards_captions]"], "roots.clip_shards"),
         (["evals=[clip_benchmark]"], "evals.clip_benchmark.root"),
         (

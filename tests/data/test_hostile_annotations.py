@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from coca_lit.data.datasets.annotations import read_karpathy, read_references, read_results
 from coca_lit.data.datasets.captions import coco_folder_records
-from coca_lit.data.datasets.classification import _read_classes
+from coca_lit.data.datasets.classification import read_classes
 from coca_lit.data.datasets.statements import nlvr2_records, pair_labels, pairs_records, snli_ve_records
 from coca_lit.data.datasets.vqa import vqa_records
 from coca_lit.data.text_batches import read_texts
@@ -69,7 +69,7 @@ def test_forged_annotations(folder, data):
         (COCO, lambda: coco_folder_records(folder)),
         (data.draw(st.sampled_from([KARPATHY, COCO])), lambda: read_references(path, "val")),
         (RESULTS, lambda: read_results(path)),
-        ({"classes": {"a": "dog"}, "templates": ["a photo of a {}."]}, lambda: _read_classes(path)),
+        ({"classes": {"a": "dog"}, "templates": ["a photo of a {}."]}, lambda: read_classes(path)),
         ({"text": "a dog"}, lambda: read_texts(str(folder / "texts.jsonl"))),
     ):
         content = data.draw(forged(document))

@@ -20,10 +20,10 @@ from coca_lit.data.records import Record
 from coca_lit.data.scenes.statements import LABELS, TRUTHS, comparison_records, entailment_records
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import ConfigError, DataError
-from coca_lit.evals.pooler_probe import ClassPooler
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.inputs import Clips
+from coca_lit.projects.classification.pooler_probe import ClassPooler
 from coca_lit.runs.resume import Start
 from coca_lit.training.classifiers import AnswerClassifier, PoolerClassifier, StateClassifier, load_classifier
 from coca_lit.training.optim import AdamW

@@ -1,4 +1,4 @@
-"""Images with a class, or one for every pixel: a folder per class, or the built-in scenes.
+"""Images with a class: a folder per class, or the built-in scenes.
 
 Class names and prompt templates are data: a JSON file {"classes": {folder: name}, "templates": ["a photo of a {}."]}.
 """
@@ -6,14 +6,11 @@ Class names and prompt templates are data: a JSON file {"classes": {folder: name
 import logging
 import os
 import random
-from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from coca_lit.data.pixels import CLIPS, SUFFIXES
 from coca_lit.data.records import Record, not_found
@@ -25,9 +22,7 @@ from coca_lit.data.scenes.render import (
     Scene,
     Thing,
     captions,
-    decode,
     encode,
-    regions,
     render,
     scene_records,
 )
@@ -75,7 +70,7 @@ def image_folder(
     if not folders:
         raise not_found("classified images", [root], how)
     usual = ({f: f.replace("_", " ") for f in folders}, CLIP_TEMPLATES if frames else TEMPLATES)
-    names, templates = _read_classes(classes) if classes else usual
+    names, templates = read_classes(classes) if classes else usual
     if not names.keys() & set(folders):
         names = {str(number): name for number, name in enumerate(names.values())}
     if unknown := [folder for folder in folders if folder not in names]:
@@ -105,47 +100,8 @@ def _names(folder: Path) -> list[str]:
     return [name for name in os.listdir(folder) if not name.startswith(".")]
 
 
-def class_records(
-    root: str | Path, split: str, classes: str | Path | None = None, as_text: bool = False, frames: int = 0
-) -> list[Record]:
-    """Images of root/SPLIT/FOLDER/*.jpg with their classes as captions, to train on.
-
-    Args:
-        root: folder of train/ and val/, each with a folder per class.
-        split: one of these.
-        classes: names and templates, as of `image_folder`.
-        as_text: the captions are the templates with the name, such as "a photo of a dog."; else the label alone, see
-            `class_labels`.
-        frames: of clips, as of `image_folder`.
-    """
-    images = image_folder(Path(root) / split, classes, frames=frames)
-    if as_text:
-        return captioned(
-            images, [[template.replace("{}", c) for template in images.templates] for c in images.class_names]
-        )
-    return captioned(images, [[label] for label in _distinct(images.class_names)])
-
-
-def class_labels(root: str | Path, classes: str | Path | None = None, frames: int = 0) -> list[str]:
-    """The labels of `class_records`: the names of the classes, with their number where two have the same name, as two
-    pairs of ImageNet's have. Images are looked at only without a file of names.
-    """
-    if classes is not None:
-        return _distinct(tuple(_read_classes(classes)[0].values()))
-    return _distinct(image_folder(Path(root) / "train", frames=frames).class_names)
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    counts = Counter(names)
-    return [name if counts[name] == 1 else f"{name} ({i})" for i, name in enumerate(names)]
-
-
-def captioned(images: Classification, captions: Sequence[Sequence[str]]) -> list[Record]:
-    """The records with the captions of their class (CoCa treats labels as texts, arXiv 2205.01917, section 3.2)."""
-    return [record._replace(captions=tuple(captions[images.labels[record.id]])) for record in images.records]
-
-
-def _read_classes(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
+def read_classes(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Class names by folder, and templates, of a JSON file, or of ImageNet for "imagenet"."""
     path = ASSETS / "imagenet.json" if path == "imagenet" else Path(path)
     content = read_json(path)
     classes = content.get("classes") if isinstance(content, dict) else None
@@ -160,12 +116,6 @@ def _read_classes(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
     if wrong := [t for t in templates if not isinstance(t, str) or t.count("{}") != 1]:
         raise DataError(f"{path}: each template must hold one {{}} for the name of the class, got {wrong[0]!r}")
     return classes, templates
-
-
-def scene_class_records(split: str, size: int = 32) -> list[Record]:
-    """Training scenes with a class, each with the name of its class as text; none in other splits."""
-    images = scene_classes(size, trained=True)
-    return captioned(images, [[f"a {name}"] for name in images.class_names]) if split == "train" else []
 
 
 def scene_classes(size: int = 32, trained: bool = False) -> Classification:
@@ -190,23 +140,3 @@ def scene_classes(size: int = 32, trained: bool = False) -> Classification:
     pairs = [Scene(axis, (Thing(first, "C", "S"), Thing(second, "C", "S"))) for axis, first, second in sizes]
     templates = tuple(text.replace("C S", "{}") for pair in pairs for text in captions(pair))
     return Classification(records, {number: label[number] for number in numbers}, classes, templates)
-
-
-class Segmentation(NamedTuple):
-    """A data set of masks; each is made when it is asked for."""
-
-    records: Sequence[Record]
-    masks: Sequence[Callable[[], np.ndarray]]  # class numbers (H, W) of each record
-    class_names: tuple[str, ...]
-
-
-def scene_shapes(split: str, size: int = 32, count: int | None = None) -> Segmentation:
-    """Built-in scenes whose classes are the background and the shapes, with the arguments of `scene_records`."""
-    records = scene_records(split, size, count)
-    masks = [partial(_shape_mask, int(record.id), size) for record in records]
-    return Segmentation(records, masks, ("background", *SHAPES))
-
-
-def _shape_mask(number: int, size: int) -> np.ndarray:
-    classes = [0, *(1 + tuple(SHAPES).index(thing.shape) for thing in decode(number).things)]
-    return np.array(classes)[np.asarray(regions(number, size))]

@@ -169,7 +169,7 @@ def stamp(shape: str, diameter: int) -> Image.Image:
 
 def render(number: int, size: int = 32, objects: int = 2) -> Image.Image:
     """The scene as an RGB image of size x size pixels; its number also seeds the positions and the background."""
-    background, things = _layout(number, size, objects)
+    background, things = layout(number, size, objects)
     image = Image.new("RGB", (size, size), background)
     for thing, corner, mask in things:
         image.paste(COLOURS[thing.colour], corner, mask)
@@ -179,22 +179,14 @@ def render(number: int, size: int = 32, objects: int = 2) -> Image.Image:
 def boxes(number: int, size: int = 32) -> list[tuple[int, int, int, int]]:
     """Left, top, right and bottom edge of each thing of a scene of two in pixels, in the order of the scene."""
     found = []
-    for _, (x, y), mask in _layout(number, size)[1]:
+    for _, (x, y), mask in layout(number, size)[1]:
         edges = zip(mask.getbbox() or (0, 0, 0, 0), (x, y, x, y), strict=True)
         left, top, right, bottom = (min(max(edge + offset, 0), size) for edge, offset in edges)
         found.append((left, top, right, bottom))
     return found
 
 
-def regions(number: int, size: int = 32) -> Image.Image:
-    """Which thing of a scene of two each pixel shows (mode L): 0 the background, 1 the first thing, and so on."""
-    image = Image.new("L", (size, size))
-    for place, (_, corner, mask) in enumerate(_layout(number, size)[1], start=1):
-        image.paste(place, corner, mask.point(lambda opacity: 255 * (opacity >= 128)))
-    return image
-
-
-def _layout(
+def layout(
     number: int, size: int, objects: int = 2
 ) -> tuple[tuple[int, ...], list[tuple[Thing, tuple[int, int], Image.Image]]]:
     """The colour of the background; and each thing, with the corner and the mask by which it is drawn."""

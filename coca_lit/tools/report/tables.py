@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from coca_lit import extensions
 from coca_lit.metrics import lower_is_better
 from coca_lit.metrics.uncertainty import difference
 from coca_lit.reading import printable
@@ -38,7 +39,7 @@ GROUPS = {  # by how the names of scores begin, with a / behind them; all others
     "retrieval re-ranked by the decoder": (RERANKED,),
     "classification": ("top", "mean_per_class", "accuracy", "p/"),
 }
-SHARES_RIGHT = ("_accuracy", "consistency", "miou")  # ends of names of scores
+SHARES_RIGHT = ("_accuracy", "consistency")  # ends of names of scores
 SCALES = {  # ends of names of scores -> what their numbers mean
     "CIDEr": "CIDEr goes from 0 to 1,000 and is no percentage. Published models have 100 to 145 on MSCOCO; built-in "
     "scenes give several hundred, as their few words and fixed sentences are easy to repeat.",
@@ -472,9 +473,17 @@ def _grouped(rows: Mapping[str, list[str]]) -> list[list[str]]:
     """Rows of scores, under the names of their groups if there are several."""
     groups: dict[str, list[list[str]]] = {}
     for score, row in rows.items():
-        rest = "classification" if score.endswith(SHARES_RIGHT) else "captions"
-        group = next((name for name, starts in GROUPS.items() if f"{score}/".startswith(starts)), rest)
-        groups.setdefault(group, []).append(row)
+        groups.setdefault(_group_of(score), []).append(row)
     if len(groups) == 1:
         return list(rows.values())
     return [row for name, members in groups.items() for row in ([name], *members)]
+
+
+def _group_of(score: str) -> str:
+    for group, starts in GROUPS.items():
+        if f"{score}/".startswith(starts):
+            return group
+    declared = extensions.scores().get(score.rpartition("/")[2])
+    if declared is not None:
+        return declared.group
+    return "classification" if score.endswith(SHARES_RIGHT) else "captions"

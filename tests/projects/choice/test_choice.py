@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from coca_lit.cli.assembly import build_evals
+from coca_lit.cli.command import compose
 from coca_lit.data.records import Record
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError, DataNotFoundError
@@ -238,3 +240,9 @@ def test_records_without_texts_are_refused_before_training() -> None:
     records = [Record(f"image {i}", Path("x.png"), () if i in (2, 4) else ("a", "b")) for i in range(7)]
     with pytest.raises(DataError, match=r"2 of 7 .*'mine'.*'image 2'"):
         ChoiceScores("mine", records)
+
+
+def test_missing_data_name_their_key(tmp_path: Path) -> None:
+    (tmp_path / "mscoco").mkdir()
+    with pytest.raises(DataError, match=r"; set roots.sugarcrepe or roots.mscoco=PLACE .*scoring.skip_missing"):
+        build_evals(compose("train", ["evals=[sugarcrepe_choice]", f"data_dir={tmp_path}"]))

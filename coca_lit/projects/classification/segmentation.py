@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coca_lit.data.datasets.classification import Segmentation
 from coca_lit.data.records import Record
 from coca_lit.errors import check_number
 from coca_lit.evals.base import Evaluation, Settings
-from coca_lit.evals.classification import check_same_classes
 from coca_lit.evals.inference import rows_of
-from coca_lit.metrics.classification import linear_classifier
 from coca_lit.metrics.uncertainty import Resampled, digest
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.inputs import Images
+from coca_lit.projects.classification.linear import linear_classifier
+from coca_lit.projects.classification.masks import Segmentation
+from coca_lit.projects.classification.probes import check_same_classes
 
 
 class SegmentationScores(Evaluation):
@@ -55,7 +55,10 @@ class SegmentationScores(Evaluation):
         check_same_classes(name, training.class_names, images.class_names)
         check_number("pixels", pixels, whole=True, at_least=1)
         check_number("c", c, above=0)
-        self.images, self.training, self.pixels, self.c = images, training, pixels, c
+        self.images = images
+        self.training = training
+        self.pixels = pixels
+        self.c = c
 
     def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
         training = digest(record.id for record in self.training.records)
@@ -73,7 +76,8 @@ class SegmentationScores(Evaluation):
         deviation, mean = torch.std_mean(known, dim=(0, 2, 3), keepdim=True)
         deviation = deviation.clamp_min(1e-6)
         generator = torch.Generator().manual_seed(0)
-        features, labels = [], []  # (pixels, C) and (pixels,) of each training image, at random
+        features: list[Tensor] = []  # (pixels, C) of each training image, at random
+        labels: list[Tensor] = []  # (pixels,)
         for grid, mask in _with_masks((known - mean) / deviation, self.training):
             chosen = torch.randint(mask.numel(), (self.pixels,), generator=generator)
             features.append(_at_pixels(grid, mask)[:, chosen].T)
@@ -82,10 +86,12 @@ class SegmentationScores(Evaluation):
         weights, biases = linear_classifier(torch.cat(features), torch.cat(labels), classes, self.c)
         logits = torch.einsum("kc,ichw->ikhw", weights.float(), (grids(model, records, settings) - mean) / deviation)
         logits += biases.float()[:, None, None]
-        numbers, rows = torch.arange(classes)[:, None], []
+        numbers = torch.arange(classes)[:, None]
+        rows: list[Tensor] = []  # (3, K) of each image
         for grid, mask in _with_masks(logits, self.images):
-            found, true = _at_pixels(grid, mask).argmax(dim=0) == numbers, mask.flatten() == numbers  # (K, H·W)
-            rows.append(torch.stack([(found & true).sum(1), (found | true).sum(1), true.sum(1)]))  # (3, K)
+            found = _at_pixels(grid, mask).argmax(dim=0) == numbers  # (K, H·W)
+            true = mask.flatten() == numbers  # (K, H·W)
+            rows.append(torch.stack([(found & true).sum(1), (found | true).sum(1), true.sum(1)]))
         resampled = mean_iou(*torch.stack(rows, dim=1).double().numpy())  # (I, K) each
         return self.resample([record.id for record in records], resampled, settings)
 
@@ -106,7 +112,8 @@ def mean_iou(both: np.ndarray, either: np.ndarray, true: np.ndarray) -> Resample
     """The score of resampled images from pixel counts (I, K): intersection, union, and ground truth."""
 
     def resampled(counts: np.ndarray) -> dict[str, np.ndarray]:
-        unions, occurs = counts @ either, counts @ true > 0  # (D, K)
+        unions = counts @ either  # (D, K)
+        occurs = counts @ true > 0
         ious = np.where(occurs, counts @ both / np.maximum(unions, 1), 0)
         return {"segmentation/miou": ious.sum(axis=1) / occurs.sum(axis=1)}
 

@@ -9,12 +9,12 @@ import torch
 pytest.importorskip("sklearn")
 from sklearn.linear_model import LogisticRegression
 
-from coca_lit.data.datasets.classification import Segmentation, scene_shapes
-from coca_lit.data.scenes.render import COLOURS, SHAPES, decode, regions, render, scene_records
+from coca_lit.data.scenes.render import COLOURS, SHAPES, decode, render, scene_records
 from coca_lit.errors import DataError
 from coca_lit.evals import Settings
-from coca_lit.evals.segmentation import SegmentationScores, mean_iou
 from coca_lit.models import CoCa, create_model
+from coca_lit.projects.classification.masks import Segmentation, regions, scene_shapes
+from coca_lit.projects.classification.segmentation import SegmentationScores, mean_iou
 
 
 def test_regions_show_what_is_drawn() -> None:

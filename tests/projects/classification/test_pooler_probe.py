@@ -15,10 +15,10 @@ from sklearn.metrics import top_k_accuracy_score
 from coca_lit.data.datasets.classification import Classification
 from coca_lit.data.records import Record
 from coca_lit.evals import Settings
-from coca_lit.evals.classification import ProbeScores
-from coca_lit.evals.pooler_probe import ClassPooler, PoolerProbe
 from coca_lit.metrics.uncertainty import difference
 from coca_lit.models import CoCa, create_model
+from coca_lit.projects.classification.pooler_probe import ClassPooler, PoolerProbe
+from coca_lit.projects.classification.probes import ProbeScores
 
 DIGITS = load_digits()
 

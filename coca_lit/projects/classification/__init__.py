@@ -1,0 +1,1 @@
+"""What the image encoder knows about classes: probes of frozen features, classifiers, classes as texts."""
