@@ -17,6 +17,7 @@ from coca_lit.errors import ConfigError, DataError
 from coca_lit.tools.caption import command as caption_command  # noqa: F401  registers the options of generation
 from coca_lit.tools.prepare.subcommand import SubcommandParser
 from coca_lit.weights.hub import released
+from helpers.running import CONFIGS
 
 HOSTILE = [
     *("a b.jpg", "a,b.jpg", "=", "null", "10", "[x]", "{a,b}", "/data/{0..3}.tar", "x/y=1/2.jpg", "*.tar", "~x"),
@@ -224,8 +225,7 @@ def test_help_of_evaluations_lists_them_and_no_other_group(
     command.job_command("evaluate", lambda cfg: None)
     shown = capsys.readouterr().out
     names = re.findall(r"[\w]+", shown.partition("\nevals: ")[2].partition("\nSingle values")[0])
-    files = [*CONF.glob("evals/*.yaml"), *command.PACKAGE.glob("projects/*/conf/evals/*.yaml")]
-    assert sorted(names) == sorted(file.stem for file in files if not file.stem.startswith("_"))
+    assert sorted(names) == sorted(file.stem for folder in CONFIGS for file in folder.glob("evals/[!_]*.yaml"))
     assert "logger: " not in shown
 
 

@@ -22,12 +22,12 @@ from coca_lit.cli.schema import argument_defaults, check
 from coca_lit.cli.words import to_override
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
-from helpers.running import ROOT, TINY, compose, run, train_py
+from helpers.running import CONFIGS, ROOT, TINY, compose, run, train_py
 
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
 GROUPS = ("callbacks", "data", "evals", "experiment", "logger", "model", "trainer")
 OPTIONS = {
-    group: [path.name for path in FILES if path.parent == Path(group) and path.name[0] != "_"] for group in GROUPS
+    group: sorted(path.stem for folder in CONFIGS for path in (folder / group).glob("[!_]*.yaml")) for group in GROUPS
 }
 
 

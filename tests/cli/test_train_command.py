@@ -12,7 +12,6 @@ from PIL import Image
 
 from coca_lit.cli import train_command as train
 from coca_lit.cli.assembly import build_data, build_evals
-from coca_lit.cli.command import CONF
 from coca_lit.cli.train import next_commands
 from coca_lit.data.scenes import render
 from coca_lit.data.scenes.render import scene_records
@@ -22,7 +21,7 @@ from coca_lit.models import create_model
 from coca_lit.runs.run_folder import start_run_folder
 from coca_lit.tools.prepare.scenes import export_scenes
 from coca_lit.weights.load import load_model, save_model
-from helpers.running import NAFLEX, TINY, compose, logged, results, run, train_py, without_java
+from helpers.running import CONFIGS, NAFLEX, TINY, compose, logged, results, run, train_py, without_java
 from helpers.scene_files import write_data_set
 from helpers.slow import slow
 
@@ -315,7 +314,7 @@ def test_missing_data_of_an_evaluation_name_their_key(tmp_path: Path, words: lis
 def test_help(tmp_path: Path) -> None:
     done = train_py("--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for path in (CONF / "experiment").glob("[!_]*.yaml"):
+    for path in (path for folder in CONFIGS for path in folder.glob("experiment/[!_]*.yaml")):
         assert f"\n    {path.stem} " in done.stdout
     groups = ("callbacks: ", "data: ", "evals: ", "logger: ", "model: ", "trainer: ")
     assert all(f"\n{group}" in done.stdout for group in groups)

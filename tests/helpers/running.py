@@ -24,6 +24,7 @@ from coca_lit.tools.report import page
 from helpers.forking import Program
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = (ROOT / "conf", *sorted(ROOT.glob("coca_lit/projects/*/conf")))  # folders of config groups
 # Any experiment as a check of two steps with the smallest network; scenes are what the exported data sets hold.
 TINY = (
     *("trainer=smoke", "model.net.name=coca_tiny", "image_size=32", "scoring.images=8"),

@@ -7,9 +7,10 @@ import pytest
 from coca_lit.cli.command import compose
 from coca_lit.tools.plan.command import estimate, read_settings
 from coca_lit.tools.plan.estimate import largest_batch
-from helpers.running import ROOT
+from helpers.running import CONFIGS
 
-HEADERS = {path.stem: path.read_text() for path in sorted((ROOT / "conf/experiment").glob("[!_]*.yaml"))}
+EXPERIMENTS = [path for folder in CONFIGS for path in sorted(folder.glob("experiment/[!_]*.yaml"))]
+HEADERS = {path.stem: path.read_text() for path in EXPERIMENTS}
 NEEDS = re.compile(r"^# Needs:.*?(one|\d+) (?:GPU|A100|H100)s? with (\d+) GB", re.MULTILINE)
 ON_GPUS = {name: found for name, text in HEADERS.items() if (found := NEEDS.search(text))}
 
