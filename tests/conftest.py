@@ -1,7 +1,6 @@
 """What several test files share: a small model, the folder of real data, and real process groups."""
 
 import gc
-import multiprocessing
 import os
 import pickle
 import random
@@ -9,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import ExitStack
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,15 +128,16 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
     rank in all of them: PyTorch remembers how large a rank's parts are by the mesh and not by the rank.
     """
     from helpers.forking import FORKSERVER
+    from helpers.ranks import fork_workers, on_rank
 
     with ExitStack() as stack:
         # Workers of a rank are forked, as usual; else each rank would start a fork server of its own for them.
-        ranks = [stack.enter_context(ProcessPoolExecutor(1, FORKSERVER, initializer=_fork_workers)) for _ in range(3)]
+        ranks = [stack.enter_context(ProcessPoolExecutor(1, FORKSERVER, initializer=fork_workers)) for _ in range(3)]
 
         def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
             store = tmp_path_factory.mktemp("group") / "store"
             call = pickle.dumps((function, arguments))  # as bytes: tensors would otherwise travel as open files
-            futures = [ranks[rank].submit(_on_rank, rank, world, store, call) for rank in range(world)]
+            futures = [ranks[rank].submit(on_rank, rank, world, store, call) for rank in range(world)]
             wait(futures, timeout=600, return_when=FIRST_EXCEPTION)
             failed = [future for future in futures if future.done() and future.exception()]
             if failed:  # the others wait for that one in vain, and must be free for the next call
@@ -146,27 +145,6 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
             return [pickle.loads(future.result(timeout=600)) for future in [*failed, *futures]][len(failed) :]
 
         yield run
-
-
-def _fork_workers() -> None:
-    # Not as an initializer itself: it is a method, which would arrive with a copy of what it changes.
-    multiprocessing.set_start_method("fork", force=True)
-
-
-def _on_rank(rank: int, world: int, store: Path, call: bytes) -> bytes:
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    timeout = timedelta(seconds=180)
-    dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=world, timeout=timeout)
-    os.environ["RANK"] = str(rank)  # as torchrun does: who prepares a run folder asks before there is a group
-    try:
-        function, arguments = pickle.loads(call)
-        return pickle.dumps(function(*arguments))
-    finally:
-        del os.environ["RANK"]
-        dist.destroy_process_group()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
