@@ -109,9 +109,11 @@ def caption_shard(path: Path, cfg: DictConfig) -> "Totals":
     """New captions for one shard, in whatever process. It keeps its model for the next shard."""
     from coca_lit.distributed import process_group
     from coca_lit.models.registry import import_modules
+    from coca_lit.runs.launch import import_from_current_folder
     from coca_lit.tools.caption.captioner import caption_units
     from coca_lit.tools.caption.outputs import SETTINGS, Recaptioned
 
+    import_from_current_folder(cfg.imports)  # again, as a process that is spawned knows nothing of the first one's
     import_modules(cfg.imports)
     configure_libraries(cfg.threads)
     with process_group() as device:
