@@ -1,4 +1,4 @@
-"""Installed projects, ours and those of other packages, and what each of them adds.
+"""Installed projects, ours and other packages', and what each of them adds.
 
 A project is a package folder named by an entry point of the group `coca_lit.projects`. Its file `project.toml` says
 what it adds. Both are read without importing the project, whose code is imported when one of its names is asked for.
@@ -44,9 +44,7 @@ TABLES = {  # of "module:object" by name, but for the last, which holds texts
     "image_encoders": "classes of image encoders",
     "poolers": "classes of poolers",
     "vocabularies": "lists of words, for model.net.tokenizer",
-    "inputs": "readers of files, by their ending",
     "resolvers": "functions that configs call, as ${name:argument}",
-    "scenes": "functions that make built-in scenes, by their kind",
     "titles": "what readers call the other parts of names of scores: the evaluation, and how answers were found",
 }
 KEYS = (
@@ -132,12 +130,20 @@ def projects() -> tuple[Project, ...]:
             _leave_out(entry.name, _distribution(entry), str(error))
         else:
             found[project.name] = project
-    for project in [*found.values()]:
-        missing = [name for name in project.manifest.get("requires", ()) if name not in found]
-        if missing:
-            _leave_out(project.name, project.distribution, f"it requires the project '{missing[0]}'")
-            del found[project.name]
+    while unmet := _unmet_requirement(found):
+        project, required = unmet
+        _leave_out(project.name, project.distribution, f"it requires the project '{required}'")
+        del found[project.name]
     return tuple(found.values())
+
+
+def _unmet_requirement(found: Mapping[str, Project]) -> tuple[Project, str] | None:
+    """A project that requires one that is not there, and the name of that one."""
+    for project in found.values():
+        for required in project.manifest.get("requires", ()):
+            if required not in found:
+                return project, required
+    return None
 
 
 def _distribution(entry: EntryPoint) -> str:

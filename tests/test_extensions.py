@@ -168,6 +168,16 @@ def test_a_broken_project_costs_one_sentence(site: Path, manifest: str | None, r
     assert done.stderr.count("\n") == 1
 
 
+def test_what_requires_a_project_that_is_left_out_is_left_out_too(site: Path) -> None:
+    for name, required in (("first", "second"), ("second", "third")):
+        (site / name).mkdir()
+        (site / name / "project.toml").write_text(f"about = 'x'\nrequires = ['{required}']")
+        add_entry(site, f"of_{name}", f"{name} = {name}")
+    done = python(site, "print(*(project.name for project in extensions.projects() if not project.is_own))")
+    assert done.stdout == "idea\n"
+    assert [line.rpartition(" ")[2] for line in done.stderr.splitlines()] == ["'third'", "'second'"]
+
+
 def test_what_is_missing_says_where_it_is_to_be_had(site: Path) -> None:
     program = """
 for target in ("coca_lit.projects.gone.x:Y", "outsider.nothing:Y"):

@@ -74,7 +74,7 @@ def test_shards_of_which_a_worker_is_killed(environment: dict[str, str], tmp_pat
     assert (tmp_path / "killed").exists()
     assert "6 shards: 6 done, 0 skipped (finished before), 0 failed" in done.stderr
     assert contents(tmp_path / "new") == expected
-    data = ("-m", "coca_lit.tools.prepare.command", "score", "new", "checkpoint=tiny.safetensors", *engine)
+    data = ("-m", "coca_lit.tools.prepare", "score", "new", "checkpoint=tiny.safetensors", *engine)
     score = [sys.executable, *data]
     done = subprocess.run(score, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert "scoring 6 shards: 6 done, 0 skipped (finished before), 0 failed" in done.stderr, done.stderr
