@@ -45,6 +45,7 @@ TABLES = {  # of "module:object" by name, but for the last, which holds texts
     "poolers": "classes of poolers",
     "vocabularies": "lists of words, for model.net.tokenizer",
     "resolvers": "functions that configs call, as ${name:argument}",
+    "word_maps": "functions that say where in an image the words of its caption come from",
     "titles": "what readers call the other parts of names of scores: the evaluation, and how answers were found",
 }
 KEYS = (

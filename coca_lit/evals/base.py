@@ -59,7 +59,8 @@ class Settings:
             A prompt is of captions only: an answer begins with its question.
         rerank: decoder re-ranking in retrieval: how many images are scored by the decoder for each text; 0 for none.
             The decoder's share of the score is `evals.NAME.rerank_weight`, 0.5 by default.
-        attention: for how many images the report shows where the model looked as it wrote each word.
+        attention: for how many images the report shows where each word of the caption comes from, as far as a project
+            says that.
         full: also compute what takes too long during training (SPICE, intervals, …), and write samples for the report.
         classifier: of the model that is scored, if it has one; during training the callback knows.
 

@@ -78,10 +78,7 @@ class CaptionScores(Evaluation):
         if rank() == 0:
             settings.write_json("samples", f"{self.name}_worst.json", worst_captions(records, captions))
             if settings.attention:
-                from coca_lit.evals.attention import attention_samples
-
-                samples = attention_samples(model, records, settings.attention, settings.generate or {})
-                settings.write_json("samples", f"{self.name}_attention.json", samples)
+                self._write_word_maps(model, records, settings)
         judged = _clip_scores(model, records, list(captions.values()), settings)
         means: Parts = {name: (values.double().numpy(), None) for name, values in judged.items()}
         with ProgressBar("SPICE") as bar:
@@ -94,6 +91,16 @@ class CaptionScores(Evaluation):
     def write(self, model: CoCa, records: Sequence[Record], settings: Settings) -> dict[int | str, str]:
         """A caption of each record by its id, on every rank; a subclass may choose captions in another way."""
         return caption_images(model, records, settings.batch_size, settings.workers, settings.generate or {})
+
+    def _write_word_maps(self, model: CoCa, records: Sequence[Record], settings: Settings) -> None:
+        from coca_lit.evals.word_maps import declared_word_maps, word_map_samples  # which loads matplotlib
+
+        word_maps = declared_word_maps()
+        if word_maps is None:
+            self.not_run[f"{self.name} attention"] = "no installed project says where words come from"
+            return
+        samples = word_map_samples(model, records, settings.attention, settings.generate or {}, word_maps)
+        settings.write_json("samples", f"{self.name}_attention.json", samples)
 
     def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
         judged = score.endswith("CLIPScore")

@@ -15,9 +15,9 @@ from coca_lit.data.pixels import FORMATS, MAX_PIXELS
 from coca_lit.data.records import ImageFile
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
-from coca_lit.evals.attention import maps_of_captions
 from coca_lit.evals.retrieval import informative, mix_scores
 from coca_lit.evals.samples import thumbnail
+from coca_lit.evals.word_maps import declared_word_maps
 from coca_lit.models import Captions, CoCa
 from coca_lit.models.inputs import Images, stack_images
 from coca_lit.tokenizer import WordTokenizer
@@ -33,7 +33,7 @@ DIMMED = 0.2  # brightness of the photo there where it did not look
 
 @dataclass(frozen=True)
 class Candidate:
-    """A caption with its two scores, and for each word a picture of where the decoder looked."""
+    """A caption with its two scores, and for each word a picture of where it comes from, if a project says that."""
 
     caption: str
     log_prob: float  # of the captioner: mean over the tokens, in nats
@@ -168,20 +168,30 @@ def _candidates(model: CoCa, photo: Image.Image, images: Images, captions: Capti
     assert captions.log_probs is not None
     assert captions.attention is not None
     ids = captions.ids[0]  # (N, L)
-    seen = seen_part(model, photo)
-    looked = [
-        tuple((word, thumbnail(spotlight(seen, part))) for word, part in zip(words, maps, strict=True))
-        for words, maps in maps_of_captions(model, images[0], ids, captions.attention[0])
-    ]
+    pictures = _pictures_of_words(model, photo, images, ids, captions.attention[0])
     similarities = (model.encode_text(ids) @ model.encode_image(images).T)[:, 0]  # (N,)
     found: dict[str, Candidate] = {}
     columns = (captions.scores[0], captions.log_probs[0], similarities)
     numbers = (column.tolist() for column in columns)
-    for row, words, score, log_prob, similarity in zip(ids, looked, *numbers, strict=True):
+    for row, words, score, log_prob, similarity in zip(ids, pictures, *numbers, strict=True):
         text = model.tokenizer.decode(row)
         if score > float("-inf"):
             found.setdefault(text, Candidate(text, log_prob, similarity, words))
     return list(found.values())
+
+
+def _pictures_of_words(
+    model: CoCa, photo: Image.Image, images: Images, ids: Tensor, attention: Tensor
+) -> list[tuple[tuple[str, str], ...]]:
+    """The words of each caption (N, L) with pictures of where they come from; none without a project that says that."""
+    word_maps = declared_word_maps()
+    if word_maps is None:
+        return [()] * len(ids)
+    seen = seen_part(model, photo)
+    return [
+        tuple((word, thumbnail(spotlight(seen, part))) for word, part in zip(words, maps, strict=True))
+        for words, maps in word_maps(model, images[0], ids, attention)
+    ]
 
 
 def seen_part(model: CoCa, photo: Image.Image) -> Image.Image:

@@ -312,7 +312,7 @@ def _banner(model: CoCa, checkpoint: str, builtin: bool, vocabulary: Sequence[st
 
 
 def _caption_table(candidates: Iterable[Candidate], logit_scale: float) -> str:
-    """The first caption in large letters, with a picture per word of where the decoder looked; below, all captions with
+    """The first caption in large letters, with a picture per word of where it comes from; below, all captions with
     their scores in words, in the given order, what tells the second from the first, and what the scores mean.
     """
     candidates = list(candidates)
@@ -330,7 +330,7 @@ def _caption_table(candidates: Iterable[Candidate], logit_scale: float) -> str:
         f'<figure><img src="{picture}" alt=""><figcaption>{escape(word)}</figcaption></figure>'
         for word, picture in candidates[0].words
     )
-    hint = "Bright: where the decoder looked for each word. This is a hint, not proof."
+    hint = "Bright: where each word comes from. This is a hint, not proof."
     maps = f'<div class="maps">{looked}</div><div class="hint">{hint}</div>' if looked else ""
     why = f"<p>The second one is {escape(reason)}.</p>" if (reason := why_second(candidates)) else ""
     return (

@@ -25,7 +25,6 @@ from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import MANIFEST, Shard, read_manifest, write_manifest
 from coca_lit.data.shards.tar import MAX_HEADER, MAX_MEMBER
 from coca_lit.errors import DataError
-from coca_lit.evals.clip_benchmark import classified_shards
 from coca_lit.tokenizer import get_tokenizer
 from coca_lit.tools.caption.inputs import open_shard
 from helpers.fuzzing import bounded, damaged, forged, fuzz
@@ -50,16 +49,6 @@ def train_on(path: Path, batches: int = 4, **more) -> tuple[set[str], list[BadSa
         [b for batch in seen for b in batch.bad],
         seen,
     )
-
-
-def benchmark_set(folder: Path, member: str = "a.cls", label: bytes = b"0", shards: str = "1") -> Path:
-    """A data set in CLIP_benchmark's layout with one image."""
-    (folder / "test").mkdir(parents=True)
-    (folder / "classnames.txt").write_text("dog\n")
-    (folder / "zeroshot_classification_templates.txt").write_text("a {c}\n")
-    (folder / "test" / "nshards.txt").write_text(shards)
-    write_tar(folder / "test" / "0.tar", {"a.jpg": jpeg(), member: label})
-    return folder
 
 
 @pytest.mark.parametrize("scheme", ["pipe:touch {0}", "PIPE:touch {0}", "ssh://host/{0}", "file:/x/../{0}"])
@@ -100,21 +89,6 @@ def tar_bomb(path: Path, kind: bytes) -> Path:
     whole += bytes(-len(whole) % 512) + info.tobuf(tarfile.GNU_FORMAT) + bytes(10 * 2**20)
     path.write_bytes(gzip.compress(whole, 1) if path.suffix == ".gz" else whole)
     return path
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"member": "../a.cls"}, "the member '../a.cls' leads out of the shard"),
-        ({"label": b"7"}, "must be a whole number below 1, got '7'"),
-        ({"shards": "9" * 5000}, "number of shards .* must be a whole number below"),
-        ({"member": "a.pickle", "label": pickle.dumps(0)}, "sample a lacks its image or its .cls"),
-    ],
-)
-def test_data_sets_of_evaluations(tmp_path, change, said):
-    assert len(classified_shards(benchmark_set(tmp_path / "good")).records) == 1
-    with pytest.raises(DataError, match=said):
-        classified_shards(benchmark_set(tmp_path / "bad", **change))
 
 
 @pytest.mark.parametrize(

@@ -422,6 +422,7 @@ def test_samples_from_anywhere_load_and_run_nothing(tmp_path):
     ).read_text()
     assert not re.search("onerror|<script>|example.com", page)
     assert "<td>&lt;script&gt;</td>" in page
+    assert "the patches attended to" in page
 
 
 def test_failed_jobs_are_on_the_comparison_page(tmp_path):

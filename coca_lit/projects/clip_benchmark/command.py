@@ -1,6 +1,6 @@
 r"""CLIP_benchmark's command line with a model type for everything that this package loads:
 
-    python -m coca_lit.tools.clip_benchmark eval \
+    python -m coca_lit.projects.clip_benchmark eval \
         --model_type coca_lit --model mine --pretrained last.ckpt --dataset cifar10
 
 `--pretrained` is what `coca-evaluate` calls `checkpoint=`, `--model` a name for the results. As in OpenCLIP, a name
@@ -51,7 +51,8 @@ def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> li
     return [correct[:, :k].any(dim=1).cpu().double().mean().item() for k in topk]
 
 
-def main() -> None:
+def clip_benchmark() -> None:
+    """CLIP_benchmark's command, which also knows the model type `coca_lit`."""
     if find_spec("clip_benchmark") is None:
         sys.exit("error: CLIP_benchmark is not installed: pip install 'coca_lit[clip_benchmark]'")
     import clip_benchmark.models
@@ -67,7 +68,3 @@ def main() -> None:
         cli.main()
     except UserError as error:
         sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

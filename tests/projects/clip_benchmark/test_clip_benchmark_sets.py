@@ -20,9 +20,9 @@ from coca_lit.data.scenes.render import Scene, captions, decode, render
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.evals import Settings
-from coca_lit.evals.clip_benchmark import captioned_shards, classified_shards, clip_benchmark
 from coca_lit.models import CoCa, create_model
-from coca_lit.tools import clip_benchmark as command
+from coca_lit.projects.clip_benchmark import command
+from coca_lit.projects.clip_benchmark.sets import captioned_shards, classified_shards, clip_benchmark
 from coca_lit.weights.load import save_model
 from helpers.hub_server import Hub, Repository, answers_at
 from helpers.shards import write_tar
@@ -111,11 +111,11 @@ def write(folder: Path, samples: list[dict[str, object]], per_shard: int) -> Non
 
 
 def theirs(root: Path, output: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, float]:
-    """What `python -m coca_lit.tools.clip_benchmark eval` writes."""
+    """What `python -m coca_lit.projects.clip_benchmark eval` writes."""
     choice = ["--model_type", "coca_lit", "--model", "mine", "--pretrained", str(root / "model.safetensors")]
     rest = ["--num_workers", "0", "--batch_size", "8", "--quiet", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["clip_benchmark", "eval", *choice, *rest, *words])
-    command.main()
+    command.clip_benchmark()
     return json.loads(output.read_text())["metrics"]
 
 
@@ -141,7 +141,7 @@ def test_zero_shot_scores(root: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_half_precision_is_off(words: list[str], more: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["clip_benchmark", *words])
     monkeypatch.setattr("clip_benchmark.cli.main", lambda: None)
-    command.main()
+    command.clip_benchmark()
     assert sorted(sys.argv[1:]) == sorted([*words, *more])
 
 

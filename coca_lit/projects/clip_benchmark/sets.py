@@ -28,7 +28,9 @@ from coca_lit.reading import MAX_JSON, read_bounded
 
 log = logging.getLogger(__name__)
 
-CLASS_NAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
+CLASS_NAMES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
+TYPE = "dataset_type.txt"
 MAX_SHARDS = 100_000
 HUB = re.compile(r"(?:hf://|https://huggingface\.co/)datasets/([\w.-]+/[\w.-]+?)(?:(?:@|/tree/)([\w.-]+))?/?")
 HOW = "expected the webdataset layout of CLIP_benchmark, which clip_benchmark_export_wds writes"
@@ -92,7 +94,9 @@ class TarImage:
 
 def kind_of(root: Path) -> str:
     """ "classification", "retrieval" or "multilabel"."""
-    return _text(root / TYPE).strip().lower() if (root / TYPE).is_file() else "classification"
+    if not (root / TYPE).is_file():
+        return "classification"
+    return _text(root / TYPE).strip().lower()
 
 
 def classified_shards(root: str | Path, split: str = "test") -> Classification:
@@ -106,11 +110,13 @@ def classified_shards(root: str | Path, split: str = "test") -> Classification:
         DataError: a file of it cannot be used.
     """
     root = local_copy(root, split)
-    if (kind := kind_of(root)) != "classification":
+    kind = kind_of(root)
+    if kind != "classification":
         raise DataError(f"expected one class per image, but {root / TYPE} says {kind}")
     names = _lines(root / CLASS_NAMES)
     templates = _lines(root / TEMPLATES)
-    if wrong := [template for template in templates if "{c}" not in template]:
+    wrong = [template for template in templates if "{c}" not in template]
+    if wrong:
         raise DataError(f"{root / TEMPLATES}: each line must hold {{c}} for the name of the class, got {wrong[0]!r}")
     samples = [*_samples(root / split, "cls")]
     random.Random(0).shuffle(samples)
@@ -118,7 +124,8 @@ def classified_shards(root: str | Path, split: str = "test") -> Classification:
         id: _number(text, len(names), f"class of {id} in {root / split}") for id, _, text in samples
     }
     records = [Record(id, image) for id, image, _ in samples]
-    return Classification(records, labels, tuple(names), tuple(t.replace("{c}", "{}") for t in templates))
+    prompts = tuple(template.replace("{c}", "{}") for template in templates)
+    return Classification(records, labels, tuple(names), prompts)
 
 
 def captioned_shards(root: str | Path, split: str = "test") -> list[Record]:
@@ -126,7 +133,8 @@ def captioned_shards(root: str | Path, split: str = "test") -> list[Record]:
     `classified_shards`.
     """
     root = local_copy(root, split)
-    if (kind := kind_of(root)) != "retrieval":
+    kind = kind_of(root)
+    if kind != "retrieval":
         raise DataError(f"expected captions (retrieval in {root / TYPE}), but the data set is one of {kind}")
     records = [Record(id, image, text.splitlines()) for id, image, text in _samples(root / split, "txt")]
     captioned = [record for record in records if record.captions]
@@ -144,11 +152,12 @@ def local_copy(root: str | Path, split: str) -> Path:
     """
     if "://" not in str(root):
         return Path(root)
-    if not (found := HUB.fullmatch(str(root))):
+    on_hub = HUB.fullmatch(str(root))
+    if on_hub is None:
         raise DataError(f"{root} is neither a folder nor a data set on the Hub, hf://datasets/ORG/NAME")
     from huggingface_hub import snapshot_download
 
-    repository, revision = found.groups()
+    repository, revision = on_hub.groups()
     try:
         return Path(
             snapshot_download(

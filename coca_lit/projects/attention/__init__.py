@@ -1,0 +1,1 @@
+"""Where the decoder looked as it wrote each word of a caption."""
