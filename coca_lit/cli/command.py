@@ -56,7 +56,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # In a checkout the configs lie beside the package, in a wheel inside it.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 # Keys that name a file with weights, unless it is a released model, or one that a part of the network knows.
-WEIGHTS = ("checkpoint", "interpolate_with", "init_from", "ckpt_path", "init_parts.image_encoder", "init_parts.decoder")
+WEIGHTS = ("checkpoint", "interpolate_with", "init_from", "ckpt_path", "init_parts.image_encoder")
 NAMES = ("auto", "required", "builtin", "photos", "efficientnet_lite0", "efficientnet_lite2")
 SEARCH_PATH = "hydra.searchpath="
 _KEY = re.compile(r"(?!hydra\.)[A-Za-z_][\w-]*(\.[\w-]+)*", re.ASCII)
@@ -191,6 +191,7 @@ def _store_configs_of_projects() -> None:
     """
     store = ConfigStore.instance()
     store.store("roots_of_projects", extensions.declared("roots"), package="roots")
+    store.store("init_parts_of_projects", dict.fromkeys(extensions.declared("init_parts")), package="init_parts")
     store.store("_usual_of_projects", {"defaults": extensions.listed("usual_evals")}, group="evals")
     store.store("groups_of_projects", {"defaults": [{name: None} for name in extensions.listed("groups")]})
     for name, target in extensions.declared("resolvers").items():
@@ -287,7 +288,8 @@ def _prepare(config: str, cfg: DictConfig) -> None:
     # A run that goes on has its weights: the file that it began with may be gone.
     resumes = config == "train" and (cfg.ckpt_path == NEWEST or bool(restarted()))  # which obeyed `ckpt_path` before
     resumes = resumes and any(Path(cfg.output_dir, CHECKPOINTS).glob("step_*"))
-    for key in WEIGHTS if config != "plan" and not resumes else ():
+    of_projects = [f"init_parts.{name}" for name in extensions.declared("init_parts")]
+    for key in (*WEIGHTS, *of_projects) if config != "plan" and not resumes else ():
         file = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
         if isinstance(file, str) and file not in NAMES and not os.path.exists(os.path.expanduser(file)):
             from coca_lit.weights.hub import PREFIX, hint, released

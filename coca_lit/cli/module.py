@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from coca_lit import extensions
 from coca_lit.cli.assembly import build, data_place
 from coca_lit.cli.schema import AUTO, leaves, unresolved, written
 from coca_lit.errors import ConfigError, error_context
@@ -97,12 +98,12 @@ def initialise(cfg: DictConfig, net: "CoCa", source: "DualEncoder | None" = None
         source: the model in `init_from`.
     """
     parts = cfg.init_parts
-    if source is None and parts.image_encoder is None and parts.decoder is None:
+    if source is None and all(file is None for file in parts.values()):
         return  # as most trainings do, which need not import a dozen modules for this
 
     from coca_lit.distributed import print_rank_zero
     from coca_lit.weights.lora import PARTS
-    from coca_lit.weights.start import copy_weights, load_image_weights, load_language_model
+    from coca_lit.weights.start import copy_weights, load_image_weights
 
     given: list[str] = []
     if parts.image_encoder is not None and source is not None:
@@ -114,9 +115,10 @@ def initialise(cfg: DictConfig, net: "CoCa", source: "DualEncoder | None" = None
         with error_context("init_from"):
             lora = (cfg.lora.get("parts") or PARTS) if cfg.lora.rank else ()
             given = copy_weights(source, net, cfg.init_from, [lora] if isinstance(lora, str) else lora)
-    if parts.decoder is not None:
-        with error_context("init_parts.decoder"):
-            load_language_model(net, parts.decoder, given)
+    for name, target in extensions.declared("init_parts").items():
+        if parts[name] is not None:
+            with error_context(f"init_parts.{name}"):
+                extensions.load(target)(net, parts[name], given)
 
 
 def with_facts(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]", where: str | Path) -> DictConfig:

@@ -1,5 +1,4 @@
-"""Weights of another model as the starting point of a CoCa: of the same architecture, of a CLIP, of an image encoder,
-of a language model.
+"""Weights of another model as the starting point of a CoCa: of the same architecture, of a CLIP, of an image encoder.
 
 An OpenCLIP CLIP provides the vision transformer up to its last block and the text transformer with its final norm and
 projection. Newly initialised are pooling and decoder, which read the image tokens, the CLS embedding of the texts, the
@@ -9,8 +8,7 @@ A CoCa without decoder provides everything, so its features stay the same.
 
 import importlib
 import importlib.util
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import cast
@@ -23,7 +21,7 @@ from coca_lit.distributed import print_rank_zero
 from coca_lit.models.clip import CLIP, DualEncoder
 from coca_lit.models.coca import CoCa
 from coca_lit.models.layers import SelfBlock
-from coca_lit.models.text import ClassicDecoder, TextTower
+from coca_lit.models.text import TextTower
 from coca_lit.tokenizer import is_same
 from coca_lit.weights.computation import difference, misfit
 from coca_lit.weights.load import read_state
@@ -198,88 +196,3 @@ def _check_same_computation(clip: CLIP, model: CoCa) -> None:
     images = ("image_encoder.trunk.blocks", "image_encoder.normalise", "interpolation", "resize_mode")
     if reason := difference(model, clip, images):
         raise ValueError(f"the CLIP computes something else: {reason}")
-
-
-# Language models: GPT-2 (Radford et al. 2019) in place of the self blocks of the decoder; cross blocks, which it lacks,
-# stay as they are. The blocks compute the same but for the activation: GPT-2 approximates GELU by a tanh, to within
-# 0.0005.
-
-HEAD_WIDTH = 64  # of all sizes of GPT-2; the tensors do not show it
-# (name in Transformers' GPT-2, name in our block); its matrices are (in, out) and ours (out, in)
-_BLOCK = (
-    ("ln_1", "norm_1"),
-    ("attn.c_attn", "attention.qkv"),
-    ("attn.c_proj", "attention.out"),
-    ("ln_2", "norm_2"),
-    ("mlp.c_fc", "mlp.0"),
-    ("mlp.c_proj", "mlp.2"),
-)
-
-
-def load_language_model(model: CoCa, path: str | Path, given: Sequence[str] = ()) -> None:
-    """Starts the decoder from the GPT-2 in a file and prints what it gave: see `start_decoder`."""
-    state, _ = read_state(Path(path))
-    taken, new = start_decoder(model, state, given)
-    print_rank_zero(f"from the language model {path}: {', '.join(parts(taken, model))}")
-    print_rank_zero(f"new: {', '.join(parts(new, model)) or 'nothing'}")
-
-
-@torch.no_grad()
-def start_decoder(model: CoCa, state: Mapping[str, Tensor], given: Collection[str] = ()) -> tuple[list[str], list[str]]:
-    """Copies a GPT-2 into the decoder, layer by layer from the last one down, then its final norm, and embedding and
-    vocabulary where they have the shapes of the model's.
-
-    A vocabulary of the same size is taken for the same vocabulary: rows are copied by id.
-
-    Args:
-        state: with Transformers' names (GPT2Model, GPT2LMHeadModel).
-        given: names of tensors of the model that other weights have given already; they stay.
-
-    Returns:
-        The names of the tensors that were taken, and of the decoder's and token embedding's that were not.
-
-    Raises:
-        ValueError: this is not a GPT-2, or the model has no decoder or has it already.
-    """
-    if model.decoder is None:
-        raise ValueError("the model has no decoder (decoder_layers=0)")
-    if not isinstance(model.decoder, ClassicDecoder):
-        raise ValueError(f"a GPT-2 fits the decoder of the built-in text tower, not a {type(model.decoder).__name__}")
-    if any(name.startswith("decoder.") for name in given):
-        raise ValueError("init_from gives the decoder already: leave out one of the two")
-    names = {
-        name.removeprefix("transformer."): tensor
-        for name, tensor in state.items()
-        if isinstance(name, str) and isinstance(tensor, Tensor)
-    }
-    layers = sorted({int(match[1]) for name in names if (match := re.match(r"h\.(\d+)\.attn\.c_attn\.weight$", name))})
-    if not layers or "wte.weight" not in names:
-        raise ValueError("this is not a GPT-2 with Transformers' names: expected wte.weight, h.0.attn.c_attn.weight, …")
-    width, ours = names["wte.weight"].shape[-1], model.config.text_width
-    if width != ours:
-        raise ValueError(f"this GPT-2 is {width} wide and the decoder {ours}: set +model.net.text_width={width}")
-    for layer in layers:
-        if (shape := tuple(names[f"h.{layer}.attn.c_attn.weight"].shape)) != (width, 3 * width):
-            raise ValueError(f"h.{layer}.attn.c_attn.weight is {shape}, expected {(width, 3 * width)} as in a GPT-2")
-    if model.config.text_heads * HEAD_WIDTH != width:
-        heads = width // HEAD_WIDTH
-        raise ValueError(f"GPT-2's heads are {HEAD_WIDTH} wide: set +model.net.text_heads={heads}")
-    found: dict[str, Tensor | None] = {f"decoder.norm.{kind}": names.get(f"ln_f.{kind}") for kind in ("weight", "bias")}
-    found["text.token_embedding.weight"] = names["wte.weight"]
-    found["decoder.vocabulary.weight"] = names.get("lm_head.weight", names["wte.weight"])
-    blocks = len(model.decoder.self_blocks)
-    for layer, block in zip(reversed(layers), reversed(range(blocks)), strict=False):
-        for theirs, part in _BLOCK:
-            for kind in ("weight", "bias"):
-                tensor = names.get(f"h.{layer}.{theirs}.{kind}")
-                found[f"decoder.self_blocks.{block}.{part}.{kind}"] = (
-                    tensor.T if tensor is not None and tensor.ndim == 2 else tensor
-                )
-    target = model.state_dict()
-    taken = []
-    for name, tensor in found.items():
-        if tensor is not None and name not in given and tensor.shape == target[name].shape:
-            target[name].copy_(tensor)
-            taken.append(name)
-    own = [name for name in target if name.startswith(("decoder.", "text.token_embedding."))]
-    return taken, [name for name in own if name not in taken and name not in given]

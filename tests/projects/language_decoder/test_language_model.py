@@ -12,8 +12,8 @@ from torch import Tensor
 from coca_lit.cli.module import build_module
 from coca_lit.errors import ConfigError
 from coca_lit.models import CoCa, create_model
+from coca_lit.projects.language_decoder.gpt2 import start_decoder
 from coca_lit.weights.load import load_model, save_model
-from coca_lit.weights.start import start_decoder
 from helpers.running import compose
 
 WIDTH, HEADS = 128, 2

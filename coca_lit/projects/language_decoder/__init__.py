@@ -1,0 +1,1 @@
+"""A language model, GPT-2, in the decoder."""
