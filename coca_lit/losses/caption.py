@@ -1,12 +1,7 @@
 """The caption loss in chunks, so that the logits of all tokens never exist at once.
 
-Each chunk is projected to the vocabulary, its cross-entropy and gradients are computed, and its logits are dropped. On
-a GPU with the extra `kernels` installed, a fused kernel of liger-kernel does the same. It was compared in Triton's
-interpreter and has not been run on a GPU yet. Its host code waits for the device twice in a step, to count the tokens
-and to compare the gradient of the loss with 1.
+Each chunk is projected to the vocabulary, its cross-entropy and gradients are computed, and its logits are dropped.
 """
-
-import importlib.util
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +45,7 @@ def caption_loss(
     """
     if count is None:
         count = sum_over_ranks((labels != IGNORED_LABEL).sum())
-    if weights is None and len(hidden) and _has_fused_kernel(hidden):  # it divides by the number of tokens
-        total = _fused_kernel(hidden, vocabulary, labels, smoothing)
-    elif chunk is None and len(hidden) <= hidden.shape[1]:
+    if chunk is None and len(hidden) <= hidden.shape[1]:
         # Fewer logits than the weight has elements: less memory than the weight gradient that chunks would keep.
         logits = wide(F.linear(hidden, vocabulary))
         losses = F.cross_entropy(
@@ -110,24 +103,3 @@ def _chunked_sum(
         return total
     grad_vocabulary = None if grad_vocabulary is None else grad_vocabulary.to(vocabulary.dtype)
     return with_gradients(total, (grad_hidden, grad_vocabulary), inputs)
-
-
-def _has_fused_kernel(hidden: Tensor) -> bool:
-    return hidden.is_cuda and importlib.util.find_spec("liger_kernel") is not None
-
-
-def _fused_kernel(hidden: Tensor, vocabulary: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    device = hidden.device.type
-    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    states, weight = hidden.to(precision), vocabulary.to(precision)
-    return liger_fused_linear_cross_entropy(
-        states,
-        weight,
-        labels,
-        ignore_index=IGNORED_LABEL,
-        label_smoothing=smoothing,
-        reduction="sum",
-        accum_dtype=torch.float32,
-    )

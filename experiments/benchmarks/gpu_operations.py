@@ -20,7 +20,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from coca_lit.losses import caption, loss_terms
+from coca_lit.losses import loss_terms
 from coca_lit.models import create_model
 from coca_lit.models.packing import to_device
 from coca_lit.training.optim import AdamW
@@ -31,7 +31,6 @@ GPU = torch.device("cuda", 0)
 
 
 def main() -> None:
-    caption._has_fused_kernel = lambda hidden: False
     ours, theirs = create_model("coca_ViT-B-32", cls_mask="legacy"), open_clip.create_model("coca_ViT-B-32")
     rows = [training_row("coca_lit", ours, our_step), training_row("open_clip", theirs, their_step)]
     rows += [

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import importlib.util
 import io
 import json
 import tempfile
@@ -24,9 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from coca_lit.cli.command import compose
 from coca_lit.cli.train import run
-from coca_lit.losses import caption, loss_terms
+from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
-from coca_lit.models.coca import IGNORED_LABEL
 from coca_lit.models.generation.static import CompiledGenerator
 from coca_lit.tools.plan.estimate import GPUS, Recipe, measure, memory, per_sample
 from coca_lit.tools.plan.trace import cost, on_gpu
@@ -42,13 +40,9 @@ TINY = (
 )
 
 
-class SkippedError(Exception):
-    """A check that cannot be made here, and why."""
-
-
 class Line(NamedTuple):
     name: str
-    outcome: str  # PASS, FAIL or SKIP
+    outcome: str  # PASS or FAIL
     detail: str
 
 
@@ -92,7 +86,6 @@ def environment() -> dict[str, Any]:
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "fused caption loss": importlib.util.find_spec("liger_kernel") is not None,
     }
 
 
@@ -105,7 +98,6 @@ def _checks() -> Iterator[Line]:
     checks |= {
         "step equals the CPU: sigmoid loss": partial(equals_cpu, "fp32", contrastive="siglip"),
         "captions equal those of the CPU": same_captions,
-        "fused caption loss equals the chunks": fused_loss,
         "attention in bf16": attention_kernels,
         "no synchronisation in a step": no_synchronisation,
         "collectives of NCCL": collectives,
@@ -122,8 +114,6 @@ def _checks() -> Iterator[Line]:
     for name, check in checks.items():
         try:
             line = Line(name, "PASS", check())
-        except SkippedError as reason:
-            line = Line(name, "SKIP", str(reason))
         except Exception as error:  # any error of a device: the other checks continue
             said = str(error).strip().splitlines() or ["no message"]
             line = Line(name, "FAIL", f"{type(error).__name__}: {said[-1][:300]}")
@@ -246,21 +236,6 @@ def same_captions() -> str:
         if not torch.equal(gpu.generate(images.to("cuda"), **options).cpu(), cpu.generate(images, **options)):
             raise ValueError(f"{options['strategy']}: other ids than on the CPU")
     return "greedy and beam search, token for token"
-
-
-def fused_loss() -> str:
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise SkippedError("pip install 'coca_lit[kernels]' installs it")
-    torch.manual_seed(0)
-    hidden, vocabulary = torch.randn(33, 64, device="cuda"), torch.randn(101, 64, device="cuda")
-    labels = torch.randint(0, 101, (33,), device="cuda")
-    labels[::4] = IGNORED_LABEL
-    inputs = hidden.requires_grad_(), vocabulary.requires_grad_()
-    found = torch.autograd.grad(caption.caption_loss(hidden, vocabulary, labels), inputs)
-    logits = torch.nn.functional.linear(hidden, vocabulary)
-    plain = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
-    expected = torch.autograd.grad(plain, inputs)
-    return _within(TOLERANCE["TF32"], gradients=_largest(map(_difference, found, expected)))
 
 
 # Waiting, collectives

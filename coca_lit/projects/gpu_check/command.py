@@ -1,6 +1,6 @@
 """`coca-gpu-check`: what a GPU computes, beside the CPU, and how fast. One command, one GPU, about ten minutes.
 
-Every check is a line with PASS, FAIL or SKIP. `gpu_check.json` holds them with the measurements, `gpu_check.md` holds
+Every check is a line with PASS or FAIL. `gpu_check.json` holds them with the measurements, `gpu_check.md` holds
 tables to paste into a page.
 """
 

@@ -493,9 +493,8 @@ def counted() -> Iterator[Recorder]:
 
 
 @pytest.fixture(autouse=True)
-def plain_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels on, which a run may have switched off; no fused loss, as Triton knows nothing of the simulated device."""
+def plain_settings() -> None:
+    """Kernels on, which a run may have switched off."""
     from coca_lit.models import kernels
 
     kernels.enable()
-    monkeypatch.setattr("coca_lit.losses.caption._has_fused_kernel", lambda hidden: False)
