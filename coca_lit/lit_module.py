@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import print_rank_zero
@@ -30,7 +31,7 @@ from coca_lit.training.objectives import (
 )
 from coca_lit.training.optim import check_resumable, optimizer_of, warmup_cosine, warmup_stable_decay
 from coca_lit.training.optim import freeze as freeze_parts
-from coca_lit.weights import CLASSIFIERS_KEY, MODEL_KEY
+from coca_lit.weights import MODEL_KEY, OBJECTIVES_KEY
 
 SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer that a user sets, besides `arguments`
 SETUP_CHECK = 2  # steps of a run that but checks a set-up, as with trainer=smoke
@@ -144,7 +145,8 @@ class CoCaLit(L.LightningModule):
             self.log_terms("train", terms, batch)
             for objective in objectives:
                 self.log_values("train", objective.measures, batch)
-            self.log("train/logit_scale", self.net.logit_scale.exp().squeeze())
+            scale = self.net.logit_scale.detach().exp()
+            self.log("train/logit_scale", (scale.full_tensor() if isinstance(scale, DTensor) else scale).squeeze())
         if not len(batch.images) and not loss.requires_grad:
             raise ConfigError("data.text: all that texts reach is frozen; see model.freeze and lora.parts")
         return loss * (step_share(self.trainer, batch_idx) if self._trainer is not None else 1.0)
@@ -192,11 +194,13 @@ class CoCaLit(L.LightningModule):
 
     def configure_model(self) -> None:
         if is_sharded(self.trainer) and not isinstance(self.net, FSDPModule):
-            from coca_lit.training.sharding import shard
+            from coca_lit.training.sharding import shard, shard_objective
 
             assert self.device_mesh is not None
             mesh, bf16 = self.device_mesh["data_parallel"], self.trainer.precision == "bf16-mixed"
             shard(self.net, mesh, half=bf16 and mesh.device_type == "cuda")
+            for objective in self.objectives.values():
+                shard_objective(objective, mesh)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = optimizer_of(self.make_optimizer, self.net, self.objectives)
@@ -224,7 +228,10 @@ class CoCaLit(L.LightningModule):
             check_resumable(checkpoint, self.state_dict(), optimizer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if found := {name: made.config for name, made in self.objectives.items() if made.config}:
-            checkpoint[CLASSIFIERS_KEY] = found
+        from coca_lit.weights.kept import described_objectives
+
+        kept = described_objectives(self.objectives)
+        if kept:
+            checkpoint[OBJECTIVES_KEY] = kept
         # Plain values, so that the file explains itself and is safe to load.
         checkpoint[MODEL_KEY] = asdict(self.net.config)

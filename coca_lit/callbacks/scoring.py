@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrize
 
@@ -118,7 +119,7 @@ class ScoreDuringTraining(L.Callback):
     def _score(self, trainer: L.Trainer, pl_module: L.LightningModule, due: Sequence[Evaluation]) -> dict[str, float]:
         scores: dict[str, float] = {}
         with scored_weights(trainer, pl_module), _scorable(pl_module) as net:
-            settings = replace(self._settings(pl_module), full=False)
+            settings = replace(self.settings, full=False)
             for evaluation in due:
                 scores |= evaluation.evaluate(net, settings, self.quick)
                 for score, reason in evaluation.not_run.items():
@@ -135,12 +136,11 @@ class ScoreDuringTraining(L.Callback):
         rivals = [e for name in wanted for e in self._named(name) if e.every]
         few: dict[str, float] = {}
         with _scorable(pl_module) as net:
-            settings = self._settings(pl_module)
             for evaluation in rivals:  # first: the predictions of all images are to stay in the run folder
-                if evaluation.name_of(settings, self.quick) != evaluation.name:
-                    few |= evaluation.evaluate(net, replace(settings, full=False), self.quick)
+                if evaluation.name_of(self.settings, self.quick) != evaluation.name:
+                    few |= evaluation.evaluate(net, replace(self.settings, full=False), self.quick)
             for evaluation in self.evals:
-                scores = evaluation.evaluate(net, settings)
+                scores = evaluation.evaluate(net, self.settings)
                 self.found.add(evaluation, scores)
                 for logger in trainer.loggers:
                     logger.log_metrics(scores, step=trainer.global_step)
@@ -150,11 +150,6 @@ class ScoreDuringTraining(L.Callback):
     def _log_pictures(self, trainer: L.Trainer, scored: Sequence[Evaluation]) -> None:
         names = list(dict.fromkeys(evaluation.name for evaluation in scored))
         log_pictures(trainer, Path(self.settings.output_dir, "samples"), names, trainer.global_step)
-
-    def _settings(self, pl_module: L.LightningModule) -> Settings:
-        """With the classifier that the module trains beside the network, if it has one."""
-        classifiers: Iterator[Any] = (m for m in pl_module.modules() if hasattr(m, "logits") and hasattr(m, "classes"))
-        return replace(self.settings, classifier=next(classifiers, None))
 
     def _offer(
         self, trainer: L.Trainer, scores: dict[str, float], scored: Sequence[Evaluation], final: bool = False
@@ -208,8 +203,21 @@ def _scorable(module: L.LightningModule) -> Iterator[CoCa]:
         kernels.exact_fp32(device),
         parametrize.cached(),
     ):
+        objectives = module.objectives
+        assert isinstance(objectives, nn.ModuleDict)
+        trained = {name: objective.training for name, objective in objectives.items()}
         if isinstance(net, FSDPModule):
-            from coca_lit.training.sharding import unsharded
+            from coca_lit.training.sharding import unsharded, unsharded_objectives
 
             net = unsharded(net)
-        yield net
+            net.objectives = unsharded_objectives(objectives, net)
+        else:
+            net.objectives = dict(objectives.items())
+        for objective in net.objectives.values():
+            objective.eval()
+        try:
+            yield net
+        finally:
+            net.objectives = {}
+            for name, objective in objectives.items():
+                objective.train(trained[name])

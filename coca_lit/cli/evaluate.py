@@ -9,7 +9,6 @@ import re
 import sys
 import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -230,11 +229,10 @@ def run(cfg: DictConfig) -> dict[str, float]:
     from coca_lit.data.prefetch import worker_errors
     from coca_lit.distributed import process_group, rank, world_size
     from coca_lit.metrics.java.spice import JARS_VARIABLE
-    from coca_lit.models import CoCa, part_sizes
+    from coca_lit.models import part_sizes
     from coca_lit.models.cost import forward_flops
     from coca_lit.models.generation.state import check_options
     from coca_lit.runs.results import Found, finish_run
-    from coca_lit.training.classifiers import load_classifier
 
     configure_libraries(cfg.threads)
     if cfg.spice_jars is not None:
@@ -249,9 +247,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
             check_options(model, settings.generate or {})
         evals, not_run = build_evals(cfg)
         report = build(cfg.report, "report") if cfg.report is not None else None
-        if isinstance(model, CoCa) and any(evaluation.classified for evaluation in evals):
-            with error_context("checkpoint"):
-                settings = replace(settings, classifier=load_classifier(cfg.checkpoint, model))
+        for objective in getattr(model, "objectives", {}).values():
+            objective.to(device)
         start_run_folder(cfg)  # not before: a scoring that cannot start leaves nothing behind
         found, problem = Found(not_run=not_run), None
         bug: Exception | None = None

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from coca_lit.lit_module import CoCaLit
     from coca_lit.models import CoCa, DualEncoder
     from coca_lit.runs.resume import Start
+    from coca_lit.training.objectives import Objective
 
 REQUIRED = "required"  # `init_from` of an experiment that trains a model further
 SMOKE_STEPS = 2  # of trainer=smoke
@@ -67,7 +68,7 @@ def build_module(cfg: DictConfig, start: "Start | None" = None, source: "DualEnc
         spec = module.net.tokenizer.spec
         if isinstance(spec, dict) and not is_same(spec, theirs.get("tokenizer", spec)):  # a file, which has one name
             raise ConfigError("model.net.tokenizer: it has changed since the checkpoint: restore it, or set a new name")
-        check_classes(module, start)
+        check_kept(module, start)
     add_adapters(cfg, module)
     if start is not None and cfg.data.get("cached_augmentations"):  # photos are encoded before Lightning restores these
         from coca_lit.training.trainer import SafeCheckpointIO
@@ -78,17 +79,15 @@ def build_module(cfg: DictConfig, start: "Start | None" = None, source: "DualEnc
     return module
 
 
-def check_classes(module: "CoCaLit", start: "Start") -> None:
-    """Raises `ConfigError` if the rows of a classifier in the checkpoint stand for other classes than the data have."""
-    from coca_lit.weights import CLASSIFIERS_KEY
+def check_kept(module: "CoCaLit", start: "Start") -> None:
+    """Raises `ConfigError` if an objective means something else than the one that the checkpoint keeps."""
+    from coca_lit.weights import OBJECTIVES_KEY
 
-    for name, before in start.content.get(CLASSIFIERS_KEY, {}).items():
-        key = f"model.objectives.{name}"
-        made = next((objective for objective in module.every_objective if objective.config_key == key), None)
-        if made is not None and made.config.get("classes") != before.get("classes"):
-            raise ConfigError(
-                f"{key}: the data have other classes than the checkpoint: restore them, or choose another name"
-            )
+    kept = start.content.get(OBJECTIVES_KEY, {})
+    for name, objective in module.objectives.items():
+        if name in kept:
+            with error_context(f"model.objectives.{name}"):
+                cast("Objective", objective).check_resumed(kept[name])
 
 
 def initialise(cfg: DictConfig, net: "CoCa", source: "DualEncoder | None" = None) -> None:

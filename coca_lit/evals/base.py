@@ -13,13 +13,12 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
-from torch import Tensor
 
 from coca_lit.data.records import Record
 from coca_lit.data.sources import ImageSource
@@ -27,21 +26,10 @@ from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import ConfigError, DataError, check_number
 from coca_lit.files import atomic_write
 from coca_lit.metrics.uncertainty import Conditions, Draws, Resampled, bootstrap, digest, exact
-from coca_lit.models import CoCa, DualEncoder
+from coca_lit.models import DualEncoder
 from coca_lit.models.generation.options import OPTIONS, check_shared, complete
 
 log = logging.getLogger(__name__)
-
-
-class Classifier(Protocol):
-    """What was trained beside the network to choose one of some classes for a record."""
-
-    @property
-    def classes(self) -> Sequence[str]:
-        """Their names."""
-
-    def logits(self, net: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0) -> Tensor:
-        """(I, N) of records and classes, on the CPU of every rank."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +50,6 @@ class Settings:
         attention: for how many images the report shows where each word of the caption comes from, as far as a project
             says that.
         full: also compute what takes too long during training (SPICE, intervals, …), and write samples for the report.
-        classifier: of the model that is scored, if it has one; during training the callback knows.
 
     Raises:
         ValueError: a number out of range, or options of `CoCa.generate` that it does not take.
@@ -78,7 +65,6 @@ class Settings:
     rerank: int = 0
     attention: int = 0
     full: bool = True
-    classifier: Classifier | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name, lowest in (("batch_size", 1), ("workers", 0), ("rerank", 0), ("attention", 0), ("images", 1)):
@@ -104,6 +90,12 @@ class Settings:
             log.warning("%s; it is left out", error)
 
 
+def kept_with(model: DualEncoder, *attributes: str) -> Any:
+    """The first objective kept with a model that has all of these attributes, such as "classes"; None if none has."""
+    objectives: Mapping[str, Any] = getattr(model, "objectives", {})
+    return next((made for made in objectives.values() if all(hasattr(made, name) for name in attributes)), None)
+
+
 class Evaluation:
     """Something to score a model on. A subclass has one method, `scores`.
 
@@ -118,7 +110,6 @@ class Evaluation:
 
     Attributes:
         captioned: whether every record needs a caption.
-        classified: whether it asks `settings.classifier`.
         generates: whether scores may depend on captions that the model writes; true unless a class says otherwise.
         score_names: names of the scores, if they are known beforehand: a misspelt name is then found before training.
         final_score_names: names of the further scores with `settings.full`; None if they are not known beforehand.
@@ -130,7 +121,6 @@ class Evaluation:
     """
 
     captioned = False
-    classified = False
     generates = True
     score_names: Sequence[str] = ()
     final_score_names: Sequence[str] | None = ()

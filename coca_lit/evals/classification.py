@@ -12,7 +12,7 @@ from coca_lit.data.datasets.classification import Classification
 from coca_lit.data.records import Record
 from coca_lit.distributed import rank
 from coca_lit.errors import DataError
-from coca_lit.evals.base import Evaluation, Settings
+from coca_lit.evals.base import Evaluation, Settings, kept_with
 from coca_lit.evals.inference import blind_log_likelihoods, embed_images, embed_texts, log_likelihoods
 from coca_lit.evals.samples import caption_samples, confusion_samples, sample_sheet
 from coca_lit.evals.vqa import accuracies_by_kind, blind_guesses
@@ -22,7 +22,7 @@ from coca_lit.metrics.classification import (
     class_ranks,
 )
 from coca_lit.metrics.uncertainty import Draws, Ratios, Units
-from coca_lit.models import CLIP, DualEncoder
+from coca_lit.models import DualEncoder
 
 TOP5 = 10  # labels from which on five guesses say something
 
@@ -103,8 +103,8 @@ def accuracies(
 
 
 class LabelScores(Evaluation):
-    """Accuracy of the labels that `settings.classifier` gives, for each kind too, and from ten classes on "top5". With
-    `settings.full` also of the best guess of somebody who sees the text alone ("blind").
+    """Accuracy of the labels that a classifier kept with the model gives, for each kind too, and from ten classes on
+    "top5". With `settings.full` also of the best guess of somebody who sees the text alone ("blind").
 
     Images are drawn for the intervals, each with all its texts. A class that ties with the right one counts as chosen.
 
@@ -116,7 +116,6 @@ class LabelScores(Evaluation):
     """
 
     captioned = True
-    classified = True
     generates = False
     score_names = ("accuracy",)
     final_score_names = None
@@ -137,14 +136,15 @@ class LabelScores(Evaluation):
         return [*(record.question for record in records), *(record.captions[0] for record in records)]
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        if settings.classifier is None or isinstance(model, CLIP):
+        classifier = kept_with(model, "classes", "logits")
+        if classifier is None:
             self.not_run[f"{self.name} labels"] = (
                 "the model has no classifier: name the run or checkpoint that trained one; one of a class of your own "
-                "is scored during training only"
+                "needs `register_objective` and imports=[…]"
             )
             return {}
-        classes = list(settings.classifier.classes)
-        logits = settings.classifier.logits(model, records, settings.batch_size, settings.workers)  # (I, N)
+        classes = list(classifier.classes)
+        logits = classifier.logits(model, records, settings.batch_size, settings.workers)  # (I, N)
         chosen = {record.id: classes[i] for record, i in zip(records, logits.argmax(dim=1).tolist(), strict=True)}
         numbers = {name: i for i, name in enumerate(classes)}
         if unknown := [record for record in records if record.captions[0] not in numbers]:

@@ -14,7 +14,7 @@ from coca_lit.data.records import Record
 from coca_lit.data.scenes.places import overlap, read_box
 from coca_lit.distributed import rank
 from coca_lit.errors import DataError
-from coca_lit.evals.base import Evaluation, Settings
+from coca_lit.evals.base import Evaluation, Settings, kept_with
 from coca_lit.evals.inference import seeded_by, write_texts
 from coca_lit.evals.samples import caption_samples, sample_sheet
 from coca_lit.metrics.uncertainty import Draws, Ratios, Units, bootstrap
@@ -30,8 +30,8 @@ T = TypeVar("T")
 
 
 class VQAScores(Evaluation):
-    """Accuracy of written answers, and of the answers of `settings.classifier`, if there is one, and
-    for each kind of answer. With `settings.full` also of the best guess of somebody who does not look ("blind").
+    """Accuracy of written answers, and of the answers of a classifier kept with the model, if there is one, and for
+    each kind of answer. With `settings.full` also of the best guess of somebody who does not look ("blind").
 
     Predictions are written in the official results format, also for questions whose answers are not public.
 
@@ -40,7 +40,6 @@ class VQAScores(Evaluation):
         training_records: returns the training questions, from which the blind guesses come; None for no such score.
     """
 
-    classified = True
     score_names = ("accuracy",)
 
     def __init__(
@@ -63,9 +62,10 @@ class VQAScores(Evaluation):
         size, workers = settings.batch_size, settings.workers
         # By the way in which they were found: "" by generation.
         answers = {"": generate_answers(model, records, size, workers, settings.generate or {})}
-        if settings.classifier is not None:
-            likeliest = settings.classifier.logits(model, records, size, workers).argmax(dim=1).tolist()
-            classes = settings.classifier.classes
+        classifier = kept_with(model, "classes", "logits")
+        if classifier is not None:
+            likeliest = classifier.logits(model, records, size, workers).argmax(dim=1).tolist()
+            classes = classifier.classes
             answers["classifier"] = {record.id: classes[i] for record, i in zip(records, likeliest, strict=True)}
         if not settings.full:
             return _accuracies(records, answers, full=False)[0]

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from coca_lit.models.generation.generate import Captions
     from coca_lit.models.packing import text_lengths
     from coca_lit.models.presets import PRESETS, create_model
-    from coca_lit.models.registry import register_image_encoder, register_pooler, register_text_tower
+    from coca_lit.models.registry import (
+        register_image_encoder,
+        register_objective,
+        register_pooler,
+        register_text_tower,
+    )
 
 _MODULES = {
     "CLIP": "clip",
@@ -27,6 +32,7 @@ _MODULES = {
     "PRESETS": "presets",
     "create_model": "presets",
     "register_image_encoder": "registry",
+    "register_objective": "registry",
     "register_pooler": "registry",
     "register_text_tower": "registry",
 }
@@ -41,6 +47,7 @@ __all__ = [
     "create_model",
     "part_sizes",
     "register_image_encoder",
+    "register_objective",
     "register_pooler",
     "register_text_tower",
     "text_lengths",

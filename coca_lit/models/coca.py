@@ -74,6 +74,10 @@ class CoCa(Trainable):
     Args:
         config: see `CoCaConfig`.
         arguments: its fields, which replace those of `config`, or its defaults.
+
+    Attributes:
+        objectives: those that are kept with a trained network, by name, see `register_objective`. They are no part of
+            it: `.to(device)` leaves them where they are.
     """
 
     def __init__(
@@ -131,6 +135,7 @@ class CoCa(Trainable):
         self.logit_bias = nn.Parameter(torch.empty(1)) if config.contrastive == "siglip" else None
         self.preprocessing: Preprocessing = preprocessing(config.image_size, config.interpolation, config.resize_mode)
         self.preprocessing.update(self.image_encoder.preprocessing)  # type: ignore[typeddict-item]
+        self.objectives: dict[str, Any] = {}
         self.init_parameters()
 
     def init_parameters(self) -> None:

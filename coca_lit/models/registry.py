@@ -86,6 +86,15 @@ class Registry:
             return factory if _package(module) in places else None
         return factory
 
+    def name_of(self, factory: Factory) -> str | None:
+        """The name under which a factory is registered; None if it is not."""
+        for name, known in self._factories.items():
+            if known is factory:
+                return name
+        place = ":".join(_origin(factory))
+        places = {**self._own, **self._declared, **extensions.declared(self.table)}
+        return next((name for name, known in places.items() if known == place), None)
+
     def _registrar(self, name: str, factory: Factory) -> str:
         """The module that registered it; a part of this package has its own."""
         return self._registrars.get(name, factory.__module__)
@@ -221,7 +230,9 @@ TEXT_TOWERS = Registry(
     },
     "text_towers",
 )
+OBJECTIVES = Registry("objective", {}, {}, "objectives")  # those that are kept with the model
 register_image_encoder = IMAGE_ENCODERS.register
+register_objective = OBJECTIVES.register
 register_pooler = POOLERS.register
 register_text_tower = TEXT_TOWERS.register
 

@@ -2,9 +2,8 @@
 of images, by an attentional pooler of their own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +22,9 @@ from coca_lit.models.coca import CAPTION, IGNORED_LABEL
 from coca_lit.models.inputs import Clips, Images, Input, joined
 from coca_lit.models.packing import Layout, to_device
 from coca_lit.models.poolers import AttentionalPooler
+from coca_lit.models.registry import register_objective
 from coca_lit.models.text import expect_decoder
 from coca_lit.training.objectives import Objective
-from coca_lit.weights import CLASSIFIERS_KEY
-from coca_lit.weights.hub import locate
-from coca_lit.weights.load import read_torch
 
 
 class Classifier(Objective):
@@ -63,8 +60,12 @@ class Classifier(Objective):
 
     @property
     def config(self) -> dict[str, Any]:
-        """For `load_classifier`."""
-        return {"kind": type(self).__name__, "classes": self.classes}
+        return {"classes": self.classes}
+
+    def check_resumed(self, before: Mapping[str, Any]) -> None:
+        """Raises ValueError if its rows stood for other classes."""
+        if before.get("classes") != self.classes:
+            raise ValueError("the data have other classes than the checkpoint: restore them, or choose another name")
 
     def width_of(self, net: CoCa) -> int:
         """The length D of the features of a sample."""
@@ -108,6 +109,7 @@ class Classifier(Objective):
         return rows_of(net, records, compute, batch_size, num_workers)
 
 
+@register_objective("StateClassifier")
 class StateClassifier(Classifier):
     """Classifies the decoder's state at the end of a text, which depends on the text and the image; of several images
     the states side by side, as CoCa does for NLVR2 (arXiv 2205.01917, appendix).
@@ -208,6 +210,7 @@ class StateClassifier(Classifier):
         return states.unflatten(0, (-1, self.images)).flatten(1)
 
 
+@register_objective("AnswerClassifier")
 class AnswerClassifier(StateClassifier):
     """Answers as classes. Every answer is a binary classification whose target is the accuracy that the answer would
     score (Teney et al. 2017, arXiv 1708.02711): people disagree, and several answers can be right.
@@ -220,6 +223,10 @@ class AnswerClassifier(StateClassifier):
     def __init__(self, answers: Sequence[str], weight: float = 1.0) -> None:
         Classifier.__init__(self, answers, answers=weight)
         self.images = 1
+
+    @classmethod
+    def rebuilt(cls, config: Mapping[str, Any]) -> "AnswerClassifier":
+        return cls(config["classes"])
 
     def build(self, net: CoCa) -> None:
         super().build(net)
@@ -240,6 +247,7 @@ class AnswerClassifier(StateClassifier):
         return targets
 
 
+@register_objective("PoolerClassifier")
 class PoolerClassifier(Classifier):
     """Classifies images by an attentional pooler of its own on the tokens of the image encoder (CoCa, arXiv 2205.01917,
     section 4.1: "finetuned").
@@ -305,40 +313,3 @@ class PoolerClassifier(Classifier):
         logits = self.head(self.features(net, mixed)).float()
         other = batch._replace(extras={"captions": batch.extras["captions"][::-1]})
         return {self.term: share * self.loss_of(logits, batch) + (1 - share) * self.loss_of(logits, other)}
-
-
-KINDS: Mapping[str, Callable[[dict[str, Any]], Classifier]] = {
-    "StateClassifier": lambda config: StateClassifier(config["classes"], config["images"]),
-    "AnswerClassifier": lambda config: AnswerClassifier(config["classes"]),
-    "PoolerClassifier": lambda config: PoolerClassifier(config["classes"], config["heads"]),
-}
-
-
-def load_classifier(path: str | Path, net: CoCa) -> Classifier | None:
-    """The first classifier in a training checkpoint, for the network in it; None if there is none, or none of ours.
-
-    Raises:
-        ValueError: it is damaged, or does not fit the network.
-    """
-    if (file := locate(path)).suffix == ".safetensors":
-        return None
-    content = read_torch(file)
-    if not (found := content.get(CLASSIFIERS_KEY)):
-        return None
-    try:
-        known = ((name, config) for name, config in found.items() if config.get("kind") in KINDS)
-        if (first := next(known, None)) is None:  # all are of a user's own classes
-            return None
-        name, config = first
-        made = KINDS[config["kind"]](config)
-        prefix = f"objectives.{name}."
-        state = {key.removeprefix(prefix): t for key, t in content["state_dict"].items() if key.startswith(prefix)}
-        expected = (len(made.classes), made.width_of(net))  # before anything of that size is allocated
-        if tuple(state["head.weight"].shape) != expected or not all(isinstance(c, str) for c in made.classes):
-            raise ValueError(f"expected weights {expected} of classes with names")
-        made.build(net)
-        made.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0][:200]
-        raise ValueError(f"the classifier in '{file}' is damaged: {reason}; save the checkpoint again") from error
-    return made.to(net.device).eval()

@@ -24,8 +24,9 @@ class Objective(nn.Module):
     it likes. Both return raw terms by name, scalars of this rank, whose mean over ranks is the mean over the global
     batch.
 
-    Its parameters, if it has any, are trained together with the network's, which it does not hold; they are saved in
-    training checkpoints, and `load_model` ignores them.
+    Its parameters, if it has any, are trained together with the network's, which it does not hold, and saved in
+    training checkpoints. One of a class with `@register_objective("mine")` is kept with the model: `load_model(…,
+    imports=[…])` and evaluations find it in `model.objectives`, by its name in the configuration.
 
     Args:
         weights: the factor of each term in the training loss, by the name of the term; 1 for any other term.
@@ -75,8 +76,13 @@ class Objective(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Plain values that a checkpoint keeps beside the parameters, if those are of use after the training."""
+        """Of one that is kept with the model, the arguments that build it again, as plain values."""
         return {}
+
+    @classmethod
+    def rebuilt(cls, config: Mapping[str, Any]) -> "Objective":
+        """One of that `config`, before `build`."""
+        return cls(**config)
 
     def build(self, net: CoCa) -> None:
         """Creates the parameters, which may depend on the sizes of the network. Called once, before training.
@@ -88,6 +94,13 @@ class Objective(nn.Module):
     def begin(self, net: CoCa) -> None:
         """Called once when the network has its first weights, for example from `init_from`. To keep some of them,
         register buffers in `build` and fill them here: a resumed run has them in its checkpoint.
+        """
+
+    def check_resumed(self, before: Mapping[str, Any]) -> None:
+        """Compares itself with the `config` in the checkpoint that a training resumes from.
+
+        Raises:
+            ValueError: its parameters would mean something else.
         """
 
     def take_data(self, data: Any) -> None:

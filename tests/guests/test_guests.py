@@ -58,6 +58,7 @@ def test_everything_takes_part_in_training(checkpoint: Path) -> None:
     results = json.loads((run / "results.json").read_text())
     assert 0 <= results["patches/t2i_recall@1"] <= 1
     assert results["patches/words"] > 0
+    assert "patches/brightness" in results
 
 
 def test_a_whole_data_module(tmp_path: Path) -> None:
@@ -70,7 +71,10 @@ def test_the_checkpoint_is_evaluated_and_captions(checkpoint: Path, tmp_path: Pa
     options = ("imports=[my_coca_parts]", f"checkpoint={checkpoint}")
     few = ("evals=patches", "scoring.images=4", f"hydra.run.dir={tmp_path}")
     command("coca-evaluate", "--config-dir", "conf", *options, *few)
-    assert json.loads((tmp_path / "results.json").read_text())["patches/words"] > 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["patches/words"] > 0
+    trained = json.loads((checkpoint.parents[1] / "results.json").read_text())
+    assert found["patches/brightness"] == pytest.approx(trained["patches/brightness"], rel=1e-4)  # of the same colours
     Image.new("RGB", (40, 40), (255, 0, 0)).save(tmp_path / "red.png")
     written = command("coca-caption", str(tmp_path / "red.png"), *options, "generate.strategy=greedy")
     assert written.startswith(f"{tmp_path / 'red.png'}\t")

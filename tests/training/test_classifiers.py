@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.models.inputs import Clips
 from coca_lit.projects.classification.pooler_probe import ClassPooler
 from coca_lit.runs.resume import Start
-from coca_lit.training.classifiers import AnswerClassifier, PoolerClassifier, StateClassifier, load_classifier
+from coca_lit.training.classifiers import AnswerClassifier, PoolerClassifier, StateClassifier
 from coca_lit.training.optim import AdamW
-from coca_lit.weights import CLASSIFIERS_KEY
+from coca_lit.weights import MODEL_KEY, OBJECTIVES_KEY
+from coca_lit.weights.load import load_model, save_model
 from helpers.naive import state_at_end
 from helpers.running import compose
 
@@ -366,22 +368,31 @@ def test_a_checkpoint_keeps_its_classifier(classifier: Any, tmp_path: Path) -> N
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, path := tmp_path / "last.ckpt")
-    loaded = load_classifier(path, net)
+    model = load_model(path)
+    (loaded,) = model.objectives.values()
     assert type(loaded) is type(classifier)
     assert loaded.config == classifier.config
-    own = checkpoint | {CLASSIFIERS_KEY: {"own": {"labels": ["a"]}} | checkpoint[CLASSIFIERS_KEY]}  # a user's objective
+    own = checkpoint | {OBJECTIVES_KEY: {"own": {"labels": ["a"]}} | checkpoint[OBJECTIVES_KEY]}  # a user's objective
     torch.save(own, tmp_path / "own.ckpt")
-    assert load_classifier(tmp_path / "own.ckpt", net).config == classifier.config
+    assert load_model(tmp_path / "own.ckpt").objectives["mine"].config == classifier.config
     torch.testing.assert_close(loaded.state_dict(), classifier.state_dict())
+    save_model(model, tmp_path / "model.safetensors")
+    exported = load_model(tmp_path / "model.safetensors").objectives["mine"]
+    torch.testing.assert_close(exported.state_dict(), classifier.state_dict(), rtol=0, atol=0)
     plain: dict[str, Any] = {"state_dict": module.state_dict()}
     CoCaLit(net, OPTIMIZER).on_save_checkpoint(plain)
     torch.save(plain, path)
-    assert load_classifier(path, net) is None
+    assert load_model(path).objectives == {}
     make = comparison_records if getattr(classifier, "images", 1) == 2 else entailment_records
     records = make("val", size=32, count=2)
     exact = loaded.logits(net, records)
     rounded = loaded.logits(net.bfloat16(), records)  # as coca-evaluate precision=bf16
     torch.testing.assert_close(rounded, exact, atol=0.05 * float(exact.abs().max()), rtol=0)
+
+
+def checkpoint_of(net: CoCa, state: dict[str, Tensor], described: Any) -> dict[str, Any]:
+    network = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+    return {"state_dict": network | state, MODEL_KEY: asdict(net.config), OBJECTIVES_KEY: described}
 
 
 def test_classes_in_another_order_do_not_resume() -> None:
@@ -390,7 +401,7 @@ def test_classes_in_another_order_do_not_resume() -> None:
     own = build_module(cfg).objectives["labels"].classes
     assert sorted(own) == sorted(classes)
     for before in (own, own[::-1]):
-        start = Start(Path("last.ckpt"), {CLASSIFIERS_KEY: {"labels": {"classes": before}, "gone": {}}})
+        start = Start(Path("last.ckpt"), {OBJECTIVES_KEY: {"labels": {"classes": before}, "gone": {}}})
         refused = pytest.raises(ConfigError, match=r"model\.objectives\.labels: the data have other classes")
         with nullcontext() if before == own else refused:
             build_module(cfg, start)
@@ -414,9 +425,9 @@ def test_classes_in_another_order_do_not_resume() -> None:
 def test_forged_classifiers_are_refused_in_one_sentence(forged: Any, tmp_path: Path, net: CoCa) -> None:
     weight = torch.zeros(2, net.config.text_width)
     state = {"objectives.mine.head.weight": weight, "objectives.mine.head.bias": torch.zeros(2)}
-    torch.save({"state_dict": state, CLASSIFIERS_KEY: {"mine": forged}}, path := tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match=r"the classifier in .* is damaged") as caught:
-        load_classifier(path, net)
+    torch.save(checkpoint_of(net, state, {"mine": forged}), path := tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"an objective in .* is damaged") as caught:
+        load_model(path)
     assert "\n" not in str(caught.value)
 
 

@@ -219,6 +219,46 @@ def test_each_rank_holds_its_part_and_scores_with_all(sharded) -> None:
         torch.testing.assert_close(result["parts"], result["whole"], atol=1e-6, rtol=0)
 
 
+# Objectives with parameters
+
+WORDS = "+model.objectives.mine._target_=helpers.objectives.WordsOfImages"
+SCORE = (
+    "evals=[]",
+    "+evals.mine={_target_: helpers.objectives.LikeliestWords, records: {split: val, count: 8, size: 32, "
+    "_target_: coca_lit.data.scenes.render.scene_records}}",
+)
+
+
+def train_with_words(folder: Path, *overrides: str) -> dict[str, float]:
+    with launched():
+        return run(folder, *UNSCORED, "data.train_count=16", WORDS, *SCORE, *SHARDED, *overrides)
+
+
+@pytest.mark.slow
+def test_micro_batches_of_a_sharded_network_equal_the_whole_batch(on_ranks, tmp_path: Path) -> None:
+    score = run(tmp_path / "one", *UNSCORED, "data.train_count=16", WORDS, *SCORE)
+    micro = "trainer.micro_batch_size=2"
+    assert on_ranks(2, train_with_words, tmp_path / "sharded", micro) == [score, score]
+    found, expected = saved(tmp_path / "sharded")["state_dict"], saved(tmp_path / "one")["state_dict"]
+    assert found.pop("objectives.mine.steps") == expected.pop("objectives.mine.steps")
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_parameters_of_an_objective_are_sharded_like_the_network(on_ranks, tmp_path: Path, one_process: Path) -> None:
+    """They end where one process ends, are scored alike, and are kept with the model."""
+    score = run(tmp_path / "one", *UNSCORED, "data.train_count=16", WORDS, *SCORE)
+    assert on_ranks(2, train_with_words, tmp_path / "sharded") == [score, score]
+    found, expected = saved(tmp_path / "sharded")["state_dict"], saved(tmp_path / "one")["state_dict"]
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+    assert not torch.allclose(
+        found["net.pooling.generative.query"], saved(one_process)["state_dict"]["net.pooling.generative.query"]
+    )
+    kept = load_model(tmp_path / "sharded" / "checkpoints" / "last.ckpt").objectives["mine"]
+    assert kept.steps == 2
+    torch.testing.assert_close(kept.head.weight, expected["objectives.mine.head.weight"], atol=2e-6, rtol=0)
+
+
 # Set-ups that are refused
 
 

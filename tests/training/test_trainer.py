@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as L
 import pytest
-import torch
 
 from coca_lit.callbacks import ScoreDuringTraining
 from coca_lit.cli.assembly import build_data, build_trainer
@@ -15,7 +14,6 @@ from coca_lit.cli.module import build_module
 from coca_lit.errors import ConfigError
 from coca_lit.evals import Settings
 from coca_lit.models import create_model
-from coca_lit.training.objectives import Contrastive
 from coca_lit.training.trainer import (
     ACCUMULATION,
     AVERAGES,
@@ -54,7 +52,6 @@ CHOICES = {
     TOKEN_MEANS: ("model.contrastive_weight=0",),
 }
 PAIRS = (  # stated here too, so that a row that the table loses is missed
-    (SHARDED, MICRO_BATCHES),
     (SHARDED, AVERAGES),
     (SHARDED, LORA),
     (SHARDED, NEEDS_WHOLE_WEIGHTS),
@@ -86,16 +83,6 @@ def test_features_are_found_by_what_was_built(tmp_path: Path) -> None:
     whole = dict.fromkeys((NEEDS_WHOLE_WEIGHTS, NEEDS_WHOLE_BATCH, TOKEN_MEANS), "model.objectives.a")
     assert found == {AVERAGES: "ema", LORA: "lora"} | whole
     check_together(found)
-
-
-def test_parameters_of_an_objective_are_not_sharded() -> None:
-    trainer: Any = SimpleNamespace(strategy=None, precision="32-true", callbacks=[], accumulate_grad_batches=1)
-    objective, net = Contrastive(1.0), create_model("coca_tiny")
-    objective.config_key = "model.objectives.mine"
-    for own in (False, True):
-        objective.own = torch.nn.Linear(2, 2).requires_grad_(own)
-        found = features(trainer, net, [objective], None, texts=False)
-        assert found.get(NEEDS_WHOLE_WEIGHTS) == ("model.objectives.mine" if own else None)
 
 
 def test_fp16_and_micro_batches() -> None:

@@ -29,7 +29,7 @@ _BLOCK = (
 
 def load_language_model(model: CoCa, path: str | Path, given: Sequence[str] = ()) -> None:
     """Starts the decoder from the GPT-2 in a file and prints what it gave: see `start_decoder`."""
-    state, _ = read_state(Path(path))
+    state = read_state(Path(path)).state
     taken, new = start_decoder(model, state, given)
     print_rank_zero(f"from the language model {path}: {', '.join(parts(taken, model))}")
     print_rank_zero(f"new: {', '.join(parts(new, model)) or 'nothing'}")

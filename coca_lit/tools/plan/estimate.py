@@ -184,10 +184,10 @@ def largest_batch(memory_gb: float, model: Model, cost: Cost, recipe: Recipe, pi
 
 def largest_micro_batch(memory_gb: float, model: Model, cost: Cost, recipe: Recipe, pixels: int) -> int | None:
     """The largest micro-batch with which the recipe's batch fits: a divisor of a device's share of that batch. None if
-    not even single pairs fit, or if weights are sharded, which micro-batches do not support.
+    not even single pairs fit.
     """
     own = recipe.batch // recipe.devices
-    sizes = [] if recipe.sharded else [n for n in range(own, 0, -1) if own % n == 0]
+    sizes = [n for n in range(own, 0, -1) if own % n == 0]
     fits = (n for n in sizes if largest_batch(memory_gb, model, cost, recipe._replace(micro_batch=n), pixels) >= own)
     return next(fits, None)
 

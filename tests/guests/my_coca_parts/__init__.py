@@ -2,13 +2,14 @@
 
 from my_coca_parts.data import PatchesDataModule, patch_records
 from my_coca_parts.encoder import PatchMixer
-from my_coca_parts.evaluation import CaptionLength
+from my_coca_parts.evaluation import CaptionLength, GuessedBrightness
 from my_coca_parts.training import Brightness, CountSteps, JsonLogger
 
 __all__ = [
     "Brightness",
     "CaptionLength",
     "CountSteps",
+    "GuessedBrightness",
     "JsonLogger",
     "PatchMixer",
     "PatchesDataModule",

@@ -10,12 +10,15 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from coca_lit.data.batch import Batch
-from coca_lit.models import CoCa
+from coca_lit.models import CoCa, CoCaOutput, register_objective
 from coca_lit.training.objectives import Objective
 
 
+@register_objective("brightness")
 class Brightness(Objective):
-    """How far a linear guess from the image features is from the mean brightness, squared."""
+    """How far a linear guess from the image features is from the mean brightness, squared. Kept with the model."""
+
+    needs = ("image_features",)
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__(brightness=weight)
@@ -23,9 +26,9 @@ class Brightness(Objective):
     def build(self, net: CoCa) -> None:
         self.guess = nn.Linear(net.config.embed_dim, 1)
 
-    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, Tensor]:
         truth = batch.images.float().flatten(1).mean(dim=1) / 255  # (B,)
-        guess = self.guess(net.encode_image(batch.images))[:, 0]  # (B,)
+        guess = self.guess(out.image_features)[:, 0]  # (B,)
         return {"brightness": (guess - truth).square().mean()}
 
 
