@@ -25,8 +25,8 @@ from coca_lit.data.shards.shard import Shard
 from coca_lit.data.shards.windows import WindowedBatches, Windows
 from coca_lit.data.transforms import build_transform, random_box, whole_box
 from coca_lit.errors import DataError
-from coca_lit.evals.attention import attention_samples
 from coca_lit.evals.inference import caption_images, embed_images, image_batches, log_likelihoods
+from coca_lit.evals.word_maps import word_map_samples
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
@@ -223,7 +223,8 @@ def test_a_run_trains_and_scores() -> None:
     assert captions == {r.id: caption_images(net, [r], options={"max_length": 5})[r.id] for r in RECORDS[:5]}
     scores = log_likelihoods(net, RECORDS[:3], ["a b", "dog"], lambda i: [0, 1][: 1 + i % 2])
     torch.testing.assert_close(scores[1], log_likelihoods(net, RECORDS[1:2], ["a b", "dog"], lambda i: [0, 1])[0])
-    (sample,) = attention_samples(net, RECORDS[:1], 1, {"max_length": 5})
+    maps = [(["dog"], torch.eye(2)[None])]
+    (sample,) = word_map_samples(net, RECORDS[:1], 1, {"max_length": 5}, lambda *_: maps)
     assert sample["image"].startswith("data:image")
 
 
