@@ -113,9 +113,14 @@ class CoCaLit(L.LightningModule):
             net.compile_blocks()
 
     @property
+    def further(self) -> list[Objective]:
+        """The further objectives."""
+        return [cast(Objective, made) for made in self.objectives.values()]
+
+    @property
     def every_objective(self) -> list[Objective]:
-        """CoCa's own and the further ones."""
-        return [cast(Objective, made) for made in (*self.losses, *self.objectives.values())]
+        """CoCa's own objectives and the further ones."""
+        return [*(cast(Objective, made) for made in self.losses), *self.further]
 
     def objectives_of(self, batch: Batch) -> list[Objective]:
         """What a batch is trained for, or in evaluation measured by."""

@@ -38,6 +38,7 @@ class Classifier(Objective):
     """
 
     reads_captions = False
+    is_counted = True
 
     def __init__(self, classes: Sequence[str], label_smoothing: float = 0.0, **weight: float) -> None:
         super().__init__(**weight)
@@ -66,6 +67,10 @@ class Classifier(Objective):
         """Raises ValueError if its rows stood for other classes."""
         if before.get("classes") != self.classes:
             raise ValueError("the data have other classes than the checkpoint: restore them, or choose another name")
+
+    def example(self, batch: Batch) -> Batch:
+        labels = [(self.classes[0],)] * len(batch.tokens)
+        return batch._replace(prefix_lengths=batch.lengths, extras={"captions": labels})
 
     def width_of(self, net: CoCa) -> int:
         """The length D of the features of a sample."""

@@ -20,6 +20,7 @@ class Distillation(Objective):
     """
 
     needs = ("image_features", "text_features", "logit_scale")
+    is_counted = False  # it adds less than the contrastive loss
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__(distillation=weight)

@@ -41,6 +41,7 @@ class Objective(nn.Module):
         measures: further numbers about the last batch, by name, logged beside its terms.
         reads_captions: whether it reads captions, and not just labels and the questions in front of them.
         config_key: where it stands in the configuration.
+        images: how many it takes with each text.
         averages_tokens: whether a term is a mean over tokens. Batches differ in their number, so the mean of two
             batches is not that of the tokens of both.
     """
@@ -51,6 +52,7 @@ class Objective(nn.Module):
     adds_up = False
     averages_tokens = False
     reads_captions = True
+    images = 1
     config_key = "an objective"
 
     def __init__(self, **weights: float) -> None:
@@ -73,6 +75,15 @@ class Objective(nn.Module):
         method that `shard` registers.
         """
         return bool(self.needs)
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether `coca-plan` counts its cost, by a step on tensors that have shapes and no values."""
+        return bool(self.needs)
+
+    def example(self, batch: Batch) -> Batch:
+        """The batch that `coca-plan` gives it, with what it needs beside images and texts."""
+        return batch
 
     @property
     def config(self) -> dict[str, Any]:

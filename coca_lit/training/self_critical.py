@@ -45,6 +45,7 @@ class SelfCritical(Objective):
     replaces = ("caption",)
     works_with_micro_batches = False
     works_sharded = False
+    is_counted = False
 
     def __init__(
         self,

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from coca_lit.cli.assembly import resolve_target
 from coca_lit.cli.command import command
 from coca_lit.cli.module import add_adapters, load_source, make_module, with_recipe, with_vocabulary
 from coca_lit.errors import ConfigError, DataNotFoundError, check_number, error_context
@@ -43,17 +42,11 @@ def run(cfg: DictConfig) -> None:
         cfg = with_vocabulary(cfg, source.tokenizer.spec if source is not None else None)
     except DataNotFoundError:
         print("vocabulary: the training captions are not there, so the tokenizer of the preset is counted.")
-    model, spent, recipe = estimate(cfg, settings)
+    module = build_without_weights(cfg)
+    model, spent, recipe = estimate(cfg, settings, module)
     pixels = 3 * cfg.image_size**2 * max(frames_of(cfg), 1)
     print_plan(f"{cfg.model.net.name}, {cfg.trainer.precision}", model, spent, recipe, settings, pixels)
-
-    from coca_lit.training.classifiers import Classifier
-
-    left_out = []
-    for name, objective in (cfg.model.get("objectives") or {}).items():
-        made = resolve_target(objective["_target_"], "model.objectives") if objective else Classifier
-        if not (isinstance(made, type) and issubclass(made, Classifier)):
-            left_out.append(f"model.objectives.{name}")
+    left_out = [objective.config_key for objective in module.further if not objective.is_counted]
     if left_out:
         print(f"Not counted, so the run needs more: {' and '.join(left_out)}.")
     if source is None and cfg.init_from not in (None, "required"):
@@ -62,32 +55,47 @@ def run(cfg: DictConfig) -> None:
         print("Not counted: data.text, whose batches are steps of their own.")
 
 
-def estimate(cfg: DictConfig, settings: "Settings") -> "tuple[Model, Cost, Recipe]":
+def estimate(cfg: DictConfig, settings: "Settings", module: "CoCaLit") -> "tuple[Model, Cost, Recipe]":
     """Model, cost and recipe of a run, for the functions of `coca_lit.tools.plan.estimate`.
 
+    Args:
+        module: without weights.
+
     Raises:
-        ConfigError: the model, the data or the trainer cannot be used, or captions are longer than the model's context.
+        ConfigError: the data or the trainer cannot be used, captions are longer than the model's context, or no loss
+            can be counted.
     """
     import torch
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
     from coca_lit.tools.plan.estimate import measure
     from coca_lit.tools.plan.trace import cost, on_gpu
-    from coca_lit.training.classifiers import Classifier
 
     with error_context("data"):  # which a training would build
         check_number("batch_size", cfg.data.batch_size, whole=True, at_least=1)
-    module, tokens = build_without_weights(cfg), settings.caption_tokens
+    tokens = settings.caption_tokens
     with error_context("caption_tokens"):
         check_number("the mean length of captions", tokens, at_most=module.net.config.context_length)
+    weights = module.loss_weights
+    objectives = [objective for objective in module.further if objective.is_counted]
+    if not any(weights.values()) and not objectives:
+        raise ConfigError(
+            "no loss of this run can be counted: an objective whose `needs` name what it reads of the forward pass can"
+        )
     precision = read_precision(cfg)
     autocast = AUTOCAST.get(precision)
     if precision.endswith("-true") and precision.startswith(("bf16", "16")):
         module.net.to(torch.bfloat16)
-    classifiers = [made for made in module.every_objective if isinstance(made, Classifier)]
-    weights, model = module.loss_weights, measure(module.net, classifiers)
+    model = measure(module.net, objectives)
     half = not precision.startswith(("32", "64"))
     mixed = getattr(torch, autocast) if autocast else None
-    spent = cost(module.net, weights, tokens, mixed, classifiers, frames_of(cfg))
+    try:
+        spent = cost(module.net, weights, tokens, mixed, objectives, frames_of(cfg))
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ConfigError(
+            f"a plan has no values of tensors, and something reads them ({error}); an objective that does sets "
+            "is_counted = False"
+        ) from error
     spent = on_gpu(module.net, spent, tokens, 2 if half else 4)
     return model, spent, read_recipe(cfg, settings, weights, half)
 

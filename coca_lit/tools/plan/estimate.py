@@ -111,7 +111,7 @@ class Recipe(NamedTuple):
     samples: float | None = None  # in the whole training
 
 
-def measure(net: CoCa, classifiers: Sequence[nn.Module] = ()) -> Model:
+def measure(net: CoCa, objectives: Sequence[nn.Module] = ()) -> Model:
     """The sizes of a network, which may be on the meta device, and of what is trained beside it."""
     named: dict[str, Iterable[Tensor]] = {
         "image encoder": net.image_encoder.parameters(),
@@ -123,8 +123,8 @@ def measure(net: CoCa, classifiers: Sequence[nn.Module] = ()) -> Model:
         named["decoder"] = [p for p in net.decoder.parameters() if p is not vocabulary]
         if not net.config.tied_embeddings:  # else it is that of the text tower
             named["vocabulary"] = [vocabulary]
-    beside = [p for module in classifiers for p in module.parameters()]
-    named |= {"classifiers": beside} if beside else {}
+    beside = [p for module in objectives for p in module.parameters()]
+    named |= {"objectives": beside} if beside else {}
     counts = {}
     for part, tensors in named.items():
         sizes = [(p.numel(), p.requires_grad) for p in tensors]

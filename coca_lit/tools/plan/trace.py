@@ -27,7 +27,7 @@ from coca_lit.losses.caption import CHUNK, GPU_CHUNK
 from coca_lit.models import CoCa, kernels
 from coca_lit.models.coca import CAPTION, CONTRASTIVE
 from coca_lit.models.inputs import Clips, Images, largest_shape
-from coca_lit.training.classifiers import Classifier
+from coca_lit.training.objectives import Objective, needs_of, predicted
 
 BATCHES = (64, 128)  # the difference of their peaks is the memory per sample; both exceed a chunk of the losses
 PARTS = {  # part of the plan -> modules of the network
@@ -62,7 +62,7 @@ def cost(
     weights: Mapping[str, float],
     caption_tokens: int,
     autocast: torch.dtype | None,
-    classifiers: Sequence[Classifier] = (),
+    objectives: Sequence[Objective] = (),
     frames: int = 0,
 ) -> Cost:
     """The cost of a sample in a large batch.
@@ -72,11 +72,11 @@ def cost(
         weights: of the losses "contrastive" and "caption"; a loss of weight 0 is skipped.
         caption_tokens: mean length of the captions, start and end included.
         autocast: type of mixed precision; None computes in the type of the weights.
-        classifiers: that are trained beside the network; their texts are as long as captions.
+        objectives: further ones that can be counted; their texts are as long as captions.
         frames: of clips; 0 for images.
     """
     few, many = BATCHES
-    low, high = (trace(net, weights, caption_tokens, autocast, batch, classifiers, frames) for batch in BATCHES)
+    low, high = (trace(net, weights, caption_tokens, autocast, batch, objectives, frames) for batch in BATCHES)
     slope = (high.peak - low.peak) / (many - few)
     forward = {part: flops / few for part, flops in low.forward.items()}
     return Cost(forward, low.total / few, slope, max(low.peak - few * slope, 0.0), low.operations)
@@ -116,7 +116,7 @@ def trace(
     caption_tokens: int,
     autocast: torch.dtype | None,
     batch: int,
-    classifiers: Sequence[Classifier] = (),
+    objectives: Sequence[Objective] = (),
     frames: int = 0,
 ) -> Step:
     """A step with `batch` samples. Its FLOPs are without the contrastive logits, which grow with the global batch.
@@ -127,10 +127,10 @@ def trace(
 
     def mark(end_of: str) -> None:
         totals[end_of] = counter.get_total_flops()
-        if end_of in ("network", "classifiers"):
+        if end_of in ("network", "objectives"):
             modules.update({name: sum(found.values()) for name, found in counter.get_flop_counts().items()})
 
-    step = _Step(net, weights, classifiers)
+    step = _Step(net, weights, objectives)
     inputs = _inputs(step, caption_tokens, batch, frames)
     grads = [p.grad for p in step.parameters() if p.grad is not None]
     # In this order: the counter of FLOPs hands on the parts of an operation in its place.
@@ -146,8 +146,9 @@ def trace(
     found = {part: sum(modules.get(f"_Step.net.{name}", 0) for name in names) for part, names in PARTS.items()}
     forward = {part: flops for part, flops in found.items() if part != "decoder" or flops}
     forward |= {"vocabulary, with its gradients": vocabulary} if vocabulary else {}
-    heads = [f"_Step.classifiers.{i}.{name}" for i, made in enumerate(classifiers) for name, _ in made.named_children()]
-    forward |= {"classifiers": sum(modules.get(name, 0) for name in heads)} if classifiers else {}
+    if objectives:
+        own = [f"_Step.objectives.{i}.{name}" for i, made in enumerate(objectives) for name, _ in made.named_children()]
+        forward["objectives"] = sum(modules.get(name, 0) for name in own)
     total = counter.get_total_flops() - (totals["contrastive"] - totals["caption"])
     return Step(forward, total, recorder.operations, recorder.peak)
 
@@ -155,31 +156,37 @@ def trace(
 class _Step(nn.Module):
     """The losses of a training step. One module, so that the counter of FLOPs knows the names of its parts."""
 
-    def __init__(self, net: CoCa, weights: Mapping[str, float], classifiers: Sequence[Classifier]) -> None:
+    def __init__(self, net: CoCa, weights: Mapping[str, float], objectives: Sequence[Objective]) -> None:
         super().__init__()
-        self.net, self.weights, self.classifiers = net, weights, nn.ModuleList(classifiers)
-        self.given = list(classifiers)
+        self.net, self.weights, self.objectives = net, weights, nn.ModuleList(objectives)
+        self.shared = [objective for objective in objectives if objective.needs]
+        self.own = [objective for objective in objectives if not objective.needs]
 
     def forward(self, images: Tensor, tokens: Tensor, lengths: Tensor, mark: Callable[[str], None]) -> Tensor:
         """`mark` is called at the end of the network and of each loss, computed or not."""
         terms: list[Tensor] = []
-        given_images: Images = Clips(images) if images.ndim == 5 else images
-        given = (given_images[: len(tokens)], tokens, lengths)
-        wanted = [*(CONTRASTIVE if self.weights["contrastive"] else ()), *(CAPTION if self.weights["caption"] else ())]
-        out = self.net(*given, needs=wanted) if wanted or not self.classifiers else None
+        needs = {*needs_of(self.shared)}
+        if self.weights["contrastive"]:
+            needs.update(CONTRASTIVE)
+        if self.weights["caption"]:
+            needs.update(CAPTION)
+        given: Images = Clips(images) if images.ndim == 5 else images
+        batch = Batch(given[: len(tokens)], tokens, lengths, [])
+        out = self.net(batch.images, tokens, lengths, needs=needs) if needs else None
         mark("network")
-        terms += loss_terms(out._replace(image_features=None)).values() if out is not None else ()
+        if out is not None and self.weights["caption"] and out.hidden is not None:
+            terms.append(predicted(out))
         mark("caption")
-        terms += loss_terms(out._replace(hidden=None)).values() if out is not None else ()
+        if out is not None and self.weights["contrastive"]:
+            terms += loss_terms(out._replace(hidden=None)).values()
         mark("contrastive")
+        for objective in self.shared:
+            terms += objective(self.net, objective.example(batch), out).values()
         del out
-        for made in self.given:
-            count = len(tokens) * getattr(made, "images", 1)
-            labels = [(made.classes[0],)] * len(tokens)
-            extras = {"captions": labels}
-            batch = Batch(given_images[:count], tokens, lengths, [], prefix_lengths=lengths, extras=extras)
-            terms += made(self.net, batch).values()
-        mark("classifiers")
+        for objective in self.own:
+            several = batch._replace(images=given[: len(tokens) * objective.images])
+            terms += objective(self.net, objective.example(several)).values()
+        mark("objectives")
         return torch.stack(terms).sum()
 
 
@@ -189,7 +196,7 @@ def _inputs(step: _Step, caption_tokens: int, batch: int, frames: int) -> tuple[
     The parameters and buffers of the step are replaced by fake tensors on the CPU, which has all operators, with
     gradients.
     """
-    count = batch * max((getattr(made, "images", 1) for made in step.classifiers), default=1)
+    count = batch * max((objective.images for objective in step.own), default=1)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in step.train().modules():
             for name, p in module._parameters.items():

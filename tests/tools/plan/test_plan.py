@@ -16,14 +16,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from coca_lit.cli.command import compose
 from coca_lit.data.batch import Batch
 from coca_lit.data.scenes.render import render
+from coca_lit.errors import ConfigError
 from coca_lit.losses import contrastive_loss, loss_terms
-from coca_lit.models import CoCa, create_model, kernels
+from coca_lit.models import CoCa, CoCaOutput, create_model, kernels
 from coca_lit.models.inputs import Clips
 from coca_lit.tools.plan import command as cli
 from coca_lit.tools.plan.command import build_without_weights, read_recipe, read_settings
 from coca_lit.tools.plan.estimate import Model, Recipe, flops, largest_batch, largest_micro_batch, measure, memory
 from coca_lit.tools.plan.trace import Cost, cost, trace
 from coca_lit.training.classifiers import StateClassifier
+from coca_lit.training.objectives import Objective, terms_of
 from helpers.slow import slow
 
 WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
@@ -106,9 +108,45 @@ def test_a_classifier_beside_the_network_is_counted(weights: dict[str, float]) -
     step = trace(planned, weights, TOKENS, None, BATCH, [counted])
     assert step.total - without == pytest.approx(counter.get_total_flops(), rel=0.02)
     assert all(step.forward[part] > 0 for part in ("image encoder", "pooling", "text tower", "decoder"))
-    assert step.forward["classifiers"] == 2 * BATCH * 2 * real.config.text_width * 3
+    assert step.forward["objectives"] == 2 * BATCH * 2 * real.config.text_width * 3
     head = sum(p.numel() for p in beside.parameters())
     assert measure(real, [beside]).weights == measure(real).weights + 4 * head
+
+
+class OfPooled(Objective):
+    """Two layers on the pooled vector, and nothing of the texts."""
+
+    needs = ("pooled",)
+
+    def build(self, net: CoCa) -> None:
+        self.head = torch.nn.Linear(net.pooling.vector_width, 1000)
+
+    def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, torch.Tensor]:
+        return {"mine": self.head(out.pooled).square().mean()}
+
+
+def test_an_objective_alone_is_counted_by_what_it_needs() -> None:
+    """The text tower is not, against the counter in a real step."""
+    real, planned = create_model("coca_tiny").train(), without_weights()
+    beside, counted = OfPooled(), OfPooled()
+    beside.build(real)
+    with torch.device("meta"):
+        counted.build(planned)
+    images = torch.zeros(BATCH, 3, 32, 32, dtype=torch.uint8)
+    batch = Batch(images, torch.randint(3, 30, (BATCH, TOKENS)), torch.full((BATCH,), TOKENS), [])
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        terms_of(real, [beside], batch).weighted_sum([beside]).backward()
+    step = trace(planned, {"contrastive": 0.0, "caption": 0.0}, TOKENS, None, BATCH, [counted])
+    assert step.total == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert step.forward["text tower"] == 0
+    assert step.forward["objectives"] == 2 * BATCH * 96 * 1000
+
+
+def test_a_run_of_which_nothing_can_be_counted_says_so() -> None:
+    words = ["model.contrastive_weight=0", "model.caption_weight=0", "model.net.name=coca_tiny"]
+    mine = "+model.objectives.mine._target_=coca_lit.training.caption_objectives.ParallelPrediction"
+    with pytest.raises(ConfigError, match=r"no loss of this run can be counted.*needs"):
+        cli.run(compose("plan", [*words, mine]))
 
 
 def test_tied_embeddings_are_counted_once() -> None:
@@ -370,7 +408,7 @@ def test_a_vocabulary_is_counted_where_the_captions_are(
         (tmp_path / f"{i}.txt").write_text(words)
     counted: list[Any] = []
 
-    def estimate(cfg: DictConfig, _: Any) -> tuple[None, None, None]:
+    def estimate(cfg: DictConfig, *_: Any) -> tuple[None, None, None]:
         counted.append(cfg.model.net.get("tokenizer"))
         return None, None, None
 

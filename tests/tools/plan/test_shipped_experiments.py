@@ -5,7 +5,7 @@ import re
 import pytest
 
 from coca_lit.cli.command import compose
-from coca_lit.tools.plan.command import estimate, read_settings
+from coca_lit.tools.plan.command import build_without_weights, estimate, read_settings
 from coca_lit.tools.plan.estimate import largest_batch
 from helpers.running import CONFIGS
 
@@ -32,6 +32,6 @@ def test_it_fits_its_gpus(name: str) -> None:
     count, memory = ON_GPUS[name].groups()
     devices = 1 if count == "one" else int(count)
     cfg = compose("plan", [f"experiment={name}", f"devices={devices}"])
-    model, cost, recipe = estimate(cfg, read_settings(cfg))
+    model, cost, recipe = estimate(cfg, read_settings(cfg), build_without_weights(cfg))
     assert recipe.batch % devices == 0
     assert largest_batch(float(memory), model, cost, recipe, 3 * cfg.image_size**2) >= recipe.batch // devices
