@@ -97,10 +97,10 @@ def test_a_process_that_fails_beside_the_first_one_says_why(tmp_path: Path) -> N
 
 
 def test_values_of_the_command_line_stand_in_place_of_a_grid(tmp_path: Path) -> None:
-    (tmp_path / "mine" / "scaling").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
     grid = "# @package _global_\nhydra: {sweeper: {params: {model.optimizer.lr: '0.1,0.2,0.3', seed: '1,2'}}}\n"
-    (tmp_path / "mine" / "scaling" / "rates.yaml").write_text(grid)
-    done = run_in(tmp_path, APP, "-m", "--config-dir", "mine", "scaling=rates", "model.optimizer.lr=0.5")
+    (tmp_path / "mine" / "experiment" / "rates.yaml").write_text(grid)
+    done = run_in(tmp_path, APP, "-m", "--config-dir", "mine", "experiment=rates", "model.optimizer.lr=0.5")
     assert done.returncode == 0, done.stderr
     (table,) = (tmp_path / "outputs" / "sweeps").glob("*/results.csv")
     rows = rows_of(table.parent)
