@@ -4,6 +4,7 @@ Face Hub.
 """
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from coca_lit.models import CoCa, part_sizes
 from coca_lit.models.poolers import AttentionalPooler
 from coca_lit.models.registry import IMAGE_ENCODERS, POOLERS, TEXT_TOWERS
 from coca_lit.models.text import TextTower
-from coca_lit.reading import printable, read_run_file, read_run_json, read_run_yaml
+from coca_lit.reading import parse_json, printable, read_run_file, read_run_json, read_run_yaml
 from coca_lit.runs.results import read_conditions
 from coca_lit.runs.run_folder import commit
 from coca_lit.runs.scores import cell, score_name
@@ -30,7 +31,11 @@ from coca_lit.tools.report.tables import Table, code, markdown, plain
 from coca_lit.weights.load import save_model
 
 CARD = "README.md"
-TAG = "coca_lit"  # in the card's front matter, marks a folder as an export
+TAG = "coca_lit"  # in the card's front matter
+MARK, END = (
+    "\n<!-- coca_lit export: ",
+    " -->\n",
+)  # of the last line of the card, a comment with the digests of all files
 NEARLY_FULL = 2**16  # bytes that are left on a disk
 WEIGHTS = "model.safetensors"
 USAGE = """\
@@ -89,7 +94,7 @@ def check_output(output: Path, checkpoints: Iterable[Path] = (), overwrite: bool
 
     Args:
         checkpoints: what is exported, those that are files.
-        overwrite: replace an earlier export; nothing else is ever replaced.
+        overwrite: replace an earlier export whose files are as they were written; nothing else is ever replaced.
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"'{output}' is a file, but an export is a folder; choose another name")
@@ -97,16 +102,43 @@ def check_output(output: Path, checkpoints: Iterable[Path] = (), overwrite: bool
         return
     if not overwrite:
         raise ValueError(f"'{output}' is not empty; choose another folder, or set overwrite=true to replace an export")
-    card = (output / CARD).read_text(encoding="utf-8", errors="replace") if (output / CARD).is_file() else ""
-    known = {CARD, "__pycache__"} if f"\n- {TAG}\n" in card else set()
-    names = sorted(path.name for path in output.iterdir())
-    foreign = next((name for name in names if name not in known and not (known and f"\n| `{name}` |" in card)), None)
-    if foreign:
-        raise ValueError(
-            f"'{output}' has '{foreign}', which is not part of an export, so it is not replaced; choose another"
-        )
+    written = _digests(output)
+    for path in sorted(output.iterdir()):
+        if path.name == "__pycache__" and all(file.suffix == ".pyc" for file in path.iterdir()):
+            continue  # of `captioner.py`
+        if path.name not in written:
+            raise ValueError(
+                f"'{output}' has '{path.name}', which is not part of an export, so it is not replaced; choose another"
+            )
+        if _digest(path) != written[path.name]:
+            raise ValueError(
+                f"'{output}' has '{path.name}', which was changed since it was exported, so it is not replaced; choose "
+                "another"
+            )
     if any(checkpoint.resolve().is_relative_to(output.resolve()) for checkpoint in checkpoints):
         raise ValueError(f"'{output}' has the checkpoint itself, so it is not replaced; choose another folder")
+
+
+def _digests(output: Path) -> dict[str, str]:
+    """Name -> digest of the files of an export, from the last line of its card; nothing if it is no export."""
+    path = output / CARD
+    if not path.is_file():
+        return {}
+    _, _, last = path.read_text(encoding="utf-8", errors="replace").rpartition(MARK)
+    try:
+        return parse_json(last.removesuffix(END), str(path), dict)
+    except DataError:
+        return {}
+
+
+def _digest(path: Path) -> str:
+    """Of a file; of a card without its last line, which the digests are in."""
+    if not path.is_file():
+        return ""
+    if path.name == CARD:
+        return hashlib.sha256(path.read_bytes().rpartition(MARK.encode())[0]).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -216,7 +248,10 @@ def write_card(
         + exported.check,
         _limits(exported, name, repo),
     ]
-    (folder / CARD).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    text = "\n\n".join(sections) + "\n"
+    digests = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.name != TEMPORARY}
+    digests[CARD] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / CARD).write_text(f"{text}{MARK}{json.dumps(digests)}{END}", encoding="utf-8")
 
 
 def _copy_pictures(run: Path, folder: Path) -> list[str]:
@@ -329,6 +364,6 @@ def _limits(exported: Exported, name: str, repo: str | None) -> str:
 
 
 def _table(title: str, header: Sequence[str], rows: Iterable[Iterable[Any]], note: str = "") -> str:
-    """The cells are Markdown; `check_output` finds the files of an earlier export by their backticks."""
+    """The cells are Markdown."""
     cells = [[printable(str(cell)) for cell in row] for row in rows]
     return "\n\n".join([f"## {title}", markdown(Table(title, header, cells)), *([note] if note else [])])

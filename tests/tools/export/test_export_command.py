@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,6 +152,13 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+EXTENSIONS: list[tuple[str, Callable[[str], str]]] = [
+    ("README.md", lambda text: text.replace("## Limits", "My notes\n\n## Limits")),
+    ("README.md", lambda text: f"{text}My notes\n"),
+    ("open_clip_config.json", lambda text: text.replace("{", "{ ", 1)),
+]
+
+
 def test_only_an_earlier_export_is_replaced_and_only_on_request(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "model"
     choice = [f"checkpoint={checkpoint}", f"output={output}"]
@@ -166,6 +174,19 @@ def test_only_an_earlier_export_is_replaced_and_only_on_request(checkpoint: Path
         export(*choice, "format=safetensors", "overwrite=true")
     assert (output / "mine.txt").read_text() == "precious"
     (output / "mine.txt").unlink()
+    (output / "__pycache__").mkdir()
+    (output / "__pycache__" / "captioner.cpython-311.pyc").touch()
+    (output / "__pycache__" / "notes.txt").write_text("precious")
+    with pytest.raises(ConfigError, match=r"'__pycache__', which is not part of an export"):
+        export(*choice, "format=safetensors", "overwrite=true")
+    (output / "__pycache__" / "notes.txt").unlink()
+    for name, extend in EXTENSIONS:
+        before_it = (output / name).read_text()
+        (output / name).write_text(extend(before_it))
+        with pytest.raises(ConfigError, match=rf"'{re.escape(name)}', which (was changed|is not part of an export)"):
+            export(*choice, "format=safetensors", "overwrite=true")
+        assert (output / name).read_text() == extend(before_it)
+        (output / name).write_text(before_it)
     export(*choice, "format=safetensors", "overwrite=true")
     after = tree(tmp_path)
     assert {k: v for k, v in after.items() if "README" not in k} == {
