@@ -1,9 +1,13 @@
 """`coca-demo`: a web page on this machine to caption, classify and search images with a model."""
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
@@ -47,7 +51,7 @@ def run(cfg: DictConfig) -> None:
     from coca_lit.tools.checkpoint import knows_only_scenes, write_scenes
     from coca_lit.tools.demo.page import build_page, serve
 
-    with TemporaryDirectory(prefix="coca_demo_") as temporary:
+    with _ended_by_signals(), TemporaryDirectory(prefix="coca_demo_") as temporary:
         # Uploads and thumbnails go when the page ends.
         os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(temporary, "gradio")))
         folder = Path(cfg.images) if cfg.images is not None else None
@@ -56,6 +60,25 @@ def run(cfg: DictConfig) -> None:
         index = _index(model, folder) if folder is not None else None
         page = build_page(model, checkpoint, index, builtin=cfg.checkpoint == BUILTIN)
         serve(page, cfg.port, cfg.open_browser)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Within the block SIGTERM and the end of the terminal raise `SystemExit`, so that temporary files go."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _index(model: "CoCa", folder: Path) -> "ImageIndex":

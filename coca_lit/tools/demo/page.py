@@ -36,7 +36,7 @@ from coca_lit.tools.demo.answers import (
     why_second,
     write_captions,
 )
-from coca_lit.tools.search.index import Hit, ImageIndex
+from coca_lit.tools.search.index import Hit, ImageIndex, cut_note
 from coca_lit.weights.hub import released
 
 EDGE = 1024  # pixels of the longer side of an image on the page
@@ -224,6 +224,8 @@ def _search_tab(model: CoCa, index: ImageIndex | None, photo: gr.Image) -> None:
 
     def on_text(text: str, by_decoder: bool) -> list[tuple[Any, str]]:
         hits = index.query(text, RERANKED)
+        if note := cut_note(model.tokenizer, text):
+            gr.Info(note)
         ranked = rerank_images(model, hits, text) if by_decoder else hits
         if hits and not ranked:
             raise DataError(GONE)

@@ -29,7 +29,7 @@ def run(cfg: DictConfig) -> "list[Hit]":
     from coca_lit.data.video import image_or_clip
     from coca_lit.tools.caption.inputs import PICTURES
     from coca_lit.tools.caption.outputs import print_rows
-    from coca_lit.tools.search.index import ImageIndex, refresh
+    from coca_lit.tools.search.index import ImageIndex, cut_note, refresh
     from coca_lit.weights.load import load_dual_encoder
 
     file, folder = _places(cfg)  # before the seconds that the model takes
@@ -42,6 +42,9 @@ def run(cfg: DictConfig) -> "list[Hit]":
     index.frames = cfg.frames
     if folder is not None:
         index.folder = folder
+    elif cfg.query is None and not index.folder.resolve().is_relative_to(file.resolve().parent):
+        place = in_shell([f"images={index.folder}"])
+        raise ConfigError(printable(f"{file} is of a folder that does not lie beside it: to read that, set {place}"))
     if folder is not None or cfg.query is None:
         changes = refresh(index, lambda: _save(index, file), cfg.batch_size, decoders(cfg.num_workers))
         for reason in changes.unreadable.values():
@@ -58,6 +61,8 @@ def run(cfg: DictConfig) -> "list[Hit]":
             raise ConfigError(f"query: there is no image '{query}'")
         asked = image_or_clip(path, cfg.frames) if is_file else query
         hits = index.query(asked, cfg.k, without=path if is_file else None)
+    if not is_file and (note := cut_note(model.tokenizer, query)):
+        print(f"note: {note}", file=sys.stderr)
     print_rows([(f"{hit.score:.4f}", str(hit.path)) for hit in hits])
     return hits
 

@@ -198,7 +198,7 @@ class ImageIndex:
             without: a file that is not to be found, such as the query itself.
 
         Raises:
-            ValueError: `k` is less than 1, the text is empty, or has words that the model's vocabulary lacks.
+            ValueError: `k` is less than 1, or `check_query` refuses the text.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
@@ -251,13 +251,23 @@ def refresh(index: ImageIndex, save: Callable[[], None], batch_size: int = 64, n
 
 
 def check_query(tokenizer: Tokenizer, text: str) -> None:
-    """Raises `ValueError` for a text that is empty or has words that the model does not know."""
+    """Raises `ValueError` for a text that is empty, has words that the model does not know, or none that it knows."""
     if not text.strip():
         raise ValueError("the query is empty: describe the image to look for")
     unknown, _ = unknown_words([text], tokenizer)
     if unknown:
         known = ", ".join([*tokenizer.spec][:12])
         raise ValueError(f"the model's vocabulary has no '{unknown[0]}'; its words are {known}, …")
+    if not tokenizer.decode(tokenizer.encode(text)):
+        raise ValueError(f"'{text}' has no word that the model knows: describe the image to look for")
+
+
+def cut_note(tokenizer: Tokenizer, text: str) -> str:
+    """How much of a query the model reads, as a sentence; empty if it reads all of it."""
+    (length,) = tokenizer.lengths([text])
+    if length <= tokenizer.context_length:
+        return ""
+    return f"the query has {length - 2} tokens, of which the model reads the first {tokenizer.context_length - 2}"
 
 
 def _format(path: Path) -> str:

@@ -3,7 +3,10 @@
 import http.client
 import json
 import os
+import signal
 import subprocess
+import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -111,6 +114,24 @@ def test_scenes_are_searched_unless_a_folder_is_given(shown, tmp_path, photos, t
     assert [len(index) for _, _, index, _ in shown] == [models.SCENES, 3, 3, 3]
     assert shown[0][1] == "tiny.safetensors"
     assert shown[0][3] == {"builtin": False}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_uploads_go_with_the_process(shown, tmp_path, tiny_model, monkeypatch, number):
+    def stopped(*_):
+        Path(os.environ["GRADIO_TEMP_DIR"]).mkdir()
+        Path(os.environ["GRADIO_TEMP_DIR"], "photo.png").touch()
+        signal.raise_signal(number)
+        time.sleep(60)
+
+    save_model(tiny_model(), tmp_path / "tiny.safetensors")
+    monkeypatch.setattr("coca_lit.tools.demo.page.serve", stopped)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(compose("checkpoint=tiny.safetensors"))
+    assert ended.value.code == 128 + number
+    assert not os.path.exists(os.environ["GRADIO_TEMP_DIR"])
+    assert signal.getsignal(number) is before
 
 
 def test_clips_stay_in_the_index(shown, tmp_path, photos, tiny_model):

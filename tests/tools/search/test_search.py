@@ -16,8 +16,9 @@ from coca_lit import build_transform
 from coca_lit.data.scenes.render import render
 from coca_lit.errors import DataError
 from coca_lit.models import CLIP, CoCa, create_model
+from coca_lit.tokenizer import get_tokenizer
 from coca_lit.tools.search import index as search_index
-from coca_lit.tools.search.index import Hit, ImageIndex, index_file, refresh
+from coca_lit.tools.search.index import Hit, ImageIndex, check_query, index_file, refresh
 
 NAMES = ["a.png", "b b,=.JPG", "deep/er/c\nc.webp", "deep/\udcff.png"]  # the last one is no Unicode
 
@@ -189,8 +190,16 @@ def test_mistakes_are_one_sentence(folder: Path, tmp_path: Path) -> None:
         index.query(" ")
     with pytest.raises(ValueError, match="'dog'"):
         index.query("a red dog")
+    for nothing in ("🐕", "?!..."):  # which the model would read as the empty text
+        with pytest.raises(ValueError, match=r"has no word that the model knows"):
+            index.query(nothing)
     with pytest.raises(ValueError, match=r"k .*0"):
         index.query("a red circle", k=0)
+
+
+def test_byte_pairs_know_every_character() -> None:
+    for text in ("🐕", "?!..."):
+        check_query(get_tokenizer("clip"), text)
 
 
 def test_clip_has_an_index_of_its_own(folder: Path, tmp_path: Path) -> None:

@@ -59,6 +59,29 @@ def test_a_place_that_nobody_writes_to(
         search("index=photos")  # nothing else was asked for
 
 
+def test_a_strangers_index_leads_to_no_folder_elsewhere(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "downloads").mkdir()
+    search("index=downloads/i.safetensors", "images=photos")
+    before = (tmp_path / "downloads" / "i.safetensors").read_bytes()
+    (tmp_path / "photos" / "secret.png").write_bytes((tmp_path / "photos" / "1.png").read_bytes())
+    with pytest.raises(ConfigError, match=rf"does not lie beside it: .* images={tmp_path}/photos$"):
+        search("index=downloads/i.safetensors")
+    assert (tmp_path / "downloads" / "i.safetensors").read_bytes() == before
+    assert len(search("index=downloads/i.safetensors", "query=a red circle", "k=99")) == 5  # without reading it
+    search("index=downloads/i.safetensors", f"images={tmp_path}/photos")
+    assert (tmp_path / "downloads" / "i.safetensors").read_bytes() != before
+
+
+def test_a_query_that_is_cut_is_said(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    search("index=photos", "query=a red circle")
+    assert "note" not in capsys.readouterr().err
+    room = new_model().tokenizer.context_length - 2
+    assert len(search("index=photos", f"query={'red ' * (room + 3)}", "k=2")) == 2
+    assert (
+        f"note: the query has {room + 3} tokens, of which the model reads the first {room}" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.slow
 def test_index_in_a_file(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert search("index=i.safetensors", "images=photos") == []
