@@ -10,7 +10,6 @@ import gzip
 import html
 import json
 import logging
-import math
 import re
 import unicodedata
 import zlib
@@ -37,17 +36,12 @@ CLIP_MERGES, GPT2_MERGES = ASSETS / "clip_merges.txt.gz", ASSETS / "gpt2_merges.
 CONTEXT_LENGTH = 76  # tokens of a text; OpenCLIP's CoCa has 77 positions, the last of which is its CLS token's
 _DECODERS = ("ByteLevel", "Metaspace", "ByteFallback", "WordPiece", "BPEDecoder")
 MAX_PACKED = 3 * 2**20  # bytes of a packed tokenizer.json; files of weights describe a model in at most 4 MiB
-MAX_GROWTH = 10_000  # times as long as a text may become in a tokenizer.json
-# Characters that a step of it makes of one, at most: NFKC writes U+FDFA with 18.
-_GROWTH = {
-    **{"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 2, "BertNormalizer": 4},
-    **{"ByteLevel": 4, "Metaspace": 2},
-}
 # Of `WordTokenizer`: letters and digits with their combining marks, and joiners within, as many scripts of India have.
 _RUN = r"[\p{L}\p{N}](?:[\u200c\u200d]?[\p{L}\p{M}\p{N}])*"
 _WORDS = pre_tokenizers.Split(Regex(f"{_RUN}(?:['’-]{_RUN})*"), behavior="removed", invert=True)
 # CLIP splits text into English contractions (also with a long s), runs of letters, single digits and runs of others.
-CLIP_SPLIT = "'[s\u017f]|" r"'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# It ignores case, so that U+0345, a mark whose capital is the letter iota, is in none of these, and is left out.
+CLIP_SPLIT = "'[s\u017f]|" r"'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{345}]+"
 
 
 Spec = str | list[str] | dict[str, str]
@@ -234,26 +228,25 @@ class JsonTokenizer(Tokenizer):
         start, end, pad: its tokens for these, which no text contains: a text with "<s>" is encoded as these characters.
 
     Raises:
-        ValueError: this is no such file, it lacks a special token, its decoder is not one of `_DECODERS`, its end
-            stands for unknown words too, or it may make texts more than `MAX_GROWTH` times as long.
+        ValueError: this is no such file, it lacks a special token, its decoder is not one of `_DECODERS`, or its end
+            stands for unknown words too.
     """
 
     def __init__(self, packed: str, start: str, end: str, pad: str, context_length: int = CONTEXT_LENGTH) -> None:
         super().__init__(context_length)
         self.spec = {"packed": packed, "start": start, "end": end, "pad": pad}
         try:
-            content = _unpacked(packed)
-            self.bpe = HFTokenizer.from_str(content)
-            described = json.loads(content)
+            described = json.loads(_unpacked(packed))
+            special = {token["content"] for token in described.get("added_tokens", ()) if token["special"]}
+            hidden = {token: f"\ue000{i}\ue001coca_lit" for i, token in enumerate(sorted({*special, start, end, pad}))}
+            self.bpe = HFTokenizer.from_str(json.dumps(_renamed(described, hidden)))
         except Exception as error:  # the library raises plain exceptions
             raise ValueError(f"this is not a tokenizer.json: {error}") from error
-        steps = [step.__getstate__() for step in (self.bpe.normalizer, self.bpe.pre_tokenizer) if step is not None]
-        if math.prod(_growth(json.loads(step)) for step in steps) > MAX_GROWTH:
-            raise ValueError(f"the tokenizer's normalizer may make texts more than {MAX_GROWTH:,} times as long")
         self.bpe.no_padding()
         self.bpe.no_truncation()
         self.bpe.encode_special_tokens = True
-        ids = self.bpe.get_vocab(with_added_tokens=True)
+        shown = {name: token for token, name in hidden.items()}
+        ids = {shown.get(name, name): i for name, i in self.bpe.get_vocab(with_added_tokens=True).items()}
         if missing := [token for token in (start, end, pad) if token not in ids]:
             raise ValueError(f"the tokenizer has no token {missing[0]!r}")
         if len({start, end, pad}) < 3:
@@ -266,13 +259,10 @@ class JsonTokenizer(Tokenizer):
                 raise ValueError(f"the tokenizer's token for unknown words is {end!r}: name another token as end")
             self.unk_id = None
         self.vocab_size = max(ids.values()) + 1
-        if self.vocab_size > 2 * len(ids) + 1024:
-            raise ValueError(f"the tokenizer has {len(ids):,} tokens with ids up to {self.vocab_size - 1:,}")
-        special = {token.content for token in self.bpe.get_added_tokens_decoder().values() if token.special}
         read = _reader(described.get("decoder") or {}, model.get("end_of_word_suffix") or "")
         self.token_bytes = [b""] * self.vocab_size
         for token, i in ids.items():
-            if token not in special and i not in (self.sot_id, self.eot_id, self.pad_id, self.unk_id):
+            if token not in hidden and i != self.unk_id:
                 self.token_bytes[i] = read(token)
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -302,23 +292,27 @@ def pack(file: Path) -> str:
     return packed
 
 
-def _growth(step: Mapping[str, Any]) -> float:
-    """How many times as long a normalizer or pre-tokenizer of a file makes a text, at most."""
-    kind = step["type"]
-    if kind == "Sequence":
-        return math.prod(map(_growth, step.get("normalizers") or step.get("pretokenizers") or []), start=1.0)
-    if kind == "Replace":
-        replaced = step["pattern"].get("String")
-        if replaced:
-            return max(1, len(step["content"]) / len(replaced))
-        return 1 + len(step["content"])  # an expression may match before every character
-    if kind == "Prepend":
-        return max(1, len(step["prepend"]))
-    if kind == "Precompiled":  # SentencePiece's: the size of a table, the table, and the texts to which it points
-        content = base64.b64decode(step["precompiled_charsmap"])
-        texts = content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")
-        return max(1, *(len(text.decode(errors="replace")) for text in texts))
-    return _GROWTH.get(kind, 1)
+def _renamed(described: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A `tokenizer.json` with other names of its special tokens, which no text has. The models of the library know
+    special tokens as they know words: a Unigram, for one, finds "</s>" in a text.
+    """
+    model = dict(described["model"])
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):  # of a Unigram: (token, score)
+        model["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
+    else:
+        model["vocab"] = {names.get(token, token): i for token, i in vocabulary.items()}
+    if "merges" in model:
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        model["merges"] = [pair for pair in pairs if not {"".join(pair), *pair} & names.keys()]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    added = [
+        token | {"content": names.get(token["content"], token["content"])}
+        for token in described.get("added_tokens", ())
+    ]
+    # What goes around a text, and how tokens are joined, is ours.
+    return {**described, "model": model, "added_tokens": added, "post_processor": None, "decoder": None}
 
 
 def _reader(decoder: Mapping[str, Any], end_of_word: str) -> Callable[[str], bytes]:

@@ -8,13 +8,12 @@ import random
 import re
 import unicodedata
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import pytest
 import regex
 import torch
-from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+from tokenizers import Regex, decoders, normalizers
 from tokenizers import Tokenizer as HFTokenizer
 
 from coca_lit.errors import DataError
@@ -25,7 +24,6 @@ from coca_lit.tokenizer import (
     R50kTokenizer,
     Tokenizer,
     WordTokenizer,
-    _growth,
     clean_whitespace,
     frequent_words,
     get_tokenizer,
@@ -88,15 +86,16 @@ def test_ids_equal_open_clip(context_length: int) -> None:
 
 
 def test_ids_of_random_strings_equal_open_clip(clip: Tokenizer, theirs: open_clip.tokenizer.SimpleTokenizer) -> None:
-    """Left out: characters that are not in every Unicode version, and one that ignoring case confuses with another."""
+    """Left out: characters that are not in every Unicode version."""
     generator = random.Random(0)
     ranges = [range(1, 128), range(128, 0x400), range(0x2000, 0x2100), range(1, 0x3000), range(0x1F300, 0x1F700)]
 
     def character() -> str:
         c = chr(generator.choice(generator.choice(ranges)))
-        return " " if unicodedata.category(c) == "Cn" or c == "\u0345" else c
+        return " " if unicodedata.category(c) == "Cn" else c
 
     texts = ["".join(character() for _ in range(generator.randrange(30))) for _ in range(1500)] + ["a'\u017f"]
+    texts += ["".join(generator.choice("a\u0345.1 \u03b9") for _ in range(8)) for _ in range(300)]
     assert_same_ids(clip, theirs, texts)
 
 
@@ -297,6 +296,31 @@ def test_a_model_with_a_tokenizer_file(tmp_path: Path) -> None:
     assert again.tokenizer.decode(again.tokenizer.encode("</s> ñ")) == "</s> ñ"
 
 
+@pytest.mark.parametrize("kind", ["ByteLevel", "Metaspace", "WordPiece", "whole words", "words"])
+def test_special_tokens_in_a_text_are_text(kind: str, tmp_path: Path) -> None:
+    """Also where the model of the library knows them as words: a Unigram such as those of XLM-R and T5, a vocabulary of
+    words, and byte pairs that look a word up before they merge.
+    """
+    family = {"whole words": "ByteLevel", "words": "WordPiece"}.get(kind, kind)
+    described = json.loads(trained_file(family, tmp_path).read_text())
+    if kind == "whole words":
+        described["model"]["ignore_merges"] = True
+        described["pre_tokenizer"] = described["pre_tokenizer"] | {"use_regex": False}
+    elif kind == "words":
+        words = {name: described["model"]["vocab"][name] for name in (*SPECIAL.values(), "<unk>")}
+        described["model"] = {"type": "WordLevel", "vocab": words | {"a": 9}, "unk_token": "<unk>"}
+        described["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    tokenizer = get_tokenizer({"packed": pack(tmp_path / "tokenizer.json"), **SPECIAL}, 60)
+    special = {tokenizer.sot_id, tokenizer.eot_id, tokenizer.pad_id}
+    for text in ("a </s> a", "<s>", "</s>", "<pad> a", "a<s></s>"):
+        inside = tokenizer.encode(text)[1:-1]
+        assert inside, text
+        assert not special & {*inside}, text
+    if kind in ("ByteLevel", "whole words"):
+        assert tokenizer.decode(tokenizer.encode("a </s> a")) == "a </s> a"
+
+
 def test_the_end_is_a_label_where_it_is_the_unknown_token_of_bytes(tmp_path: Path) -> None:
     """As in the files of OpenAI's CLIP. Where words can be unknown, they would end a text."""
     described = json.loads(trained_file("ByteLevel", tmp_path).read_text())
@@ -326,37 +350,6 @@ def test_a_file_of_clip_writes_words_with_blanks_between_them(clip: Tokenizer, t
     text = "a dog on the beach, naïve and 3 o'clock"
     assert read.encode(text)[1:-1] == clip.encode(text)[1:-1]
     assert read.decode(read.encode(text)) == clip.decode(clip.encode(text))
-
-
-@pytest.mark.parametrize(
-    ("steps", "text"),
-    [
-        ([normalizers.Replace("a", "aa")], "a"),
-        ([normalizers.Replace(Regex("(?=a)"), "a")], "a"),
-        ([normalizers.Replace("صلى", "ﷺ"), normalizers.NFKD()], "ﷺ"),
-        ([normalizers.Replace(" ", "中"), normalizers.BertNormalizer()], "中"),
-        ([normalizers.ByteLevel()], "é"),
-        ([pre_tokenizers.ByteLevel(use_regex=False)], "é"),
-        ([pre_tokenizers.Metaspace("a"), pre_tokenizers.Metaspace("b")], "x"),
-        ([normalizers.Precompiled(bytes([4, *[0] * 7]) + b"x" * 20_000 + b"\0")], ""),
-    ],
-    ids=lambda steps: steps if isinstance(steps, str) else type(steps[0]).__name__,
-)
-def test_a_file_may_not_make_texts_many_times_as_long(steps: list[Any], text: str, tmp_path: Path) -> None:
-    path = trained_file("ByteLevel", tmp_path)
-    source = HFTokenizer.from_file(str(path))
-    before = isinstance(steps[0], normalizers.Normalizer)
-    kind = normalizers.Sequence if before else pre_tokenizers.Sequence
-    for times in (1, 4, 20):
-        sequence = kind(steps * times)
-        setattr(source, "normalizer" if before else "pre_tokenizer", sequence)
-        source.save(str(path))
-        if times == 20 or not text:
-            with pytest.raises(ValueError, match=r"texts more than 10,000 times as long"):
-                get_tokenizer({"packed": pack(path), **SPECIAL})
-            continue
-        long = sequence.normalize_str(text) if before else "".join(part for part, _ in sequence.pre_tokenize_str(text))
-        assert len(text) * times < len(long) <= len(text) * _growth(json.loads(sequence.__getstate__()))
 
 
 def test_the_steps_of_public_files_are_taken(tmp_path: Path) -> None:
@@ -389,10 +382,6 @@ def test_a_tokenizer_file_that_cannot_be_used(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             get_tokenizer({"packed": packed, **SPECIAL, **change})
     described = json.loads(file.read_text())
-    described["model"]["vocab"]["far"] = 5_000_000
-    (tmp_path / "far.json").write_text(json.dumps(described))
-    with pytest.raises(ValueError, match=r"has 601 tokens with ids up to 5,000,000"):
-        get_tokenizer({"packed": pack(tmp_path / "far.json"), **SPECIAL})
     noise = {f"{random.Random(i).getrandbits(256):x}": 1000 + i for i in range(120_000)}
     described["model"]["vocab"] = noise
     (tmp_path / "large.json").write_text(json.dumps(described))
