@@ -233,12 +233,21 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def column(path: Path, columns: Sequence[str], usual: Sequence[str], how: str, wanted: str | None = None) -> str:
-    """The name of a column: the one that is wanted, else the first of the usual names that the table has.
+    """The name of a column: the one that is wanted, else the one of the usual names that the table has.
 
     Args:
         how: the user can name it, for the error.
+
+    Raises:
+        DataError: there is none, or several have usual names.
     """
     found = (wanted if wanted in columns else None) if wanted else named(columns, usual)
+    if not wanted:
+        folded = {str(name).strip().lower() for name in columns}
+        several = [name for name in usual if name in folded and (name != "captions" or "caption" not in folded)]
+        if len(several) > 1:
+            either = " and ".join(several)
+            raise DataError(f"{path} has the columns {either}, of which either may be meant: {how}, or leave one out")
     if found is None:
         what = repr(wanted) if wanted else f"of the usual names ({', '.join(usual)})"
         raise DataError(f"{path} has no column {what}, but {', '.join(map(str, columns)) or 'none'}: {how}")

@@ -12,6 +12,7 @@ bounds, and nothing outside of it.
 import logging
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -207,8 +208,9 @@ def _rows(path: Path) -> Iterator[tuple[str, Iterable[str], str | None]]:
     with schema(path, "the captions'"):
         for row in rows:
             if not image:
-                image = column(path, [*row.keys()], IMAGE_COLUMNS, COLUMNS)
-                caption = column(path, [*row.keys()], CAPTION_COLUMNS, COLUMNS)
+                names = [name for name in row if not isinstance(row[name], list) or name != "file"]
+                image = column(path, names, IMAGE_COLUMNS, COLUMNS)
+                caption = column(path, names, CAPTION_COLUMNS, COLUMNS)
             name, several = row[image], row.get("captions")
             texts = several if several and isinstance(several, list) else row[caption]
             # `coca-caption` writes them beside the best one: in its rows one of the two was corrected.
@@ -231,6 +233,9 @@ def split_of(row: Mapping[str, Any], path: Path) -> str | None:
     """The split that a row names, by our names; None if it names none. Raises `DataError` for another name."""
     split = row.get(named(row, ["split"]) or "split")
     if split is None:
+        other = named(row, ["set", "partition"])
+        if other is not None and str(row[other]).strip().lower() in SPLITS.keys() - {""}:
+            raise DataError(f"{path} has the column {other!r} with {row[other]!r}: call it split, or something else")
         return None
     if not isinstance(split, str) or split.strip().lower() not in SPLITS:
         raise DataError(f"{path} has the split {printable(str(split)[:80])!r}: expected train, val or test")
@@ -239,18 +244,22 @@ def split_of(row: Mapping[str, Any], path: Path) -> str | None:
 
 def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...], None]]:
     """(file, captions, no split) of every photo that is not hidden, with the lines of the .txt of the same name."""
-    inside, unread = root.resolve(), list[str]()
+    inside = root.resolve()
+    unread: list[str] = []
+    shared: list[str] = []
     for folder, folders, files in os.walk(root, onerror=refuse_unlisted):  # follows no links to folders
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(folder, name) for name in folders):
             _check_inside(path, inside, path)
-        shown = {Path(name).stem for name in files if Path(name).suffix.lower() in suffixes}
-        texts = {Path(name).stem: name for name in sorted(files) if name.lower().endswith(".txt")}
+        photos = [name for name in sorted(files) if Path(name).suffix.lower() in suffixes]
+        shown = Counter(map(_stem, photos))
+        texts = {_stem(name): name for name in sorted(files) if name.lower().endswith(".txt")}
         described = texts.keys() - shown
-        unread += [n for n in sorted(files) if not n.lower().endswith(".txt") and Path(n).stem in described]
+        unread += [n for n in sorted(files) if not n.lower().endswith(".txt") and _stem(n) in described]
+        shared += [texts[stem] for stem in texts if shown[stem] > 1]
         for path in (Path(folder, name) for name in sorted(files) if not name.startswith(".")):
             if path.suffix.lower() in suffixes:
-                text, content = path.with_name(texts.get(path.stem, f"{path.stem}.txt")), b""
+                text, content = path.with_name(texts.get(_stem(path.name), f"{path.stem}.txt")), b""
                 if text.is_file():
                     for file in (path, text):
                         if file.is_symlink():  # what else is found in the folder lies there
@@ -264,6 +273,13 @@ def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str
     if unread:
         known = ", ".join(suffixes)
         _warn(f"left out {len(unread)} files with a .txt in {root}, e.g. {printable(unread[0])}: only {known} are read")
+    if shared:
+        _warn(f"{len(shared)} .txt in {root} are the captions of several photos each, e.g. {printable(shared[0])}")
+
+
+def _stem(name: str) -> str:
+    """The name of a file without its ending. Archives of macOS decompose accents, of some of the files at times."""
+    return unicodedata.normalize("NFC", Path(name).stem)
 
 
 def files_inside(names: Iterable[str], root: Path) -> dict[str, Path]:

@@ -379,6 +379,40 @@ def test_links_out_of_layouts_are_not_followed(tmp_path: Path, link: str) -> Non
         folder_records(tmp_path / "mine", "train")
 
 
+def test_one_text_for_two_photos_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.png", "a.PNG", "b.png"):
+        render(1).save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("a dog")
+    (tmp_path / "b.txt").write_text("a cat")
+    assert len(folder_records(tmp_path, "train", hold_out=False)) == 3
+    assert "1 .txt in" in caplog.text
+    assert "are the captions of several photos each, e.g. a.txt" in caplog.text
+
+
+def test_accents_of_a_text_may_be_decomposed_beside_a_photo(tmp_path: Path) -> None:
+    render(1).save(tmp_path / "cafe\u0301.png")
+    (tmp_path / "caf\u00e9.txt").write_text("a dog")
+    (record,) = folder_records(tmp_path, "train", hold_out=False)
+    assert record.captions == ("a dog",)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("image,file,caption\na.png,b.png,a dog\n", "has the columns image and file, of which either may be meant"),
+        ("file,caption,text\na.png,a dog,a cat\n", "has the columns caption and text, of which either may be meant"),
+        ("file,caption,set\na.png,a dog,test\n", "has the column 'set' with 'test': call it split"),
+        ("file,caption,Partition\na.png,a dog,train\n", "has the column 'Partition' with 'train': call it split"),
+    ],
+)
+def test_a_table_that_may_be_read_in_two_ways_is_refused(tmp_path: Path, table: str, said: str) -> None:
+    for name in ("a.png", "b.png"):
+        render(1).save(tmp_path / name)
+    (tmp_path / "captions.csv").write_text(table)
+    with pytest.raises(DataError, match=said):
+        folder_records(tmp_path, "train", hold_out=False)
+
+
 def test_accents_may_be_decomposed_on_disk(tmp_path: Path) -> None:
     """As macOS archives them; the table is typed."""
     for typed, stored in (("caf\u00e9.jpg", "cafe\u0301.jpg"), ("u\u0308.jpg", "\u00fc.jpg")):
