@@ -32,12 +32,15 @@ class Member(NamedTuple):
     content: bytes  # as much of it as was asked for
 
 
-def tar_members(path: Path | BinaryIO, limit: Callable[[str], int] = lambda name: 0) -> Iterator[Member]:
+def tar_members(
+    path: Path | BinaryIO, limit: Callable[[str], int] = lambda name: 0, outside: list[str] | None = None
+) -> Iterator[Member]:
     """The regular files in tar order.
 
     Args:
         path: or an open file that is not compressed.
         limit: name -> how many bytes of the content are read, at most.
+        outside: gets the names of members whose path leaves the tar, which are left out then; None refuses them.
 
     Raises:
         UnsafeError: a member of more than `MAX_MEMBER` bytes, a header of more than `MAX_HEADER`, a sparse member, a
@@ -57,7 +60,10 @@ def tar_members(path: Path | BinaryIO, limit: Callable[[str], int] = lambda name
             if not member.isreg():
                 continue
             if name.startswith("/") or ".." in PurePosixPath(name).parts:
-                raise UnsafeError(f"the member {name!r} leads out of the shard")
+                if outside is None:
+                    raise UnsafeError(f"the member {name!r} leads out of the shard")
+                outside.append(name)
+                continue
             if member.issparse():
                 raise UnsafeError(f"the member {name!r} is sparse: a few bytes that claim to be many")
             if member.size > MAX_MEMBER:

@@ -31,6 +31,7 @@ class Totals(NamedTuple):
     unreadable: int
     seconds: float  # of the slowest process
     model_share: float  # of the time of all processes
+    torn: int = 0  # shards of which a part cannot be read
 
     def __str__(self) -> str:
         skipped = f", {self.unreadable} unreadable and skipped" if self.unreadable else ""
@@ -62,7 +63,8 @@ def caption_units(
         num_workers: processes that decode images.
         seed: for sampling.
     """
-    captioned, unreadable, inside, start = 0, 0, 0.0, time.perf_counter()
+    captioned, unreadable, torn = 0, 0, 0
+    inside, start = 0.0, time.perf_counter()
     with ProgressBar("captioning") as progress, worker_errors(), kernels.packed_weights(model):  # not in every batch
         planned: deque[_Batch] = deque()
         plan = _plan(units, writer, batch_size, progress, planned)
@@ -81,11 +83,12 @@ def caption_units(
                 progress.print(printable(f"skipped: {reason}"))
             if batch.ends is not None:
                 writer.end_shard(batch.ends)
+                torn += bool(batch.ends.problem)
             captioned, unreadable = captioned + len(new), unreadable + len(broken)
             progress.advance(len(new), batch.share)
         writer.finish()
     seconds = time.perf_counter() - start
-    return total(gather_objects(Totals(captioned, unreadable, seconds, inside / max(seconds, 1e-9))))
+    return total(gather_objects(Totals(captioned, unreadable, seconds, inside / max(seconds, 1e-9), torn)))
 
 
 def _plan(
@@ -133,11 +136,12 @@ def _generate(model: CoCa, pixels: Images, options: Mapping[str, Any], seed: int
 
 
 def total(parts: Sequence[Totals]) -> Totals:
-    """Of processes, or of shards, side by side."""
+    """Of processes, or of shards, side by side; of none as well."""
     time_inside = sum(part.seconds * part.model_share for part in parts)
     return Totals(
         sum(part.images for part in parts),
         sum(part.unreadable for part in parts),
-        max(part.seconds for part in parts),
+        max((part.seconds for part in parts), default=0.0),
         time_inside / max(sum(part.seconds for part in parts), 1e-9),
+        sum(part.torn for part in parts),
     )

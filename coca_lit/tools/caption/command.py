@@ -20,10 +20,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from coca_lit.cli.assembly import build
 from coca_lit.cli.command import command
 from coca_lit.cli.runtime import chosen_dtype, configure_libraries
-from coca_lit.errors import ConfigError, error_context
+from coca_lit.errors import ConfigError, DataError, error_context
 from coca_lit.files import claim
 from coca_lit.machine import processors, workers_start_at_once
 from coca_lit.models.generation.options import OPTIONS, complete, describe
+from coca_lit.runs.launch import import_from_current_folder
 from coca_lit.runs.run_folder import in_use
 from coca_lit.tools.checkpoint import chosen_checkpoint
 from coca_lit.tools.engines import Engine, Machine, Work
@@ -81,6 +82,7 @@ def run(cfg: DictConfig) -> None:
         totals = caption_units(model, units, writer, options, cfg.batch_size, workers, cfg.seed)
         if rank() == 0:
             print(totals, file=sys.stderr)
+        _check_whole(totals)
 
 
 def _run_on(engine: Engine, cfg: DictConfig, units: "Sequence[Unit]") -> None:
@@ -100,9 +102,17 @@ def _run_on(engine: Engine, cfg: DictConfig, units: "Sequence[Unit]") -> None:
     writer = open_writer(cfg.output, units, _settings(cfg, digest))
     del model
     work, todo = Work(engine, "captioning"), [shard for shard in shards if not writer.has_unit(shard)]
-    if parts := [*work(caption_shard, todo, cfg)]:
-        print(total(parts)._replace(seconds=time.monotonic() - start), file=sys.stderr)
+    totals = total([*work(caption_shard, todo, cfg)])
+    if totals.seconds:
+        print(totals._replace(seconds=time.monotonic() - start), file=sys.stderr)
     work.close(len(units))
+    _check_whole(totals)
+
+
+def _check_whole(totals: "Totals") -> None:
+    """Raises `DataError` if a part of a shard is lost."""
+    if totals.torn:
+        raise DataError(f"shards that are broken or truncated: {totals.torn}; what can be read of them is captioned")
 
 
 def caption_shard(path: Path, cfg: DictConfig) -> "Totals":

@@ -225,7 +225,8 @@ def open_shard(path: Path) -> OpenShard:
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     begun: set[str] = set()
     problem = ""
-    harmless = (member for member in tar_members(path) if not holds_code(member.name))
+    outside: list[str] = []
+    harmless = (member for member in tar_members(path, outside=outside) if not holds_code(member.name))
     try:
         for fields in group_members(harmless, content=False):
             if TWICE in fields:
@@ -248,6 +249,8 @@ def open_shard(path: Path) -> OpenShard:
         if may_pass(error):
             raise DataError(f"{path} could not be read ({error}): start again, or leave it out") from error
         problem = str(error) or type(error).__name__  # the sample in which it occurs is not among the samples
+    if outside and not problem:
+        problem = f"the member {outside[0]!r} leads out of the shard"
     return OpenShard(path, samples, problem, state)
 
 

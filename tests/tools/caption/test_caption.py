@@ -305,9 +305,21 @@ def test_odd_samples(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"skipped: {tmp_path}/odd.tar/broken is not a readable image" in capsys.readouterr().err
     whole = (tmp_path / "odd.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[: whole.rindex(b"last.png") + 600])
-    caption(checkpoint, f"images=[{tmp_path}/cut.tar]", f"output={tmp_path}/new/")
+    with pytest.raises(DataError, match="broken or truncated: 1; what can be read of them is captioned"):
+        caption(checkpoint, f"images=[{tmp_path}/cut.tar]", f"output={tmp_path}/new/")
     assert list(members(tmp_path / "new" / "cut.tar")) == names
     assert f"{tmp_path}/cut.tar" in capsys.readouterr().err
+
+
+def test_a_member_that_leads_out_costs_no_other(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    render(1).save(tmp_path / "a.png")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("../x.png", "good.png"):
+            tar.add(tmp_path / "a.png", name)
+    with pytest.raises(DataError, match="broken or truncated: 1"):
+        caption(checkpoint, f"images=[{tmp_path}/a.tar]", f"output={tmp_path}/new/")
+    assert list(members(tmp_path / "new" / "a.tar")) == ["good.json", "good.png", "good.txt"]
+    assert "the member '../x.png' leads out of the shard" in capsys.readouterr().err
 
 
 def test_captions_of_another_model_do_not_stay(checkpoint: str, tmp_path: Path) -> None:
@@ -330,7 +342,8 @@ def test_a_key_that_comes_twice(
     with tarfile.open("two.tar", "w") as tar:
         for i, name in ((1, "one.png"), (5, "other.png"), (5, "one.png"), (5, "one.txt")):
             tar.add(f"{i}.png", name)
-    caption(checkpoint, "images=[two.tar]", "output=2024")
+    with pytest.raises(DataError, match="broken or truncated: 1"):
+        caption(checkpoint, "images=[two.tar]", "output=2024")
     after = members(Path("2024", "two.tar"))
     assert {name: after[name] for name in ("one.png", "other.png")} == {
         "one.png": Path("1.png").read_bytes(),
