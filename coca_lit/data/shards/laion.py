@@ -19,9 +19,10 @@ from coca_lit.data.shards.index import count_faults, tar_indexes
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.sample import IMAGES, ClipReader, MemberReader
 from coca_lit.data.shards.scan import read_shard
-from coca_lit.data.shards.shard import CacheSettings, Shard
+from coca_lit.data.shards.shard import MANIFEST, CacheSettings, Shard
 from coca_lit.data.shards.training import IndexedShards
 from coca_lit.data.transforms import RandomCrop
+from coca_lit.distributed import print_rank_zero, stable_seed
 from coca_lit.errors import DataError, check_number, whole_number
 
 if TYPE_CHECKING:
@@ -224,20 +225,40 @@ class LAIONDataModule(CaptionDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         digests = {name: chosen.digest for name, chosen in self.chosen.items()}
-        state = {"commits": self.commits, "selections": digests, "found": self._found()}
+        state = {"commits": self.commits, "selections": digests, "found": self._found(), "stamps": self._stamps}
         return super().state_dict() | {name: value for name, value in state.items() if value}
 
     def _found(self) -> dict[str, list[int]]:
         """The numbers of shards and of samples in them, by the name of their source."""
         return {source.name: [len(source.shards), source.samples] for source in self.sources}
 
+    @cached_property
+    def _stamps(self) -> dict[str, int]:
+        """By the name of their source, a digest of the sizes of its shards, and of their times or what is recorded of
+        them: in a manifest, or by the store.
+        """
+        found: dict[str, int] = {}
+        for source in self.sources:
+            stamps = ((index.shard.file_name, index.stamp) for index in source.shards)
+            states = ((name, stamp.bytes, stamp.content or stamp.changed_at) for name, stamp in stamps)
+            found[source.name] = stable_seed(*(part for state in states for part in state))
+        return found
+
     def changed_since(self, state: Mapping[str, Any]) -> str:
+        """Notes shards of other sizes or times, which copies have, too, and returns what is another training."""
         now = self._found()
         for name, before in state.get("found", now).items():
             if now.get(name) != before:
                 of = f" of {name!r}" if name else ""
                 began, are = ("{} shards and {} samples".format(*n) for n in (before, now.get(name, (0, 0))))
                 return f"the run began with {began}{of}, and now there are {are}"
+        for name, digest in state.get("stamps", self._stamps).items():
+            if self._stamps.get(name) != digest:
+                of = f" of {name!r}" if name else ""
+                print_rank_zero(
+                    f"note: shards{of} have another size or time than when the run began; a {MANIFEST} tells a change "
+                    "from a copy"
+                )
         return super().changed_since(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -250,7 +271,7 @@ class LAIONDataModule(CaptionDataModule):
     def _read_at(self, commits: dict[str, str]) -> None:
         if commits != self.commits:
             self.commits = commits
-            for name in ("shards", "windows", "sources"):  # what was listed before
+            for name in ("shards", "windows", "sources", "_stamps"):  # what was listed before
                 self.__dict__.pop(name, None)
 
     def training_examples(self) -> IndexedShards:

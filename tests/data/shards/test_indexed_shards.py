@@ -24,7 +24,7 @@ from coca_lit.data.shards.index import TarIndex, load_index, make_index, tar_ind
 from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.scan import read_shard
-from coca_lit.data.shards.shard import Shard
+from coca_lit.data.shards.shard import ManifestEntry, Shard, sha256_of, write_manifest
 from coca_lit.data.shards.tar import tar_members
 from coca_lit.errors import DataError
 from coca_lit.runs.resume import Start
@@ -271,6 +271,20 @@ def test_a_run_goes_on_with_the_shards_that_it_began_with(folder, tmp_path, caps
         resume_data(laion(sources, tmp_path), start, strict=True)
     resume_data(laion(sources, tmp_path), start, strict=False)
     assert capsys.readouterr().out == f"note: {changed}\n"
+
+
+@pytest.mark.parametrize("manifest", [False, True])
+def test_a_shard_that_was_replaced_is_noted(tmp_path, capsys, manifest):
+    (path,) = write_shards(tmp_path, 1, 4)
+    if manifest:
+        write_manifest(tmp_path, {path.name: ManifestEntry(4, path.stat().st_size, sha256_of(path))})
+    start = Start(tmp_path / "step_1.ckpt", {"LAIONDataModule": laion(tmp_path, tmp_path).state_dict()})
+    resume_data(laion(tmp_path, tmp_path), start, strict=True)
+    assert not capsys.readouterr().out
+    os.utime(path, (1, 1))  # of a copy with the same content, which a manifest shows
+    resume_data(laion(tmp_path, tmp_path), start, strict=True)
+    said = "note: shards have another size or time than when the run began; a manifest.json tells a change from a copy"
+    assert capsys.readouterr().out == ("" if manifest else f"{said}\n")
 
 
 def test_a_folder_that_cannot_be_written_has_its_indexes_in_the_cache(tmp_path, monkeypatch):
