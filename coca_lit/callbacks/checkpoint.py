@@ -30,7 +30,7 @@ from coca_lit.metrics import lower_is_better
 from coca_lit.models import kernels
 from coca_lit.reading import read_json
 from coca_lit.runs.resume import LAST, RUN_KEY
-from coca_lit.runs.run_folder import CHECKPOINTS, step_files
+from coca_lit.runs.run_folder import CHECKPOINTS, inode, step_files
 from coca_lit.runs.signals import Signals
 from coca_lit.training import lightning_fixes
 from coca_lit.training.lightning_fixes import callbacks_of
@@ -108,6 +108,7 @@ class Checkpoints(L.Callback):
         self._loaded: dict[str, Any] = {}  # what the checkpoint held that the run resumes from
         self._offered: float | None = None  # the score of the weights at hand, on every rank
         self._unlinked: tuple[int, float | None] | None = None  # step and score of one that may not be written yet
+        self._run_folder: int | None = None  # the inode of the folder at the start of the training, if there was one
 
     # When
 
@@ -117,6 +118,7 @@ class Checkpoints(L.Callback):
         step_exchange.start()
         self._phase, self._unlinked, self._offered = "training", None, None  # also where it trains once more
         self._trained = True
+        self._run_folder = inode(self.folder.parent)
         self._saved = (trainer.global_step, self._phase)  # there is nothing to save before the first step
         self._set_clock()
         lost = not (self.folder / BEST).exists()  # moved away with the steps that are made again, or one of these
@@ -222,6 +224,11 @@ class Checkpoints(L.Callback):
         step = trainer.global_step
         if self._saved == (step, self._phase):
             return
+        if rank() == 0 and self._run_folder is not None and inode(self.folder.parent) != self._run_folder:
+            raise TrainingError(
+                f"the run folder {self.folder.parent} was moved or deleted while the run wrote to it: the run ends; "
+                "it can be resumed where its checkpoints are"
+            )
         try_waiting()  # a run that resumes from here does not make the rows of earlier steps again
         # Within a validation the module holds the averaged weights; they change places with the trained ones.
         with scored_weights(trainer, pl_module) if self._phase == "validating" else nullcontext():

@@ -38,7 +38,7 @@ from coca_lit.errors import ConfigError, UserError, error_context, suggest
 from coca_lit.machine import is_first_process, set_up_environment
 from coca_lit.models.generation.options import check_shared
 from coca_lit.models.presets import preset
-from coca_lit.reading import printable_lines
+from coca_lit.reading import printable, printable_lines
 from coca_lit.runs.launch import (
     announce,
     import_from_current_folder,
@@ -278,6 +278,9 @@ def _prepare(config: str, cfg: DictConfig) -> None:
     if config != "plan" and "torch" not in sys.modules:
         gc.disable()  # until `configure_libraries`: a third of these seconds would go into looking for garbage
     check_complete(unresolved(cfg))
+    name = OmegaConf.select(cfg, "name", throw_on_resolution_failure=False)
+    if isinstance(name, str) and printable(name) != name:  # it is printed, and names a folder
+        raise ConfigError(f"name: '{printable(name)}' has characters that control a terminal: choose another")
     if generate := OmegaConf.select(cfg, "scoring.generate"):
         with error_context("scoring"):
             check_shared(generate)

@@ -149,7 +149,7 @@ def in_use(folder: Path, output: str | None = None) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror or error}") from error
     holder = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    inode = _inode(folder / LOCK)
+    held = inode(folder / LOCK)
     try:
         with suppress(DataError):  # on a full disk the name is missing, and the lock holds all the same
             write_json(folder / HOLDER, holder)
@@ -159,14 +159,14 @@ def in_use(folder: Path, output: str | None = None) -> Iterator[None]:
             if _holder(folder) == holder:
                 (folder / HOLDER).unlink()
             # Not another process's; a SoftFileLock, which is not empty, removes its file itself.
-            if _inode(folder / LOCK) == inode and not os.path.getsize(folder / LOCK):
+            if inode(folder / LOCK) == held and not os.path.getsize(folder / LOCK):
                 os.unlink(folder / LOCK)
         lock.release()
         with suppress(OSError):
             folder.rmdir()  # of a run that could not start
 
 
-def _inode(path: Path) -> int | None:
+def inode(path: Path) -> int | None:
     """The number of a file, which no other file gets while it is open; None if there is none."""
     try:
         return path.stat().st_ino

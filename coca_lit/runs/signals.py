@@ -3,6 +3,7 @@ together: a handler that acted at once could find the weights half updated or a 
 
 SIGTERM            save, exit with 143 (what a shell reports for a process that SIGTERM ended), under submitit too
 SIGINT             the same with 130; a second Ctrl-C stops at once
+SIGHUP             the same with 129: the terminal is gone, and output with it; not under nohup
 SIGUSR1 on SLURM   save, `scontrol requeue`, exit with 143     (#SBATCH --signal=USR1@90)
 under submitit     save, then submitit's own handler, which requeues
 
@@ -16,6 +17,7 @@ job with it, so it requeues the job from the first moment on.
 import logging
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -31,6 +33,8 @@ if TYPE_CHECKING:  # the commands import this file first
 log = logging.getLogger(__name__)
 
 LATE = 60.0  # seconds after SLURM's warning until the job is requeued from the last checkpoint, as within long scores
+_HANGUP = getattr(signal, "SIGHUP", None)
+_EXIT_CODES = {number: 128 + number for number in (signal.SIGINT, signal.SIGTERM, _HANGUP) if number is not None}
 BEFORE_END = 45.0  # seconds: not earlier than this before the end of the job, where SLURM tells it
 
 
@@ -77,6 +81,8 @@ class Signals:
         self._requeued = False
         self.nothing_to_save = False  # then a signal is handled at once
         numbers: set[int | None] = {signal.SIGTERM, signal.SIGINT, slurm_signal()}
+        if _HANGUP is not None and signal.getsignal(_HANGUP) is not signal.SIG_IGN:
+            numbers.add(_HANGUP)
         if "SUBMITIT_EXECUTOR" in os.environ:
             numbers.add(signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"])
         self._others: dict[int, Any] = {number: signal.getsignal(number) for number in numbers if number is not None}
@@ -102,7 +108,7 @@ class Signals:
         self.received = 0
         self.in_time()
         other = self._others[number]
-        if callable(other) and other is not requeue_once and number not in (signal.SIGINT, signal.SIGTERM):
+        if callable(other) and other is not requeue_once and number not in _EXIT_CODES:
             other(number, None)  # submitit: its preemption signal requeues and exits
             return
         if number == slurm_signal() and trainer.is_global_zero:
@@ -126,6 +132,8 @@ class Signals:
             if callable(other := self._others[number]) and number != signal.SIGTERM:
                 return other(number, frame)
             raise SystemExit(_exit_code(number))
+        if number == _HANGUP:
+            _write_nowhere()
         self.received = self.received or number
         if number == slurm_signal() and self._others[number] is requeue_once and is_first_process() and not self._late:
             end = float(os.environ.get("SLURM_JOB_END_TIME", 0))
@@ -147,4 +155,13 @@ class Signals:
 
 
 def _exit_code(number: int) -> int:
-    return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+    return _EXIT_CODES.get(number, 128 + signal.SIGTERM)
+
+
+def _write_nowhere() -> None:
+    """What is printed from here on is lost, where it went to a terminal: writing to one that is gone is an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        if stat.S_ISCHR(os.fstat(output).st_mode):
+            os.dup2(nowhere, output)
+    os.close(nowhere)

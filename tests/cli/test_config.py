@@ -536,6 +536,12 @@ def test_a_config_that_cannot_be_read(
     assert re.match(said, str(ended.value.code))
 
 
+def test_a_name_that_controls_the_terminal_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["coca-train", "name=a\x1b[2Jb", f"output_dir={tmp_path}"])
+    with pytest.raises(SystemExit, match=r"^error: name: 'a\\x1b\[2Jb' has characters that control a terminal"):
+        command.command("train", lambda cfg: None)
+
+
 def test_a_traceback_names_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(cfg: DictConfig) -> None:
         raise RuntimeError(f"cannot reach https://me:{'x' * 12}@example.com/a")

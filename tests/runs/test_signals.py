@@ -27,6 +27,27 @@ def test_a_second_training_in_one_process_is_stopped_like_the_first() -> None:
         signals.release()
 
 
+def test_the_end_of_the_terminal_saves_but_not_under_nohup() -> None:
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(barrier=lambda name: None))
+    before = signal.getsignal(signal.SIGHUP)
+    signals = Signals()
+    try:
+        signals.listen()
+        signal.raise_signal(signal.SIGHUP)
+        assert signals.received == signal.SIGHUP
+        with pytest.raises(SystemExit, match="129"):
+            signals.answer(trainer, signals.received)
+        signals.release()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signals = Signals()
+        signals.listen()
+        signal.raise_signal(signal.SIGHUP)
+        assert not signals.received
+    finally:
+        signals.release()
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(("late", "end"), [(0.2, None), (0.2, 0.0), (600.0, None), (0.2, 600.0)])
 def test_a_job_whose_step_does_not_end_is_requeued_once(
     monkeypatch: pytest.MonkeyPatch, late: float, end: float | None
