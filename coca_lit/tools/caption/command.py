@@ -24,7 +24,6 @@ from coca_lit.errors import ConfigError, DataError, error_context
 from coca_lit.files import claim
 from coca_lit.machine import processors, workers_start_at_once
 from coca_lit.models.generation.options import OPTIONS, complete, describe
-from coca_lit.runs.launch import import_from_current_folder
 from coca_lit.runs.run_folder import in_use
 from coca_lit.tools.checkpoint import chosen_checkpoint
 from coca_lit.tools.engines import Engine, Machine, Work
