@@ -45,6 +45,7 @@ TABLES = {  # of "module:object" by name, but for the last, which holds texts
     "poolers": "classes of poolers",
     "init_parts": "functions that start a part of a network from a file, by the key init_parts.NAME",
     "objectives": "classes of objectives that are kept with the model",
+    "open_clip": "how a part of a model is written in OpenCLIP's files, by a tensor that shows it",
     "vocabularies": "lists of words, for model.net.tokenizer",
     "resolvers": "functions that configs call, as ${name:argument}",
     "word_maps": "functions that say where in an image the words of its caption come from",

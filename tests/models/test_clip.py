@@ -14,7 +14,7 @@ from coca_lit.models.clip import CLIP
 from coca_lit.models.cost import forward_flops
 from coca_lit.weights.load import load_dual_encoder, load_model
 from coca_lit.weights.open_clip import clip_from_open_clip
-from coca_lit.weights.open_clip.sizes import at_the_root, clip_sizes
+from coca_lit.weights.open_clip.clip import at_the_root, clip_sizes
 
 TEXTS = ["a dog", "two cats sit on a very long wooden bench!", "hat!", "word " * 90]
 VISION = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 2, "head_width": 64}

@@ -11,15 +11,10 @@ from coca_lit.tools.export.folder import Exported
 from coca_lit.weights.intact import save_tensors
 from coca_lit.weights.load import OPEN_CLIP_CONFIG, load_model, unshared_copies
 from coca_lit.weights.open_clip import to_open_clip
-from coca_lit.weights.open_clip.config import VERSIONS, open_clip_config
+from coca_lit.weights.open_clip.config import described_parts, open_clip_config
 
 WEIGHTS = "open_clip_model.safetensors"
 TOLERANCE = 1e-5
-NEEDS = {
-    "3.3": "`open_clip_torch` 3.3 or newer",
-    "4": "OpenCLIP 4 (its main branch)",
-    "mammut": "LAION-AI/open_clip_mammut",
-}
 CORRECT_MASK = (
     "model.text.correct_cls_mask = True  # the mask this model was trained with; OpenCLIP has no key for it\n"
 )
@@ -57,15 +52,14 @@ def write_open_clip(model: CoCa, folder: Path, correct_cls_mask: bool = False, v
     Args:
         correct_cls_mask: export a model with that mask although OpenCLIP 3.3 uses it only if set after loading, as the
             card explains.
-        version: of OpenCLIP, one of `VERSIONS`; 4 has a key for the mask.
+        version: of OpenCLIP, as of `open_clip_config`; 4 has a key for the mask.
 
     Raises:
         ValueError: OpenCLIP cannot build this model, or would compute something else with it.
     """
-    if version not in VERSIONS:
-        raise ValueError(f"version must be {' or '.join(VERSIONS)}, got {version}")
     if correct_cls_mask and version != "3.3":
         raise ValueError("only OpenCLIP 3.3 lacks a key for the CLS mask: leave out correct_cls_mask=true")
+    _, _, text = described_parts(model, version)
     config = open_clip_config(model, version)
     corrected = model.config.cls_mask == "correct" and version == "3.3"
     if corrected and not correct_cls_mask:
@@ -84,7 +78,7 @@ def write_open_clip(model: CoCa, folder: Path, correct_cls_mask: bool = False, v
     return Exported(
         library="open_clip",
         files={WEIGHTS: "weights in fp32, with OpenCLIP's names", OPEN_CLIP_CONFIG: "architecture and preprocessing"},
-        needs=NEEDS[version],
+        needs=text.versions[version],
         usage=USAGE.format(mask=CORRECT_MASK if corrected else ""),
         check=f"Read back, features and logits differ from the checkpoint's by {difference:.1e} at most.",
         limits=[

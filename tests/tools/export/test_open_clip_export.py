@@ -24,7 +24,11 @@ from coca_lit.data.transforms import build_transform
 from coca_lit.models import CoCa, create_model
 from coca_lit.tools.export.open_clip import write_open_clip
 from coca_lit.weights.load import load_model
-from coca_lit.weights.open_clip import config_keys, from_open_clip, to_open_clip
+from coca_lit.weights.open_clip import from_open_clip, to_open_clip
+from coca_lit.weights.open_clip.config_keys import PREPROCESS_KEYS
+from coca_lit.weights.open_clip.image import ClipTransformer
+from coca_lit.weights.open_clip.poolers import SinglePooler
+from coca_lit.weights.open_clip.text import ClassicText
 from helpers.slow import slow
 
 TEXTS = ["a dog", "two cats sit on a very long wooden bench!", "word " * 90]
@@ -233,10 +237,10 @@ def test_keys_that_are_honoured(exported: tuple[dict[str, Any], dict[str, Any]])
 
 def test_every_key_of_open_clip_is_known() -> None:
     known = {
-        CLIPVisionCfg: config_keys._VISION,
-        CLIPTextCfg: config_keys._COCA_TEXT,
-        MultimodalCfg: config_keys._DECODER,
-        PreprocessCfg: config_keys._PREPROCESS,
+        CLIPVisionCfg: ClipTransformer.allowed["vision_cfg"] | SinglePooler.allowed["vision_cfg"],
+        CLIPTextCfg: ClassicText.allowed["text_cfg"],
+        MultimodalCfg: ClassicText.allowed["multimodal_cfg"],
+        PreprocessCfg: PREPROCESS_KEYS,
     }
     for section, allowed in known.items():
         assert {field.name for field in fields(section)} <= allowed.keys()

@@ -1,0 +1,243 @@
+"""How the parts of a captioner are written in OpenCLIP's files: names of tensors and keys of the config.
+
+There is a `Part` for each kind of image encoder, of pooler, and of text tower with its decoder. CoCa's own stand in
+`image`, `poolers` and `text`. A project declares its own in the table `open_clip` of its `project.toml`, by the name of
+a tensor that shows it in a file.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from coca_lit import extensions
+from coca_lit.models.coca import CoCa
+from coca_lit.weights.open_clip.config_keys import Allowed, OpenClipConfig
+
+# The last one that a file has counts: a file with two poolers has the first one's tensors too.
+OWN = {
+    "visual.conv1.weight": "coca_lit.weights.open_clip.image:ClipTransformer",
+    "visual.attn_pool.query": "coca_lit.weights.open_clip.poolers:SinglePooler",
+    "visual.attn_pool_contrastive.query": "coca_lit.weights.open_clip.poolers:TwoPoolers",
+    "text.cls_emb": "coca_lit.weights.open_clip.text:ClassicText",
+    "visual.trunk.embeds.proj.weight": "coca_lit.weights.open_clip.naflex:NaFlexTransformer",
+    "attn_pool.query": "coca_lit.weights.open_clip.naflex:MaskedPoolers",
+    "text.blocks.0.attn.qkv.weight": "coca_lit.weights.open_clip.modern:ModernText",
+    "map_viz2txt_kv": "coca_lit.weights.open_clip.mammut:MeanPooler",
+    "text.resblocks.0.ln_1.weight": "coca_lit.weights.open_clip.mammut:TwoPassText",
+}
+OTHER_TEXT_TOWERS = ("text.transformer.embeddings.", "text.transformer.encoder.", "text.transformer.shared.")
+_TOKENIZERS = {49408: "clip", 50260: "r50k"}  # by the size of the vocabulary
+Tensors = Mapping[str, Tensor]
+
+
+class Renaming(NamedTuple):
+    """Tensors whose names begin with `ours` in a `CoCa`, and with `theirs` in OpenCLIP's file.
+
+    Attributes:
+        inside: names in the rest, ours -> OpenCLIP's.
+    """
+
+    ours: str
+    theirs: str
+    inside: Mapping[str, str] = {}
+
+
+class Part(ABC):
+    """A kind of part. It has no state.
+
+    Attributes:
+        kinds: the classes that it describes. A class that is derived from one of them has tensors of the same names.
+        since: the first version of OpenCLIP that has it, "3.3" or "4".
+        names: of its tensors; the first renaming that fits a name counts.
+        transposed: OpenCLIP's names of the tensors that it stores transposed.
+        flat: OpenCLIP's names of the tensors that it stores without dimensions of one.
+        allowed: section of the config -> key -> the values that coca_lit computes, None for any.
+        required: keys that `vision_cfg` must have -> what the weights have that they say more about.
+    """
+
+    kinds: ClassVar[tuple[type[nn.Module], ...]]
+    since: ClassVar[str] = "3.3"
+    names: ClassVar[Sequence[Renaming]]
+    transposed: ClassVar[Collection[str]] = ()
+    flat: ClassVar[Collection[str]] = ()
+    allowed: ClassVar[Mapping[str, Allowed]]
+    required: ClassVar[Mapping[str, str]] = {}
+
+    @abstractmethod
+    def arguments(self, theirs: Tensors) -> dict[str, Any]:
+        """The arguments of `CoCa` that the tensors of a file show.
+
+        Raises:
+            ValueError: a tensor is missing.
+        """
+
+    def without_config(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments that neither tensors nor a config show: what OpenCLIP's own models with this part have."""
+        return {}
+
+    def shown(self, arguments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Section of the config -> key -> its value by the tensors, which is the only one that it may have."""
+        return {}
+
+    def configured(self, config: OpenClipConfig, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments that only the config shows.
+
+        Args:
+            arguments: those that are known already.
+
+        Raises:
+            ValueError: it does not belong to the tensors, or asks for something that coca_lit does not compute.
+        """
+        return {}
+
+    def obstacle(self, model: CoCa, version: str) -> str | None:
+        """Why this version of OpenCLIP cannot build the part of the model, if it cannot."""
+        return None
+
+    def unreadable(self, theirs: Collection[str]) -> str | None:
+        """What a file is called in which this part stands beside others that coca_lit lacks, and why it is not read."""
+        return None
+
+
+class ImagePart(Part):
+    """An image encoder."""
+
+    @abstractmethod
+    def keys(self, encoder: Any) -> dict[str, Any]:
+        """Its keys in `vision_cfg`."""
+
+
+class PoolerPart(Part):
+    @abstractmethod
+    def keys(self, pooling: Any) -> dict[str, Any]:
+        """Its keys in `vision_cfg`."""
+
+
+class TextPart(Part):
+    """A text tower and its decoder.
+
+    Attributes:
+        versions: of OpenCLIP that have it -> what they are called.
+    """
+
+    versions: ClassVar[Mapping[str, str]] = {"4": "OpenCLIP 4 (its main branch)"}
+
+    @abstractmethod
+    def sections(self, model: CoCa, version: str) -> dict[str, dict[str, Any]]:
+        """The sections `text_cfg` and `multimodal_cfg`."""
+
+    def translated(self, model: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The section `model_cfg` of a file, with the sections and keys of OpenCLIP 4."""
+        return model
+
+    def read(self, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file under their names in OpenCLIP 4."""
+        return theirs
+
+    def written(self, theirs: dict[str, Tensor], version: str) -> dict[str, Tensor]:
+        """The tensors under their names in a version of OpenCLIP, from those of 4."""
+        return theirs
+
+
+class Parts(NamedTuple):
+    """Those of a model or a file; None for one that nobody describes."""
+
+    image: ImagePart | None
+    pooler: PoolerPart | None
+    text: TextPart | None
+
+
+def parts_in(theirs: Collection[str]) -> Parts:
+    """The parts that the names of tensors in a file show."""
+    known = OWN | extensions.declared("open_clip")
+    image, pooler, text = None, None, None
+    for tensor, target in known.items():
+        if tensor in theirs:
+            part = extensions.load(target)()
+            image = part if isinstance(part, ImagePart) else image
+            pooler = part if isinstance(part, PoolerPart) else pooler
+            text = part if isinstance(part, TextPart) else text
+    return Parts(image, pooler, text)
+
+
+def is_captioner(theirs: Collection[str]) -> bool:
+    """Whether the names of tensors are a captioner's, with or without a decoder, and not a CLIP's."""
+    parts = parts_in(theirs)
+    return (
+        any(name.startswith(("text_decoder.", "text.cls_emb")) for name in theirs)
+        or (parts.pooler is not None and parts.text is not None)
+        or any(part is not None and part.unreadable(theirs) is not None for part in parts)
+    )
+
+
+def expect_captioner(theirs: Tensors, parts: Parts) -> tuple[ImagePart, PoolerPart, TextPart]:
+    """The parts in a file; raises `ValueError` if it is no captioner of OpenCLIP, or one that cannot be read."""
+    reason = _unreadable(theirs, parts)
+    if reason is not None:
+        raise ValueError(
+            f"this is {reason}; of OpenCLIP's captioners these can be read, in any size: coca_ViT-L-14, "
+            "coca2_ViT-B-32, coca2-moderntext_ViT-B-32, coca2-moderntext-naflex_ViT-B-32, mammut2_ViT-L-14, openMaMMUT"
+        )
+    image, pooler, text = parts
+    if image is not None and pooler is not None and text is not None:
+        return image, pooler, text
+    needed = ((pooler, "visual.attn_pool.query"), (text, "text.cls_emb"), (image, "visual.conv1.weight"))
+    missing = [tensor for part, tensor in needed if part is None]
+    raise ValueError(f"this is not an OpenCLIP CoCa checkpoint: it has no tensor '{missing[0]}'")
+
+
+def _unreadable(theirs: Collection[str], parts: Parts) -> str | None:
+    """What a captioner of OpenCLIP that cannot be read is called, and why; None for all other files."""
+
+    def has(*starts: str) -> bool:
+        return any(name.startswith(starts) for name in theirs)
+
+    for part in parts:
+        reason = None if part is None else part.unreadable(theirs)
+        if reason is not None:
+            return reason
+    if not has("text_decoder."):
+        return None
+    if has(*OTHER_TEXT_TOWERS):
+        return "a coca_roberta-ViT-B-32, whose text tower is a Hugging Face model and sees the tokens it should predict"
+    if parts.image is None and has("visual.trunk.", "visual.layer1."):
+        return "a CoCa whose image tower is not a CLIP vision transformer (timm_model_name, or a ResNet)"
+    if parts.pooler is None and not has("visual.attn_pool.", "attn_pool."):
+        return "a coca_base, which has no attentional pooler"
+    return None
+
+
+def tokenizer_of(vocab_size: int) -> str:
+    """The tokenizer of a vocabulary; raises `ValueError` if its size is unknown."""
+    if vocab_size not in _TOKENIZERS:
+        raise ValueError(f"the checkpoint has a vocabulary of {vocab_size} tokens: expected one of {[*_TOKENIZERS]}")
+    return _TOKENIZERS[vocab_size]
+
+
+def parts_of(model: CoCa) -> Parts:
+    """The parts that describe those of a model, by their classes or the nearest base classes."""
+    image, pooler, text = (_part_of(type(part)) for part in (model.image_encoder, model.pooling, model.text))
+    return Parts(
+        image if isinstance(image, ImagePart) else None,
+        pooler if isinstance(pooler, PoolerPart) else None,
+        text if isinstance(text, TextPart) else None,
+    )
+
+
+def _part_of(module: type[nn.Module]) -> Part | None:
+    """The part of a class. That of a project stands in the same package as its class."""
+    packages = {parent.__module__.rpartition(".")[0] for parent in module.__mro__}
+    targets = [*OWN.values()]
+    for target in extensions.declared("open_clip").values():
+        if target.partition(":")[0].rpartition(".")[0] in packages:
+            targets.append(target)
+    parts: list[Part] = [extensions.load(target)() for target in targets]
+    described = {kind: part for part in parts for kind in part.kinds}
+    return next((described[parent] for parent in module.__mro__ if parent in described), None)
+
+
+def depth(theirs: Collection[str], prefix: str) -> int:
+    """Number of blocks whose names start with `prefix`."""
+    return len({name.removeprefix(f"{prefix}.").split(".")[0] for name in theirs if name.startswith(f"{prefix}.")})
