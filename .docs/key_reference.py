@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
+from coca_lit import extensions
 from coca_lit.cli.command import CONF, compose
 from coca_lit.cli.schema import read_signature, written
 from coca_lit.models.generation.options import OPTIONS, describe
@@ -93,7 +94,8 @@ def _constructor(name: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Arguments of a class or function with their defaults (`...` for none, or one that is no plain value), and what
     the docstrings, of base classes too, say about each.
     """
-    return {key: argument.default for key, argument in read_signature(name).arguments.items()}, _said(name)
+    meanings = {option: declared.help for option, declared in extensions.input_options().items()} | _said(name)
+    return {key: argument.default for key, argument in read_signature(name).arguments.items()}, meanings
 
 
 def _said(name: str) -> dict[str, str]:

@@ -15,6 +15,10 @@ what it adds. Both are read without importing the project, whose code is importe
     names = ["my_vit_b32"]
     [text_towers]                  # and the other tables of `TABLES`: name = "module:object"
     mine = "my_package.text:MyTower"
+    [inputs]                       # endings of files of another kind of input, see `coca_lit.data.inputs`
+    ".gif" = "my_package.moving:Reader"
+    [input_options]                # arguments of these readers, keys of commands and of shards
+    pictures = { reader = "my_package.moving:Reader", default = 4, help = "that the model sees of a moving picture" }
     [scores]                       # last parts of names of scores; with "%" at its end, tables print it times 100
     right = { title = "right answers, %", share = true }  # or lower_is_better = true
     [commands.data]                # `coca-data count …` calls run(["count", …]); an option is declared as "--count"
@@ -60,9 +64,24 @@ KEYS = (
     "roots",
     "presets",
     "scores",
+    "input_options",
     "commands",
     *TABLES,
 )
+
+
+@dataclass(frozen=True)
+class DeclaredArguments:
+    """Beside the annotation of the last arguments of a constructor: those that projects declare are among them.
+
+    Attributes:
+        kind: a table of `project.toml` with their names.
+    """
+
+    kind: str
+
+
+INPUT_OPTIONS = DeclaredArguments("input_options")
 
 
 @dataclass(frozen=True)
@@ -79,6 +98,20 @@ class Score:
     share: bool = False
     lower_is_better: bool = False
     group: str = "captions"
+
+
+@dataclass(frozen=True)
+class InputOption:
+    """An argument of a reader of another kind of input.
+
+    Attributes:
+        reader: "module:class".
+        default: of commands that read such inputs beside images; 0 or none stands for images alone.
+    """
+
+    reader: str
+    default: Any
+    help: str
 
 
 @dataclass(frozen=True)
@@ -115,6 +148,10 @@ class Project:
     def scores(self) -> dict[str, Score]:
         """The names of scores that it declares."""
         return {name: Score(**meaning) for name, meaning in self.table("scores").items()}
+
+    def input_options(self) -> dict[str, InputOption]:
+        """The arguments of its readers that it declares."""
+        return {name: InputOption(**option) for name, option in self.table("input_options").items()}
 
     def commands(self, tool: str) -> dict[str, dict[str, str]]:
         """What it adds to the command of a tool, see `commands_of`."""
@@ -168,6 +205,9 @@ def _read(entry: EntryPoint) -> Project:
         check_names(f"{folder / MANIFEST}: scores.{name}", meaning, [field.name for field in fields(Score)])
         if "title" not in meaning:
             raise ValueError(f"{folder / MANIFEST}: '{name}' of [scores] lacks a title")
+    for name, option in manifest.get("input_options", {}).items():
+        if option.keys() != {"reader", "default", "help"}:
+            raise ValueError(f"{folder / MANIFEST}: '{name}' of [input_options] must have reader, default and help")
     for tool, commands in manifest.get("commands", {}).items():
         for word, command in commands.items():
             if command.keys() != {"run", "help"}:
@@ -192,7 +232,7 @@ def _check_names(project: Project, others: Mapping[str, Project]) -> None:
     if project.name in others:
         raise ValueError(f"the package '{others[project.name].distribution}' has a project of the same name")
     for other in others.values():
-        for kind in (*TABLES, "presets", "roots", "scores"):
+        for kind in (*TABLES, "presets", "roots", "scores", "input_options"):
             twice = project.table(kind).keys() & other.table(kind).keys()
             if twice:
                 raise ValueError(f"'{min(twice)}' of its {kind} is also the name of one of the project '{other.name}'")
@@ -212,6 +252,17 @@ def declared(kind: str) -> dict[str, str]:
 def scores() -> dict[str, Score]:
     """What all projects declare of names of scores, by their last part."""
     return {name: score for project in projects() for name, score in project.scores().items()}
+
+
+@functools.cache
+def input_options() -> dict[str, InputOption]:
+    """What all projects declare of arguments of readers of other kinds of input, by name."""
+    return {name: option for project in projects() for name, option in project.input_options().items()}
+
+
+def names_in(kind: str) -> list[str]:
+    """The names in a table of all projects."""
+    return [name for project in projects() for name in project.table(kind)]
 
 
 def listed(key: str) -> list[str]:

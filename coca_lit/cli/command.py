@@ -187,15 +187,26 @@ def _hydra(job: str = "app") -> Iterator[Any]:
 @functools.cache
 def _store_configs_of_projects() -> None:
     """Gives Hydra what our configs take from all projects: the folders of their data sets, their evaluations and config
-    groups, and the functions that their configs call.
+    groups, the options of their kinds of input, and the functions that their configs call.
     """
     store = ConfigStore.instance()
     store.store("roots_of_projects", extensions.declared("roots"), package="roots")
     store.store("init_parts_of_projects", dict.fromkeys(extensions.declared("init_parts")), package="init_parts")
     store.store("_usual_of_projects", {"defaults": extensions.listed("usual_evals")}, group="evals")
+    options = extensions.input_options()
+    store.store("input_options", {name: option.default for name, option in options.items()})
+    store.store("no_input_options", dict.fromkeys(options))
     store.store("groups_of_projects", {"defaults": [{name: None} for name in extensions.listed("groups")]})
     for name, target in extensions.declared("resolvers").items():
         OmegaConf.register_new_resolver(name, functools.partial(_call, target), replace=True)
+
+
+def input_help() -> str:
+    """A line for each option of other kinds of input than images, for the help of commands that read them."""
+    return "\n".join(f"    {name:20}{option.help}" for name, option in extensions.input_options().items())
+
+
+OmegaConf.register_new_resolver("input_help", input_help, replace=True)
 
 
 def _call(target: str, *arguments: Any) -> Any:

@@ -11,6 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from coca_lit.errors import ConfigError, suggest
+from coca_lit.extensions import DeclaredArguments, names_in
 
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # that `instantiate` reads itself
 NUMBERS = (int, float, bool)
@@ -79,16 +80,28 @@ def _signature(target: Callable[..., Any]) -> Signature:
             arguments[parameter.name] = Argument(annotation, _plain(parameter.default))
     if others is None:
         return Signature(arguments, False)
-    if get_origin(others) is Annotated:  # the arguments of a class, which gets other defaults
-        further = read_signature(others.__metadata__[0])
-        shared = {name: Argument(argument.annotation) for name, argument in further.arguments.items()}
-        return Signature(arguments | shared | arguments, further.takes_any)  # its own first
     inherited = _inherited(target)
-    if get_origin(others) is Unpack:  # the keys of a TypedDict, with the defaults of the base class
-        fields = get_type_hints(get_args(others)[0])
-        shared = {name: inherited.get(name, Argument(annotation)) for name, annotation in fields.items()}
-        return Signature(arguments | shared | arguments, False)
+    if get_origin(others) is Annotated:
+        shared: dict[str, Argument] = {}
+        takes_any = False
+        for source in others.__metadata__:
+            if isinstance(source, DeclaredArguments):
+                shared |= {name: Argument() for name in names_in(source.kind)}  # of modules that are not imported yet
+            elif isinstance(source, str):  # the arguments of a class, which gets other defaults
+                further = read_signature(source)
+                shared |= {name: Argument(argument.annotation) for name, argument in further.arguments.items()}
+                takes_any = further.takes_any
+            else:
+                shared |= _fields(source, inherited)
+        return Signature(arguments | shared | arguments, takes_any)  # its own first
+    if get_origin(others) is Unpack:
+        return Signature(arguments | _fields(get_args(others)[0], inherited) | arguments, False)
     return Signature(arguments | inherited | arguments, True)
+
+
+def _fields(keys: type, inherited: Mapping[str, Argument]) -> dict[str, Argument]:
+    """The keys of a TypedDict, with the defaults of the base class."""
+    return {name: inherited.get(name, Argument(annotation)) for name, annotation in get_type_hints(keys).items()}
 
 
 def _annotations(target: Callable[..., Any]) -> dict[str, Any]:

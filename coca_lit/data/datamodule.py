@@ -26,7 +26,6 @@ from coca_lit.data.loader import (
 from coca_lit.data.mixture import Source
 from coca_lit.data.records import Record, drawn, trainable
 from coca_lit.data.scenes.facts import scene_question_records
-from coca_lit.data.scenes.motion import motion_records
 from coca_lit.data.scenes.places import scene_place_records
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.scenes.statements import LABELS, TRUTHS, comparison_records, entailment_records
@@ -386,7 +385,7 @@ class ScenesDataModule(RecordsDataModule):
     """The built-in scenes, rendered at `image_size`, see `scene_records`.
 
     Args:
-        train_count: number of training scenes, or of pairs of them, or of clips; None takes the default.
+        train_count: number of training scenes, or of pairs of them; None takes the default.
         objects: shapes per scene.
         style: of the captions, standard or narrated.
     """
@@ -454,15 +453,3 @@ class SceneStatementsDataModule(ScenesDataModule):
                 "data.batch_size=%d splits statements that belong together over batches: choose a multiple of %d",
                 *(self.batch_size, self.together),
             )
-
-
-class MovingScenesDataModule(ScenesDataModule):
-    """Built-in clips of moving shapes, see `motion_records`.
-
-    Args:
-        frames: of each clip.
-    """
-
-    def __init__(self, frames: int, **shared: Unpack[SceneArguments]) -> None:
-        super().__init__(**shared)
-        self._scenes = partial(motion_records, frames=frames)

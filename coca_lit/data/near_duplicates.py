@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from coca_lit.data.video import image_or_clip
+from coca_lit.data.inputs import source_of
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
 from coca_lit.files import state_of
@@ -40,7 +40,7 @@ def perceptual_hash(image: Image.Image) -> int:
 
 
 def hash_files(paths: Sequence[Path]) -> list[int | None]:
-    """The hash of each image file, and of the frame in the middle of each clip; None for one that cannot be decoded.
+    """The hash of each file, of its picture; None for one that cannot be decoded.
     Files are decoded once per process.
 
     Raises:
@@ -53,7 +53,7 @@ def hash_files(paths: Sequence[Path]) -> list[int | None]:
             progress.reach(len(hashes), len(paths))
     if {*hashes} == {None}:
         try:
-            image_or_clip(paths[0], frames=1)()
+            source_of(paths[0])()
         except DataError as error:
             raise DataError(f"none of {len(paths)} photos can be decoded, e.g. {error}") from error
     return hashes
@@ -62,7 +62,7 @@ def hash_files(paths: Sequence[Path]) -> list[int | None]:
 @lru_cache(maxsize=2**18)
 def _hash_of(path: Path, state: tuple[int, ...]) -> int | None:
     try:
-        return perceptual_hash(image_or_clip(path, frames=1)())
+        return perceptual_hash(source_of(path)())
     except DataError:
         return None
 

@@ -7,22 +7,19 @@ them. This module holds what these functions share: finding images and telling a
 import logging
 import os
 import random
-from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from coca_lit.data.pixels import MAX_IMAGE, decode_pixels
-from coca_lit.data.sources import ImageSource, TrainTransform, Transform, as_tensor
+from coca_lit.data.sources import ImageSource, as_tensor
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.files import state_of
-from coca_lit.models.inputs import Clips, Images
 from coca_lit.reading import open_regular, printable
 
 T = TypeVar("T")
@@ -112,56 +109,6 @@ class ImageFile(ImageSource):
         except OSError as error:
             raise DataError(f"{self.path} is not a readable image: {error}") from error
         return decode_pixels(content, self.path)
-
-
-class Clip(ImageSource):
-    """A moving picture as the image of a record. A model gets its frames; the picture to look at is the frame in its
-    middle.
-
-    Attributes:
-        count: frames that a model gets.
-    """
-
-    count: int
-
-    @abstractmethod
-    def frames(self, count: int | None = None) -> Iterator[Image.Image]:
-        """`count` frames, by default the model's, uniformly in time; raises `DataError`."""
-
-    def __call__(self) -> Image.Image:
-        return next(iter(self.frames(1)))
-
-    def transformed(self, transform: Transform) -> Images:
-        return _clip_of([transform(frame) for frame in self.frames()])
-
-    def augmented(self, transform: TrainTransform, rng: random.Random, budget: int | None = None) -> Images:
-        """All frames have the same crop."""
-        seed = rng.random()
-        frames = (as_tensor(np.array(frame.convert("RGB"))) for frame in self.frames())
-        return _clip_of([transform(frame, random.Random(seed), budget) for frame in frames])
-
-    def blank(self, transform: Transform) -> Images:
-        return _clip_of([super().blank(transform)] * self.count)
-
-    def why_not_cached(self, net: Any) -> str | None:
-        by_frame = net.config.frame_pooling == "mean" or net.config.frame_positions or net.pooling.left_out
-        if not by_frame and net.image_encoder.frozen_part() is net.image_encoder:
-            return None
-        return (
-            "features of clips are cached for frame_pooling=tokens without frame_positions, of a whole frozen encoder, "
-            "and not for pooler=mean beside class tokens: set these, or cached_augmentations=0"
-        )
-
-    def conditions(self, model: Any) -> dict[str, Any]:
-        config = getattr(model, "config", None)  # a CLIP has none
-        return {"frames": self.count, "frame_pooling": "mean" if config is None else config.frame_pooling}
-
-
-def _clip_of(frames: list[Images]) -> Clips:
-    pixels = [frame for frame in frames if isinstance(frame, Tensor)]
-    if len(pixels) < len(frames):
-        raise DataError("clips need a model whose images have one shape: use another image encoder than naflex")
-    return Clips(torch.stack(pixels))
 
 
 class Listing(NamedTuple):

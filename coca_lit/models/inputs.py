@@ -128,8 +128,15 @@ class Input:
         """Of an encoder's output: what a `Pooling` makes of it, as of `Pooling.pool`."""
         return pooling.pool(self, contrastive, captioning)
 
-    def joined(self) -> Tensor:
-        """Of an encoder's output: all tokens of each image (B, S, C)."""
+    def joined(self, pooling: Any = None) -> Tensor:
+        """Of an encoder's output: all tokens of each image (B, S, C).
+
+        Args:
+            pooling: a `Pooling` in whose place something else sees these tokens.
+
+        Raises:
+            ConfigError: that pooling does not see them all at once.
+        """
         return self.rows
 
     def class_tokens(self) -> Tensor:
@@ -243,69 +250,10 @@ def patch_grid(height: int, width: int, patch_size: int, max_patches: int) -> tu
     return size
 
 
-class Clips(Input):
-    """A batch of clips, F frames each in the place of an image.
+def joined(encoded: Images, pooling: Any = None) -> Tensor:
+    """All tokens of each image (B, S, C) that an image encoder returned.
 
-    Attributes:
-        rows: (B, F, 3, H, W), of one clip (F, 3, H, W).
+    Args:
+        pooling: a `Pooling` in whose place something else sees these tokens.
     """
-
-    @classmethod
-    def stack(cls, images: Sequence[Self]) -> Self:
-        if len({clip.rows.shape for clip in images}) > 1:
-            raise DataError("clips of several numbers of frames are in one batch: take records of one kind")
-        return super().stack(images)
-
-    def mirrored(self) -> Self:
-        return replace(self, rows=self.rows.flip(-1))
-
-    def encoded_by(self, encoder: Callable[[Tensor], Any]) -> "EncodedFrames":
-        if self.rows.ndim != 5:
-            raise ValueError(
-                f"clips must have the shape (batch, frames, 3, height, width), got {tuple(self.rows.shape)}"
-            )
-        return EncodedFrames(encoder(self.rows.flatten(0, 1)).unflatten(0, self.rows.shape[:2]))
-
-
-class EncodedFrames(Input):
-    """A batch of clips after an image encoder, which sees each frame by itself.
-
-    Attributes:
-        rows: tokens (B, F, S, C).
-    """
-
-    def encoded_by(self, encoder: Callable[[Tensor], Any]) -> Self:
-        return self
-
-    def pooled_by(self, pooling: Any, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Of the tokens of all frames together, or means of what `Pooling.pool` makes of each frame."""
-        frames = self.rows
-        if pooling.frame_positions is not None:
-            count, known = frames.shape[1], len(pooling.frame_positions)
-            if count != known:
-                raise DataError(f"the model has positions for {known} frames, got clips of {count}: set frames={known}")
-            frames = frames + pooling.frame_positions
-        if pooling.frame_pooling == "tokens":
-            first = frames[:, 0, : pooling.left_out]
-            kept = frames[:, :, pooling.left_out :].flatten(1, 2)
-            return pooling.pool(torch.cat([first, kept], dim=1) if pooling.left_out else kept, contrastive, captioning)
-        vector, rows = pooling.pool(frames.flatten(0, 1), contrastive, captioning)  # (B · F, E) and (B · F, Q, E)
-        return _mean_of_frames(vector, frames), _mean_of_frames(rows, frames)
-
-    def joined(self) -> Tensor:
-        """One frame after the other, (B, F · S, C)."""
-        return self.rows.flatten(1, 2)
-
-    def class_tokens(self) -> Tensor:
-        return self.rows[:, :, 0].mean(dim=1)
-
-
-def _mean_of_frames(pooled: Tensor | None, frames: Tensor) -> Tensor | None:
-    if pooled is None:
-        return None
-    return pooled.unflatten(0, frames.shape[:2]).mean(dim=1)
-
-
-def joined(encoded: Images) -> Tensor:
-    """All tokens of each image (B, S, C) that an image encoder returned."""
-    return encoded.joined() if isinstance(encoded, Input) else encoded
+    return encoded.joined(pooling) if isinstance(encoded, Input) else encoded

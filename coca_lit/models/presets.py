@@ -30,7 +30,6 @@ VOCABULARIES = {
     "scenes": _SCENES.split(),
     "scenes_vqa": f"{_SCENES} {_QUESTIONS}".split(),
     "scenes_places": f"{_SCENES} {_QUESTIONS} {_EDGES}".split(),
-    "scenes_motion": f"{_SCENES} enters leaves moves passes".split(),
     "scenes_statements": f"{_SCENES} {_QUESTIONS} {_STATEMENTS}".split(),
 }
 
@@ -184,8 +183,8 @@ def create_model(
         name: a preset of `PRESETS` or `STUDY`, such as coca_vit_b32, see `preset`.
         imports: modules that register image encoders or text towers.
         overrides: arguments of `CoCa`; None leaves the value of the preset. `image_encoder_args` are added to the
-            preset's, but another image encoder gets none of those. `tokenizer` may also name one of `VOCABULARIES`, or
-            be {file: tokenizer.json, start: TOKEN, end: TOKEN, pad: TOKEN}.
+            preset's, but another image encoder gets none of those. `tokenizer` may also name one of `VOCABULARIES`
+            or of those that projects declare, or be {file: tokenizer.json, start: TOKEN, end: TOKEN, pad: TOKEN}.
 
     Raises:
         ValueError: unknown preset or unknown argument; the message suggests the nearest one.

@@ -19,7 +19,7 @@ from coca_lit.losses import caption_loss
 from coca_lit.metrics.vqa import enough_people, normalize_answer, vqa_accuracy
 from coca_lit.models import CoCa
 from coca_lit.models.coca import CAPTION, IGNORED_LABEL
-from coca_lit.models.inputs import Clips, Images, Input, joined
+from coca_lit.models.inputs import Images, Input, joined
 from coca_lit.models.packing import Layout, to_device
 from coca_lit.models.poolers import AttentionalPooler
 from coca_lit.models.registry import register_objective
@@ -294,9 +294,8 @@ class PoolerClassifier(Classifier):
         return self.features_of(net, (), batch.images)
 
     def features_of(self, net: CoCa, records: Sequence[Record], images: Images) -> Tensor:
-        if isinstance(images, Clips) and net.config.frame_pooling == "mean":
-            raise ConfigError("this classifier sees the tokens of all frames at once: set frame_pooling=tokens")
-        return self.pooler(joined(net.image_encoder(images)).to(self.head.weight.dtype))[:, 0]
+        encoded = net.image_encoder(images)
+        return self.pooler(joined(encoded, net.pooling).to(self.head.weight.dtype))[:, 0]
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy in nats per image; in training of mixtures of the first image with the last, and so on.

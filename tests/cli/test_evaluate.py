@@ -186,18 +186,13 @@ def test_the_evaluations_are_those_of_the_run(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("data", "changed", "expected"),
     [
-        ("msrvtt", ("records.frames=5", "records.one_thousand=true"), {"frames": 5, "one_thousand": True}),
-        ("my_clips", (), {"frames": 8}),
-        ("kinetics", ("records.frames=3",), {"frames": 3}),
-        ("scenes_motion", ("frames=6",), {"frames": 6}),
         ("mscoco", ("records.karpathy={}/split.json",), {"karpathy": "{}/split.json"}),
         ("snli_ve", ("records.images={}",), {"images": "{}"}),
         ("classes", ("records.classes=imagenet",), {"classes": "imagenet"}),
-        ("kinetics", ("records.classes={}/split.json",), {"classes": "{}/split.json"}),
     ],
 )
 def test_the_evaluations_read_as_those_of_the_run(tmp_path, data, changed, expected):
-    """Of a run as it is written, the frames of clips and the split among them."""
+    """Of a run as it is written."""
     (tmp_path / "split.json").touch()
     overrides = (f"++data.{word.format(tmp_path)}" for word in changed)
     word = run_folder(tmp_path, plain(compose_config("train", [f"data={data}", *overrides])))
@@ -245,9 +240,7 @@ def test_a_path_that_no_system_takes_is_one_that_is_not_there(path, monkeypatch)
         evaluate()
 
 
-@pytest.mark.parametrize(
-    ("evals", "split"), [(["my_photos_captions"], ["val"]), (["kinetics_labels"], ["val"]), (["scenes_captions"], [])]
-)
+@pytest.mark.parametrize(("evals", "split"), [(["my_photos_captions"], ["val"]), (["scenes_captions"], [])])
 def test_own_photos_are_scored_on_the_split_of_the_run(tmp_path, evals, split):
     config = {"evals": {name: {"_target_": ""} for name in evals}, "scoring": {"split": "val"}}
     words = with_evals([run_folder(tmp_path, config)])

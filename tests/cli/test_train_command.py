@@ -293,7 +293,7 @@ def test_a_word_that_evaluates_is_no_code(error_of: Callable[..., str], target: 
     [
         (["evals=[mscoco_retrieval]"], "roots.mscoco"),
         (["evals=[mscoco_retrieval]", "data=mscoco"], "data.root"),
-        (["evals=[clip_shards_captions]"], "roots.clip_shards"),
+        (["evals=[imagenet_zeroshot]"], "roots.imagenet"),
         (
             ["evals=[folder_captions]", "evals.folder_captions.records.root=/nowhere"],
             "evals.folder_captions.records.root",

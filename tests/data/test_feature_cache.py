@@ -6,7 +6,7 @@ import os
 import pickle
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from email.message import Message
 from functools import partial
@@ -36,7 +36,7 @@ from coca_lit.data.feature_cache import (
     swap_sides,
     view_numbers,
 )
-from coca_lit.data.records import Clip, Record
+from coca_lit.data.records import Record
 from coca_lit.data.transforms import RandomCrop, build_transform
 from coca_lit.distributed import rank
 from coca_lit.errors import DataError
@@ -342,39 +342,6 @@ def test_views_are_dealt_out_to_ranks(on_ranks, tmp_path: Path) -> None:
     for path, own in zip(paths, results[1][0], strict=True):
         assert path.read_bytes() == own.read_bytes()
     assert all("cannot write" in said for said in on_ranks(2, fails_on_one, tmp_path))
-
-
-class Still(Clip):
-    count = 2
-
-    def frames(self, count: int | None = None) -> Iterator[Image.Image]:
-        return iter([noise(0)] * (count or self.count))
-
-
-@pytest.mark.parametrize(
-    ("sizes", "frozen"),
-    [
-        ({"frame_pooling": "mean"}, "image_encoder"),
-        ({"pooler": "mean", **VIT}, "image_encoder"),
-        ({}, "image_encoder.trunk.*1"),
-    ],
-    ids=["means", "class tokens", "stages"],
-)
-def test_features_of_clips_that_would_not_be_those_of_their_frames_are_refused(
-    sizes: dict[str, Any], frozen: str, tmp_path: Path
-) -> None:
-    net = create_model("coca_tiny", **sizes)
-    net.freeze(frozen)
-    clips = {"train": [Record(i, Still(), ("a red circle",)) for i in range(2)]}
-    sizes = {"batch_size": 2, "image_size": 32, "val_split": None}
-    data = RecordsDataModule(clips, tokenizer=net.tokenizer, cached_augmentations=1, cache_dir=str(tmp_path), **sizes)
-    strategy = SimpleNamespace(root_device=CPU)
-    plugin = SimpleNamespace(forward_context=nullcontext, precision="32")
-    data.trainer = SimpleNamespace(
-        lightning_module=SimpleNamespace(net=net), precision_plugin=plugin, strategy=strategy
-    )
-    with pytest.raises(DataError, match="features of clips are cached for"):
-        data.setup("fit")
 
 
 def test_a_broken_image_to_validate_on_is_named_before_the_first_step(tmp_path: Path) -> None:

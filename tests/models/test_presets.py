@@ -26,7 +26,6 @@ SCENES = {
     "": CAPTIONS,
     "_vqa": QUESTIONS,
     "_places": [*QUESTIONS, *(edge for edge in map(str, range(BINS + 1)) if edge not in QUESTIONS)],
-    "_motion": [*CAPTIONS, "enters", "leaves", "moves", "passes"],
     "_statements": [*QUESTIONS, *sorted(STATING - {*QUESTIONS})],
 }
 

@@ -23,7 +23,6 @@ from coca_lit.data.transforms import build_transform
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, create_model
-from coca_lit.models.inputs import Clips
 from coca_lit.projects.classification.pooler_probe import ClassPooler
 from coca_lit.runs.resume import Start
 from coca_lit.training.classifiers import AnswerClassifier, PoolerClassifier, StateClassifier
@@ -431,12 +430,7 @@ def test_forged_classifiers_are_refused_in_one_sentence(forged: Any, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
-def test_a_pooler_of_the_encoder_sees_all_frames_at_once_and_mixes_pixels_alone(net: CoCa, classified: Batch) -> None:
-    clips = classified._replace(images=Clips(classified.images[:, None].expand(-1, 2, -1, -1, -1)))
-    mean = create_model("coca_tiny", frame_pooling="mean")
-    for classifier in (pooler_classifier(mean).train(), pooler_classifier(mean).eval()):
-        with pytest.raises(ConfigError, match="frame_pooling=tokens"):
-            classifier(mean, clips)
+def test_a_pooler_of_the_encoder_mixes_pixels_alone(net: CoCa, classified: Batch) -> None:
     with torch.no_grad():
         features = net.image_encoder(classified.images)
     with pytest.raises(ConfigError, match="mixup"):

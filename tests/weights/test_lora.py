@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from coca_lit.models import CoCa
-from coca_lit.models.inputs import Clips
 from coca_lit.weights import MODEL_KEY
 from coca_lit.weights.load import load_model, save_model
 from coca_lit.weights.lora import PARTS, LowRank, add_lora, merged
@@ -82,14 +81,6 @@ def test_matrices_kernels_and_norms(tiny_model: Build) -> None:
     assert norms
     assert not any(norm.training for norm in norms)  # their statistics belong to the fixed weights
     assert model.text.dropout.training
-
-
-def test_positions_of_frames_train(tiny_model: Build) -> None:
-    """A model of images has none to start from."""
-    model = tiny_model(frame_positions=2)
-    add_lora(model, rank=2)
-    model(Clips(torch.randn(1, 2, 3, 32, 32)), model.tokenizer(TEXTS[:1])).logits.square().mean().backward()
-    assert model.pooling.frame_positions.grad.abs().sum() > 0
 
 
 def test_an_embedding_that_another_part_shares_trains_on(tiny_model: Build) -> None:

@@ -10,9 +10,10 @@ from collections.abc import Hashable, Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from coca_lit.data.pixels import CLIPS, SUFFIXES
+from coca_lit import extensions
+from coca_lit.data.inputs import IMAGES, chosen_reader
 from coca_lit.data.records import Record, not_found
 from coca_lit.data.scenes.render import (
     AXES,
@@ -26,14 +27,13 @@ from coca_lit.data.scenes.render import (
     render,
     scene_records,
 )
-from coca_lit.data.video import image_or_clip
 from coca_lit.errors import DataError
 from coca_lit.reading import printable, read_json
 
 log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parents[2] / "assets"
-TEMPLATES, CLIP_TEMPLATES = ("a photo of a {}.",), ("a video of {}.",)
+HOW = "one folder of images per class is expected there"
 
 
 class Classification(NamedTuple):
@@ -46,9 +46,12 @@ class Classification(NamedTuple):
 
 
 def image_folder(
-    root: str | Path, classes: str | Path | None = None, subset: bool = False, frames: int = 0
+    root: str | Path,
+    classes: str | Path | None = None,
+    subset: bool = False,
+    **inputs: Annotated[Any, extensions.INPUT_OPTIONS],
 ) -> Classification:
-    """Images of root/FOLDER/*.jpg, a folder per class, or clips, as Kinetics has them.
+    """Images of root/FOLDER/*.jpg, a folder per class.
 
     Args:
         root: folder of the folders.
@@ -57,19 +60,16 @@ def image_folder(
             for underscores, and the template is "a photo of a {}." Folders 0, 1, … of ImageNet-V2 are the classes in
             the order of the file.
         subset: only classes that have a folder are candidates: the 200 of ImageNet-A and ImageNet-R.
-        frames: that a model sees of a clip; then only clips are read, and the template is "a video of {}."; 0 for
-            images.
+        inputs: an option of another kind of input than images, which is then read in place of images.
 
     Raises:
         DataNotFoundError: there are no such folders, or no images in them.
         DataError: the JSON file cannot be used, or does not name a folder.
     """
     root = Path(root)
-    folders = sorted(name for name in _names(root) if (root / name).is_dir()) if root.is_dir() else []
-    how = "one folder of images per class is expected there"
-    if not folders:
-        raise not_found("classified images", [root], how)
-    usual = ({f: f.replace("_", " ") for f in folders}, CLIP_TEMPLATES if frames else TEMPLATES)
+    reader = chosen_reader(inputs)
+    folders = folders_of_classes(root)
+    usual = ({f: f.replace("_", " ") for f in folders}, reader.prompts)
     names, templates = read_classes(classes) if classes else usual
     if not names.keys() & set(folders):
         names = {str(number): name for number, name in enumerate(names.values())}
@@ -80,19 +80,27 @@ def image_folder(
     if subset:
         names = {folder: name for folder, name in names.items() if folder in set(folders)}
     files = [(name, f"{name}/{file}") for name in folders for file in sorted(_names(root / name))]
-    images = [(folder, file) for folder, file in files if file.lower().endswith(CLIPS if frames else SUFFIXES)]
+    images = [(folder, file) for folder, file in files if file.lower().endswith(reader.endings)]
     if not images:
-        raise not_found("classified images", [root / folders[0]], how)
+        raise not_found("classified images", [root / folders[0]], HOW)
     with_images = {folder for folder, _ in images}
     if empty := [folder for folder in folders if folder not in with_images]:
         of = f"{len(empty)} of {len(folders)} classes in {root}"
         log.warning("%s have no image, e.g. %s", of, printable(empty[0]))
-    if unread := [file for _, file in files if not file.lower().endswith(CLIPS if frames else SUFFIXES)]:
+    if unread := [file for _, file in files if not file.lower().endswith(reader.endings)]:
         log.warning("left out %d files or folders of classes in %s, e.g. %s", len(unread), root, printable(unread[0]))
     random.Random(0).shuffle(images)
     number = {folder: i for i, folder in enumerate(names)}
-    records = [Record(file, image_or_clip(root / file, frames)) for _, file in images]
+    records = [Record(file, reader.file(root / file)) for _, file in images]
     return Classification(records, {file: number[folder] for folder, file in images}, tuple(names.values()), templates)
+
+
+def folders_of_classes(root: Path) -> list[str]:
+    """Raises `DataNotFoundError` if there are none."""
+    folders = sorted(name for name in _names(root) if (root / name).is_dir()) if root.is_dir() else []
+    if not folders:
+        raise not_found("classified images", [root], HOW)
+    return folders
 
 
 def _names(folder: Path) -> list[str]:
@@ -107,7 +115,7 @@ def read_classes(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
     classes = content.get("classes") if isinstance(content, dict) else None
     if not isinstance(classes, dict) or not classes or not all(isinstance(name, str) for name in classes.values()):
         raise DataError(f'{path} must hold {{"classes": {{folder: name}}, "templates": [...]}}, "classes" is missing')
-    templates = content.get("templates", TEMPLATES)
+    templates = content.get("templates", IMAGES.prompts)
     templates = tuple(templates) if isinstance(templates, list | tuple) else (templates,)
     if not templates:
         raise DataError(

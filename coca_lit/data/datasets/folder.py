@@ -32,10 +32,10 @@ from coca_lit.data.datasets.annotations import (
     schema,
 )
 from coca_lit.data.datasets.captions import mscoco_records
+from coca_lit.data.inputs import source_of
 from coca_lit.data.near_duplicates import hash_files, held_out
 from coca_lit.data.pixels import SUFFIXES
 from coca_lit.data.records import MAX_MISSING, ImageFile, Listing, Record, most_bad, not_found
-from coca_lit.data.video import image_or_clip
 from coca_lit.errors import DataError
 from coca_lit.reading import encoding_of, may_pass, printable, read_bounded, read_json, refuse_unlisted
 
@@ -127,7 +127,7 @@ def _decodable(names: Iterable[str], files: Mapping[str, Path], split: str) -> s
     broken = []
     for name in (name for name, found in zip(different, hashes, strict=True) if found is None):
         try:
-            image_or_clip(files[name], frames=1)()
+            source_of(files[name])()
         except DataError as error:
             if may_pass(error.__cause__) or isinstance(error.__cause__, ImportError):  # it is not the photo
                 raise

@@ -9,7 +9,7 @@ if it lies beside the shard and belongs to what the manifest records.
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -25,8 +25,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from coca_lit.data.bad_samples import BadSample, BadSamples, LostShardError
+from coca_lit.data.inputs import IMAGES
 from coca_lit.data.shards.listing import REQUESTS
-from coca_lit.data.shards.sample import IMAGE_SUFFIXES, MEMBERS, read_limit
+from coca_lit.data.shards.sample import member_kinds, read_limit, suffix_of
 from coca_lit.data.shards.scan import read_fields
 from coca_lit.data.shards.shard import ChangedError, Shard, Stamp, index_name
 from coca_lit.data.shards.tar import MAX_MEMBER
@@ -49,7 +50,7 @@ class TarIndex:
     stamp: Stamp
     keys: NDArray[np.uint8]  # all of them in UTF-8, one after the other: one long key must not make every other long
     key_ends: NDArray[np.int64]  # (N) in `keys`
-    places: NDArray[np.int64]  # (N, 4, 2) offset and size of image, .txt, .json and clip, 0 where there is none
+    places: NDArray[np.int64]  # (N, K, 2) offset and size of each of `member_kinds`, 0 where there is none
     faults: Sequence[BadSample]  # found while reading the headers; without a key: of the shard as a whole
 
     def __len__(self) -> int:
@@ -63,15 +64,15 @@ class TarIndex:
     def key(self, i: int) -> str:
         return self.keys[self.key_ends[i - 1] if i else 0 : self.key_ends[i]].tobytes().decode()
 
-    def read(self, i: int, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, Any]:
-        """The texts and the image or clip of sample `i` as in `read_fields`; `LostShardError` if the shard is gone or
+    def read(self, i: int, suffixes: Sequence[str] = IMAGES.suffixes) -> dict[str, Any]:
+        """The texts and the image of sample `i` as in `read_fields`; `LostShardError` if the shard is gone or
         has changed.
         """
         key = self.key(i)
         fields: dict[str, Any] = {"__key__": key}
         try:
             with self.shard.open(self.stamp) as file:
-                for names, (offset, size) in zip(MEMBERS, self.places[i].tolist(), strict=True):
+                for names, (offset, size) in zip(member_kinds(), self.places[i].tolist(), strict=True):
                     if size and names[0] in ("txt", "json", *suffixes):
                         file.seek(offset)
                         fields[names[0]] = file.read(min(size, read_limit(f".{names[0]}")))
@@ -171,15 +172,27 @@ def make_index(shard: Shard, fallback_dir: Path, file: BinaryIO | None = None) -
     bad = BadSamples(1.0, quiet=True)
     stamp = shard.stamp() if file is None else cast("RemoteShard", shard).stamp_of_headers()
     rows = [
-        (fields["__key__"].encode(), [next((fields[name] for name in n if name in fields), (0, 0)) for n in MEMBERS])
+        (
+            fields["__key__"].encode(),
+            [next((fields[name] for name in n if name in fields), (0, 0)) for n in member_kinds()],
+        )
         for fields in read_fields(shard, bad, verify=True, content=False, file=file)
     ]
     keys = np.frombuffer(b"".join(key for key, _ in rows), dtype=np.uint8)
     key_ends = np.cumsum([len(key) for key, _ in rows], dtype=np.int64)
-    places = np.array([place for _, place in rows], dtype=np.int64).reshape(-1, len(MEMBERS), 2)
+    places = np.array([place for _, place in rows], dtype=np.int64).reshape(-1, len(member_kinds()), 2)
     index = TarIndex(shard, stamp, keys, key_ends, places, bad.found)
     write_index(index, index_path(shard, fallback_dir))
     return index
+
+
+def _places_of(fields: Mapping[str, tuple[int, int]]) -> list[tuple[int, int]]:
+    """Offset and size of each kind of member of a sample, 0 where there is none."""
+    places: list[tuple[int, int]] = []
+    for suffixes in member_kinds():
+        suffix = suffix_of(fields, suffixes)
+        places.append(fields[suffix] if suffix else (0, 0))
+    return places
 
 
 def _local_indexes(shards: Sequence[Shard], fallback_dir: Path) -> Iterator[TarIndex]:
@@ -232,7 +245,9 @@ def read_index(shard: Shard, path: Path) -> TarIndex | None:
     try:
         with safe_open(path, framework="np") as file:
             keys, key_ends, places = (file.get_tensor(name) for name in ("keys", "key_ends", "places"))
-            stamp, faults = parse_json((file.metadata() or {})["about"], str(path), list)
+            stamp, faults, suffixes = parse_json((file.metadata() or {})["about"], str(path), list)
+        if suffixes != [list(names) for names in member_kinds()]:  # other kinds of input are declared than there were
+            return None
         found = [BadSample(*fault) for fault in faults]
         index = TarIndex(shard, Stamp(*stamp), keys, key_ends, places, found)
         return index if _sound(index) else None
@@ -241,7 +256,7 @@ def read_index(shard: Shard, path: Path) -> TarIndex | None:
 
 
 def write_index(index: TarIndex, path: Path) -> None:
-    about = json.dumps([index.stamp, index.faults])
+    about = json.dumps([index.stamp, index.faults, member_kinds()])
     with replacing(path) as temporary:
         tensors: dict[str, NDArray[Any]] = {"keys": index.keys, "key_ends": index.key_ends, "places": index.places}
         save_file(tensors, temporary, {"about": about})
@@ -252,7 +267,7 @@ def _sound(index: TarIndex) -> bool:
     names, ends, places = index.keys, index.key_ends, index.places
     if (names.dtype, ends.dtype, places.dtype) != (np.uint8, np.int64, np.int64) or names.ndim != 1:
         return False
-    if ends.ndim != 1 or places.shape != (len(ends), len(MEMBERS), 2):
+    if ends.ndim != 1 or places.shape != (len(ends), len(member_kinds()), 2):
         return False
     text = names.tobytes().decode()
     starts = np.concatenate([[0], ends[:-1]])[: len(ends)]

@@ -8,16 +8,17 @@ from contextlib import suppress
 from functools import cached_property, partial
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Annotated, Any
 
+from coca_lit import extensions
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.datamodule import CaptionDataModule, LoaderArguments
+from coca_lit.data.inputs import IMAGES, chosen_reader, other_endings
 from coca_lit.data.loader import ShuffledBatches
 from coca_lit.data.mixture import Source, check_weights
 from coca_lit.data.records import Record, drawn
 from coca_lit.data.shards.index import count_faults, tar_indexes
 from coca_lit.data.shards.listing import find_shards
-from coca_lit.data.shards.sample import IMAGES, ClipReader, MemberReader
 from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import MANIFEST, CacheSettings, Shard
 from coca_lit.data.shards.training import IndexedShards
@@ -54,12 +55,12 @@ class LAIONDataModule(CaptionDataModule):
         readers: logical readers of windows, each with its own shards; reduced to a divisor of `batch_size`.
         max_bad_fraction: share of broken samples, or of torn or empty shards, above which training stops.
         cache_dir, cache_gb: folder and size of the cache of remote shards, shared by the processes of a machine.
-        frames: of each clip, KEY.mp4 and so on, which are then read in place of images; 0 for images.
         store_patience: seconds that an object store may be unreachable before the run stops, see
             `coca_lit.data.shards.remote.store`.
         teachers: folder of what teachers say of the samples, see `coca_lit.data.shards.reinforced`; images are then
             cropped as the teachers saw them. None for none.
-        shared: see `CaptionDataModule`.
+        further: see `CaptionDataModule`; or an option of another kind of input than images, which is then read in
+            place of images.
     """
 
     def __init__(
@@ -75,24 +76,24 @@ class LAIONDataModule(CaptionDataModule):
         max_bad_fraction: float = 0.05,
         cache_dir: str = "~/.cache/coca_lit/shards",
         cache_gb: float = 100,
-        frames: int = 0,
         store_patience: float = 600.0,
         teachers: str | None = None,
-        **shared: Unpack[LoaderArguments],
+        **further: Annotated[Any, LoaderArguments, extensions.INPUT_OPTIONS],
     ) -> None:
-        super().__init__(**shared)
+        options = {name: further.pop(name) for name in extensions.input_options() if name in further}
+        self.reader = chosen_reader(options)
+        super().__init__(**further)
         window, readers = whole_number("window", window), whole_number("readers", readers)
         if min(window, window_gb, readers, cache_gb) <= 0:
             numbers = f"{window}, {window_gb}, {readers}, {cache_gb}"
             raise ValueError(f"window, window_gb, readers and cache_gb must be above 0, not {numbers}")
         check_number("store_patience", store_patience, at_least=0)
-        frames = whole_number("frames", frames, at_least=0)
         if epoch_samples is not None:
             epoch_samples = whole_number("epoch_samples", epoch_samples, at_least=1)
-        if frames and teachers is not None:
-            raise ValueError("teachers see images and no clips: leave out frames, or teachers")
+        if self.reader is not IMAGES and teachers is not None:
+            kind, given = self.reader.kind, ", ".join(options)
+            raise ValueError(f"teachers see images and no {kind}s: leave out {given}, or teachers")
         self.teachers = teachers
-        self.reader: MemberReader = ClipReader(frames) if frames else IMAGES
         BadSamples(max_bad_fraction)  # checks the number here rather than in a worker
         keys = {caption_keys: 1.0} if isinstance(caption_keys, str) else caption_keys
         self.caption_keys = check_weights("caption_keys", keys)
@@ -190,9 +191,11 @@ class LAIONDataModule(CaptionDataModule):
         bad = BadSamples(self.max_bad_fraction)
         count_faults(self._all_shards, found, bad)
         bad.end_of_pass()
-        images, clips = (any(index.places[:, kind].any() for index in found) for kind in (0, 3))
-        if clips and not images and self.reader is IMAGES:
-            raise DataError("the shards hold clips and no images: set data.frames, the number of frames of each")
+        has_images = any(index.places[:, 0].any() for index in found)
+        has_others = any(index.places[:, 3:].any() for index in found)
+        if has_others and not has_images and self.reader is IMAGES:
+            keys = " or ".join(f"data.{name}" for name in extensions.input_options())
+            raise DataError(f"the shards hold other files ({', '.join(other_endings())}) and no images: set {keys}")
         rest = iter(found)
         by_name = {name: [*islice(rest, len(shards))] for name, shards in self.shards.items()}
         sources = [Source(name, sum(map(len, of)), shards=of) for name, of in by_name.items()]

@@ -1,7 +1,7 @@
 """The samples of a whole shard in tar order: to index it, to check it, or to copy it.
 
-Shards may come from strangers: nothing is unpickled or unpacked, members other than images, clips, texts and JSON are
-not read, and those that could hold code count as bad samples.
+Shards may come from strangers: nothing is unpickled or unpacked, members other than images, declared kinds of input,
+texts and JSON are not read, and those that could hold code count as bad samples.
 """
 
 import itertools
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from coca_lit.data.bad_samples import BadSampleError, BadSamples
+from coca_lit.data.inputs import IMAGES, ImageReader
 from coca_lit.data.records import Record
-from coca_lit.data.shards.sample import IMAGES, MemberReader, kind_of, pair_of, read_limit
+from coca_lit.data.shards.sample import pair_of, read_limit, suffix_of
 from coca_lit.data.shards.shard import ChangedError, Shard
 from coca_lit.data.shards.tar import TWICE, Member, group_members, tar_members
 from coca_lit.errors import DataError
@@ -29,7 +30,7 @@ def read_shard(
     shard: Shard,
     caption_keys: Collection[str],
     bad: BadSamples,
-    readers: Sequence[MemberReader] = (IMAGES,),
+    readers: Sequence[ImageReader] = (IMAGES,),
 ) -> Iterator[Record]:
     """The complete samples of a shard in tar order; broken ones are counted in `bad` and skipped. Other arguments as of
     `pair_of`.
@@ -38,14 +39,14 @@ def read_shard(
         readers: of the image of a sample; the first one that finds its member reads it.
     """
     for fields in read_fields(shard, bad):
-        found = (reader for reader in readers if kind_of(fields, reader.suffixes))
+        found = (reader for reader in readers if suffix_of(fields, reader.suffixes))
         reader = next(found, readers[0])
         try:
             content, captions = pair_of(fields, caption_keys, shard.name, reader)
         except BadSampleError as error:
             bad.catch(error)
         else:
-            yield Record(fields["__key__"], reader.source(content, "it"), itertools.chain(*captions.values()))
+            yield Record(fields["__key__"], reader.member(content, "it"), itertools.chain(*captions.values()))
 
 
 def read_fields(

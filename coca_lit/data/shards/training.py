@@ -15,8 +15,9 @@ from torch import Tensor
 from coca_lit.data.bad_samples import BadSample, BadSampleError, LostShardError
 from coca_lit.data.batch import Example
 from coca_lit.data.examples import Index, TrainingExamples
+from coca_lit.data.inputs import IMAGES, ImageReader
 from coca_lit.data.mixture import Source, draw
-from coca_lit.data.shards.sample import IMAGES, MemberReader, pair_of
+from coca_lit.data.shards.sample import pair_of
 from coca_lit.data.sources import TrainTransform
 from coca_lit.data.transforms import augmented
 from coca_lit.distributed import stable_seed
@@ -64,7 +65,7 @@ class IndexedShards(TrainingExamples):
     within_shard: bool = False
     step: SampleStep | None = None
     captions: int = 1
-    reader: MemberReader = IMAGES
+    reader: ImageReader = IMAGES
 
     max_tries = 100  # at the 5 % of bad samples that are usual on the web, even ten in a row occur
 
@@ -97,7 +98,7 @@ class IndexedShards(TrainingExamples):
         seed = (self.seed, index.turn, key)
         rng = random.Random(stable_seed("image", *seed))
         caption = draw(captions, self.caption_keys, "caption", *seed)
-        source = self.reader.source(content, f"{key} in {shard}")
+        source = self.reader.member(content, f"{key} in {shard}")
         extras: dict[str, Any] = {}
         try:
             if self.step is None:

@@ -3,13 +3,25 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
-from coca_lit.data.datasets.classification import Classification, image_folder, read_classes, scene_classes
+from coca_lit import extensions
+from coca_lit.data.datasets.classification import (
+    Classification,
+    folders_of_classes,
+    image_folder,
+    read_classes,
+    scene_classes,
+)
 from coca_lit.data.records import Record
 
 
 def class_records(
-    root: str | Path, split: str, classes: str | Path | None = None, as_text: bool = False, frames: int = 0
+    root: str | Path,
+    split: str,
+    classes: str | Path | None = None,
+    as_text: bool = False,
+    **inputs: Annotated[Any, extensions.INPUT_OPTIONS],
 ) -> list[Record]:
     """Images of root/SPLIT/FOLDER/*.jpg with their classes as captions, to train on.
 
@@ -19,9 +31,9 @@ def class_records(
         classes: names and templates, as of `image_folder`.
         as_text: the captions are the templates with the name, such as "a photo of a dog."; else the label alone, see
             `class_labels`.
-        frames: of clips, as of `image_folder`.
+        inputs: as of `image_folder`.
     """
-    images = image_folder(Path(root) / split, classes, frames=frames)
+    images = image_folder(Path(root) / split, classes, **inputs)
     if as_text:
         return captioned(
             images, [[template.replace("{}", c) for template in images.templates] for c in images.class_names]
@@ -29,13 +41,13 @@ def class_records(
     return captioned(images, [[label] for label in _distinct(images.class_names)])
 
 
-def class_labels(root: str | Path, classes: str | Path | None = None, frames: int = 0) -> list[str]:
+def class_labels(root: str | Path, classes: str | Path | None = None) -> list[str]:
     """The labels of `class_records`: the names of the classes, with their number where two have the same name, as two
-    pairs of ImageNet's have. Images are looked at only without a file of names.
+    pairs of ImageNet's have. Without a file of names they are those of the folders.
     """
     if classes is not None:
         return _distinct(tuple(read_classes(classes)[0].values()))
-    return _distinct(image_folder(Path(root) / "train", frames=frames).class_names)
+    return _distinct([name.replace("_", " ") for name in folders_of_classes(Path(root) / "train")])
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

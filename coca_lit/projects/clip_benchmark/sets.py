@@ -16,9 +16,10 @@ from pathlib import Path
 from PIL import Image
 
 from coca_lit.data.datasets.classification import Classification
+from coca_lit.data.inputs import IMAGES
 from coca_lit.data.pixels import MAX_IMAGE, decode_image
 from coca_lit.data.records import Record, not_found
-from coca_lit.data.shards.sample import IMAGE_SUFFIXES, MAX_TEXT
+from coca_lit.data.shards.sample import MAX_TEXT
 from coca_lit.data.shards.tar import tar_members
 from coca_lit.errors import DataError
 from coca_lit.evals.base import Evaluation
@@ -185,7 +186,7 @@ def _samples(folder: Path, label: str) -> Iterator[tuple[str, TarImage, str]]:
                 place, slash, file = member.name.rpartition("/")
                 stem, _, suffix = file.partition(".")
                 key = f"{place}{slash}{stem}"
-                if suffix.lower() in IMAGE_SUFFIXES:
+                if suffix.lower() in IMAGES.suffixes:
                     images[key] = TarImage(shard, member.offset, member.size)
                 elif suffix.lower() == label and member.size <= MAX_TEXT:
                     texts[key] = member.content.decode()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from coca_lit import extensions
 from coca_lit.cli.assembly import build
 from coca_lit.cli.command import command
 from coca_lit.cli.runtime import chosen_dtype, configure_libraries
@@ -64,7 +65,7 @@ def run(cfg: DictConfig) -> None:
     if cfg.output is not None:
         cfg.output = str(cfg.output)  # a name like 2024 comes as a number
     words = cfg.images if isinstance(cfg.images, ListConfig) else [cfg.images]
-    units = find_inputs([str(word) for word in words], cfg.batch_size, cfg.frames)
+    units = find_inputs([str(word) for word in words], cfg.batch_size, input_options_of(cfg))
     engine = build(cfg.engine, "engine")
     if not (isinstance(engine, Machine) and engine.devices is None):
         return _run_on(engine, cfg, units)
@@ -178,10 +179,16 @@ def _given(cfg: DictConfig) -> dict[str, Any]:
 def _settings(cfg: DictConfig, digest: str) -> dict[str, Any]:
     """What a result depends on."""
     given = _given(cfg)
-    settings = {"model": digest, "precision": cfg.precision, "seed": cfg.seed, "frames": cfg.frames}
+    settings = {"model": digest, "precision": cfg.precision, "seed": cfg.seed}
+    settings |= input_options_of(cfg)
     if complete(given).strategy == "sample":  # which is seeded by batch
         settings["batch_size"] = cfg.batch_size
     return settings | {f"generate.{key}": value for key, value in given.items()}
+
+
+def input_options_of(cfg: DictConfig) -> dict[str, Any]:
+    """The options of other kinds of input than images, by name."""
+    return {name: cfg[name] for name in extensions.input_options()}
 
 
 def decoders(num_workers: int | None) -> int:

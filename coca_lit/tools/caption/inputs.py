@@ -8,23 +8,24 @@ reported and skipped.
 import glob
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from braceexpand import braceexpand
 from torch.utils.data import DataLoader, Dataset
 
-from coca_lit.data.pixels import CLIPS, MAX_IMAGE, SUFFIXES, decode_image
+from coca_lit.data.inputs import IMAGES, ImageReader, other_endings, reader_of
+from coca_lit.data.pixels import MAX_IMAGE, SUFFIXES, decode_image
 from coca_lit.data.prefetch import worker_options
 from coca_lit.data.shards.listing import local_shards
-from coca_lit.data.shards.sample import CLIP_SUFFIXES, image_of, kind_of
+from coca_lit.data.shards.sample import image_of, member_kinds, suffix_of
 from coca_lit.data.shards.scan import holds_code
 from coca_lit.data.shards.tar import TWICE, group_members, tar_members, tar_writer
 from coca_lit.data.transforms import build_transform, loaded
-from coca_lit.data.video import image_or_clip
 from coca_lit.errors import DataError
 from coca_lit.files import state_of
 from coca_lit.machine import is_first_process
@@ -35,20 +36,18 @@ log = logging.getLogger(__name__)
 
 SHARD = ".tar"
 UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff", ".jxl", ".jp2", ".dng")  # photos in other formats
-PICTURES = (*SUFFIXES, *CLIPS)
-EXPECTED = f"expected images ({', '.join(SUFFIXES)}), clips ({', '.join(CLIPS)}), folders, or shards ({SHARD})"
 ORIGINAL = "original_caption"  # key of KEY.json that keeps what KEY.txt said
 ALL = "generated_captions"  # key of KEY.json with all new captions, if several were requested
 
 
 class Source(NamedTuple):
-    """An encoded image, a file or a part of one, or a clip, a file."""
+    """An encoded image, a file or a part of one, or a file of another kind of input."""
 
     name: str  # for people, and in results
     path: Path
     offset: int = 0
     size: int = -1  # bytes from `offset` on; -1 for all
-    frames: int = 0  # of a clip that the model sees; 0 for an image
+    reader: ImageReader = IMAGES
     state: tuple[int, ...] = ()  # of the file when it was found, see `state_of`
 
 
@@ -69,48 +68,64 @@ class OpenShard(NamedTuple):
         ]
 
 
-Unit = list[Source] | Path  # a batch of image files or of clips, or a shard, see `open_shard`
+Unit = list[Source] | Path  # a batch of files of one kind, or a shard, see `open_shard`
 
 
 class ImageBatch(NamedTuple):
-    """The decoded images, or clips, of a list of sources."""
+    """The decoded images of a list of sources."""
 
     positions: list[int]  # of the decoded images in the list
-    pixels: Images  # (B, 3, S, S) uint8, of clips (B, F, 3, S, S), or `Patches`, one for each position
+    pixels: Images  # (B, 3, S, S) uint8, or an `Input`, one for each position
     broken: dict[int, str]  # position of an image that cannot be read -> reason, a `MayPass` if it may be another time
 
 
 # Finding
 
 
-def find_inputs(words: Sequence[str], batch_size: int, frames: int = 0) -> list[Unit]:
+def expected() -> str:
+    """What the words of a user may name, the end of a sentence."""
+    others = f", other files ({', '.join(other_endings())})" if other_endings() else ""
+    return f"expected images ({', '.join(SUFFIXES)}){others}, folders, or shards ({SHARD})"
+
+
+def picture_endings() -> tuple[str, ...]:
+    """Of all files that can be captioned or searched."""
+    return (*SUFFIXES, *other_endings())
+
+
+def find_inputs(words: Sequence[str], batch_size: int, options: Mapping[str, Any] | None = None) -> list[Unit]:
     """Units of the files, folders and shards that `words` name, each file once, in the given order.
 
     Args:
         words: paths, globs, and ranges like {00000..00099}.tar. A folder means the images in it and its subfolders, or
             its shards if it has no images.
-        frames: that the model sees of a clip.
+        options: of other kinds of input than images, see `reader_of`.
 
     Raises:
-        DataError: a word matches nothing, or something else than images, clips and shards.
+        DataError: a word matches nothing, or something that cannot be captioned.
     """
     if batch_size < 1:
         raise DataError(f"batch_size must be at least 1, got {batch_size}")
     paths = dict.fromkeys(path for word in words for path in _paths(word))
     if not paths:
-        raise DataError(f"nothing to caption: {EXPECTED}")
+        raise DataError(f"nothing to caption: {expected()}")
     files = [path for path in paths if path.suffix.lower() != SHARD]
-    return [*in_batches(files, batch_size, frames), *(path for path in paths if path.suffix.lower() == SHARD)]
+    return [*in_batches(files, batch_size, options), *(path for path in paths if path.suffix.lower() == SHARD)]
 
 
-def in_batches(paths: Iterable[Path], batch_size: int, frames: int) -> list[list[Source]]:
-    """The sources of files: images, then clips, of which as many make a batch as have about `batch_size` frames."""
-    kinds: dict[int, list[Source]] = {0: [], frames: []}
+def in_batches(paths: Iterable[Path], batch_size: int, options: Mapping[str, Any] | None = None) -> list[list[Source]]:
+    """The sources of files: images, then those of each other kind, of which as many make a batch as have about
+    `batch_size` pictures.
+    """
+    kinds: dict[ImageReader, list[Source]] = {IMAGES: []}
     for path in paths:
-        own = frames if path.suffix.lower() in CLIPS else 0
-        kinds[own].append(Source(str(path), path, frames=own, state=state_of(path)))
-    sizes = {own: max(batch_size // max(own, 1), 1) for own in kinds}
-    return [of[i : i + sizes[own]] for own, of in kinds.items() for i in range(0, len(of), sizes[own])]
+        reader = reader_of(path.suffix, options)
+        kinds.setdefault(reader, []).append(Source(str(path), path, reader=reader, state=state_of(path)))
+    batches: list[list[Source]] = []
+    for reader, sources in kinds.items():
+        size = max(batch_size // math.prod(reader.leading), 1)
+        batches += [sources[start : start + size] for start in range(0, len(sources), size)]
+    return batches
 
 
 def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
@@ -135,16 +150,16 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path
 def _paths(word: str) -> Iterator[Path]:
     path = Path(word)
     if os.path.isdir(path):  # unlike Path's, it also takes names that no file can have
-        found = find_images(path, PICTURES) or find_images(path, (SHARD,))
+        found = find_images(path, picture_endings()) or find_images(path, (SHARD,))
         if not found:
             raise DataError(f"no image and no shard in '{word}'")
         yield from found
     elif os.path.isfile(path):
-        if path.suffix.lower() not in (*PICTURES, SHARD):
-            raise DataError(f"'{word}' has the unknown suffix '{path.suffix}': {EXPECTED}")
+        if path.suffix.lower() not in (*picture_endings(), SHARD):
+            raise DataError(f"'{word}' has the unknown suffix '{path.suffix}': {expected()}")
         yield path
     elif os.path.lexists(path):
-        raise DataError(f"'{word}' is neither a file nor a folder nor a link to one: {EXPECTED}")
+        raise DataError(f"'{word}' is neither a file nor a folder nor a link to one: {expected()}")
     elif word.endswith(SHARD):
         yield from local_shards(word)
     else:
@@ -157,7 +172,7 @@ def _paths(word: str) -> Iterator[Path]:
         except ValueError:  # an unmatched brace
             matches = []
         if not matches:
-            raise DataError(f"there is no '{word}': {EXPECTED}")
+            raise DataError(f"there is no '{word}': {expected()}")
         for match in matches:
             yield from _paths(match)
 
@@ -188,7 +203,7 @@ class MayPass(str):
 
 
 class _Decoded(Dataset[Images | str]):
-    """source -> pixels (3, S, S), (F, 3, S, S) of a clip, or patches, or the reason why it cannot be read."""
+    """source -> pixels (3, S, S), or a single `Input`, or the reason why it cannot be read."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.transform = build_transform(**preprocessing)
@@ -196,7 +211,7 @@ class _Decoded(Dataset[Images | str]):
     def __getitem__(self, source: Source) -> Images | str:
         try:
             if source.size < 0:
-                return loaded(image_or_clip(source.path, source.frames), self.transform)
+                return loaded(source.reader.file(source.path), self.transform)
             with open_regular(source.path) as file:
                 file.seek(source.offset)
                 content = file.read(min(source.size, MAX_IMAGE + 1))
@@ -232,9 +247,9 @@ def open_shard(path: Path) -> OpenShard:
             if TWICE in fields:
                 problem = f"two members have the name {fields[TWICE]!r}"
                 continue
-            key, has_image = fields["__key__"], bool(kind_of(fields))
-            if not has_image and kind_of(fields, CLIP_SUFFIXES):
-                raise DataError(f"{path} holds clips: only clips in files of their own are captioned")
+            key, has_image = fields["__key__"], bool(suffix_of(fields))
+            if not has_image:
+                _refuse_others(path, fields)
             if has_image and key in samples:  # captions are kept by key
                 problem = f"two samples have the key {key!r}"
             elif key in begun:
@@ -252,6 +267,14 @@ def open_shard(path: Path) -> OpenShard:
     if outside and not problem:
         problem = f"the member {outside[0]!r} leads out of the shard"
     return OpenShard(path, samples, problem, state)
+
+
+def _refuse_others(path: Path, fields: Mapping[str, Any]) -> None:
+    """Raises `DataError` for a sample of another kind of input than images."""
+    for suffixes in member_kinds()[3:]:
+        if suffix := suffix_of(fields, suffixes):
+            kind = reader_of(f".{suffix}").kind
+            raise DataError(f"{path} holds {kind}s: only {kind}s in files of their own are captioned")
 
 
 def write_shard(source: OpenShard, target: Path, captions: Mapping[str, Sequence[str]]) -> None:

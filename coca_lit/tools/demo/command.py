@@ -83,7 +83,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 def _index(model: "CoCa", folder: Path) -> "ImageIndex":
     """The features of the images in the folder, up to date, in the index file that `coca-search` uses."""
-    from coca_lit.data.pixels import CLIPS
+    from coca_lit.data.pixels import SUFFIXES
     from coca_lit.tools.search.index import ImageIndex, index_file, refresh
 
     file, problem = index_file(folder), None
@@ -94,11 +94,11 @@ def _index(model: "CoCa", folder: Path) -> "ImageIndex":
             index.folder = folder  # as the user wrote it
         except DataError as error:  # another model's is not replaced
             problem = error
-    has_clips = any(path.suffix.lower() in CLIPS for path in index.paths)  # the page has none, and would lose them
+    has_others = any(path.suffix.lower() not in SUFFIXES for path in index.paths)  # which the page would lose
 
     def save() -> None:
         nonlocal problem
-        if not problem and not has_clips:
+        if not problem and not has_others:
             try:
                 index.save(file)
             except DataError as error:  # nobody may be able to write there

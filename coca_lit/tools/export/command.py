@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from coca_lit import extensions
 from coca_lit.cli.command import command
 from coca_lit.cli.runtime import configure_libraries
 from coca_lit.errors import CheckpointError, ConfigError, error_context, suggest
@@ -70,8 +71,9 @@ def run(cfg: DictConfig) -> None:
 def _writer(cfg: DictConfig) -> "Callable[[CoCa, Path], Exported]":
     """The function that writes the format."""
     name, version = cfg.format, str(cfg.version)
+    inputs = {key: cfg[key] for key in extensions.input_options() if cfg[key]}
     for key, owner, is_given in (
-        ("frames", "onnx", bool(cfg.frames)),
+        *((option, "onnx", True) for option in inputs),
         ("correct_cls_mask", "open_clip", cfg.correct_cls_mask),
         ("version", "open_clip", version != "3.3"),
     ):
@@ -88,9 +90,11 @@ def _writer(cfg: DictConfig) -> "Callable[[CoCa, Path], Exported]":
     if name == "onnx":
         if missing := [package for package in ONNX if find_spec(package) is None]:
             raise ValueError(f"onnx needs {', '.join(missing)}: pip install 'coca_lit[onnx]'")
+        from coca_lit.data.inputs import chosen_reader
         from coca_lit.tools.export.onnx import write_onnx
 
-        return lambda model, folder: write_onnx(model, folder, cfg.frames)
+        reader = chosen_reader(inputs)
+        return lambda model, folder: write_onnx(model, folder, reader)
     raise ValueError(f"there is no format '{name}'{suggest(name, FORMATS)} The formats: {', '.join(FORMATS)}")
 
 
@@ -100,8 +104,7 @@ def _command(cfg: DictConfig) -> str:
         words["correct_cls_mask"] = "true"
     if cfg.format == "open_clip":
         words["version"] = cfg.version
-    if cfg.frames:
-        words["frames"] = cfg.frames
+    words |= {key: cfg[key] for key in extensions.input_options() if cfg[key]}
     if cfg.interpolate_with is not None:
         words |= {"interpolate_with": cfg.interpolate_with, "weight": cfg.weight}
     if cfg.push_to is not None:

@@ -2,7 +2,7 @@
 with its cache as input and output.
 
 Letters beyond the model files': L layers of the decoder, N layers with a cache (text tower and decoder), P
-positions in the cache, t new positions, C the context length. With F frames, images are clips (B, F, 3, H, W).
+positions in the cache, t new positions, C the context length.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coca_lit.data.inputs import IMAGES, ImageReader
 from coca_lit.models import CoCa, text_lengths
-from coca_lit.models.inputs import Clips
 from coca_lit.models.layers import CrossBlock
 from coca_lit.models.packing import KVCache
 from coca_lit.models.text import ClassicDecoder
@@ -31,32 +31,34 @@ class Graph(NamedTuple):
     what: str  # for people
 
 
-def graphs_of(model: CoCa, frames: int = 0) -> dict[str, Graph]:
-    """All graphs of a model on the CPU, by name, for clips of that many frames or for images; a CLIP has no decoder."""
+def graphs_of(model: CoCa, reader: ImageReader = IMAGES) -> dict[str, Graph]:
+    """All graphs of a model on the CPU, by name, for images or another kind of input; a CLIP has no decoder."""
     size, noise = model.image_size, torch.Generator().manual_seed(0)
-    shape = (3, *([frames] if frames else []), 3, size, size)
+    shape = (3, *reader.leading, 3, size, size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=noise)
     tokens = model.tokenizer(["a photo of a dog", "two", "a red circle"])
-    axes = f"(B, {frames}, 3, H, W)" if frames else "(B, 3, H, W)"
+    axes = f"({', '.join(map(str, ('B', *reader.leading, 3, 'H', 'W')))})"
     outputs, what = ["features"], f"images {axes} uint8 → `features` (B, E), of unit length"
     if model.decoder is not None:
         outputs += ["image_keys", "image_values"]
         what += ", and `image_keys`, `image_values` (L, B, H, S, D/H) for the decoder"
     read = "tokens (B, C), padded → `features` (B, E), of unit length"
     graphs = {
-        "image_encoder": Graph(ImageGraph(model).eval(), {"images": images}, outputs, {"images": {0: "batch"}}, what),
+        "image_encoder": Graph(
+            ImageGraph(model, reader).eval(), {"images": images}, outputs, {"images": {0: "batch"}}, what
+        ),
         "text_encoder": Graph(
             TextGraph(model).eval(), {"tokens": tokens}, ["features"], {"tokens": {0: "batch"}}, read
         ),
     }
-    return graphs | ({"decoder": _decoder_graph(model, images, tokens)} if model.decoder is not None else {})
+    return graphs | ({"decoder": _decoder_graph(model, reader, images, tokens)} if model.decoder is not None else {})
 
 
 @torch.no_grad()
-def _decoder_graph(model: CoCa, images: Tensor, tokens: Tensor) -> Graph:
+def _decoder_graph(model: CoCa, reader: ImageReader, images: Tensor, tokens: Tensor) -> Graph:
     """The example adds two tokens to a cache of five; the cache is noise."""
     module = DecoderGraph(model).eval()
-    _, image_keys, image_values = ImageGraph(model)(images)
+    _, image_keys, image_values = ImageGraph(model, reader)(images)
     _, batch, heads, _, width = image_keys.shape
     noise = torch.Generator().manual_seed(0)
     past = torch.randn(2, module.layers, batch, heads, 5, width, generator=noise)
@@ -77,16 +79,16 @@ def _decoder_graph(model: CoCa, images: Tensor, tokens: Tensor) -> Graph:
 
 
 class ImageGraph(nn.Module):
-    def __init__(self, model: CoCa) -> None:
+    def __init__(self, model: CoCa, reader: ImageReader) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.reader = model, reader
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """images (B, 3, H, W) uint8, or clips (B, F, 3, H, W), -> features (B, E) of unit length and, if the model
+        """images (B, *leading, 3, H, W) uint8, see `ImageReader`, -> features (B, E) of unit length and, if the model
         captions, the keys and the values of the image for every layer of the decoder, each (L, B, H, S, D/H).
         """
         decoder = self.model.decoder
-        encoded = self.model.image_encoder(Clips(images) if images.ndim == 5 else images)
+        encoded = self.model.image_encoder(self.reader.batch(images))
         vector, tokens = self.model.pooling(encoded, captioning=decoder is not None)
         features = F.normalize(self.model.image_projection(cast(Tensor, vector)), dim=-1)
         if decoder is None:

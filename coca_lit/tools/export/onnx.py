@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.onnx import OnnxExporterError
 
-from coca_lit.data.video import MAX_FRAMES
-from coca_lit.errors import check_number
+from coca_lit.data.inputs import IMAGES, ImageReader
 from coca_lit.models import CoCa
 from coca_lit.models.generation.options import DEFAULT_MAX_LENGTH
 from coca_lit.tools.export import onnx_captioner
@@ -55,26 +55,25 @@ print(image_features @ text_features.T)
 """
 
 
-def write_onnx(model: CoCa, folder: Path, frames: int = 0) -> Exported:
+def write_onnx(model: CoCa, folder: Path, reader: ImageReader = IMAGES) -> Exported:
     """Writes and checks the graphs.
 
     Args:
-        frames: of the clips that the graphs take, in place of images; 0 for images.
+        reader: of the kind of input that the graphs take.
 
     Raises:
         ValueError: a graph computes something else than the model, or the model takes images of any shape.
     """
     if model.image_encoder.takes_patches:
         raise ValueError("format=onnx has graphs for images of one shape: export format=safetensors or open_clip")
-    check_number("frames", frames, whole=True, at_least=0, at_most=MAX_FRAMES)
-    graphs = graphs_of(model, frames)
+    graphs = graphs_of(model, reader)
     differences = {}
     for name, graph in graphs.items():
         _export(graph, folder / f"{name}.onnx")
         differences[name] = float(np.max([*_differences(graph, folder / f"{name}.onnx")]))  # NaN if one is
         if not differences[name] <= TOLERANCE:
             raise ValueError(f"{name}.onnx does not compute what the model does: it differs by {differences[name]:.1e}")
-    _write_config(model, folder, frames)
+    _write_config(model, folder, reader)
     files = {f"{name}.onnx": graph.what for name, graph in graphs.items()}
     files |= {"config.json": "image size, lengths and special ids", "tokens.json": "the bytes of each id, as Latin-1"}
     if model.decoder is not None:
@@ -88,7 +87,7 @@ def write_onnx(model: CoCa, folder: Path, frames: int = 0) -> Exported:
         library="onnx",
         files=files,
         needs="`onnxruntime` and `pillow`",
-        usage=_of_clips(usage, frames) if frames else usage,
+        usage=_of_several_pictures(usage, reader) if reader.leading else usage,
         check=check,
         limits=["The text tower is in two graphs, text encoder and decoder, so its weights are there twice."]
         if model.decoder is not None
@@ -96,14 +95,16 @@ def write_onnx(model: CoCa, folder: Path, frames: int = 0) -> Exported:
     )
 
 
-def _of_clips(usage: str, frames: int) -> str:
-    """The code for clips in place of images."""
-    reading = f'frames = [captioner.read_image(f"frame{{i}}.jpg") for i in range({frames})]  # uniform in time\n'
+def _of_several_pictures(usage: str, reader: ImageReader) -> str:
+    """The code for inputs of several pictures in place of images."""
+    (count,) = reader.leading
+    read = f'captioner.read_image(f"picture{{i}}.jpg") for i in range({count})'
+    reading = f"pictures = [{read}]  # {reader.pictures}\n"
     return (
         usage.replace("import sys\n", "import sys\n\nimport numpy as np\n")
         .replace("ids = ", f"{reading}ids = ")
-        .replace('captioner.read_image("photo.jpg")[None]', "np.stack(frames)[None]")
-        .replace("np.zeros((2, 3,", f"np.zeros((2, {frames}, 3,")
+        .replace('captioner.read_image("photo.jpg")[None]', "np.stack(pictures)[None]")
+        .replace("np.zeros((2, 3,", f"np.zeros((2, {count}, 3,")
     )
 
 
@@ -158,11 +159,11 @@ def _differences(graph: Graph, path: Path) -> Iterator[float]:
             yield float((ours - torch.from_numpy(theirs)).abs().max() / ours.abs().max())
 
 
-def _write_config(model: CoCa, folder: Path, frames: int) -> None:
+def _write_config(model: CoCa, folder: Path, reader: ImageReader) -> None:
     tokenizer = model.tokenizer
     config = {
         "image_size": model.image_size,
-        "frames": frames,
+        "pictures": math.prod(reader.leading) if reader.leading else 0,  # of an input; 0: an image
         "interpolation": model.preprocessing["interpolation"],
         "resize_mode": model.preprocessing["resize_mode"],
         "context_length": tokenizer.context_length,

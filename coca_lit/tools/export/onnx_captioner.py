@@ -1,7 +1,7 @@
 """Captions from exported graphs with NumPy and ONNX Runtime alone (Pillow reads the photos):
 
     python captioner.py photo.jpg
-    python captioner.py frame0.jpg frame1.jpg … (of one clip, if the graphs take clips: config.json has "frames" then)
+    python captioner.py first.jpg second.jpg … (of one input, if the graphs take several: "pictures" in config.json)
 
 `image_encoder.onnx` is run once per batch of images. `decoder.onnx` is run once per token: it takes the new tokens,
 the image's keys and values, and the cache of what was read before, and returns logits and the longer cache.
@@ -33,7 +33,9 @@ class Captioner:
         self._cache_shape = next(x.shape for x in self._decoder.get_inputs() if x.name == "past_keys")
 
     def write(self, images: Array, max_length: int | None = None) -> Array:
-        """images (B, 3, H, W) uint8, or clips (B, F, 3, H, W), -> ids (B, L), padded, each row ended by the end id."""
+        """images (B, 3, H, W) uint8, or (B, P, 3, H, W) of P pictures each, -> ids (B, L), padded, each row ended by
+        the end id.
+        """
         batch, length = len(images), max_length or self.config["max_length"]
         if not 2 <= length <= self.config["context_length"]:
             raise ValueError(f"max_length must lie between 2 and {self.config['context_length']}, got {length}")
@@ -99,14 +101,14 @@ if __name__ == "__main__":
     if not names:
         sys.exit(__doc__)
     captioner = Captioner(Path(__file__).parent)
-    if frames := captioner.config["frames"]:
-        if len(names) != frames:
-            sys.exit(f"error: the graphs take clips of {frames} frames, got {len(names)}")
+    if count := captioner.config["pictures"]:
+        if len(names) != count:
+            sys.exit(f"error: the graphs take {count} pictures at a time, got {len(names)}")
         try:
-            clip = np.stack([captioner.read_image(name) for name in names])
+            pictures = np.stack([captioner.read_image(name) for name in names])
         except Exception as error:
-            sys.exit(f"error: a frame cannot be read: {error}")
-        print(f"{' '.join(names)}\t{captioner.decode(captioner.write(clip[None])[0])}")
+            sys.exit(f"error: a picture cannot be read: {error}")
+        print(f"{' '.join(names)}\t{captioner.decode(captioner.write(pictures[None])[0])}")
         names = []
     written = 0
     for start in range(0, len(names), 16):

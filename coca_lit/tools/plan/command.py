@@ -1,16 +1,19 @@
 """What a training run needs, before it is started: `coca-plan experiment=pretrain_b32 'gpus=[H100]' devices=64`."""
 
 import inspect
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from coca_lit import extensions
 from coca_lit.cli.command import command
 from coca_lit.cli.module import add_adapters, load_source, make_module, with_recipe, with_vocabulary
 from coca_lit.errors import ConfigError, DataNotFoundError, check_number, error_context
 
 if TYPE_CHECKING:
+    from coca_lit.data.inputs import ImageReader
     from coca_lit.lit_module import CoCaLit
     from coca_lit.tools.plan.estimate import Model, Recipe, Settings
     from coca_lit.tools.plan.trace import Cost
@@ -44,7 +47,7 @@ def run(cfg: DictConfig) -> None:
         print("vocabulary: the training captions are not there, so the tokenizer of the preset is counted.")
     module = build_without_weights(cfg)
     model, spent, recipe = estimate(cfg, settings, module)
-    pixels = 3 * cfg.image_size**2 * max(frames_of(cfg), 1)
+    pixels = 3 * cfg.image_size**2 * math.prod(reader_of(cfg).leading)
     print_plan(f"{cfg.model.net.name}, {cfg.trainer.precision}", model, spent, recipe, settings, pixels)
     left_out = [objective.config_key for objective in module.further if not objective.is_counted]
     if left_out:
@@ -90,7 +93,7 @@ def estimate(cfg: DictConfig, settings: "Settings", module: "CoCaLit") -> "tuple
     half = not precision.startswith(("32", "64"))
     mixed = getattr(torch, autocast) if autocast else None
     try:
-        spent = cost(module.net, weights, tokens, mixed, objectives, frames_of(cfg))
+        spent = cost(module.net, weights, tokens, mixed, objectives, reader_of(cfg))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ConfigError(
             f"a plan has no values of tensors, and something reads them ({error}); an objective that does sets "
@@ -100,10 +103,15 @@ def estimate(cfg: DictConfig, settings: "Settings", module: "CoCaLit") -> "tuple
     return model, spent, read_recipe(cfg, settings, weights, half)
 
 
-def frames_of(cfg: DictConfig) -> int:
-    """Frames of the clips that are trained on; 0 for images."""
-    keys = ("data.frames", "data.records.frames")
-    return next((int(found) for key in keys if (found := OmegaConf.select(cfg, key))), 0)
+def reader_of(cfg: DictConfig) -> "ImageReader":
+    """Of the kind of input that is trained on: images, unless the data have an option of another kind."""
+    from coca_lit.data.inputs import chosen_reader
+
+    options: dict[str, Any] = {}
+    for name in extensions.input_options():
+        found = [OmegaConf.select(cfg, key) for key in (f"data.{name}", f"data.records.{name}")]
+        options[name] = next(filter(None, found), None)
+    return chosen_reader(options)
 
 
 def read_precision(cfg: DictConfig) -> str:

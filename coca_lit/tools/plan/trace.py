@@ -22,11 +22,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from coca_lit.data.batch import Batch
+from coca_lit.data.inputs import IMAGES, ImageReader
 from coca_lit.losses import loss_terms
 from coca_lit.losses.caption import CHUNK, GPU_CHUNK
 from coca_lit.models import CoCa, kernels
 from coca_lit.models.coca import CAPTION, CONTRASTIVE
-from coca_lit.models.inputs import Clips, Images, largest_shape
+from coca_lit.models.inputs import largest_shape
 from coca_lit.training.objectives import Objective, needs_of, predicted
 
 BATCHES = (64, 128)  # the difference of their peaks is the memory per sample; both exceed a chunk of the losses
@@ -63,7 +64,7 @@ def cost(
     caption_tokens: int,
     autocast: torch.dtype | None,
     objectives: Sequence[Objective] = (),
-    frames: int = 0,
+    reader: ImageReader = IMAGES,
 ) -> Cost:
     """The cost of a sample in a large batch.
 
@@ -73,10 +74,10 @@ def cost(
         caption_tokens: mean length of the captions, start and end included.
         autocast: type of mixed precision; None computes in the type of the weights.
         objectives: further ones that can be counted; their texts are as long as captions.
-        frames: of clips; 0 for images.
+        reader: of the kind of input.
     """
     few, many = BATCHES
-    low, high = (trace(net, weights, caption_tokens, autocast, batch, objectives, frames) for batch in BATCHES)
+    low, high = (trace(net, weights, caption_tokens, autocast, batch, objectives, reader) for batch in BATCHES)
     slope = (high.peak - low.peak) / (many - few)
     forward = {part: flops / few for part, flops in low.forward.items()}
     return Cost(forward, low.total / few, slope, max(low.peak - few * slope, 0.0), low.operations)
@@ -117,7 +118,7 @@ def trace(
     autocast: torch.dtype | None,
     batch: int,
     objectives: Sequence[Objective] = (),
-    frames: int = 0,
+    reader: ImageReader = IMAGES,
 ) -> Step:
     """A step with `batch` samples. Its FLOPs are without the contrastive logits, which grow with the global batch.
     Arguments as for `cost`.
@@ -130,8 +131,8 @@ def trace(
         if end_of in ("network", "objectives"):
             modules.update({name: sum(found.values()) for name, found in counter.get_flop_counts().items()})
 
-    step = _Step(net, weights, objectives)
-    inputs = _inputs(step, caption_tokens, batch, frames)
+    step = _Step(net, weights, objectives, reader)
+    inputs = _inputs(step, caption_tokens, batch)
     grads = [p.grad for p in step.parameters() if p.grad is not None]
     # In this order: the counter of FLOPs hands on the parts of an operation in its place.
     gc.freeze()  # what is there already is no garbage: collecting is then fast
@@ -156,8 +157,11 @@ def trace(
 class _Step(nn.Module):
     """The losses of a training step. One module, so that the counter of FLOPs knows the names of its parts."""
 
-    def __init__(self, net: CoCa, weights: Mapping[str, float], objectives: Sequence[Objective]) -> None:
+    def __init__(
+        self, net: CoCa, weights: Mapping[str, float], objectives: Sequence[Objective], reader: ImageReader
+    ) -> None:
         super().__init__()
+        self.reader = reader
         self.net, self.weights, self.objectives = net, weights, nn.ModuleList(objectives)
         self.shared = [objective for objective in objectives if objective.needs]
         self.own = [objective for objective in objectives if not objective.needs]
@@ -170,7 +174,7 @@ class _Step(nn.Module):
             needs.update(CONTRASTIVE)
         if self.weights["caption"]:
             needs.update(CAPTION)
-        given: Images = Clips(images) if images.ndim == 5 else images
+        given = self.reader.batch(images)
         batch = Batch(given[: len(tokens)], tokens, lengths, [])
         out = self.net(batch.images, tokens, lengths, needs=needs) if needs else None
         mark("network")
@@ -190,7 +194,7 @@ class _Step(nn.Module):
         return torch.stack(terms).sum()
 
 
-def _inputs(step: _Step, caption_tokens: int, batch: int, frames: int) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(step: _Step, caption_tokens: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Fake images, as many as a sample has at most, real tokens and lengths.
 
     The parameters and buffers of the step are replaced by fake tensors on the CPU, which has all operators, with
@@ -206,9 +210,8 @@ def _inputs(step: _Step, caption_tokens: int, batch: int, frames: int) -> tuple[
                     module._parameters[name] = fake
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
-        images = torch.empty(
-            count, *([frames] if frames else []), 3, *largest_shape(step.net.preprocessing), dtype=torch.uint8
-        )
+        shape = (count, *step.reader.leading, 3, *largest_shape(step.net.preprocessing))
+        images = torch.empty(shape, dtype=torch.uint8)
     return images, torch.zeros(batch, caption_tokens, dtype=torch.long), torch.full((batch,), caption_tokens)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples
-from coca_lit.data.shards.sample import IMAGES, ClipReader
+from coca_lit.data.inputs import IMAGES, other_endings, reader_of
 from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import MANIFEST, ManifestEntry, Shard, entry_of, read_manifest, sha256_of
 from coca_lit.errors import DataError
@@ -30,10 +30,11 @@ class ShardReport(NamedTuple):
 
 
 def check_shard(path: Path, caption_key: str = "txt") -> ShardReport:
-    """Decodes every image and caption of a shard, and of clips the frame in the middle."""
+    """Decodes every image and caption of a shard, of other kinds of input one picture."""
     bad, good = BadSamples(1.0, quiet=True), 0
+    readers = [IMAGES, *dict.fromkeys(map(reader_of, other_endings()))]
     changed_at = os.stat(path).st_mtime_ns  # before it is read: it may still be written
-    for record in read_shard(Shard(str(path)), [caption_key], bad, [IMAGES, ClipReader(1)]):
+    for record in read_shard(Shard(str(path)), [caption_key], bad, readers):
         try:
             record.image()
             good += 1

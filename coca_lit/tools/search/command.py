@@ -12,7 +12,7 @@ from coca_lit.cli.runtime import configure_libraries
 from coca_lit.errors import ConfigError, DataError, error_context
 from coca_lit.machine import best_device, in_shell
 from coca_lit.reading import printable
-from coca_lit.tools.caption.command import decoders
+from coca_lit.tools.caption.command import decoders, input_options_of
 from coca_lit.tools.checkpoint import chosen_checkpoint
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ def search() -> None:
 
 def run(cfg: DictConfig) -> "list[Hit]":
     """Updates the index if it belongs to a folder, prints the hits and returns them."""
-    from coca_lit.data.video import image_or_clip
-    from coca_lit.tools.caption.inputs import PICTURES
+    from coca_lit.data.inputs import source_of
+    from coca_lit.tools.caption.inputs import picture_endings
     from coca_lit.tools.caption.outputs import print_rows
     from coca_lit.tools.search.index import ImageIndex, cut_note, refresh
     from coca_lit.weights.load import load_dual_encoder
@@ -39,7 +39,7 @@ def run(cfg: DictConfig) -> "list[Hit]":
         model = load_dual_encoder(checkpoint, cfg.quick_gelu)
     model = model.to(best_device())
     index = ImageIndex.load(file, model) if file.exists() or folder is None else ImageIndex(model, folder)
-    index.frames = cfg.frames
+    index.options = input_options_of(cfg)
     if folder is not None:
         index.folder = folder
     elif cfg.query is None and not index.folder.resolve().is_relative_to(file.resolve().parent):
@@ -57,9 +57,9 @@ def run(cfg: DictConfig) -> "list[Hit]":
     query, path = str(cfg.query), Path(str(cfg.query))
     is_file = os.path.isfile(path)  # unlike Path's, False also for a text that is too long for a name
     with error_context("query"):
-        if not is_file and query.lower().endswith(PICTURES):
+        if not is_file and query.lower().endswith(picture_endings()):
             raise ConfigError(f"query: there is no image '{query}'")
-        asked = image_or_clip(path, cfg.frames) if is_file else query
+        asked = source_of(path, index.options) if is_file else query
         hits = index.query(asked, cfg.k, without=path if is_file else None)
     if not is_file and (note := cut_note(model.tokenizer, query)):
         print(f"note: {note}", file=sys.stderr)

@@ -6,9 +6,9 @@ only new and changed images; and the fingerprint of the model, because embedding
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from coca_lit.data.pixels import CLIPS, SUFFIXES
+from coca_lit.data.inputs import readable_endings, reader_of
 from coca_lit.data.prefetch import worker_errors
 from coca_lit.data.transforms import build_transform, loaded
 from coca_lit.errors import DataError
@@ -25,7 +25,7 @@ from coca_lit.files import replacing, state_of
 from coca_lit.models import DualEncoder
 from coca_lit.progress import ProgressBar
 from coca_lit.tokenizer import Tokenizer, unknown_words
-from coca_lit.tools.caption.inputs import PICTURES, find_images, in_batches, load_images
+from coca_lit.tools.caption.inputs import find_images, in_batches, load_images
 from coca_lit.weights.computation import fingerprint
 
 FORMAT = "coca_lit image index 1"
@@ -72,12 +72,12 @@ class ImageIndex:
     Args:
         model: embeds images and queries, on its device. It must not be trained meanwhile.
         folder: searched with its subfolders.
-        frames: that the model sees of a clip; 0 leaves clips out.
+        options: of other kinds of input than images, see `readable_endings`; without any they are left out.
     """
 
-    def __init__(self, model: DualEncoder, folder: str | Path, frames: int = 0) -> None:
+    def __init__(self, model: DualEncoder, folder: str | Path, options: Mapping[str, Any] | None = None) -> None:
         self.model = model
-        self.folder, self.frames = Path(folder), frames
+        self.folder, self.options = Path(folder), dict(options or {})
         self.fingerprint = fingerprint(model)
         self.features = torch.empty(0, 0)  # (I, E), of unit length, on the CPU
         self._stamps: dict[str, Stamp] = {}  # path in the folder -> stamp, in the order of the features
@@ -150,9 +150,9 @@ class ImageIndex:
         Raises:
             DataError: there is no such folder, or no readable image in it.
         """
-        suffixes = PICTURES if self.frames else SUFFIXES
+        suffixes = readable_endings(self.options)
         paths = {str(path.relative_to(self.folder)): path for path in find_images(self.folder, suffixes)}
-        stamps = {name: _stamp(path, self.frames) for name, path in paths.items()}
+        stamps = {name: _stamp(path, self.options) for name, path in paths.items()}
         before = self._stamps
         changed = [name for name, stamp in before.items() if stamps.get(name, stamp) != stamp]
         rows = {name: row for name, row in zip(before, self.features, strict=True) if stamps.get(name) == before[name]}
@@ -194,7 +194,7 @@ class ImageIndex:
         """The `k` images most similar to a text or an image, best first.
 
         Args:
-            query: a text, an image, or what loads one, such as a `ClipFile`.
+            query: a text, an image, or what loads one, such as an `ImageSource`.
             without: a file that is not to be found, such as the query itself.
 
         Raises:
@@ -228,7 +228,7 @@ class ImageIndex:
         self, paths: list[Path], batch_size: int, num_workers: int
     ) -> Iterator[tuple[dict[Path, Tensor], dict[Path, str]]]:
         """Of each batch the embeddings (E,) by path, and the reasons why images have none."""
-        batches = in_batches(paths, batch_size, self.frames)
+        batches = in_batches(paths, batch_size, self.options)
         images = load_images(batches, self.model.preprocessing, num_workers)
         for sources, (positions, pixels, broken) in zip(batches, images, strict=True):
             features: dict[Path, Tensor] = {}
@@ -282,11 +282,10 @@ def _format(path: Path) -> str:
     raise DataError(f"'{path}' is not an image index: choose another file")
 
 
-def _stamp(path: Path, frames: int) -> Stamp:
+def _stamp(path: Path, options: Mapping[str, Any]) -> Stamp:
     if not (state := state_of(path)):  # a dangling link, or just removed: reading it reports that
         return (-1, -1)
-    own = frames if path.suffix.lower() in CLIPS else 0  # another number of them is as another clip
-    return state[0], state[1] + own
+    return state[0], state[1] + sum(reader_of(path.suffix, options).leading)  # another number is as another file
 
 
 def _bytes(text: str) -> Tensor:

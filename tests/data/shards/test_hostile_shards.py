@@ -243,7 +243,7 @@ def test_forged_shards(folder, data):
         for i in range(len(index)):
             with suppress(BadSampleError):
                 pairs.append(pair_of(index.read(i), ["txt", "caption"], str(path))[0])
-        assert pairs == [sample.image.args[0] for sample in samples]
+        assert pairs == [sample.image.content for sample in samples]
     with bounded():
         open_shard(path)
 

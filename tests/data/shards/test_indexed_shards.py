@@ -313,11 +313,14 @@ def test_an_index_from_a_stranger_is_not_believed(tmp_path):
     ):
         save_file(content | changes, path, {"about": about})
         assert load_index(shard, tmp_path) is None
-    stamp, faults = json.loads(about)
-    for wrong in ("", "[", "{}", "7", "[[1],[]]", "[" * 10_000, json.dumps([stamp, [["a", 7, {}]]]), "1" * 10_000):
+    stamp, faults, kinds = json.loads(about)
+    fault = json.dumps([stamp, [["a", 7, {}]], kinds])
+    for wrong in ("", "[", "{}", "7", "[[1],[]]", "[" * 10_000, fault, "1" * 10_000):
         save_file(content, path, {"about": wrong})
         assert load_index(shard, tmp_path) is None
-    for fine in ([stamp, faults], [stamp, [["x.tar", "key", "code in a shard"]]]):
+    save_file(content, path, {"about": json.dumps([stamp, faults, [*kinds, ["gif"]]])})  # of another kind of input
+    assert load_index(shard, tmp_path) is None
+    for fine in ([stamp, faults, kinds], [stamp, [["x.tar", "key", "code in a shard"]], kinds]):
         save_file(content, path, {"about": json.dumps(fine)})
         assert load_index(shard, tmp_path)
     for junk in (b"", b"junk", path.read_bytes()[:-50]):

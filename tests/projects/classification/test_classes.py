@@ -21,16 +21,6 @@ def test_a_folder_of_classes_becomes_captions(tmp_path: Path) -> None:
     assert class_labels(tmp_path) == ["big dog", "cat"]
 
 
-def test_folders_of_clips_become_labels(tmp_path: Path) -> None:
-    for name in ("riding_a_bike", "singing"):
-        (tmp_path / "train" / name).mkdir(parents=True)
-        for file in ("0.mp4", "1.mp4", "cover.jpg"):
-            (tmp_path / "train" / name / file).write_bytes(b"")
-    records = class_records(tmp_path, "train", frames=16)
-    assert {r.captions for r in records} == {("riding a bike",), ("singing",)}
-    assert class_labels(tmp_path, frames=16) == ["riding a bike", "singing"]
-
-
 def test_labels_are_distinct_where_names_are_not() -> None:
     labels = class_labels("/nowhere", "imagenet")
     assert len(set(labels)) == len(labels) == 1000

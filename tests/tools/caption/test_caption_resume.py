@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -156,15 +155,6 @@ def test_what_a_process_left_is_of_the_model_that_its_settings_name(output: str,
     words = (f"checkpoint={folder}/tiny.safetensors", f"images=[{folder}/photos/0.png]", f"output={tmp_path}/{output}")
     with pytest.raises(DataError, match=rf"{output}\.settings\.json is missing"):
         caption(*words)
-
-
-def test_shards_of_clips_are_refused(folder: Path, tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for name in ("0.mp4", "0.txt"):
-            tar.addfile(tarfile.TarInfo(name))
-    with pytest.raises(DataError, match=r"0\.tar holds clips"):
-        caption(f"checkpoint={folder}/tiny.safetensors", f"images=[{tmp_path}/0.tar]", f"output={tmp_path}/new/")
-    assert not list((tmp_path / "new").glob("*.tar"))
 
 
 def test_another_shard_of_the_same_name_is_captioned(folder: Path, tmp_path: Path) -> None:

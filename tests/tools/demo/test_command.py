@@ -134,22 +134,6 @@ def test_uploads_go_with_the_process(shown, tmp_path, tiny_model, monkeypatch, n
     assert signal.getsignal(number) is before
 
 
-def test_clips_stay_in_the_index(shown, tmp_path, photos, tiny_model):
-    """The page shows none, a search finds them."""
-    pytest.importorskip("av")
-    from helpers.clips import greys, write_clip
-
-    model = tiny_model()
-    save_model(model, tmp_path / "tiny.safetensors")
-    write_clip(photos / "a.mp4", greys(range(0, 200, 20)))
-    file = tmp_path / "photos.index.safetensors"
-    index = ImageIndex(model, photos, frames=2)
-    index.update()
-    index.save(file)
-    cli.run(compose("checkpoint=tiny.safetensors", "images=photos"))
-    assert [len(shown[0][2]), len(ImageIndex.load(file, model))] == [3, 4]
-
-
 def test_what_is_embedded_when_it_is_interrupted_stays(shown, tmp_path, photos, tiny_model, monkeypatch):
     model = tiny_model()
     save_model(model, tmp_path / "tiny.safetensors")

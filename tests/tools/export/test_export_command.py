@@ -258,7 +258,6 @@ def test_a_missing_package_is_named(checkpoint: Path, tmp_path: Path, monkeypatc
     [
         (["format=openclip"], "^format: .*'openclip'.*'open_clip'"),
         (["format=onnx", "correct_cls_mask=true"], "^correct_cls_mask .*format=open_clip.*onnx"),
-        (["format=safetensors", "frames=8"], "^frames .*format=onnx.*safetensors"),
         (["format=safetensors", "checkpoint=absent.ckpt"], "'absent.ckpt'"),
         (["format=safetensors", "weight=0.3"], "^weight .*interpolate_with"),
     ],

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ pytest.importorskip("onnxscript")
 import onnxruntime
 
 from coca_lit.cli.command import compose
+from coca_lit.data.inputs import source_of
 from coca_lit.data.transforms import build_transform
-from coca_lit.data.video import image_or_clip
 from coca_lit.models import CoCa, create_model
-from coca_lit.models.inputs import Clips
 from coca_lit.tools.export import command as cli
 from coca_lit.tools.export import onnx
 from coca_lit.tools.export.folder import Exported, write_card
@@ -59,63 +57,47 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[CoCa, Path]:
 
 
 OTHERS = {
-    "modern, mean of frames": {
-        **{"text_tower": "modern", "text_tower_args": {"pool": "mean", "qk_norm": True}, "frame_pooling": "mean"},
+    "modern": {
+        **{"text_tower": "modern", "text_tower_args": {"pool": "mean", "qk_norm": True}},
         **{"pooler": "openclip_cascade", "pooler_queries": 5},
     },
     "two passes": {"text_tower": "two_pass", "pooler": "mean"},
-    "without MLP, positions of frames": {
+    "without MLP": {
         **{"text_tower": "two_pass_with_pads", "text_tower_args": {"attention_only_every": 2}, "pooler": "mean_all"},
-        **{"decoder_args": {"cross_attention_every": 2}, "text_layers": 3, "decoder_layers": 3, "frame_positions": 3},
+        **{"decoder_args": {"cross_attention_every": 2}, "text_layers": 3, "decoder_layers": 3},
     },
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_graphs_of_other_models(name: str, tmp_path: Path) -> None:
-    """Features and greedy captions, of a batch that is larger than the exporter's example. Two take clips of three
-    frames, one has a tokenizer of a file.
+    """Features and greedy captions, of a batch that is larger than the exporter's example. One has a tokenizer of a
+    file.
     """
     torch.manual_seed(0)
-    frames = 3 if "frames" in name else 0
     file = {"tokenizer": {"file": str(trained_file("Metaspace", tmp_path)), **SPECIAL}} if name == "two passes" else {}
     model = create_model("coca_tiny", **CONVOLUTIONAL | OTHERS[name], **file).eval()
     with torch.no_grad():
         model.decoder.vocabulary.weight[model.tokenizer.eot_id] *= 2
-        if model.pooling.frame_positions is not None:
-            model.pooling.frame_positions.normal_()
-    about = onnx.write_onnx(model, tmp_path, frames=frames)
-    images = images_of(15).unflatten(0, (5, 3)) if frames else images_of(8)
-    given = Clips(images) if frames else images
+    onnx.write_onnx(model, tmp_path)
+    images = images_of(8)
     tokens = model.tokenizer(["a red circle", "two blue squares and a green ring", ""])
     for graph, inputs, expected in (
-        ("image_encoder", {"images": images.numpy()}, model.encode_image(given)),
+        ("image_encoder", {"images": images.numpy()}, model.encode_image(images)),
         ("text_encoder", {"tokens": tokens.numpy()}, model.encode_text(tokens)),
     ):
         found = torch.from_numpy(session(tmp_path, graph).run(["features"], inputs)[0])
         torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=0)
-    captioner, captions = Captioner(tmp_path), model.generate(given)
+    captioner, captions = Captioner(tmp_path), model.generate(images)
     ids = captioner.write(images.numpy())
     assert ids.tolist() == captions.tolist()
     assert [captioner.decode(row) for row in ids] == [model.tokenizer.decode(row) for row in captions]
-    if name.startswith("modern"):
-        assert {*programs(tmp_path, images[0], about.usage)} == {model.tokenizer.decode(captions[0])}
 
 
 def test_the_config_has_the_bias_of_a_sigmoid_model(tmp_path: Path) -> None:
     model = create_model("coca_tiny", **CONVOLUTIONAL | {"decoder_layers": 0}, contrastive="siglip").eval()
     onnx.write_onnx(model, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["logit_bias"] == -10  # where SigLIP begins
-
-
-def programs(folder: Path, clip: torch.Tensor, usage: str) -> Iterator[str]:
-    """What the code of the card and the program write of a clip."""
-    for i, frame in enumerate(clip):
-        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(folder / f"frame{i}.png")
-    code = usage.replace("{folder}", str(folder)).replace('f"frame{i}.jpg"', f'f"{folder}/frame{{i}}.png"')
-    for words in (["-c", code], [folder / "captioner.py", *sorted(folder.glob("frame*.png"))]):
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
-        yield done.stdout.splitlines()[0].rpartition("\t")[2]
 
 
 def images_of(count: int) -> torch.Tensor:
@@ -181,7 +163,7 @@ def test_photos_are_read_as_in_evaluation(exported: tuple[CoCa, Path], tmp_path:
     deep = np.linspace(0, 65535, num=size[0] * size[1]).astype(np.uint16).reshape(size)
     Image.fromarray(deep).save(tmp_path / "deep.png")  # 16 bits of grey
     for name in ("photo.png", "deep.png"):
-        expected = build_transform(size=32)(image_or_clip(tmp_path / name, 0)())
+        expected = build_transform(size=32)(source_of(tmp_path / name)())
         assert np.array_equal(Captioner(folder).read_image(tmp_path / name), expected.numpy())
 
 

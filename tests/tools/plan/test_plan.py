@@ -19,7 +19,6 @@ from coca_lit.data.scenes.render import render
 from coca_lit.errors import ConfigError
 from coca_lit.losses import contrastive_loss, loss_terms
 from coca_lit.models import CoCa, CoCaOutput, create_model, kernels
-from coca_lit.models.inputs import Clips
 from coca_lit.tools.plan import command as cli
 from coca_lit.tools.plan.command import build_without_weights, read_recipe, read_settings
 from coca_lit.tools.plan.estimate import Model, Recipe, flops, largest_batch, largest_micro_batch, measure, memory
@@ -419,21 +418,3 @@ def test_a_vocabulary_is_counted_where_the_captions_are(
     (words,) = counted
     assert set(words or ()) == ({"a", "red", "dog", "blue", "dogs"} if there else set())
     assert ("tokenizer of the preset is counted" in capsys.readouterr().out) is not there
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("frame_pooling", ["tokens", "mean"])
-def test_frames_of_clips(frame_pooling: str) -> None:
-    real = create_model("coca_tiny", frame_pooling=frame_pooling).train()
-    tokens = torch.randint(3, real.tokenizer.vocab_size, (BATCH, TOKENS))
-    clips = Clips(torch.zeros(BATCH, 4, 3, 32, 32, dtype=torch.uint8))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        real(clips, tokens, torch.full((BATCH,), TOKENS))
-    found = trace(without_weights(frame_pooling=frame_pooling), WEIGHTS, TOKENS, None, BATCH, frames=4)
-    of_images = trace(without_weights(), WEIGHTS, TOKENS, None, BATCH)
-    assert found.forward["image encoder"] == 4 * of_images.forward["image encoder"]
-    parts = ("image encoder", "pooling", "text tower", "decoder")
-    assert sum(found.forward[part] for part in parts) == pytest.approx(counter.get_total_flops(), rel=0.01)
-    assert cli.frames_of(compose("plan", ["experiment=scenes_motion"])) == 4
-    assert cli.frames_of(compose("plan", ["experiment=pretrain_b32", "data=msrvtt"])) == 8
-    assert cli.frames_of(compose("plan", ["experiment=demo"])) == 0

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from coca_lit.errors import DataError
 from coca_lit.models import CLIP, CoCa, create_model
-from coca_lit.models.inputs import Clips, largest_shape, preprocessing
+from coca_lit.projects.video.inputs import Clips
 from coca_lit.training.classifiers import PoolerClassifier
+from coca_lit.weights.lora import add_lora
 from coca_lit.weights.start import copy_weights
 
 POOLERS = ("single", "parallel", "cascade", "openclip_parallel", "openclip_cascade", "mean")
@@ -25,15 +26,6 @@ def build(pooler: str = "single", **arguments) -> CoCa:
 def clips(frames: int = 4) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, (3, frames, 3, 16, 16), dtype=torch.uint8, generator=generator)
-
-
-@pytest.mark.parametrize("patches", [1, 2, 7, 12, 36, 48, 100, 240, 256])
-def test_the_largest_shape_is_the_nearest_to_a_square_of_all_that_fill_the_patches(patches: int) -> None:
-    plain = preprocessing(30, "bicubic", "shortest")
-    shape = largest_shape({**plain, "patch_size": 16, "max_patches": patches})
-    whole = [(16 * a, 16 * b) for a in range(1, patches + 1) for b in range(a, patches + 1) if a * b == patches]
-    assert shape == min(whole, key=lambda sides: sides[1] - sides[0])
-    assert largest_shape(plain) == (30, 30)
 
 
 def both(model: CoCa, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,3 +159,12 @@ def test_clip_means_class_tokens() -> None:
         vectors = [model.encode_image(images[:, i], normalize=False) for i in range(4)]
         torch.testing.assert_close(model.encode_image(Clips(images)), F.normalize(sum(vectors) / 4, dim=-1))
         assert torch.equal(model.encode_image(Clips(images[:, :1])), model.encode_image(images[:, 0]))
+
+
+def test_positions_of_frames_train_beside_lora() -> None:
+    """A model of images has none to start from."""
+    model = create_model("coca_tiny", frame_positions=2)
+    add_lora(model, rank=2)
+    tokens = model.tokenizer(["a red circle"])
+    model(Clips(torch.randn(1, 2, 3, 32, 32)), tokens).logits.square().mean().backward()
+    assert model.pooling.frame_positions.grad.abs().sum() > 0

@@ -13,9 +13,9 @@ pytest.importorskip("av")
 
 import av
 
-from coca_lit.data import video
-from coca_lit.data.video import ClipFile, EncodedClip
 from coca_lit.errors import DataError
+from coca_lit.projects.video import decoding
+from coca_lit.projects.video.clips import ClipFile, EncodedClip
 from helpers.clips import greys, write_clip
 from helpers.fuzzing import bounded
 
@@ -67,7 +67,7 @@ def test_a_long_clip_is_decoded_from_keyframes(tmp_path: Path, monkeypatch: pyte
     path = write_clip(tmp_path / "a.mp4", greys([i % 250 for i in range(400)]), keyframes=10)
     np.testing.assert_array_equal(read(path, 5), plain(path, 5))
     calls = []
-    monkeypatch.setattr(video, "_in_time", lambda *_: calls.append(1))
+    monkeypatch.setattr(decoding, "_in_time", lambda *_: calls.append(1))
     read(path, 5)
     assert len(calls) < 400 + 5 * 16  # all packets, and at most a group of frames for each
 
@@ -146,7 +146,7 @@ def test_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("MAX_WORK", 0.0, "more than 0 seconds"),
     ]:
         with monkeypatch.context() as changed:
-            changed.setattr(video, name, value)
+            changed.setattr(decoding, name, value)
             with pytest.raises(DataError, match=reason):
                 read(path, 4)
 

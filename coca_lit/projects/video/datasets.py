@@ -9,10 +9,9 @@ from pathlib import Path
 
 from coca_lit.data.datasets.annotations import MAX_BYTES, find_file, listing, named_split, open_table, schema
 from coca_lit.data.datasets.folder import folder_records
-from coca_lit.data.pixels import CLIPS
 from coca_lit.data.records import ImageFile, Listing, Record, records_on_disk
-from coca_lit.data.video import image_or_clip
 from coca_lit.errors import DataError
+from coca_lit.projects.video.clips import ENDINGS, ClipFile
 from coca_lit.reading import read_json
 
 log = logging.getLogger(__name__)
@@ -27,17 +26,19 @@ _HOW = (
 
 
 def as_clips(records: Iterable[Record], frames: int) -> list[Record]:
-    """The records; a model sees `frames` frames of each clip."""
-    files = ((record, record.image) for record in records)
-    return [
-        record._replace(image=image_or_clip(image.path, frames)) if isinstance(image, ImageFile) else record
-        for record, image in files
-    ]
+    """The records, those of files as clips of which a model sees `frames` frames."""
+    clips: list[Record] = []
+    for record in records:
+        image = record.image
+        if isinstance(image, ImageFile) and image.path.suffix.lower() in ENDINGS:
+            record = record._replace(image=ClipFile(image.path, frames))
+        clips.append(record)
+    return clips
 
 
 def clip_records(root: str | Path, split: str, frames: int) -> list[Record]:
     """Your own clips in a folder, with captions and splits as in `folder_records`."""
-    return as_clips(folder_records(root, split, CLIPS), frames)
+    return as_clips(folder_records(root, split, ENDINGS), frames)
 
 
 def msrvtt_records(root: str | Path, split: str, frames: int, one_thousand: bool = False) -> list[Record]:

@@ -5,14 +5,16 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from coca_lit.data.scenes.motion import (
+from coca_lit.data.scenes.render import COLOURS
+from coca_lit.models import create_model
+from coca_lit.models.presets import VOCABULARIES
+from coca_lit.projects.video.scenes import (
     COUNTS,
     Motion,
     MotionClip,
     motion_choice_records,
     motion_records,
 )
-from coca_lit.data.scenes.render import COLOURS
 
 RED, BLUE = ("red", "circle"), ("blue", "square")
 
@@ -89,3 +91,8 @@ def test_choice_is_fair_without_the_clip() -> None:
     right, wrong = (Counter(r.captions[i] for r in records if r.domain == "time") for i in (0, 1))
     assert right == wrong
     assert all(len(set(record.captions)) == 2 for record in records)
+
+
+def test_the_vocabulary_adds_words_to_that_of_captions() -> None:
+    words = [*VOCABULARIES["scenes"], "enters", "leaves", "moves", "passes"]
+    assert create_model("coca_tiny", tokenizer="scenes_motion").tokenizer.spec == words

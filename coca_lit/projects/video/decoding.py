@@ -12,19 +12,14 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from coca_lit.data.pixels import CLIPS, check_shape, upright
-from coca_lit.data.records import Clip, ImageFile
+from coca_lit.data.pixels import check_shape, upright
 from coca_lit.errors import DataError
-from coca_lit.files import state_of
-from coca_lit.reading import open_regular
 
 if TYPE_CHECKING:
     from av import VideoFrame, VideoStream
@@ -50,42 +45,6 @@ _ORIENTATIONS = {
     **{(1, 0, 0, 1): 1, (-1, 0, 0, 1): 2, (-1, 0, 0, -1): 3, (1, 0, 0, -1): 4},
     **{(0, 1, 1, 0): 5, (0, 1, -1, 0): 6, (0, -1, -1, 0): 7, (0, -1, 1, 0): 8},
 }
-
-
-@dataclass(frozen=True)
-class ClipFile(Clip):
-    """A clip on disk."""
-
-    path: Path
-    count: int
-    is_file: ClassVar[bool] = True
-
-    def state(self) -> tuple[int, ...]:
-        return state_of(self.path)
-
-    def frames(self, count: int | None = None) -> Iterator[Image.Image]:
-        try:
-            with open_regular(self.path) as file:
-                yield from read_frames(file, self.path, count or self.count)
-        except OSError as error:
-            raise DataError(f"{self.path} is not a readable clip: {error}") from error
-
-
-@dataclass(frozen=True)
-class EncodedClip(Clip):
-    """A clip in memory."""
-
-    content: bytes
-    name: str
-    count: int
-
-    def frames(self, count: int | None = None) -> Iterator[Image.Image]:
-        return read_frames(BytesIO(self.content), self.name, count or self.count)
-
-
-def image_or_clip(path: Path, frames: int) -> ImageFile | ClipFile:
-    """The image of a record: an image file, or by its suffix a clip of which a model sees `frames` frames."""
-    return ClipFile(path, frames) if path.suffix.lower() in CLIPS else ImageFile(path)
 
 
 def read_frames(file: IO[bytes], name: str | Path, count: int) -> Iterator[Image.Image]:

@@ -1,5 +1,6 @@
 """Captions of clips and search among them: each equals what the model makes of the clip's frames alone."""
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ pytest.importorskip("av")
 
 from coca_lit import build_transform, save_model
 from coca_lit.data.scenes.render import render
-from coca_lit.data.video import ClipFile
 from coca_lit.errors import DataError
 from coca_lit.models import CoCa
-from coca_lit.models.inputs import Clips
+from coca_lit.projects.video.clips import ClipFile
+from coca_lit.projects.video.inputs import Clips
 from coca_lit.tools.search.index import ImageIndex
 from helpers.applying import caption, new_model, run
 from helpers.clips import write_clip
@@ -85,3 +86,12 @@ def test_a_model_with_positions_names_its_number(folder: Path) -> None:
     save_model(new_model(frame_positions=3), "positions.safetensors")
     with pytest.raises(DataError, match="positions for 3 frames, got clips of 8: set frames=3"):
         caption("checkpoint=positions.safetensors", "images=[videos]", "num_workers=0")
+
+
+def test_shards_of_clips_are_refused(folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("0.mp4", "0.txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(DataError, match=r"0\.tar holds clips"):
+        caption(f"checkpoint={tmp_path}/tiny.safetensors", f"images=[{tmp_path}/0.tar]", f"output={tmp_path}/new/")
+    assert not list((tmp_path / "new").glob("*.tar"))

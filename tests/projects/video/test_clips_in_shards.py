@@ -10,14 +10,12 @@ import pytest
 pytest.importorskip("av")
 
 from coca_lit.data.bad_samples import BadSamples
-from coca_lit.data.records import Clip
 from coca_lit.data.shards.laion import LAIONDataModule
-from coca_lit.data.shards.sample import ClipReader
 from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import Shard
-from coca_lit.data.shards.stored_clips import clip_shard_records
-from coca_lit.data.video import ClipFile
 from coca_lit.errors import DataError
+from coca_lit.projects.video.clips import Clip, ClipFile, ClipReader
+from coca_lit.projects.video.shards import clip_shard_records
 from coca_lit.tools.prepare.check import check_shard
 from helpers.clips import greys, write_clip
 from helpers.shards import TOKENIZER, jpeg, write_tar

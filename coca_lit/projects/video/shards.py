@@ -7,13 +7,13 @@ from itertools import chain
 from PIL import Image
 
 from coca_lit.data.bad_samples import BadSampleError, BadSamples
-from coca_lit.data.records import Clip, Record
+from coca_lit.data.records import Record
 from coca_lit.data.shards.index import TarIndex, count_faults, tar_indexes
 from coca_lit.data.shards.listing import find_shards
-from coca_lit.data.shards.sample import CLIP_SUFFIXES, ClipReader, image_of, pair_of
+from coca_lit.data.shards.sample import image_of, pair_of
 from coca_lit.data.shards.shard import CacheSettings
-from coca_lit.data.video import EncodedClip
 from coca_lit.errors import DataError
+from coca_lit.projects.video.clips import Clip, ClipReader, EncodedClip
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class StoredClip(Clip):
     def frames(self, count: int | None = None) -> Iterator[Image.Image]:
         name = f"{self.index.key(self.row)} in {self.index.shard.name}"
         try:
-            content = image_of(self.index.read(self.row, CLIP_SUFFIXES), CLIP_SUFFIXES)
+            content = image_of(self.index.read(self.row, ClipReader.suffixes), ClipReader.suffixes)
         except BadSampleError as error:
             raise DataError(f"{name} cannot be read: {error.sample.reason}") from error
         return EncodedClip(content, name, self.count).frames(count)
@@ -44,7 +44,8 @@ def clip_shard_records(
     Raises:
         DataError: too many samples lack one, too many clips cannot be decoded, or too much of the shards is damaged.
     """
-    cache, bad, records = CacheSettings(), BadSamples(max_bad_fraction), list[Record]()
+    reader, records = ClipReader(frames), list[Record]()
+    cache, bad = CacheSettings(), BadSamples(max_bad_fraction)
     found = find_shards(shards, cache)
     indexes = tar_indexes(found, cache.folder / "indexes")
     count_faults(found, indexes, bad)
@@ -52,8 +53,8 @@ def clip_shard_records(
     for index in indexes:
         for row in range(len(index)):
             try:
-                fields = index.read(row, CLIP_SUFFIXES)
-                clip, captions = pair_of(fields, caption_keys, index.shard.name, ClipReader(frames))
+                fields = index.read(row, reader.suffixes)
+                clip, captions = pair_of(fields, caption_keys, index.shard.name, reader)
                 next(EncodedClip(clip, index.key(row), 1).frames())  # else it would end the evaluation later
             except BadSampleError as error:
                 bad.catch(error)

@@ -14,9 +14,12 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from coca_lit.data.records import Clip, Record
+from coca_lit.data.records import Record
 from coca_lit.data.scenes.render import COLOURS, SHAPES, stamp
+from coca_lit.models.presets import VOCABULARIES
+from coca_lit.projects.video.clips import Clip
 
+VOCABULARY = [*VOCABULARIES["scenes"], "enters", "leaves", "moves", "passes"]
 SIDES = ("left", "right")
 COUNTS = {"train": 9_000, "val": 512, "test": 512}
 DIAMETER = 0.4  # of a shape, as a share of the picture

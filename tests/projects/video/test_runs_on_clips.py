@@ -2,17 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 pytest.importorskip("av")
 
 from coca_lit import load_model
 from coca_lit.cli import evaluate
+from coca_lit.cli.assembly import build_evals, plain
 from coca_lit.cli.command import compose
-from coca_lit.data.scenes.motion import motion_records
 from coca_lit.errors import DataError
+from coca_lit.projects.video.scenes import motion_records
 from coca_lit.runs.results import read_conditions
 from helpers.clips import write_clip
 from helpers.running import TINY, results, run, without_java
@@ -125,3 +128,34 @@ def test_classes_of_clips(tmp_path: Path) -> None:
     assert {"kinetics_zeroshot/top1", "kinetics_zeroshot/mean_per_class_recall"} <= evaluate.run(
         compose("evaluate", words)
     ).keys()
+
+
+@pytest.mark.parametrize(
+    ("data", "changed", "expected"),
+    [
+        ("msrvtt", ("records.frames=5", "records.one_thousand=true"), {"frames": 5, "one_thousand": True}),
+        ("my_clips", (), {"frames": 8}),
+        ("kinetics", ("records.frames=3",), {"frames": 3}),
+        ("scenes_motion", ("frames=6",), {"frames": 6}),
+        ("kinetics", ("records.classes={}/split.json",), {"classes": "{}/split.json"}),
+    ],
+)
+def test_the_evaluations_read_as_those_of_the_run(
+    tmp_path: Path, data: str, changed: tuple[str, ...], expected: dict[str, Any]
+) -> None:
+    """Of a run as it is written, the frames of clips and the split among them."""
+    (tmp_path / "split.json").touch()
+    overrides = (f"++data.{word.format(tmp_path)}" for word in changed)
+    config = compose("train", [f"data={data}", *overrides])
+    OmegaConf.save(OmegaConf.create(plain(config)), tmp_path / "config.yaml")
+    evals = compose("evaluate", evaluate.with_evals([f"checkpoint={tmp_path}"])).evals
+    expected = {key: value.format(tmp_path) if isinstance(value, str) else value for key, value in expected.items()}
+    assert evals
+    for node in evals.values():
+        assert {key: node.records[key] for key in expected} == expected
+
+
+def test_missing_shards_of_an_evaluation_name_their_key(tmp_path: Path) -> None:
+    config = compose("train", ["evals=[clip_shards_captions]", f"data_dir={tmp_path}"])
+    with pytest.raises(DataError, match=r"; set roots\.clip_shards=PLACE .*scoring.skip_missing"):
+        build_evals(config)

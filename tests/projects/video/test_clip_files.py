@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from coca_lit.data.datasets.classification import image_folder
-from coca_lit.data.datasets.clips import clip_records, msrvtt_records
 from coca_lit.data.records import ImageFile
 from coca_lit.data.scenes.render import render
-from coca_lit.data.video import ClipFile
 from coca_lit.errors import DataError
+from coca_lit.projects.classification.classes import class_labels, class_records
+from coca_lit.projects.video.clips import ClipFile
+from coca_lit.projects.video.datasets import clip_records, msrvtt_records
 
 # Of each clip: split and captions. video4 is in no table of 1k-A.
 VIDEOS = {
@@ -141,4 +142,7 @@ def test_folders_of_classes(tmp_path: Path) -> None:
         f"{n}/{i}.mp4" for n in ("riding_a_bike", "singing") for i in range(3)
     }
     assert all(record.image == ClipFile(tmp_path / "train" / str(record.id), 16) for record in clips.records)
+    records = class_records(tmp_path, "train", frames=16)
+    assert {r.captions for r in records} == {("riding a bike",), ("singing",)}
+    assert class_labels(tmp_path) == ["riding a bike", "singing"]
     assert len(image_folder(tmp_path / "train").records) == 2  # images alone

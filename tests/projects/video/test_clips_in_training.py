@@ -1,0 +1,94 @@
+"""Clips where images are cached, classified and compared."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from coca_lit.data.batch import Batch
+from coca_lit.data.datamodule import RecordsDataModule
+from coca_lit.data.records import Record
+from coca_lit.errors import ConfigError, DataError
+from coca_lit.evals import FunctionEvaluation, Settings
+from coca_lit.metrics.uncertainty import obstacle
+from coca_lit.models import create_model
+from coca_lit.models.inputs import stack_images
+from coca_lit.projects.video.clips import Clip
+from coca_lit.projects.video.inputs import Clips
+from coca_lit.projects.video.scenes import motion_records
+from coca_lit.training.classifiers import PoolerClassifier
+
+VIT = {
+    "image_encoder": "vit_base_patch32_clip_224",
+    "image_encoder_args": {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 1},
+    "embed_dim": 32,
+}
+
+
+class Still(Clip):
+    count = 2
+
+    def frames(self, count: int | None = None) -> Iterator[Image.Image]:
+        return iter([Image.new("RGB", (40, 40))] * (count or self.count))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "frozen"),
+    [
+        ({"frame_pooling": "mean"}, "image_encoder"),
+        ({"pooler": "mean", **VIT}, "image_encoder"),
+        ({}, "image_encoder.trunk.*1"),
+    ],
+    ids=["means", "class tokens", "stages"],
+)
+def test_features_of_clips_that_would_not_be_those_of_their_frames_are_refused(
+    sizes: dict[str, Any], frozen: str, tmp_path: Path
+) -> None:
+    net = create_model("coca_tiny", **sizes)
+    net.freeze(frozen)
+    clips = {"train": [Record(i, Still(), ("a red circle",)) for i in range(2)]}
+    sizes = {"batch_size": 2, "image_size": 32, "val_split": None}
+    data = RecordsDataModule(clips, tokenizer=net.tokenizer, cached_augmentations=1, cache_dir=str(tmp_path), **sizes)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    plugin = SimpleNamespace(forward_context=nullcontext, precision="32")
+    data.trainer = SimpleNamespace(
+        lightning_module=SimpleNamespace(net=net), precision_plugin=plugin, strategy=strategy
+    )
+    with pytest.raises(DataError, match="features of clips are cached for"):
+        data.setup("fit")
+
+
+def test_scores_of_other_frames_cannot_be_compared(tmp_path: Path) -> None:
+    found = []
+    for frames, pooling in ((4, "tokens"), (4, "mean"), (8, "tokens"), (4, "tokens")):
+        evaluation = FunctionEvaluation("x", motion_records("val", frames, 32, 2), lambda *_: {"mine": 1.0})
+        evaluation.evaluate(create_model("coca_tiny", frame_pooling=pooling), Settings(tmp_path))
+        found.append(evaluation.conditions["x/mine"])
+    words = ["frame_pooling=tokens / frame_pooling=mean", "frames=4 / frames=8", ""]
+    assert [obstacle(found[0], other) for other in found[1:]] == words
+
+
+def test_a_pooler_of_the_encoder_sees_all_frames_at_once() -> None:
+    mean = create_model("coca_tiny", frame_pooling="mean")
+    tokens = mean.tokenizer(["a red circle"] * 2)
+    pixels = torch.randint(0, 256, (2, 2, 3, 32, 32), dtype=torch.uint8)
+    clips = Batch(Clips(pixels), tokens, (tokens > 0).sum(1), ["0", "1"], extras={"captions": [("a",), ("b",)]})
+    for training in (True, False):
+        classifier = PoolerClassifier(["a", "b"], heads=2, mixup=0.4)
+        classifier.build(mean)
+        with pytest.raises(ConfigError, match="frame_pooling=tokens"):
+            classifier.train(training)(mean, clips)
+
+
+def test_a_batch_is_of_one_kind_and_one_number_of_frames() -> None:
+    clip, image = Clips(torch.zeros(2, 3, 8, 8)), torch.zeros(3, 8, 8)
+    assert stack_images([clip, clip]).rows.shape == (2, 2, 3, 8, 8)
+    with pytest.raises(DataError, match="several kinds"):
+        stack_images([clip, image])
+    with pytest.raises(DataError, match="several numbers of frames"):
+        stack_images([clip, Clips(torch.zeros(3, 3, 8, 8))])
