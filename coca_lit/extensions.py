@@ -51,6 +51,7 @@ TABLES = {  # of "module:object" by name, but for the last, which holds texts
     "objectives": "classes of objectives that are kept with the model",
     "open_clip": "how a part of a model is written in OpenCLIP's files, by a tensor that shows it",
     "vocabularies": "lists of words, for model.net.tokenizer",
+    "inputs": "readers of files, by their ending",
     "resolvers": "functions that configs call, as ${name:argument}",
     "word_maps": "functions that say where in an image the words of its caption come from",
     "titles": "what readers call the other parts of names of scores: the evaluation, and how answers were found",

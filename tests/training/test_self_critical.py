@@ -16,7 +16,6 @@ from coca_lit.lit_module import CoCaLit
 from coca_lit.metrics.cider import END, CiderD
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.coca import CAPTION
-from coca_lit.models.inputs import Clips, Images
 from coca_lit.training import self_critical
 from coca_lit.training.objectives import terms_of
 from coca_lit.training.optim import AdamW
@@ -171,10 +170,8 @@ def test_two_ranks_give_the_gradient_of_one_process(on_ranks) -> None:
     assert sum(own["reward"] for _, own in results) / 2 == pytest.approx(measures["reward"], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "images", [pixels(), Clips(torch.stack([pixels(), pixels().flip(0)], dim=1))], ids=["photos", "clips"]
-)
-def test_captions_are_drawn_from_the_model_and_images_encoded_once(images: Images) -> None:
+def test_captions_are_drawn_from_the_model_and_images_encoded_once() -> None:
+    images = pixels()
     net = network()
     calls = []
     net.image_encoder.trunk.register_forward_hook(lambda *_: calls.append(1))
