@@ -12,6 +12,8 @@ from numbers import Integral, Real
 from operator import ge, gt, le
 from typing import Any
 
+NO_SUGGESTION = "."  # the end of a sentence about a name that resembles no known one
+
 
 class UserError(Exception):
     """A mistake in the input or in the environment, not in the code."""
@@ -107,4 +109,4 @@ def suggest(word: str, known: Iterable[str], aliases: Mapping[str, str] | None =
     meant = {**(aliases or {}), **{name: name for name in known}}
     folded = {name.lower(): name for name in reversed(meant)}
     close = [word] if word in meant else [folded[name] for name in difflib.get_close_matches(word.lower(), folded, n=1)]
-    return f"; did you mean '{meant[close[0]]}'?" if close else "."
+    return f"; did you mean '{meant[close[0]]}'?" if close else NO_SUGGESTION

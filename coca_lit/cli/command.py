@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit import __version__, extensions
-from coca_lit.cli.schema import AUTO, MissingValueError, check, check_complete, targets, unresolved
+from coca_lit.cli.schema import AUTO, MissingValueError, check, check_complete, check_first_keys, targets, unresolved
 from coca_lit.cli.sweep import end_sweep, job_record, sweep_score
 from coca_lit.cli.words import Positional, parse, quote
 from coca_lit.errors import ConfigError, UserError, error_context, suggest
@@ -262,6 +262,7 @@ def _shipped(config: str) -> dict[str, Any]:
 def _check(cfg: DictConfig, shipped: dict[str, Any], groups: Sequence[str]) -> None:
     """Compares what Hydra composed with what the constructors and the config as shipped know."""
     node = {key: value for key, value in unresolved(cfg).items() if key != "hydra"}
+    check_first_keys(node, shipped, groups)
     named = node["imports"] if isinstance(node.get("imports"), list) else []
     import_from_current_folder([*named, *targets(node)])
     with _imports():

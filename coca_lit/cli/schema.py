@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, Unpack, get_args,
 import yaml
 from omegaconf import OmegaConf
 
-from coca_lit.errors import ConfigError, suggest
+from coca_lit.errors import NO_SUGGESTION, ConfigError, suggest
 from coca_lit.extensions import DeclaredArguments, names_in
 
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # that `instantiate` reads itself
@@ -155,15 +155,43 @@ def check(node: Mapping[str, Any], shipped: Mapping[str, Any], groups: Iterable[
         if key in ELSEWHERE:
             raise ConfigError(f"{key} cannot be set: {ELSEWHERE[key]}")
         if argument is None:
-            while isinstance(value, dict) and len(value) == 1:  # to the innermost key
-                ((name, value),) = value.items()
-                key = f"{key}.{name}"
-            names = dict.fromkeys([*_names(shipped), *_names(node), *groups])
-            known = [name for name in names if not f"{name}.".startswith(f"{key}.") and not key.startswith(f"{name}.")]
-            leaves = {name.rpartition(".")[2]: name for name in sorted(known, key=lambda name: -name.count("."))}
-            raise ConfigError(f"there is no key '{key}'{suggest(key, known, leaves)}")
+            key = _innermost(key, value)
+            known = [*_names(shipped), *_names(node), *groups]
+            raise ConfigError(f"there is no key '{key}'{_suggest_key(key, known)}")
         if wrong := _mistake(value, argument.annotation):
             raise ConfigError(f"{key} must be {wrong}, got {written(value)}")
+
+
+def check_first_keys(node: Mapping[str, Any], shipped: Mapping[str, Any], groups: Iterable[str]) -> None:
+    """Refuses an unknown key at the top of a config that resembles a known one, by the configs alone: `check` imports
+    the constructors, which takes seconds.
+
+    Raises:
+        ConfigError: there is such a key.
+    """
+    for name in node.keys() - shipped.keys():
+        key = _innermost(name, node[name])
+        suggestion = _suggest_key(key, [*(known for known, _ in leaves(shipped)), *shipped, *groups])
+        if suggestion != NO_SUGGESTION:
+            raise ConfigError(f"there is no key '{key}'{suggestion}")
+
+
+def _innermost(key: str, value: Any) -> str:
+    """The whole name of a key that was given, by the first part of it and the value there."""
+    while isinstance(value, dict) and len(value) == 1:
+        ((name, value),) = value.items()
+        key = f"{key}.{name}"
+    return key
+
+
+def _suggest_key(key: str, names: Iterable[str]) -> str:
+    """The end of a sentence about an unknown key: `suggest` with keys that are neither above nor below it."""
+    known = []
+    for name in dict.fromkeys(names):
+        if not f"{name}.".startswith(f"{key}.") and not key.startswith(f"{name}."):
+            known.append(name)
+    last_parts = {name.rpartition(".")[2]: name for name in sorted(known, key=lambda name: -name.count("."))}
+    return suggest(key, known, last_parts)
 
 
 def _walk(node: Mapping[str, Any], shipped: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
