@@ -9,7 +9,8 @@ from coca_lit.data.records import Record
 from coca_lit.data.scenes.facts import scene_question_records
 from coca_lit.data.transforms import build_transform
 from coca_lit.evals import Settings
-from coca_lit.evals.vqa import VQAScores, _accuracies, as_people_write, fitting, generate_answers
+from coca_lit.evals.answers import as_people_write, fitting, generate_answers
+from coca_lit.evals.vqa import VQAScores, _accuracies
 from coca_lit.metrics.vqa import CONTRACTIONS, blind_answers, normalize_answer, vqa_accuracy
 from coca_lit.models import create_model
 from coca_lit.tokenizer import get_tokenizer

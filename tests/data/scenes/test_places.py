@@ -7,9 +7,9 @@ import pytest
 
 from coca_lit.data.scenes.places import box_text, overlap, read_box, scene_place_questions, scene_place_records
 from coca_lit.data.scenes.render import boxes, captions, decode, render, scene_records
-from coca_lit.evals import vqa as evaluated
+from coca_lit.evals import places as evaluated
 from coca_lit.evals.base import Settings
-from coca_lit.evals.vqa import PlaceScores, is_right
+from coca_lit.evals.places import PlaceScores, is_right
 from coca_lit.metrics.uncertainty import digest
 from coca_lit.models import create_model
 from helpers.running import TINY, run
