@@ -31,8 +31,8 @@ class CoCaConfig:
         image_size: side of the square input in pixels. Images of any shape have as many patches as that square.
         embed_dim: width of the common space and of the image tokens.
         pooler: single, see `SinglePooling`; parallel | cascade, see `TwoPoolers`; openclip_parallel | openclip_cascade,
-            see `OpenClipPooling`; masked_parallel | masked_cascade, of naflex, see `MaskedPooling`; mean | mean_all,
-            without and with the class token, see `MeanPooling`; or one registered with `register_pooler`.
+            see `OpenClipPooling`; masked_parallel | masked_cascade, of naflex, see `MaskedPooling`; or one of a project
+            or registered with `register_pooler`.
         pooler_args: further arguments of the pooler.
         pooler_queries: learned queries of the (generative) pooler.
         pooler_heads: attention heads of the poolers.
@@ -47,8 +47,7 @@ class CoCaConfig:
         dropout: rate in the text tower and the decoder.
         contrastive: softmax (CLIP), or siglip, which adds a learned bias to the temperature.
         tied_embeddings: whether the vocabulary projection is the token embedding (Press and Wolf 2017).
-        text_tower: name of a tower registered with `register_text_tower`; None for `TextTower`, "modern" for
-            `ModernTextTower`, "two_pass" for MaMMUT's `TwoPassTower`.
+        text_tower: name of a tower of a project, or registered with `register_text_tower`; None for `TextTower`.
         text_tower_args: arguments of a registered tower in addition to `TextTower`'s.
         decoder_args: further arguments of the decoder that goes with the text tower, see its `make_decoder`.
         frame_pooling: of clips (B, F, 3, H, W). tokens: the poolers see the tokens of all frames (VideoCoCa, Yan et al.

@@ -46,9 +46,8 @@ def init_blocks(blocks: Iterable[nn.Module], depth: int) -> None:
         width = block.norm_1.normalized_shape[0]
         branch_std = width**-0.5 * (2 * depth) ** -0.5
         init_attention(block.attention, branch_std)
-        if block.mlp is not None:
-            _init_linear(block.mlp.first, (2 * width) ** -0.5)
-            _init_linear(block.mlp.last, branch_std)
+        _init_linear(block.mlp.first, (2 * width) ** -0.5)
+        _init_linear(block.mlp.last, branch_std)
         for norm in (m for m in block.children() if isinstance(m, nn.LayerNorm)):
             norm.reset_parameters()
 

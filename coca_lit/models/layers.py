@@ -117,7 +117,7 @@ class SelfBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
     Args:
-        mlp_width: hidden width of the MLP; None for four times the width, 0 for a block without MLP.
+        mlp_width: hidden width of the MLP; None for four times the width.
     """
 
     def __init__(
@@ -129,19 +129,16 @@ class SelfBlock(nn.Module):
         mlp_width: int | None = None,
     ) -> None:
         super().__init__()
-        hidden = 4 * width if mlp_width is None else mlp_width
         self.norm_1 = nn.LayerNorm(width)
         self.attention = SelfAttention(width, heads)
-        self.norm_2 = nn.LayerNorm(width) if hidden else None
-        self.mlp = MLP(width, hidden, activation) if hidden else None
+        self.norm_2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, 4 * width if mlp_width is None else mlp_width, activation)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None, layout: Layout | None = None
     ) -> Tensor:
         x = x + self.dropout(self.attention(self.norm_1(x), mask, cache, layout))
-        if self.mlp is None or self.norm_2 is None:
-            return x
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 

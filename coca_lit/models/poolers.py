@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coca_lit.models.image import ImageEncoder
-from coca_lit.models.init import init_attention, init_projection
+from coca_lit.models.init import init_attention
 from coca_lit.models.inputs import EncodedPatches, FramePooling, Input
 from coca_lit.models.layers import CrossAttention, KeysValues
 from coca_lit.models.registry import POOLERS
@@ -258,43 +258,6 @@ class MaskedParallelPooling(MaskedPooling):
 
 class MaskedCascadePooling(MaskedPooling):
     parallel = False
-
-
-class MeanPooling(Pooling):
-    """MaMMUT's: the contrastive vector is the normed mean of the image tokens; the decoder attends to all of them,
-    brought to its width. Both leave out a class token.
-    """
-
-    class_token: ClassVar[bool] = False
-
-    def __init__(self, sizes: PoolingSizes) -> None:
-        super().__init__(sizes)
-        self.vector_width, self.token_width = sizes.encoder.width, sizes.text_width
-        self.left_out = 0 if self.class_token else sizes.encoder.prefix_tokens
-        self.norm = nn.LayerNorm(self.vector_width)
-        self.to_text = nn.Linear(self.vector_width, self.token_width, bias=False)
-
-    def parts_of_loss(self, loss: str) -> list[str]:
-        return ["norm"] if loss == "contrastive" else ["to_text"]
-
-    def init_parameters(self) -> None:
-        self.norm.reset_parameters()
-        init_projection(self.to_text)
-
-    def pool(self, tokens: Tensor, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:
-        tokens = tokens[:, self.left_out :]
-        vector = self.norm(tokens.mean(dim=1)) if contrastive else None
-        return vector, (self.to_text(tokens) if captioning else None)
-
-    def attention(self, tokens: Tensor) -> Tensor:
-        # each at itself
-        return torch.eye(tokens.shape[1], device=tokens.device)[self.left_out :].expand(len(tokens), -1, -1)
-
-
-class MeanPoolingWithClassToken(MeanPooling):
-    """The same of all tokens, the class token included."""
-
-    class_token = True
 
 
 def build_pooling(name: str, sizes: PoolingSizes, **arguments: Any) -> Pooling:

@@ -84,17 +84,12 @@ _NAFLEX: dict[str, Any] = _B32 | {
     "decoder_args": {"qk_norm": True},
 }
 
-# MaMMUT: no poolers, and the text tower, read with a context of 77, is the decoder.
-_MAMMUT: dict[str, Any] = {"pooler": "mean", "text_tower": "two_pass", "context_length": 77}
-
 PRESETS: dict[str, dict[str, Any]] = {
     "coca_vit_b32": _B32,
     "coca_vit_l14": _L14,
     "coca2_vit_b32": _COCA2,
     "coca2_moderntext_vit_b32": _COCA2 | {"text_tower": "modern", "decoder_args": None},
     "coca2_moderntext_naflex_vit_b32": _NAFLEX,
-    "mammut2_vit_b32": _B32 | _MAMMUT,
-    "mammut2_vit_l14": _L14 | _MAMMUT,
     "clip_vit_b32": _B32 | {"decoder_layers": 0, "pooler_queries": 1},
     "coca_base": _paper("vit_base_patch16_clip_224", 768, 12, 12),
     "coca_large": _paper("vit_large_patch14_clip_224", 1024, 16, 12),
@@ -139,38 +134,41 @@ _SIZES = {
     "l": (1024, 24, 768, 12),
     "h": (1280, 32, 1024, 24),
 }
-_PATCHES = (32, 16, 14)
-# MaMMUTs in which the blocks of the text that a cross block follows have no MLP.
-_ATTENTION_ONLY = ("s32", "s16", "s14", "m32", "m16", "m14", "b32", "b14")
+STUDY_SIZES = ("s", "m", "b", "l", "h")
+STUDY_PATCHES = (32, 16, 14)
 
 
-def _study(family: str, size: str, patch: int) -> dict[str, Any]:
+def size_of_study(size: str, patch: int) -> dict[str, Any]:
+    """The arguments of a size of LAION's scaling study that all of its captioners share.
+
+    Args:
+        size: of `STUDY_SIZES`.
+        patch: of `STUDY_PATCHES`, side in pixels.
+    """
     width, depth, text_width, text_layers = _SIZES.get(f"{size}{patch}", _SIZES[size])
-    heads = width // (80 if size == "h" else 64)
-    sizes: dict[str, Any] = {
+    head_width = 80 if size == "h" else 64
+    return {
         "image_encoder": "vit_base_patch32_clip_224",
-        "image_encoder_args": {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads},
+        "image_encoder_args": {
+            "patch_size": patch,
+            "embed_dim": width,
+            "depth": depth,
+            "num_heads": width // head_width,
+        },
         "embed_dim": text_width,
         "text_width": text_width,
         "text_heads": text_width // 64,
         "text_layers": text_layers,
         "decoder_layers": text_layers,
     }
-    if family == "coca":
-        return sizes
-    without_mlp = {"text_tower_args": {"attention_only_every": 2}} if f"{size}{patch}" in _ATTENTION_ONLY else {}
-    every = {"decoder_args": {"cross_attention_every": 2}}
-    return sizes | _MAMMUT | {"pooler": "mean_all", "text_tower": "two_pass_with_pads"} | every | without_mlp
 
 
-# The 15 sizes of CoCa and of MaMMUT in that study: coca_ViT-S-32, mammut_ViT-H-14, …; coca_vit_b32 and coca_vit_l14
-# are in `PRESETS`
+# The 15 sizes of CoCa in that study: coca_ViT-S-32, coca_ViT-H-14, …; coca_vit_b32 and coca_vit_l14 are in `PRESETS`.
 STUDY: dict[str, dict[str, Any]] = {
-    name: _study(family, size, patch)
-    for family in ("coca", "mammut")
-    for size in "smblh"
-    for patch in _PATCHES
-    if (name := f"{family}_vit_{size}{patch}") not in PRESETS
+    f"coca_vit_{size}{patch}": size_of_study(size, patch)
+    for size in STUDY_SIZES
+    for patch in STUDY_PATCHES
+    if f"coca_vit_{size}{patch}" not in PRESETS
 }
 
 
@@ -180,7 +178,7 @@ def create_model(
     """Builds the preset `name`, randomly initialised, with arguments of `CoCa` overridden.
 
     Args:
-        name: a preset of `PRESETS` or `STUDY`, such as coca_vit_b32, see `preset`.
+        name: a preset of `PRESETS`, `STUDY` or a project, such as coca_vit_b32, see `preset`.
         imports: modules that register image encoders or text towers.
         overrides: arguments of `CoCa`; None leaves the value of the preset. `image_encoder_args` are added to the
             preset's, but another image encoder gets none of those. `tokenizer` may also name one of `VOCABULARIES`

@@ -135,6 +135,9 @@ class Registry:
         if factory is not None:
             return build_from(factory, f"{self.kind.replace(' ', '_')}_args", ours, given)
         module, _, name = spec.rpartition(":")
+        missing = extensions.where_to_get(spec) if module else ""
+        if missing:
+            raise ValueError(f"there is no {self.kind} '{name}'{missing}")
         if module:
             raise ValueError(f"the {self.kind} '{name}' is registered by '{module}': pass imports=['{module}']")
         names = list(
@@ -214,8 +217,6 @@ POOLERS = Registry(
         "openclip_cascade": "coca_lit.models.poolers:OpenClipCascadePooling",
         "masked_parallel": "coca_lit.models.poolers:MaskedParallelPooling",
         "masked_cascade": "coca_lit.models.poolers:MaskedCascadePooling",
-        "mean": "coca_lit.models.poolers:MeanPooling",
-        "mean_all": "coca_lit.models.poolers:MeanPoolingWithClassToken",
     },
     {},
     "poolers",
@@ -225,8 +226,6 @@ TEXT_TOWERS = Registry(
     {},
     {
         "modern": "coca_lit.models.variants.modern:ModernTextTower",
-        "two_pass": "coca_lit.models.variants.mammut:TwoPassTower",
-        "two_pass_with_pads": "coca_lit.models.variants.mammut:TwoPassTowerWithPads",
     },
     "text_towers",
 )

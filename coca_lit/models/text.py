@@ -208,7 +208,7 @@ def build_text_tower(name: str | None, sizes: TextSizes, **arguments: Any) -> To
     if name is not None:
         return cast(Tower, TEXT_TOWERS.build(name, {"sizes": sizes}, arguments))
     if arguments:
-        raise ValueError(f"text_tower_args need a text_tower, such as 'modern': got {arguments}")
+        raise ValueError(f"text_tower_args need a text_tower: got {arguments}")
     return TextTower(sizes)
 
 
@@ -260,6 +260,12 @@ class Decoder(nn.Module, ABC):
 
         They are contiguous, because every step reads them: a quarter less time in that attention for one copy.
         """
+
+    def keys_values_of_graph(self, image_tokens: Tensor) -> list[KeysValues]:
+        """`keys_values` as a recorded graph computes them: what depends on weights alone is not computed anew at every
+        call.
+        """
+        return self.keys_values(image_tokens)
 
     @abstractmethod
     def forward(self, states: Tensor, image_tokens: Tensor | None, layout: Layout | None = None) -> Tensor:
@@ -323,23 +329,20 @@ def expect_decoder(decoder: Decoder | None) -> Decoder:
 
 
 class CrossDecoder(Decoder):
-    """Causal self blocks, every n-th of them followed by a cross block over the image tokens, then a norm.
+    """Causal self blocks, each followed by a cross block over the image tokens or by none, then a norm.
 
     Attributes:
         self_blocks, norm: which may belong to the text tower.
-        every: n; the self blocks 0, n, 2n … are followed by a cross block.
     """
 
     self_blocks: nn.ModuleList
     cross_blocks: nn.ModuleList
     norm: nn.LayerNorm
-    every = 1
 
     def blocks(self) -> list[tuple[SelfBlock, CrossBlock | None]]:
-        """The self blocks, each with the cross block that follows it."""
-        crossed = {self.every * i: block for i, block in enumerate(self.cross_blocks)}
-        pairs: Any = [(block, crossed.get(i)) for i, block in enumerate(self.self_blocks)]
-        return pairs
+        """The self blocks, each with the cross block that follows it, if one does. By default one follows each."""
+        pairs: Any = zip(self.self_blocks, self.cross_blocks, strict=True)
+        return list(pairs)
 
     @property
     def cached_layers(self) -> int:
@@ -349,6 +352,10 @@ class CrossDecoder(Decoder):
         normed = normalize_once(image_tokens)
         pairs = (block.keys_values(normed) for block in cast("list[CrossBlock]", self.cross_blocks))
         return [(keys.contiguous(), values.contiguous()) for keys, values in pairs]
+
+    def keys_values_of_graph(self, image_tokens: Tensor) -> list[KeysValues]:
+        blocks = cast("list[CrossBlock]", self.cross_blocks)
+        return [block.attention.keys_values(block.norm_context(image_tokens)) for block in blocks]
 
     def forward(self, states: Tensor, image_tokens: Tensor | None, layout: Layout | None = None) -> Tensor:
         image = None if image_tokens is None else normalize_once(image_tokens)

@@ -80,7 +80,7 @@ class Released(NamedTuple):
     @property
     def captions(self) -> bool:
         """Whether it is a captioner and no CLIP."""
-        return self.name.startswith(("coca_", "mammut_"))
+        return not self.name.startswith("ViT-")
 
 
 @cache
@@ -90,7 +90,7 @@ def released_models() -> dict[str, Released]:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names of models, sorted: captioners ("coca_…", "mammut_…"), which `load_model` takes, and CLIPs ("ViT-…"),
+    """The names of models, sorted: captioners ("coca_…" and others), which `load_model` takes, and CLIPs ("ViT-…"),
     for `coca-evaluate`, `coca-search`, `init_from` and `coca_lit.weights.load.load_dual_encoder`.
 
     Args:

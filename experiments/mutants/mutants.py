@@ -298,12 +298,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "weights/test_modern_text.py -k alone",
         ),
     ],
-    "models/variants/mammut.py": [
+    "projects/mammut/text.py": [
         (
             "mammut_depth",
             "depth=len(self.tower.blocks))",
             "depth=len(self.cross_blocks))",
-            "weights/test_mammut.py -k initial",
+            "projects/mammut/test_mammut.py -k initial",
         ),
     ],
     "metrics/captions.py": [

@@ -13,7 +13,6 @@ from PIL import Image
 from coca_lit.cli import train_command as train
 from coca_lit.cli.assembly import build_data, build_evals
 from coca_lit.cli.train import next_commands
-from coca_lit.data.scenes import render
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.evals.inference import caption_images
@@ -23,24 +22,23 @@ from coca_lit.tools.prepare.scenes import export_scenes
 from coca_lit.weights.load import load_model, save_model
 from helpers.running import CONFIGS, NAFLEX, TINY, compose, logged, results, run, train_py, without_java
 from helpers.scene_files import write_data_set
+from helpers.scored_runs import (
+    CAPTION,
+    FACTS,
+    OVERLAP,
+    RETRIEVAL,
+    ZERO_SHOT,
+    check_experiment_on_scenes,
+    named,
+)
 from helpers.slow import slow
 
-OVERLAP = {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"}
-STATISTICS = {"exact_match", "mean_length", "vocabulary", "distinct_1", "distinct_2", "novel"}
-CAPTION = OVERLAP | STATISTICS | {"CLIPScore", "RefCLIPScore"}
-FACTS = {"object_recall", "attribute_recall", "relation_recall"}
-ZERO_SHOT = {"top1", "top5", "mean_per_class_recall"}
-RETRIEVAL = {f"{way}_recall@{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)} | {"t2i_median_rank", "i2t_median_rank"}
 CLIP = ("model.net.decoder_layers=0", "+model.net.pooler_queries=1")
 # An untrained encoder of the experiment, in place of the tiny one, and little text.
 FEW_PHOTOS = (
     *("init_parts.image_encoder=null", "+model.net.image_encoder_args={}", "data.train_count=8", "data.batch_size=8"),
     *("model.net.text_width=96", "model.net.text_heads=4"),
 )
-
-
-def named(name: str, *scores: set[str]) -> set[str]:
-    return {f"{name}/{score}" for score in set().union(*scores)}
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +200,6 @@ def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("experiment", "extra"),
     [
-        ("pretrain_mammut_b32", ("+model.net.pooler=mean", "+model.net.text_tower=two_pass")),
         ("pretrain_coca2_naflex_b32", NAFLEX),
         ("finetune_vqa", ()),
         ("flickr8k_frozen", FEW_PHOTOS),
@@ -213,12 +210,7 @@ def test_any_experiment_runs_on_scenes(
     tmp_path: Path, experiment: str, extra: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of each kind that does not run on data in its own format above."""
-    monkeypatch.setitem(render.DEFAULT_COUNTS, "val", 8)  # where views are cached, of all images
-    extra += (f"data_dir={tmp_path}",)  # for cached views
-    run(tmp_path, *TINY, f"experiment={experiment}", "data=scenes", *extra)
-    scores = (RETRIEVAL, CAPTION, FACTS)
-    found = {name for name in results(tmp_path) if not name.endswith("_precision")}  # if captions state anything
-    assert found == named("scenes", *scores, ZERO_SHOT) | named("compositional", *scores)
+    check_experiment_on_scenes(monkeypatch, tmp_path, experiment, *extra)
 
 
 # Messages

@@ -7,10 +7,11 @@ import torch
 
 from coca_lit.data.transforms import build_transform
 from coca_lit.evals import Settings
-from coca_lit.evals.inference import embed_pairs, log_likelihoods
+from coca_lit.evals.inference import embed_pairs
 from coca_lit.evals.retrieval import BEHIND, RetrievalScores, informative, mix_scores, rerank
 from coca_lit.metrics.retrieval import recall_at_k, retrieval_scores
 from helpers.evaluating import make_model, records
+from helpers.family import check_each_text_passes_the_tower_once
 from helpers.slow import slow
 
 WEIGHT = 0.4
@@ -50,28 +51,8 @@ def test_equals_a_loop_over_pairs() -> None:
     assert model.training
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        {"pooler": "openclip_cascade", "text_tower": "modern"},
-        {"pooler": "mean", "text_tower": "two_pass", "text_layers": 2, "decoder_layers": 2},
-    ],
-    ids=["modern", "mammut"],
-)
-@torch.no_grad()
-def test_each_text_passes_the_tower_once_in_every_family(family: dict[str, Any], monkeypatch) -> None:
-    model = make_model(**family)
-    texts = [caption for record in records() for caption in record.captions] + ["one unheard two"]
-    passed = []
-    step = model.text.step
-    monkeypatch.setattr(model.text, "step", lambda tokens, *rest: passed.append(len(tokens)) or step(tokens, *rest))
-    found = log_likelihoods(model, records(), texts, lambda i: range(i, len(texts), 2), batch_size=5)
-    assert sum(passed) == len(texts)
-    transform = build_transform(**model.preprocessing)
-    for i, record in enumerate(records()):
-        own = texts[i::2]
-        pixels = transform(record.image()).expand(len(own), -1, -1, -1)
-        torch.testing.assert_close(found[i], model.eval().log_likelihood(pixels, model.tokenizer(own)))
+def test_each_text_passes_the_tower_once(monkeypatch) -> None:
+    check_each_text_passes_the_tower_once(monkeypatch)
 
 
 @pytest.mark.parametrize("batch_size", [*slow(1), 3, *slow(64)])

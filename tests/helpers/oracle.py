@@ -79,7 +79,7 @@ def residual_block(
     normed = layer_norm(s, f"{name}.ln_1", x)
     source = normed if context is None else layer_norm(s, f"{name}.ln_1_kv", context)
     x = x + multi_head(s, f"{name}.attn", normed, source, heads, allowed)
-    if f"{name}.mlp.c_fc.weight" not in s:  # of the smaller MaMMUTs, before a cross block
+    if f"{name}.mlp.c_fc.weight" not in s:
         return x
     hidden = gelu(linear(s, f"{name}.mlp.c_fc", layer_norm(s, f"{name}.ln_2", x)))
     return x + linear(s, f"{name}.mlp.c_proj", hidden)
@@ -255,30 +255,3 @@ def modern_decoder(
     for i in range(depth(s, "text_decoder.blocks.")):
         x = modern_block(s, f"text_decoder.blocks.{i}", x, heads, context if i % ratio == 0 else None, base)
     return linear(s, "text_decoder.lm_head", rms_norm(s, "text_decoder.ln_final", x))
-
-
-# MaMMUT
-
-
-def mammut_image(s: State, tokens: Tensor, class_token: bool) -> tuple[Tensor, Tensor]:
-    """Image feature (E,) and context of the decoder (S, W)."""
-    tokens = tokens if class_token else tokens[1:]
-    return layer_norm(s, "visual.ln_post", tokens.mean(0)) @ s["visual.proj"], tokens @ s["map_viz2txt_kv"]
-
-
-def mammut_text(s: State, ids: Sequence[int], heads: int) -> Tensor:
-    """Text feature (W,): the mean over all of `ids`, without a causal mask."""
-    x = s["text.token_embedding.weight"][list(ids)] + s["text.positional_embedding"][: len(ids)]
-    for i in range(depth(s, "text.resblocks.")):
-        x = residual_block(s, f"text.resblocks.{i}", x, heads)
-    return layer_norm(s, "text.ln_final", x).mean(0)
-
-
-def mammut_logits(s: State, ids: Sequence[int], context: Tensor, heads: int, ratio: int) -> Tensor:
-    """Logits (T, V) of the caption pass."""
-    x = s["text.token_embedding.weight"][list(ids)] + s["text.positional_embedding"][: len(ids)]
-    for i in range(depth(s, "text.resblocks.")):
-        x = residual_block(s, f"text.resblocks.{i}", x, heads, causal(len(x)))
-        if i % ratio == 0:
-            x = residual_block(s, f"text.cross_attn.{i // ratio}", x, heads, context=context)
-    return layer_norm(s, "text.ln_final", x) @ s.get("text.lm_head", s.get("text.text_projection"))

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from helpers.running import launched, run
+
 UNSCORED = (
     "experiment=scenes",
     *("trainer=cpu", "trainer.max_epochs=1", "trainer.limit_val_batches=0", "data.batch_size=8"),
@@ -15,6 +17,12 @@ UNSCORED = (
 SHORT = (*UNSCORED, "evals=[]")
 DDP = ("trainer.devices=2", "trainer.strategy=ddp")
 SHARDED = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2")
+
+
+def train(folder: Path, *overrides: str) -> None:
+    """A short training in this process, or as one rank of several."""
+    with launched():
+        run(folder, *SHORT, *overrides)
 
 
 def saved(folder: Path) -> dict[str, Any]:

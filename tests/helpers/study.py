@@ -1,11 +1,21 @@
-"""The 15 CoCas and 15 MaMMUTs of LAION's scaling study, as its profile publishes them.
+"""The 15 CoCas of LAION's scaling study, as its profile publishes them.
 
 Source: `model_profile.csv` of LAION-AI/scaling-laws-for-comparison at commit 5343917.
 """
 
-from typing import NamedTuple
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
-from coca_lit.models import CoCa
+import torch
+from torch import Tensor
+
+from coca_lit.models import CoCa, create_model
+from coca_lit.tools.plan.trace import trace
+from coca_lit.weights.open_clip import from_open_clip, to_open_clip
+from helpers import oracle
+from helpers.shared_data import SHARED
 
 
 class Profile(NamedTuple):
@@ -31,36 +41,100 @@ PROFILE = {
     "coca_ViT-S-14": Profile(124.47, 22.46, 40.44, 28.36),
     "coca_ViT-S-16": Profile(124.52, 22.5, 40.44, 25.78),
     "coca_ViT-S-32": Profile(125.35, 23.33, 40.44, 19.45),
-    "mammut_ViT-B-14": Profile(181.27, 86.1, 94.78, 63.54),
-    "mammut_ViT-B-16": Profile(290.52, 86.39, 203.54, 79.7),
-    "mammut_ViT-B-32": Profile(183.02, 87.85, 94.78, 26.91),
-    "mammut_ViT-H-14": Profile(1188.14, 632.08, 554.76, 464.39),
-    "mammut_ViT-H-16": Profile(1188.3, 632.23, 554.76, 385.72),
-    "mammut_ViT-H-32": Profile(1191.06, 634.99, 554.76, 192.97),
-    "mammut_ViT-L-14": Profile(508.29, 303.97, 203.54, 202.56),
-    "mammut_ViT-L-16": Profile(508.42, 304.09, 203.54, 165.37),
-    "mammut_ViT-L-32": Profile(510.63, 306.3, 203.54, 74.28),
-    "mammut_ViT-M-14": Profile(133.57, 38.53, 94.78, 39.14),
-    "mammut_ViT-M-16": Profile(133.63, 38.59, 94.78, 34.2),
-    "mammut_ViT-M-32": Profile(134.73, 39.69, 94.78, 22.1),
-    "mammut_ViT-S-14": Profile(84.74, 21.77, 62.83, 23.5),
-    "mammut_ViT-S-16": Profile(84.79, 21.81, 62.83, 20.72),
-    "mammut_ViT-S-32": Profile(85.62, 22.64, 62.83, 13.91),
 }
-SMALL = ("coca_ViT-S-32", "mammut_ViT-S-32")
-# All widths, and of one all sizes of patches, which change the number of patches alone; texts of B/16 are wider.
-SIZES = [name for name in PROFILE if name.endswith("-32") or "-S-" in name or "-B-16" in name]
+SMALL = "coca_ViT-S-32"
+# Model configs of LAION-AI/open_clip_mammut at commit ed2d1f6 (MIT).
+CONFIGS = SHARED / "public_models"
+
+
+def sizes_among(names: Iterable[str]) -> list[str]:
+    """All widths, and of one all sizes of patches, which change their number alone. Texts of B/16 are wider."""
+    return [name for name in names if name.endswith("-32") or "-S-" in name or "-B-16" in name]
+
+
+SIZES = sizes_among(PROFILE)
 
 
 def millions(model: CoCa) -> tuple[float, float, float]:
-    """Parameters as in the profile: all, of the image tower with its pooler, of the text tower. A MaMMUT's text tower
-    has its cross blocks and vocabulary; the matrix between the towers belongs to neither.
-    """
-    two_pass = model.config.pooler.startswith("mean")
+    """Parameters as in the profile: all, of the image tower with its pooler, of the text tower."""
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     image = sum(parts[name] for name in ("image_encoder", "pooling", "image_projection"))
-    if two_pass:
-        image -= model.pooling.to_text.weight.numel()
-    text = parts["text"] + (parts["decoder"] if two_pass else 0)
     whole = sum(p.numel() for p in model.parameters())
-    return whole / 1e6, image / 1e6, text / 1e6
+    return whole / 1e6, image / 1e6, parts["text"] / 1e6
+
+
+def flops_by_part(net: CoCa, tokens: int) -> dict[str, float]:
+    """GFLOP of a pair of an image and a text of this many tokens, and of one token's vocabulary.
+
+    Args:
+        net: without weights.
+    """
+    batch = 2
+    found = trace(net, {"contrastive": 1.0, "caption": 2.0}, tokens, None, batch).forward
+    parts = {part: flops / batch / 1e9 for part, flops in found.items() if "vocabulary" not in part}
+    parts["vocabulary, a token"] = 2 * net.config.text_width * net.tokenizer.vocab_size / 1e9
+    return parts
+
+
+def attention_flops(net: CoCa, pooled: int, read: int, crossed: int, context: int) -> dict[str, float]:
+    """GFLOP of the two products of attention in each part, which the study does not count.
+
+    Args:
+        pooled: queries of the pooler; 0 without one.
+        read: tokens that the text tower reads.
+        crossed: cross blocks of the decoder.
+        context: tokens of the image that each of them attends to.
+    """
+    sizes, trunk = net.config, net.image_encoder.trunk
+    patches = trunk.pos_embed.shape[1]
+    rows = sizes.context_length - 1  # the last token predicts nothing
+    width, layers = sizes.text_width, sizes.text_layers
+    attention = {
+        "image encoder": 4 * patches**2 * net.image_encoder.width * len(trunk.blocks),
+        "pooling": 4 * pooled * patches * sizes.embed_dim,
+        "text tower": 4 * read**2 * width * layers,
+        "decoder": 4 * rows**2 * width * layers + 4 * rows * context * width * crossed,
+    }
+    return {part: flops / 1e9 for part, flops in attention.items()}
+
+
+def config_of(name: str, layers: int) -> dict[str, Any]:
+    """LAION's config of a size with fewer layers, and images of four patches."""
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    config["vision_cfg"] |= {"layers": 2, "image_size": 2 * config["vision_cfg"]["patch_size"]}
+    for part in ("text_cfg", "multimodal_cfg"):
+        if part in config:
+            config[part]["layers"] = layers
+    return config
+
+
+def small_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a preset that make it as small as the config of `config_of` with three layers."""
+    image_size = config["vision_cfg"]["image_size"]
+    return {"image_encoder_args": {"depth": 2}, "image_size": image_size, "text_layers": 3, "decoder_layers": 3}
+
+
+def check_preset_against_its_config(name: str, version: str, **overrides: Any) -> None:
+    """A preset is what LAION's config asks for."""
+    config = config_of(name, layers=3)
+    with torch.device("meta"):
+        preset = create_model(name, **small_sizes(config), **overrides)
+        loaded = from_open_clip(to_open_clip(preset, version), config)  # to which its tensors fit
+    asked, found = (
+        {key: value for key, value in asdict(model.config).items() if not key.startswith("image_encoder")}
+        for model in (preset, loaded)
+    )
+    assert asked == found  # B/32 and L/14 have image encoders with a name of their own
+    vision = config["vision_cfg"]
+    heads = vision["width"] // vision.get("head_width", 64)
+    for model in (preset, loaded):
+        assert {block.attn.num_heads for block in model.image_encoder.trunk.blocks} == {heads}
+    assert preset.config.text_heads == config["text_cfg"]["heads"]
+
+
+def random_weights(name: str, config: dict[str, Any], version: str, **overrides: Any) -> dict[str, Tensor]:
+    """Weights of a file of the size of `config`, all of them random."""
+    with torch.device("meta"):
+        shapes = to_open_clip(create_model(name, **small_sizes(config), **overrides), version)
+    state = oracle.random_state({key: tuple(tensor.shape) for key, tensor in shapes.items()})
+    return {key: tensor * 0.3 if tensor.ndim > 1 else tensor for key, tensor in state.items()}

@@ -1,8 +1,6 @@
 """The network as a whole: presets, what each part may see, padding, initial values, freezing, errors."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any, get_args
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coca_lit.extensions import names_in
 from coca_lit.losses import caption_loss, contrastive_loss
 from coca_lit.models import PRESETS, CoCa, CoCaOutput, create_model
 from coca_lit.models.coca import CAPTION, CONTRASTIVE
@@ -17,9 +16,12 @@ from coca_lit.models.config import SIZES
 from coca_lit.models.registry import POOLERS as REGISTRY
 from coca_lit.models.text import ClsMask, legacy_attention_mask
 from coca_lit.models.trainable import GradCheckpointing
+from helpers.family import check_preset
 from helpers.slow import slow
 
-POOLERS = ("single", "parallel", "cascade", "openclip_parallel", "openclip_cascade", "mean", "mean_all")
+OWN_POOLERS = ("single", "parallel", "cascade", "openclip_parallel", "openclip_cascade")
+POOLERS = (*OWN_POOLERS, *(name for name in names_in("poolers") if not REGISTRY.get(name).takes_patches))
+TEXT_TOWERS = names_in("text_towers")
 CLS_MASKS: tuple[ClsMask, ...] = get_args(ClsMask)
 TINY_VIT = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
 # One of each kind of output: tokens, a grid with and without a norm or a convolution in the head, a grid with
@@ -33,7 +35,6 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "swin_tiny_patch4_window7_224": {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)},
 }
 MODERN = {"text_tower": "modern", "text_heads": 4}
-TWO_PASS = {"text_tower": "two_pass"}
 CROSS_EVRY = {"decoder_args": {"cross_attention_evry": 3}}
 NO_CROSS_BLOCKS = {"decoder_args": {"cross_attention_every": 0}}
 Build = Callable[..., CoCa]
@@ -69,21 +70,7 @@ def assert_close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_runs_when_made_small_and_builds_again_from_its_config(name: str) -> None:
-    small = {"embed_dim": 32, "pooler_heads": 4, "text_width": 32, "text_heads": 4, "text_layers": 1}
-    arguments = PRESETS[name]
-    if arguments["image_encoder"].startswith(("vit_", "naflex")):
-        vit = {"embed_dim": 32, "depth": 1, "num_heads": 2}
-        small["image_encoder_args"] = arguments.get("image_encoder_args", {}) | vit
-    model = create_model(name, **small, decoder_layers=min(1, arguments.get("decoder_layers", 1))).eval()
-    out = model(pixels(model, 2), captions(model, [4, 6]))
-    assert out.image_features.shape == out.text_features.shape == (2, 32)
-    if model.decoder is None:
-        assert out.hidden is None
-    else:
-        assert out.logits.shape == (3 + 5, model.tokenizer.vocab_size)
-    again = CoCa(**json.loads(json.dumps(asdict(model.config))))
-    assert again.config == model.config
-    assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    check_preset(name)
 
 
 def test_the_decoder_of_b32_sees_255_image_tokens() -> None:
@@ -230,9 +217,9 @@ def test_the_pad_id_inside_a_text_is_a_token(tiny_model: Build, cls_mask: ClsMas
     "tower",
     [
         {"cls_mask": "legacy"},
-        {"text_tower": "two_pass_with_pads", "pooler": "mean", "text_width": 96, "text_layers": 1, "decoder_layers": 1},
+        *({"text_tower": name, "text_width": 96, "text_layers": 1, "decoder_layers": 1} for name in TEXT_TOWERS),
     ],
-    ids=["legacy", "two_pass_with_pads"],
+    ids=["legacy", *TEXT_TOWERS],
 )
 @pytest.mark.parametrize("tokenizer", ["clip", "r50k"])
 def test_pads_are_the_tokenizers_however_long_the_rows_are(
@@ -449,7 +436,6 @@ def test_parameters_of_a_loss_are_those_without_gradient_when_it_is_off(
         (MODERN | NO_CROSS_BLOCKS, "cross_attention_every.*0"),
         (MODERN | {"text_tower_args": {"qknorm": True}}, "text_tower_args.*'qknorm'.*'qk_norm'"),
         (MODERN | CROSS_EVRY, "decoder_args.*'cross_attention_evry'.*'cross_attention_every'"),
-        (TWO_PASS | {"text_tower_args": {"pool": "mean"}}, "text_tower_args.*'pool'"),
         ({"poler": "single"}, "'poler'.*'pooler'"),
     ],
 )

@@ -38,4 +38,3 @@ def test_width_of_the_mlp() -> None:
         assert block.mlp[0].weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
         assert block.mlp[2].weight.std().item() == pytest.approx(64**-0.5 * 4**-0.5, rel=0.05)
         assert out.shape == x.shape
-    assert SelfBlock(64, 2, mlp_width=0).mlp is None

@@ -351,6 +351,13 @@ def test_errors() -> None:
         create_model("coca_tiny", imports=["not_there"])
 
 
+def test_a_part_of_a_project_that_is_not_installed() -> None:
+    """As in a checkpoint from where it was."""
+    for part in ("pooler", "text_tower", "image_encoder"):
+        with pytest.raises(ValueError, match=r"'mine'; the project 'absent' is not installed\. It comes with"):
+            create_model("coca_tiny", **{part: "coca_lit.projects.absent.parts:mine"})
+
+
 def test_a_file_names_the_package_of_a_pooler(tmp_path: Path) -> None:
     """The pooler alone is from outside."""
     model = create_model("coca_tiny", imports=["their_package"], pooler="strongest").eval()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from coca_lit.data.batch import Batch, padded
 from coca_lit.distributed import rank, world_size
+from coca_lit.extensions import names_in
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import contrastive_loss, loss_terms
 from coca_lit.models import CoCa, CoCaOutput, create_model
@@ -21,11 +22,10 @@ from helpers.steps import ENCODER, PAIRS, own_batch, trained_with
 CAPTIONS = ["a large red circle", "a small blue square below a green ring", "the pink star is left of the cyan cross"]
 
 
-@pytest.fixture(scope="module", params=[None, "modern", "two_pass"], ids=str)
+@pytest.fixture(scope="module", params=[None, *names_in("text_towers")], ids=str)
 def net(request: pytest.FixtureRequest) -> CoCa:
     torch.manual_seed(0)
-    pooler = "mean" if request.param == "two_pass" else "openclip_parallel"
-    return create_model("coca_tiny", text_tower=request.param, pooler=pooler).eval()
+    return create_model("coca_tiny", text_tower=request.param, pooler="openclip_parallel").eval()
 
 
 def make_batch(net: CoCa, captions: list[str]) -> Batch:

@@ -18,18 +18,14 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.tools.export import command as export
 from coca_lit.training.sharding import check_sharded, shard, unsharded
 from coca_lit.weights.load import load_model
-from helpers.parallel import DDP, SHARDED, SHORT, UNSCORED, saved
+from helpers.family import check_sharded_training
+from helpers.parallel import DDP, SHARDED, SHORT, UNSCORED, saved, train
 from helpers.running import NAFLEX, launched, results, run, without_java
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 VIT = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
 MODEL = {"image_encoder": "vit_base_patch32_clip_224", "image_encoder_args": VIT}
 SCORED = (*UNSCORED, "evals=[scenes_captions,scenes_retrieval]", "scoring.images=8", "data.train_count=16")
-
-
-def train(folder: Path, *overrides: str) -> None:
-    with launched():
-        run(folder, *SHORT, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -175,18 +171,10 @@ def test_openclips_recipe_for_mscoco_runs_on_two_ranks(on_ranks, tmp_path: Path)
     assert saved(tmp_path)["global_step"] == 3
 
 
-MAMMUT = ("+model.net.pooler=mean", "+model.net.text_tower=two_pass")
-
-
-@pytest.mark.parametrize("model", [MAMMUT, NAFLEX], ids=["MaMMUT", "any shape"])
 @pytest.mark.slow
-def test_other_members_of_the_family_are_sharded(on_ranks, tmp_path: Path, model: tuple[str, ...]) -> None:
-    """MaMMUT's blocks run twice in a step and get one gradient; batches of patches have several sizes."""
-    options = ("data.train_count=32", *model)
-    run(tmp_path / "one", *SHORT, *options)
-    on_ranks(2, train, tmp_path / "sharded", *options, *SHARDED)
-    found, expected = saved(tmp_path / "sharded")["state_dict"], saved(tmp_path / "one")["state_dict"]
-    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+def test_a_model_for_any_shape_is_sharded(on_ranks, tmp_path: Path) -> None:
+    """Batches of patches have several sizes."""
+    check_sharded_training(on_ranks, tmp_path, *NAFLEX)
 
 
 def sharded_model() -> dict[str, Any]:

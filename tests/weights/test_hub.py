@@ -37,7 +37,6 @@ from coca_lit.weights.load import load_model, save_model
 from coca_lit.weights.open_clip import to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
 from helpers.hub_server import TOKEN, Hub, Repository, answers_at
-from helpers.mammut import released_files
 
 SMALL = {
     "image_encoder_args": {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2},
@@ -45,7 +44,6 @@ SMALL = {
     **{"context_length": 20, "text_layers": 1, "decoder_layers": 1, "cls_mask": "legacy"},
 }
 L14, B32 = "laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k", "laion/CoCa-ViT-B-32-laion2B-s13B-b90k"
-OPENMAMMUT = "laion/openMaMMUT-ViT-L-14-DataComp-1.4B-s12.8B-b180K"
 SAFE, BIN = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 NOBODY = "http://127.0.0.1:9"  # the port of `discard`, which no machine serves any more
 
@@ -113,21 +111,6 @@ def test_a_model_by_name_is_that_of_its_file(
 
 
 @pytest.mark.slow
-def test_openmammut_by_its_name(hub: Hub) -> None:
-    """In the layout of the code that trained it; random weights of a small one."""
-    model, state, config = released_files()
-    preprocess = {**CLIP_NORMALISATION, "interpolation": "bicubic", "resize_mode": "shortest"}
-    files = {"open_clip_config.json": json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}).encode()}
-    hub.repositories[OPENMAMMUT] = Repository({SAFE: save(state), **files})
-    found = load_model(f"hf-hub:{OPENMAMMUT}")
-    assert_equal(found, model)
-    assert found.preprocessing == model.preprocessing
-    image = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
-    assert torch.equal(found.generate(image), model.generate(image))
-    assert torch.equal(found.encode_text(found.tokenizer(["a dog"])), model.encode_text(model.tokenizer(["a dog"])))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["apple/mobileclip2_coca_dfn2b_s13b_docci_s12m_context128", "coca_ViT-L-14/dfn2b_s13b_docci_s12m_context128"],
@@ -168,8 +151,9 @@ def test_layout_of_the_scaling_study(hub: Hub, tmp_path: Path, monkeypatch: pyte
     image = {"patch_size": 16, "embed_dim": 64, "depth": 1, "num_heads": 1}
     arguments = {"image_encoder_args": image, "image_size": 32, "embed_dim": 64, "text_width": 64, "text_heads": 1}
     torch.manual_seed(0)
-    model = create_model("mammut_ViT-S-32", **arguments, text_layers=3, decoder_layers=3).eval()
-    state = to_open_clip(model, "mammut")
+    layers = {"text_layers": 3, "decoder_layers": 3}
+    model = create_model("coca_ViT-S-32", **arguments, **layers, cls_mask="legacy").eval()
+    state = to_open_clip(model)
     later = {name: tensor + 1 for name, tensor in state.items()}
     contents = {1: trained(state, 1), 2: trained(state, 2), 10: trained(later, 10)}
     files = {f"{RUN}/epoch_{n}.pt": content for n, content in contents.items()}

@@ -258,8 +258,6 @@ def named(*names: str) -> Callable[[], dict[str, Tensor]]:
         (lambda: relative(attentional_pool=False), "a coca_base, which has no attentional pooler"),
         (lambda: relative(timm_model_name="resnet10t"), "a CoCa whose image tower is not a CLIP vision transformer"),
         (named("text_decoder.ln_final.weight", "text.transformer.embeddings.x.weight"), "a coca_roberta-ViT-B-32"),
-        (named("map_viz2txt_kv", "text.blocks.0.norm1.weight"), "a MaMMUT with OpenCLIP 4's modern text tower"),
-        (named("map_viz2txt_kv", "visual.trunk.blocks.0.norm1.weight"), "a MaMMUT whose image tower is one of timm's"),
         (
             named("attn_pool_contrastive.query", "visual.trunk.x", "text_decoder.ln_final.weight"),
             "a CoCa whose image tower is not a CLIP vision transformer",

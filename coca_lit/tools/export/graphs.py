@@ -14,11 +14,7 @@ from torch import Tensor, nn
 
 from coca_lit.data.inputs import IMAGES, ImageReader
 from coca_lit.models import CoCa, text_lengths
-from coca_lit.models.layers import CrossBlock
 from coca_lit.models.packing import KVCache
-from coca_lit.models.text import ClassicDecoder
-from coca_lit.models.variants.mammut import TwoPassDecoder
-from coca_lit.models.variants.modern import ModernDecoder
 
 
 class Graph(NamedTuple):
@@ -93,12 +89,7 @@ class ImageGraph(nn.Module):
         features = F.normalize(self.model.image_projection(cast(Tensor, vector)), dim=-1)
         if decoder is None:
             return (features,)
-        if isinstance(decoder, ModernDecoder):
-            pairs = decoder.keys_values(cast(Tensor, tokens))
-        else:  # `keys_values` would multiply the weights of norm and projection in the graph, at every call
-            blocks = cast("list[CrossBlock]", cast(ClassicDecoder | TwoPassDecoder, decoder).cross_blocks)
-            pairs = [block.attention.keys_values(block.norm_context(tokens)) for block in blocks]
-        keys, values = zip(*pairs, strict=True)
+        keys, values = zip(*decoder.keys_values_of_graph(cast(Tensor, tokens)), strict=True)
         return features, torch.stack(keys), torch.stack(values)
 
 

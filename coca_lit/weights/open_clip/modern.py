@@ -46,6 +46,7 @@ class ModernText(TextPart):
         Renaming("decoder.", "text_decoder."),
     )
     allowed = _ALLOWED
+    models = ("coca2-moderntext_ViT-B-32",)
 
     def arguments(self, theirs: Tensors) -> dict[str, Any]:
         width = theirs["text.token_embedding.weight"].shape[1]

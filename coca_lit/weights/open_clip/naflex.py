@@ -28,6 +28,7 @@ class NaFlexTransformer(ImagePart):
     since = "4"
     names = (Renaming("image_encoder.trunk.", "visual.trunk."),)
     allowed = _ALLOWED
+    models = ("coca2-moderntext-naflex_ViT-B-32",)
 
     def arguments(self, theirs: Tensors) -> dict[str, Any]:
         """The size of images is not in its tensors: without a config they fill the learned grid."""
@@ -128,5 +129,6 @@ class MaskedPoolers(TwoPoolers):
         Renaming("pooling.generative.", "attn_pool.", QUERY_POOLER),
         Renaming("pooling.contrastive.", "attn_pool_contrastive.", QUERY_POOLER),
     )
+    models = ()
     ours = "masked"
     theirs = ""

@@ -24,8 +24,6 @@ OWN = {
     "visual.trunk.embeds.proj.weight": "coca_lit.weights.open_clip.naflex:NaFlexTransformer",
     "attn_pool.query": "coca_lit.weights.open_clip.naflex:MaskedPoolers",
     "text.blocks.0.attn.qkv.weight": "coca_lit.weights.open_clip.modern:ModernText",
-    "map_viz2txt_kv": "coca_lit.weights.open_clip.mammut:MeanPooler",
-    "text.resblocks.0.ln_1.weight": "coca_lit.weights.open_clip.mammut:TwoPassText",
 }
 OTHER_TEXT_TOWERS = ("text.transformer.embeddings.", "text.transformer.encoder.", "text.transformer.shared.")
 _TOKENIZERS = {49408: "clip", 50260: "r50k"}  # by the size of the vocabulary
@@ -55,6 +53,7 @@ class Part(ABC):
         flat: OpenCLIP's names of the tensors that it stores without dimensions of one.
         allowed: section of the config -> key -> the values that coca_lit computes, None for any.
         required: keys that `vision_cfg` must have -> what the weights have that they say more about.
+        models: OpenCLIP's names of models that are told by this part, for messages.
     """
 
     kinds: ClassVar[tuple[type[nn.Module], ...]]
@@ -64,6 +63,7 @@ class Part(ABC):
     flat: ClassVar[Collection[str]] = ()
     allowed: ClassVar[Mapping[str, Allowed]]
     required: ClassVar[Mapping[str, str]] = {}
+    models: ClassVar[Sequence[str]] = ()
 
     @abstractmethod
     def arguments(self, theirs: Tensors) -> dict[str, Any]:
@@ -151,15 +151,19 @@ class Parts(NamedTuple):
 
 def parts_in(theirs: Collection[str]) -> Parts:
     """The parts that the names of tensors in a file show."""
-    known = OWN | extensions.declared("open_clip")
     image, pooler, text = None, None, None
-    for tensor, target in known.items():
+    for tensor, target in _known().items():
         if tensor in theirs:
             part = extensions.load(target)()
             image = part if isinstance(part, ImagePart) else image
             pooler = part if isinstance(part, PoolerPart) else pooler
             text = part if isinstance(part, TextPart) else text
     return Parts(image, pooler, text)
+
+
+def _known() -> dict[str, str]:
+    """Where the parts are, by a tensor that shows each."""
+    return OWN | extensions.declared("open_clip")
 
 
 def is_captioner(theirs: Collection[str]) -> bool:
@@ -176,9 +180,9 @@ def expect_captioner(theirs: Tensors, parts: Parts) -> tuple[ImagePart, PoolerPa
     """The parts in a file; raises `ValueError` if it is no captioner of OpenCLIP, or one that cannot be read."""
     reason = _unreadable(theirs, parts)
     if reason is not None:
+        readable = [name for target in _known().values() for name in extensions.load(target).models]
         raise ValueError(
-            f"this is {reason}; of OpenCLIP's captioners these can be read, in any size: coca_ViT-L-14, "
-            "coca2_ViT-B-32, coca2-moderntext_ViT-B-32, coca2-moderntext-naflex_ViT-B-32, mammut2_ViT-L-14, openMaMMUT"
+            f"this is {reason}; of OpenCLIP's captioners these can be read, in any size: {', '.join(readable)}"
         )
     image, pooler, text = parts
     if image is not None and pooler is not None and text is not None:

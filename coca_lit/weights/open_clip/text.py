@@ -41,6 +41,7 @@ class ClassicText(TextPart):
     )
     transposed = ("text.text_projection", "text_decoder.text_projection")
     allowed = ALLOWED
+    models = ("coca_ViT-L-14",)
 
     def arguments(self, theirs: Tensors) -> dict[str, Any]:
         return {
@@ -90,12 +91,11 @@ def heads_of(config: OpenClipConfig, arguments: Mapping[str, Any]) -> int:
     return text_heads
 
 
-def crossed_every(config: OpenClipConfig, arguments: Mapping[str, Any], exact: bool = False) -> int:
+def crossed_every(config: OpenClipConfig, arguments: Mapping[str, Any]) -> int:
     """Every how many layers the decoder looks at the image. Several numbers can fit the same tensors.
 
     Args:
         arguments: with the smallest number that fits, as `decoder_args`.
-        exact: whether the tensors show the number itself.
 
     Raises:
         ValueError: by the config, other layers look at the image than the tensors show.
@@ -103,7 +103,7 @@ def crossed_every(config: OpenClipConfig, arguments: Mapping[str, Any], exact: b
     every = count(config.decoder, "cross_attn_ratio", 1)
     shown = arguments["decoder_args"]["cross_attention_every"]
     layers = range(arguments["decoder_layers"])
-    if len(layers[::every]) != len(layers[::shown]) or (exact and every != shown):
+    if len(layers[::every]) != len(layers[::shown]):
         raise ValueError(
             f"{FILE} belongs to other weights: by its cross_attn_ratio {every}, {len(layers[::every])} of {len(layers)}"
             f" layers look at the image, and in the tensors {len(layers[::shown])} do"

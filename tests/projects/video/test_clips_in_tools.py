@@ -84,14 +84,8 @@ def test_a_plan_counts_the_frames_of_the_data() -> None:
 
 SIZES = {"text_layers": 1, "decoder_layers": 1}
 MODELS = {
-    "modern, mean of frames": {
-        **{"text_tower": "modern", "text_tower_args": {"pool": "mean", "qk_norm": True}, "frame_pooling": "mean"},
-        **{"pooler": "openclip_cascade", "pooler_queries": 5},
-    },
-    "without MLP, positions of frames": {
-        **{"text_tower": "two_pass_with_pads", "text_tower_args": {"attention_only_every": 2}, "pooler": "mean_all"},
-        **{"decoder_args": {"cross_attention_every": 2}, "text_layers": 3, "decoder_layers": 3, "frame_positions": 3},
-    },
+    "mean of frames": {"pooler": "openclip_cascade", "pooler_queries": 5, "frame_pooling": "mean"},
+    "positions of frames": {"pooler": "means_of_tokens", "frame_positions": 3},
 }
 
 
@@ -105,7 +99,7 @@ def test_graphs_of_clips(name: str, tmp_path: Path) -> None:
     from coca_lit.tools.export.onnx_captioner import Captioner
 
     torch.manual_seed(0)
-    model = create_model("coca_tiny", **SIZES | MODELS[name]).eval()
+    model = create_model("coca_tiny", imports=["helpers.means_of_tokens"], **SIZES | MODELS[name]).eval()
     with torch.no_grad():
         model.decoder.vocabulary.weight[model.tokenizer.eot_id] *= 2
         if model.pooling.frame_positions is not None:

@@ -12,15 +12,15 @@ from coca_lit.training.classifiers import PoolerClassifier
 from coca_lit.weights.lora import add_lora
 from coca_lit.weights.start import copy_weights
 
-POOLERS = ("single", "parallel", "cascade", "openclip_parallel", "openclip_cascade", "mean")
+POOLERS = ("single", "parallel", "cascade", "openclip_parallel", "openclip_cascade", "means_of_tokens")
 VIT = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 2}
 ENCODER = {"image_encoder": "vit_base_patch32_clip_224", "image_encoder_args": VIT, "image_size": 16}
 
 
 def build(pooler: str = "single", **arguments) -> CoCa:
     torch.manual_seed(0)
-    text = {"text_tower": "two_pass"} if pooler == "mean" else {}
-    return create_model("coca_tiny", pooler=pooler, pooler_queries=5, **ENCODER, **text, **arguments).eval()
+    imports = ["helpers.means_of_tokens"]
+    return create_model("coca_tiny", imports=imports, pooler=pooler, pooler_queries=5, **ENCODER, **arguments).eval()
 
 
 def clips(frames: int = 4) -> Tensor:
@@ -51,7 +51,7 @@ def test_the_order_of_frames_has_no_effect(pooler: str, frame_pooling: str) -> N
     model, images = build(pooler, frame_pooling=frame_pooling), clips()
     (features, tokens), (others, other_tokens) = both(model, images), both(model, images[:, [2, 0, 3, 1]])
     torch.testing.assert_close(features, others)
-    if pooler != "mean" or frame_pooling == "mean":  # else the decoder attends to all tokens, whose order is no matter
+    if pooler != "means_of_tokens" or frame_pooling == "mean":  # else it has all tokens
         torch.testing.assert_close(tokens, other_tokens)
     assert not torch.allclose(features, both(model, images[:, [0, 0, 3, 1]])[0], atol=1e-4)
 
@@ -100,10 +100,10 @@ def test_tokens_of_all_frames() -> None:
 
 
 def test_mean_tokens_leave_out_class_tokens() -> None:
-    model, images = build("mean"), clips()
+    model, images = build("means_of_tokens"), clips()
     with torch.no_grad():
         rows = torch.cat([model.image_encoder(images[:, i])[:, 1:] for i in range(4)], dim=1)
-        expected = F.normalize(model.image_projection(model.pooling.norm(rows.mean(dim=1))), dim=-1)
+        expected = F.normalize(model.image_projection(rows.mean(dim=1)), dim=-1)
     features, tokens = both(model, images)
     torch.testing.assert_close(features, expected)
     assert tokens.shape[1] == 4 * 4

@@ -27,6 +27,7 @@ from coca_lit.tools.export import onnx
 from coca_lit.tools.export.folder import Exported, write_card
 from coca_lit.tools.export.onnx_captioner import Captioner
 from coca_lit.weights.load import save_model
+from helpers.family import check_graphs
 from helpers.tokenizer_files import SPECIAL, trained_file
 
 pytestmark = pytest.mark.slow  # exports whole graphs
@@ -61,37 +62,17 @@ OTHERS = {
         **{"text_tower": "modern", "text_tower_args": {"pool": "mean", "qk_norm": True}},
         **{"pooler": "openclip_cascade", "pooler_queries": 5},
     },
-    "two passes": {"text_tower": "two_pass", "pooler": "mean"},
-    "without MLP": {
-        **{"text_tower": "two_pass_with_pads", "text_tower_args": {"attention_only_every": 2}, "pooler": "mean_all"},
-        **{"decoder_args": {"cross_attention_every": 2}, "text_layers": 3, "decoder_layers": 3},
-    },
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_graphs_of_other_models(name: str, tmp_path: Path) -> None:
-    """Features and greedy captions, of a batch that is larger than the exporter's example. One has a tokenizer of a
-    file.
-    """
-    torch.manual_seed(0)
-    file = {"tokenizer": {"file": str(trained_file("Metaspace", tmp_path)), **SPECIAL}} if name == "two passes" else {}
-    model = create_model("coca_tiny", **CONVOLUTIONAL | OTHERS[name], **file).eval()
-    with torch.no_grad():
-        model.decoder.vocabulary.weight[model.tokenizer.eot_id] *= 2
-    onnx.write_onnx(model, tmp_path)
-    images = images_of(8)
-    tokens = model.tokenizer(["a red circle", "two blue squares and a green ring", ""])
-    for graph, inputs, expected in (
-        ("image_encoder", {"images": images.numpy()}, model.encode_image(images)),
-        ("text_encoder", {"tokens": tokens.numpy()}, model.encode_text(tokens)),
-    ):
-        found = torch.from_numpy(session(tmp_path, graph).run(["features"], inputs)[0])
-        torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=0)
-    captioner, captions = Captioner(tmp_path), model.generate(images)
-    ids = captioner.write(images.numpy())
-    assert ids.tolist() == captions.tolist()
-    assert [captioner.decode(row) for row in ids] == [model.tokenizer.decode(row) for row in captions]
+    check_graphs(create_model("coca_tiny", **CONVOLUTIONAL | OTHERS[name]).eval(), tmp_path)
+
+
+def test_graphs_beside_a_tokenizer_of_a_file(tmp_path: Path) -> None:
+    file = {"file": str(trained_file("Metaspace", tmp_path)), **SPECIAL}
+    check_graphs(create_model("coca_tiny", **CONVOLUTIONAL, tokenizer=file).eval(), tmp_path)
 
 
 def test_the_config_has_the_bias_of_a_sigmoid_model(tmp_path: Path) -> None:

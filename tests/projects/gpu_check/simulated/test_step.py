@@ -9,12 +9,13 @@ import torch
 from simulated_gpu import DeviceTensor, counted, on_cpu, to_gpu
 from torch import Tensor
 
+from coca_lit import extensions
 from coca_lit.data.batch import Batch
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.coca import CAPTION, CONTRASTIVE
 from coca_lit.models.packing import to_device
-from coca_lit.models.presets import PRESETS
+from coca_lit.models.presets import PRESETS, preset
 from coca_lit.tools.plan.trace import trace
 from coca_lit.training.caption_objectives import PrefixPrompts
 from coca_lit.training.gradient_caching import cached_loss
@@ -192,18 +193,26 @@ def test_words_that_the_vocabulary_lacks() -> None:
     compare(nets, batch._replace(tokens=batch.tokens % 7), plain_step)
 
 
-# Made small, the larger ones are the same networks.
-SHAPES = [name for name in PRESETS if not name.endswith(("l14", "_large", "_2b"))]
+def parts(name: str) -> str:
+    """What a preset is made of, whatever its sizes."""
+    arguments = preset(name)
+    encoder = arguments["image_encoder"].partition("_")[0]
+    others = ("pooler", "text_tower", "text_tower_args", "decoder_args", "cls_mask", "tokenizer")
+    return str([encoder, *(arguments.get(key) for key in others), arguments.get("decoder_layers") == 0])
+
+
+# Made small, presets of the same parts are the same network.
+SHAPES = [*{parts(name): name for name in reversed([*PRESETS, *extensions.declared("presets")])}.values()]
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_preset_in_small(name: str) -> None:
     """With its pooler, mask, heads and kind of encoder, but one layer of each tower."""
     sizes: dict[str, Any] = {"text_layers": 1, "text_width": 64, "text_heads": 2, "embed_dim": 64, "image_size": 32}
-    preset = PRESETS[name]
-    if preset.get("decoder_layers", 12):
+    arguments = preset(name)
+    if arguments.get("decoder_layers", 12):
         sizes |= {"decoder_layers": 1, "pooler_queries": 5, "pooler_heads": 2}
-    if "vit" in str(preset.get("image_encoder", "vit")):
+    if "vit" in str(arguments.get("image_encoder", "vit")):
         sizes |= {"image_encoder_args": {"depth": 1, "embed_dim": 32, "num_heads": 2, "patch_size": 16}}
     torch.manual_seed(0)
     net = create_model(name, **sizes).train()

@@ -4,7 +4,7 @@ contrastive pass: embedded tokens ─ self blocks, every token sees all of its t
 caption pass:     embedded tokens ─ causal self blocks, after every n-th a cross block ─ norm ─ vocabulary
 
 The self blocks and the norm belong to the tower and are trained by both losses; cross blocks and vocabulary belong to
-the decoder. The image side pools nothing: the decoder attends to all patches, the image feature is their mean.
+the decoder. The image side is in `pooling`: the decoder attends to all patches, the image feature is their mean.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,33 @@ from torch import Tensor, nn
 
 from coca_lit.errors import check_number
 from coca_lit.models import kernels
-from coca_lit.models.init import init_blocks, init_projection
-from coca_lit.models.layers import CrossBlock, KeysValues, SelfBlock
+from coca_lit.models.init import init_attention, init_blocks, init_projection
+from coca_lit.models.layers import CrossBlock, KeysValues, SelfAttention, SelfBlock
 from coca_lit.models.packing import Cache, Layout, to_device
 from coca_lit.models.registry import build_from
 from coca_lit.models.text import CrossDecoder, TextSizes, Tower
 from coca_lit.models.trainable import run
+
+
+class AttentionBlock(nn.Module):
+    """x + attention(norm(x)): a `SelfBlock` without its MLP."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, heads)
+        self.dropout = nn.Dropout(dropout)
+
+    def init_parameters(self, depth: int) -> None:
+        """The values of a `SelfBlock` in a tower of `depth` blocks."""
+        width = self.norm_1.normalized_shape[0]
+        init_attention(self.attention, out_std=width**-0.5 * (2 * depth) ** -0.5)
+        self.norm_1.reset_parameters()
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None, layout: Layout | None = None
+    ) -> Tensor:
+        return x + self.dropout(self.attention(self.norm_1(x), mask, cache, layout))
 
 
 class TwoPassTower(Tower):
@@ -39,18 +60,19 @@ class TwoPassTower(Tower):
 
     def __init__(self, sizes: TextSizes, attention_only_every: int | None = None) -> None:
         super().__init__(sizes)
-        width, every = sizes.width, attention_only_every
-        if every is not None:
-            check_number("attention_only_every", every, whole=True, at_least=1)
+        width = sizes.width
+        if attention_only_every is not None:
+            check_number("attention_only_every", attention_only_every, whole=True, at_least=1)
         if sizes.embed_dim != width:
             raise ValueError(
                 f"a two-pass text tower has no projection: text_width ({width}) must be embed_dim ({sizes.embed_dim})"
             )
         self.position_embedding = nn.Parameter(torch.empty(sizes.context_length, width))
-        self.blocks = nn.ModuleList(
-            SelfBlock(width, sizes.heads, sizes.dropout, mlp_width=0 if every is not None and i % every == 0 else None)
-            for i in range(sizes.layers)
-        )
+        self.blocks = nn.ModuleList()
+        for i in range(sizes.layers):
+            without_mlp = attention_only_every is not None and i % attention_only_every == 0
+            kind = AttentionBlock if without_mlp else SelfBlock
+            self.blocks.append(kind(width, sizes.heads, sizes.dropout))
         self.norm = nn.LayerNorm(width)
 
     def make_decoder(self, sizes: TextSizes, image_width: int, layers: int, **arguments: Any) -> "TwoPassDecoder":
@@ -63,7 +85,11 @@ class TwoPassTower(Tower):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding, std=0.01)
         self.norm.reset_parameters()
-        init_blocks(self.blocks, depth=len(self.blocks))
+        for block in self.blocks:
+            if isinstance(block, AttentionBlock):
+                block.init_parameters(depth=len(self.blocks))
+            else:
+                init_blocks([block], depth=len(self.blocks))
 
     def forward(
         self,
@@ -80,13 +106,14 @@ class TwoPassTower(Tower):
         if contrastive:
             seen = layout  # of the positions that are read and averaged
             if not self.pad_mask:
-                every = torch.full_like(lengths, self.context_length)
-                seen = Layout(every, False, self.context_length, tokens.device)
+                whole_context = torch.full_like(lengths, self.context_length)
+                seen = Layout(whole_context, False, self.context_length, tokens.device)
             x = self._embed(tokens, seen)
             seen_mask = to_device(seen.mask, tokens.device)  # (B, T)
             mask = seen_mask[:, None, None]  # (B, 1, 1, T)
+            recompute = self.training and self.grad_checkpointing == "blocks"
             for block in self.blocks:
-                x = run(block, x, mask, None, seen, recompute=self.training and self.grad_checkpointing == "blocks")
+                x = run(block, x, mask, None, seen, recompute=recompute)
             grid = seen.unpack(self.norm(x))  # (B, T, D)
             features = (grid * seen_mask[..., None]).sum(dim=1) / seen_mask.sum(dim=1, keepdim=True)
         return self._embed(tokens, layout), features, layout
@@ -135,6 +162,13 @@ class TwoPassDecoder(CrossDecoder):
     @property
     def self_blocks(self) -> nn.ModuleList:  # type: ignore[override]
         return self.tower.blocks
+
+    def blocks(self) -> list[tuple[SelfBlock, CrossBlock | None]]:
+        pairs: list[Any] = []
+        for i, block in enumerate(self.self_blocks):
+            crossed = i % self.every == 0
+            pairs.append((block, self.cross_blocks[i // self.every] if crossed else None))
+        return pairs
 
     @property
     def norm(self) -> nn.LayerNorm:  # type: ignore[override]

@@ -1,4 +1,6 @@
-"""MaMMUT in OpenCLIP's files: of version 4, and of LAION-AI/open_clip_mammut, which trained the released openMaMMUT."""
+"""MaMMUT in OpenCLIP's files: of version 4 (its main branch), and of LAION-AI/open_clip_mammut, which trained the
+released openMaMMUT.
+"""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -6,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from coca_lit.models.coca import CoCa
-from coca_lit.models.poolers import MeanPooling, MeanPoolingWithClassToken
-from coca_lit.models.variants.mammut import TwoPassDecoder, TwoPassTower, TwoPassTowerWithPads
-from coca_lit.weights.open_clip.config_keys import TEXT_KEYS, Allowed, OpenClipConfig, count, section_of
+from coca_lit.projects.mammut.pooling import MeanPooling, MeanPoolingWithClassToken
+from coca_lit.projects.mammut.text import TwoPassDecoder, TwoPassTower, TwoPassTowerWithPads
+from coca_lit.weights.open_clip.config_keys import FILE, TEXT_KEYS, Allowed, OpenClipConfig, count, section_of
 from coca_lit.weights.open_clip.parts import PoolerPart, Renaming, Tensors, TextPart, depth
 from coca_lit.weights.open_clip.text import CROSS_BLOCK, SELF_BLOCK, crossed_every, decoder_keys, text_keys
 
@@ -80,6 +82,7 @@ class TwoPassText(TextPart):
     )
     transposed = ("text.lm_head",)
     allowed = _TEXT_KEYS
+    models = ("mammut2_ViT-L-14", "openMaMMUT")
 
     def arguments(self, theirs: Tensors) -> dict[str, Any]:
         layers, crossed = depth(theirs, "text.resblocks"), depth(theirs, "text.cross_attn")
@@ -110,8 +113,12 @@ class TwoPassText(TextPart):
         }
 
     def configured(self, config: OpenClipConfig, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        # Blocks without an MLP show which layers look at the image.
-        every = crossed_every(config, arguments, exact=arguments["text_tower_args"] is not None)
+        every = crossed_every(config, arguments)
+        shown = arguments["decoder_args"]["cross_attention_every"]
+        if arguments["text_tower_args"] is not None and every != shown:  # blocks without an MLP are those before one
+            raise ValueError(
+                f"{FILE} belongs to other weights: its cross_attn_ratio is {every}, and the tensors show {shown}"
+            )
         return {
             "text_heads": count(config.decoder, "heads", 8),
             "text_tower": "two_pass" if config.decoder.get("use_pad_mask", True) else "two_pass_with_pads",
