@@ -158,7 +158,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "                queries, image = by_image(states,",
             "            before, states = states, self_block(states)\n            if cross_block is not None:\n"
             "                queries, image = by_image(before,",
-            "evals/test_attention.py",
+            "models/test_attention_weights.py",
         ),
         (
             "decoder_depth",
@@ -187,7 +187,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "attention_map_norm",
             "return self.attention.weights(self.norm_1(x), keys_values)",
             "return self.attention.weights(x, keys_values)",
-            "evals/test_attention.py",
+            "models/test_attention_weights.py",
         ),
     ],
     "models/packing.py": [
@@ -283,7 +283,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "attention_map_modern",
             "block.norm_x(states + block.attn(normed, table, None, None, None))",
             "block.norm_x(states)",
-            "evals/test_attention.py",
+            "models/test_attention_weights.py",
         ),
         (
             "third_cross_block",
