@@ -67,10 +67,7 @@ def _paper(image_encoder: str, width: int, heads: int, layers: int) -> dict[str,
     }
 
 
-# OpenCLIP 4's, with the two poolers of the paper; its initial values count no cross blocks.
-_COCA2: dict[str, Any] = _B32 | {"pooler": "openclip_cascade", "decoder_args": {"init_depth": 12}}
-
-# The same for images of any shape, with GPT-2's byte pairs.
+# OpenCLIP 4's for images of any shape, with GPT-2's byte pairs.
 _NAFLEX: dict[str, Any] = _B32 | {
     "image_encoder": "naflex",
     "image_encoder_args": {"patch_size": 32, "pre_norm": True, "pos_embed_grid_size": [8, 8]},
@@ -87,8 +84,6 @@ _NAFLEX: dict[str, Any] = _B32 | {
 PRESETS: dict[str, dict[str, Any]] = {
     "coca_vit_b32": _B32,
     "coca_vit_l14": _L14,
-    "coca2_vit_b32": _COCA2,
-    "coca2_moderntext_vit_b32": _COCA2 | {"text_tower": "modern", "decoder_args": None},
     "coca2_moderntext_naflex_vit_b32": _NAFLEX,
     "clip_vit_b32": _B32 | {"decoder_layers": 0, "pooler_queries": 1},
     "coca_base": _paper("vit_base_patch16_clip_224", 768, 12, 12),

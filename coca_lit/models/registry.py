@@ -221,14 +221,7 @@ POOLERS = Registry(
     {},
     "poolers",
 )
-TEXT_TOWERS = Registry(
-    "text tower",
-    {},
-    {
-        "modern": "coca_lit.models.variants.modern:ModernTextTower",
-    },
-    "text_towers",
-)
+TEXT_TOWERS = Registry("text tower", {}, {}, "text_towers")
 OBJECTIVES = Registry("objective", {}, {}, "objectives")  # those that are kept with the model
 register_image_encoder = IMAGE_ENCODERS.register
 register_objective = OBJECTIVES.register

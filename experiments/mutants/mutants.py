@@ -278,24 +278,30 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "models/generation/test_generate_options.py -k 'log_probabilities or rerank'",
         ),
     ],
-    "models/variants/modern.py": [
+    "projects/coca2/text.py": [
         (
             "attention_map_modern",
             "block.norm_x(states + block.attn(normed, table, None, None, None))",
             "block.norm_x(states)",
-            "models/test_attention_weights.py",
+            "projects/coca2/test_coca2_everywhere.py -k attention",
+        ),
+        (
+            "modern_blocks_run_again",
+            'wanted == "blocks"',
+            'wanted != "blocks"',
+            "projects/coca2/test_modern_text.py -k again",
         ),
         (
             "third_cross_block",
             "image = keys_values[i // self.every] if",
             "image = keys_values[min(i, len(keys_values) - 1)] if",
-            "weights/test_modern_text.py -k cached",
+            "projects/coca2/test_modern_text.py -k cached",
         ),
         (
             "map_pool_of_contrast",
             '("pool", "projection") if',
             '("projection",) if',
-            "weights/test_modern_text.py -k alone",
+            "projects/coca2/test_modern_text.py -k alone",
         ),
     ],
     "projects/mammut/text.py": [

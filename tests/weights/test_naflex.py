@@ -15,15 +15,15 @@ from coca_lit.models.cost import forward_flops
 from coca_lit.models.inputs import Patches, stack_images
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
-from helpers import coca2, oracle
-from helpers.coca2 import same
+from helpers import open_clip_4, oracle
 from helpers.family import check_files
+from helpers.open_clip_4 import same
 from helpers.oracle import State
 
 NAME = "coca2-moderntext-naflex_ViT-B-32"
 STYLE = {"gated": True, "qk_norm": True, "mlp_width": 44}
-SMALL: dict[str, Any] = coca2.SMALL | {
-    "image_encoder_args": coca2.SMALL["image_encoder_args"] | {"pre_norm": True, "pos_embed_grid_size": [3, 3]},
+SMALL: dict[str, Any] = open_clip_4.SMALL | {
+    "image_encoder_args": open_clip_4.SMALL["image_encoder_args"] | {"pre_norm": True, "pos_embed_grid_size": [3, 3]},
     "image_size": 24,
     "decoder_layers": 2,
     "text_tower_args": {"pool": "mean", **STYLE},

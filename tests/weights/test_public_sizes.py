@@ -6,7 +6,7 @@ import torch
 
 from coca_lit.weights.open_clip import clip_from_open_clip, from_open_clip
 from helpers import oracle
-from helpers.coca2 import TEXTS
+from helpers.open_clip_4 import TEXTS
 from helpers.study import CONFIGS, PROFILE, check_preset_against_its_config, config_of, random_weights
 
 CLIPS = sorted(path.stem for path in CONFIGS.glob("ViT-*.json"))

@@ -68,7 +68,7 @@ def from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = 
     Widths and depths are read from the tensors. Numbers of heads are not in them: they come from `config`, the content
     of the `open_clip_config.json` beside the weights, or follow OpenCLIP's rule of 64 per head (8 heads in the pooler);
     `overrides`, arguments of `CoCa`, take precedence. The CLS mask is that of the config. Without a config it is the
-    legacy one that OpenCLIP 3 trains with, or with two poolers the correct one, as in OpenCLIP's coca2_ViT-B-32.
+    legacy one that OpenCLIP 3 trains with, or with two poolers the correct one of OpenCLIP 4.
 
     Raises:
         ValueError: this is not an OpenCLIP CoCa, tensors are missing, left over or of the wrong shape, or `config` asks

@@ -6,7 +6,7 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
 from helpers import oracle
-from helpers.coca2 import SMALL
+from helpers.open_clip_4 import SMALL
 from helpers.oracle import State
 
 ARGUMENTS = {k: v for k, v in SMALL.items() if not k.startswith("pooler")}

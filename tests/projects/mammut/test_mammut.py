@@ -20,8 +20,8 @@ from coca_lit.training.sharding import blocks
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
 from helpers import oracle
-from helpers.coca2 import SMALL, TEXTS, same
 from helpers.family import check_cached_generation, check_files, check_packed_training
+from helpers.open_clip_4 import SMALL, TEXTS, same
 
 HEADS = 2
 

@@ -14,7 +14,7 @@ import torch
 from coca_lit.models import create_model
 from coca_lit.weights.open_clip import from_open_clip
 from helpers import oracle
-from helpers.coca2 import TEXTS
+from helpers.open_clip_4 import TEXTS
 from helpers.slow import slow
 from helpers.study import (
     CONFIGS,

@@ -57,17 +57,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[CoCa, Path]:
     return model, folder / "graphs"
 
 
-OTHERS = {
-    "modern": {
-        **{"text_tower": "modern", "text_tower_args": {"pool": "mean", "qk_norm": True}},
-        **{"pooler": "openclip_cascade", "pooler_queries": 5},
-    },
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_graphs_of_other_models(name: str, tmp_path: Path) -> None:
-    check_graphs(create_model("coca_tiny", **CONVOLUTIONAL | OTHERS[name]).eval(), tmp_path)
+def test_graphs_with_two_poolers(tmp_path: Path) -> None:
+    arguments = CONVOLUTIONAL | {"pooler": "openclip_cascade", "pooler_queries": 5}
+    check_graphs(create_model("coca_tiny", **arguments).eval(), tmp_path)
 
 
 def test_graphs_beside_a_tokenizer_of_a_file(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ CASES: list[dict[str, Any]] = [
     {"pooler": "single"},
     {"pooler": "cascade"},
     {"pooler": "parallel", "cls_mask": "legacy"},
-    {"pooler": "openclip_cascade", "text_tower": "modern", "decoder_args": {"qk_norm": True}},
+    {"pooler": "openclip_cascade"},
     {"decoder_layers": 0, "pooler_queries": 1},
     {"image_encoder": "vit_tiny_patch16_224", "image_encoder_args": {"depth": 2}},
 ]

@@ -23,18 +23,18 @@ SMALL: dict[str, Any] = {
     "text_layers": 2,
     "text_heads": HEADS["text"],
     "decoder_layers": 3,
-    "decoder_args": None,
 }
 TEXTS = ["a dog", "two cats sit on a very long wooden bench! indeed they do", "hat !", ""]
 
 
 def make(**overrides: Any) -> tuple[CoCa, State, State]:
     """A model, its OpenCLIP file with every tensor random, and that in float64."""
-    shapes = to_open_clip(create_model("coca2_ViT-B-32", **SMALL | overrides))
-    state = oracle.random_state({name: tuple(tensor.shape) for name, tensor in shapes.items()})
+    arguments = {"pooler": "openclip_cascade", **SMALL, **overrides}
+    blank = create_model("coca_ViT-B-32", **arguments)
+    state = oracle.random_state({name: tuple(tensor.shape) for name, tensor in to_open_clip(blank).items()})
     state["text.token_embedding.weight"] *= 3
-    config = open_clip_config(create_model("coca2_ViT-B-32", **SMALL | overrides), "4")
-    return from_open_clip(state, config).eval(), state, {name: t.double() for name, t in state.items()}
+    model = from_open_clip(state, open_clip_config(blank, "4")).eval()
+    return model, state, {name: t.double() for name, t in state.items()}
 
 
 def same(ours: Tensor, theirs: Tensor) -> None:

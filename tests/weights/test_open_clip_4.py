@@ -12,8 +12,8 @@ from coca_lit.tools.export.open_clip import write_open_clip
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
 from helpers import oracle
-from helpers.coca2 import HEADS, SMALL, TEXTS, make, same
 from helpers.family import check_files
+from helpers.open_clip_4 import HEADS, SMALL, TEXTS, make, same
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def images() -> Tensor:
 @pytest.mark.parametrize("kind", ["cascade", "parallel"])
 @pytest.mark.parametrize("width", [32, 48], ids=["of one width", "of two widths"])
 @torch.no_grad()
-def test_coca2_equals_the_oracle(images: Tensor, kind: str, width: int) -> None:
+def test_two_poolers_equal_the_oracle(images: Tensor, kind: str, width: int) -> None:
     """ln_post has the width of the trunk and comes first, no norm follows a pooler, the decoder reads all tokens."""
     image_args = {"image_encoder_args": SMALL["image_encoder_args"] | {"embed_dim": width, "num_heads": 1}}
     model, state, s = make(pooler=f"openclip_{kind}", **image_args)
@@ -96,7 +96,7 @@ def test_files_go_both_ways(tmp_path: Path) -> None:
         check_files(model, tmp_path)
 
 
-def test_a_file_without_a_config_is_that_of_the_preset() -> None:
+def test_a_file_without_a_config() -> None:
     _, state, _ = make()
     found = from_open_clip(state)
     assert (found.config.pooler, found.config.cls_mask) == ("openclip_cascade", "correct")
@@ -114,24 +114,11 @@ def test_a_mask_that_version_4_knows(tmp_path: Path) -> None:
         write_open_clip(model, tmp_path, version="5")
 
 
-def test_sizes_of_the_preset() -> None:
-    with torch.device("meta"):
-        model = create_model("coca2_ViT-B-32")
-    assert len(to_open_clip(model)) == 637
-    sizes = {"image": 0, "text": 0, "decoder": 0}
-    for name, parameter in model.named_parameters():
-        part = "image" if name.startswith(("image_", "pooling")) else name.partition(".")[0]
-        if part in sizes:
-            sizes[part] += parameter.numel()
-    assert sizes == {"image": 89_955_584, "text": 63_428_608, "decoder": 100_967_424}
-
-
-def test_initial_values_of_coca2() -> None:
+def test_initial_values() -> None:
     """Xavier's bound of a packed matrix is that of its three parts together; residual branches count layers once."""
     torch.manual_seed(0)
-    model = create_model(
-        "coca2_ViT-B-32", **SMALL | {"embed_dim": 64, "text_width": 64, "decoder_args": {"init_depth": 3}}
-    )
+    arguments = SMALL | {"embed_dim": 64, "text_width": 64, "decoder_args": {"init_depth": 3}}
+    model = create_model("coca_ViT-B-32", pooler="openclip_cascade", **arguments)
     state = to_open_clip(model)
     packed = state["visual.attn_pool_contrastive.attn.in_proj_weight"]
     assert packed.abs().max().item() == pytest.approx((6 / (4 * 64)) ** 0.5, rel=0.01)

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from coca_lit.models.coca import CoCa
-from coca_lit.models.variants.modern import ModernDecoder, ModernTextTower, Style
+from coca_lit.projects.coca2.blocks import Style
+from coca_lit.projects.coca2.text import ModernDecoder, ModernTextTower
 from coca_lit.weights.open_clip.config_keys import DECODER_KEYS, TEXT_KEYS, Allowed, OpenClipConfig, count
 from coca_lit.weights.open_clip.parts import Renaming, Tensors, TextPart, depth
 from coca_lit.weights.open_clip.text import crossed_every, decoder_keys, heads_of, text_keys
