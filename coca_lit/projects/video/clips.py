@@ -60,7 +60,7 @@ class Clip(ImageSource):
             return None
         return (
             "features of clips are cached for frame_pooling=tokens without frame_positions, of a whole frozen encoder, "
-            "and not for pooler=mean beside class tokens: set these, or cached_augmentations=0"
+            "and not for a pooler that leaves out class tokens: set these, or cached_augmentations=0"
         )
 
     def conditions(self, model: Any) -> dict[str, Any]:

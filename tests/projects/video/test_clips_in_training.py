@@ -41,7 +41,7 @@ class Still(Clip):
     ("sizes", "frozen"),
     [
         ({"frame_pooling": "mean"}, "image_encoder"),
-        ({"pooler": "mean", **VIT}, "image_encoder"),
+        ({"pooler": "means_of_tokens", **VIT}, "image_encoder"),
         ({}, "image_encoder.trunk.*1"),
     ],
     ids=["means", "class tokens", "stages"],
@@ -49,7 +49,7 @@ class Still(Clip):
 def test_features_of_clips_that_would_not_be_those_of_their_frames_are_refused(
     sizes: dict[str, Any], frozen: str, tmp_path: Path
 ) -> None:
-    net = create_model("coca_tiny", **sizes)
+    net = create_model("coca_tiny", imports=["helpers.means_of_tokens"], **sizes)
     net.freeze(frozen)
     clips = {"train": [Record(i, Still(), ("a red circle",)) for i in range(2)]}
     sizes = {"batch_size": 2, "image_size": 32, "val_split": None}
