@@ -83,7 +83,9 @@ class RotaryAttention(nn.Module):
             out = kernels.self_attention(qkv, self.heads, mask, layout)
         else:
             out = attend_cached(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), cache, mask)
-        return self.proj(out if self.gate is None else out * self.gate(x).sigmoid())
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj(out)
 
 
 class ImageAttention(nn.Module):
@@ -100,7 +102,9 @@ class ImageAttention(nn.Module):
 
     def keys_values(self, image_tokens: Tensor) -> KeysValues:
         """(B, S, E) -> keys and values, each (B, H, S, W)."""
-        keys, values = (split_heads(part, self.heads) for part in self.kv(image_tokens).chunk(2, dim=-1))
+        keys, values = self.kv(image_tokens).chunk(2, dim=-1)
+        keys = split_heads(keys, self.heads)
+        values = split_heads(values, self.heads)
         return self.k_norm(keys).to(values.dtype), values
 
     def forward(self, x: Tensor, image: Tensor | KeysValues, layout: Layout | None = None) -> Tensor:
@@ -114,7 +118,9 @@ class ImageAttention(nn.Module):
         out = merge_heads(kernels.attention(q, keys, values))
         if layout is not None:
             out = layout.pack(out)
-        return self.proj(out if self.gate is None else out * self.gate(x).sigmoid())
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj(out)
 
     def weights(self, x: Tensor, keys_values: KeysValues) -> Tensor:
         """How much each position of x (B, T, D) attends to each image token: (B, H, T, S), rows add up to 1."""

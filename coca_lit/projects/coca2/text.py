@@ -43,10 +43,13 @@ class MapPool(nn.Module):
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """states (B, T, D), mask (B, T), False where there is padding, -> (B, D)."""
-        k, v = (split_heads(part, self.heads) for part in self.kv(states).chunk(2, dim=-1))  # (B, H, T, W)
-        q = self.q_norm(split_heads(self.q(self.query), self.heads)).expand(len(states), -1, -1, -1)  # (B, H, 1, W)
-        q, k = q.to(v.dtype), self.k_norm(k).to(v.dtype)
-        return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None]))[:, 0]
+        keys, values = self.kv(states).chunk(2, dim=-1)
+        values = split_heads(values, self.heads)  # (B, H, T, W)
+        keys = self.k_norm(split_heads(keys, self.heads)).to(values.dtype)
+        query = self.q_norm(split_heads(self.q(self.query), self.heads)).to(values.dtype)  # (1, H, 1, W)
+        queries = query.expand(len(states), -1, -1, -1)
+        found = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, None])
+        return merge_heads(found)[:, 0]
 
 
 class ModernTextTower(Tower):
@@ -64,7 +67,9 @@ class ModernTextTower(Tower):
         width, heads = sizes.width, sizes.heads
         self.style = Style.of(width, **style)
         self.head_width = width // heads
-        self.blocks = nn.ModuleList(ModernBlock(width, heads, self.style, sizes.dropout) for _ in range(sizes.layers))
+        self.blocks = nn.ModuleList()
+        for _ in range(sizes.layers):
+            self.blocks.append(ModernBlock(width, heads, self.style, sizes.dropout))
         self.norm = nn.RMSNorm(width, self.style.norm_eps)
         self.pooled = pool
         self.pool = MapPool(width, heads, self.style) if pool == "map" else nn.Identity()
@@ -164,8 +169,11 @@ class ModernDecoder(Decoder):
             init_projection(self.vocabulary)
 
     def keys_values(self, image_tokens: Tensor) -> list[KeysValues]:
-        pairs = (block.xattn.keys_values(image_tokens) for block in self._blocks()[:: self.every])
-        return [(keys.contiguous(), values.contiguous()) for keys, values in pairs]
+        found: list[KeysValues] = []
+        for block in self._blocks()[:: self.every]:
+            keys, values = block.xattn.keys_values(image_tokens)
+            found.append((keys.contiguous(), values.contiguous()))
+        return found
 
     def forward(self, states: Tensor, image_tokens: Tensor | None, layout: Layout | None = None) -> Tensor:
         positions = torch.arange(states.shape[1], device=states.device) if layout is None else layout.row_positions()
