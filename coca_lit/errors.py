@@ -51,7 +51,8 @@ def error_context(key: str) -> Iterator[None]:
 def why_unreadable(error: Exception) -> str:
     """The reason why `torch.load` refused a file, without PyTorch's advice to run the code in it."""
     text = str(error)
-    if found := re.search(r"(?:GLOBAL|Unsupported (?:global|class|type)\S*) (?:GLOBAL )?([\w.]+)", text):
+    found = re.search(r"(?:GLOBAL|Unsupported (?:global|class|type)\S*) (?:GLOBAL )?([\w.]+)", text)
+    if found:
         return f"it holds code ({found[1]})"
     if "weights_only" in text or not isinstance(error, OSError | RuntimeError):
         return "it is not a file that torch.save writes"

@@ -220,7 +220,8 @@ class Waiting(Generic[T]):
     """
 
     def __init__(self, path: Path, write: Callable[[list[T]], None]) -> None:
-        self.path, self.write = path, write
+        self.path = path
+        self.write = write
         self.rows: list[T] = []
         self._warned = False
         _all_waiting.add(self)
@@ -245,7 +246,8 @@ class Waiting(Generic[T]):
             return
         if self._warned:
             log.warning("%s can be written again: %d rows were added", self.path, len(self.rows))
-        self.rows, self._warned = [], False
+        self.rows = []
+        self._warned = False
 
 
 def try_waiting() -> None:
@@ -312,7 +314,8 @@ def _remove_incomplete_line(file: FileIO) -> int:
     while end > 0:
         start = max(0, end - 4096)
         file.seek(start)
-        if (found := file.read(end - start).rfind(b"\n")) >= 0:
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
             file.truncate(start + found + 1)
             return start + found + 1
         end = start

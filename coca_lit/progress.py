@@ -24,7 +24,8 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
     """
 
     def __init__(self, what: str, things: str = "images") -> None:
-        self.what, self.things = what, things
+        self.what = what
+        self.things = things
         self.count = 0
         self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         self._start = self._last = time.monotonic()

@@ -32,7 +32,8 @@ from coca_lit.reading import MAX_JSON, read_bounded
 log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
-CLIP_MERGES, GPT2_MERGES = ASSETS / "clip_merges.txt.gz", ASSETS / "gpt2_merges.txt.gz"
+CLIP_MERGES = ASSETS / "clip_merges.txt.gz"
+GPT2_MERGES = ASSETS / "gpt2_merges.txt.gz"
 CONTEXT_LENGTH = 76  # tokens of a text; OpenCLIP's CoCa has 77 positions, the last of which is its CLS token's
 _DECODERS = ("ByteLevel", "Metaspace", "ByteFallback", "WordPiece", "BPEDecoder")
 MAX_PACKED = 3 * 2**20  # bytes of a packed tokenizer.json; files of weights describe a model in at most 4 MiB
@@ -131,7 +132,8 @@ class CLIPTokenizer(Tokenizer):
         byte_of = _byte_of_symbol()
         symbols = list(byte_of)
         tokens = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
-        self.sot_id, self.eot_id = len(tokens), len(tokens) + 1
+        self.sot_id = len(tokens)
+        self.eot_id = len(tokens) + 1
         self.vocab_size = len(tokens) + 2
         vocabulary = {token: i for i, token in enumerate(tokens)}
         self.bpe = HFTokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
@@ -163,12 +165,15 @@ class R50kTokenizer(Tokenizer):
         "tiktoken_name": "r50k_base",
         "tokenizer_kwargs": {"clean": "whitespace"},
     }
-    eot_id, pad_id, sot_id = 50257, 50258, 50259
+    eot_id = 50257
+    pad_id = 50258
+    sot_id = 50259
     vocab_size = 50260
 
     def __init__(self, context_length: int = CONTEXT_LENGTH) -> None:
         super().__init__(context_length)
-        merges, byte_of = _read_merges(GPT2_MERGES), _byte_of_symbol()
+        merges = _read_merges(GPT2_MERGES)
+        byte_of = _byte_of_symbol()
         tokens = [*byte_of, *map("".join, merges)]
         self.bpe = HFTokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
         self.bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits as GPT-2 does
@@ -189,13 +194,17 @@ class WordTokenizer(Tokenizer):
         ValueError: a word is listed twice, or is not one that is read.
     """
 
-    pad_id, sot_id, eot_id, unk_id = 0, 1, 2, 3
+    pad_id = 0
+    sot_id = 1
+    eot_id = 2
+    unk_id = 3
 
     def __init__(self, words: Sequence[str], context_length: int = CONTEXT_LENGTH) -> None:
         super().__init__(context_length)
         if len(set(words)) != len(words):
             raise ValueError("the vocabulary lists a word twice")
-        if unread := [word for word in words if not isinstance(word, str) or split_words(word) != [word]]:
+        unread = [word for word in words if not isinstance(word, str) or split_words(word) != [word]]
+        if unread:
             raise ValueError(f"the vocabulary has {unread[0]!r}, which is not read as one word in lower case")
         self.spec: list[str] = list(words)
         self._ids = {word: i for i, word in enumerate(words, start=4)}
@@ -210,7 +219,8 @@ class WordTokenizer(Tokenizer):
     def warn_of_unknown(self, texts: Sequence[str]) -> None:
         """Names the words that the vocabulary lacks, each once."""
         words = split_words(" ".join(texts))
-        if new := [word for word in dict.fromkeys(words) if word not in self._ids and word not in self._named]:
+        new = [word for word in dict.fromkeys(words) if word not in self._ids and word not in self._named]
+        if new:
             self._named.update(new)
             more = f" and {len(new) - 10:,} more" if len(new) > 10 else ""
             named = ", ".join(map(repr, new[:10]))
@@ -247,11 +257,14 @@ class JsonTokenizer(Tokenizer):
         self.bpe.encode_special_tokens = True
         shown = {name: token for token, name in hidden.items()}
         ids = {shown.get(name, name): i for name, i in self.bpe.get_vocab(with_added_tokens=True).items()}
-        if missing := [token for token in (start, end, pad) if token not in ids]:
+        missing = [token for token in (start, end, pad) if token not in ids]
+        if missing:
             raise ValueError(f"the tokenizer has no token {missing[0]!r}")
         if len({start, end, pad}) < 3:
             raise ValueError(f"start, end and pad must be three tokens, got {start!r}, {end!r} and {pad!r}")
-        self.sot_id, self.eot_id, self.pad_id = ids[start], ids[end], ids[pad]
+        self.sot_id = ids[start]
+        self.eot_id = ids[end]
+        self.pad_id = ids[pad]
         model = described["model"]
         self.unk_id = model.get("unk_id", ids.get(model.get("unk_token")))
         if self.unk_id == self.eot_id:  # as in CLIP's files: the end is a label, an unknown token is none
@@ -335,7 +348,8 @@ def _reader(decoder: Mapping[str, Any], end_of_word: str) -> Callable[[str], byt
 
 def _knows_all_bytes(described: Mapping[str, Any], ids: Mapping[str, int]) -> bool:
     """Whether a file splits texts into bytes and has a token for each, so that no word is unknown to it."""
-    splitter, model = described.get("pre_tokenizer") or {}, described["model"]
+    splitter = described.get("pre_tokenizer") or {}
+    model = described["model"]
     kinds = {part.get("type") for part in (splitter, *splitter.get("pretokenizers", []))}
     ends = {"", model.get("end_of_word_suffix") or ""}
     known = all(symbol + end in ids for symbol in _byte_of_symbol() for end in ends)

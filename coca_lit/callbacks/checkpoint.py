@@ -38,7 +38,8 @@ from coca_lit.training.lightning_fixes import callbacks_of
 log = logging.getLogger(__name__)
 
 LIMITS = ("max_epochs", "max_steps")
-BEST, BEST_SCORE = "best.ckpt", "best.json"
+BEST = "best.ckpt"
+BEST_SCORE = "best.json"
 EARLIER_BEST = "earlier_best.ckpt"  # by another score, or by one of other images
 MAX_FIRST = 0.05  # share of the weights of the first step in an average at the end
 TENTH = 10  # the average of about the last tenth of the steps has the decay 1 - 10 / steps
@@ -96,8 +97,11 @@ class Checkpoints(L.Callback):
             check_number("every_minutes", every_minutes, above=0)
         check_number("keep_last", keep_last, whole=True, at_least=1)
         self.folder = Path(output_dir) / CHECKPOINTS
-        self.every_n_steps, self.every_minutes, self.keep_last = every_n_steps, every_minutes, keep_last
-        self.best, self.identity = best, identity
+        self.every_n_steps = every_n_steps
+        self.every_minutes = every_minutes
+        self.keep_last = keep_last
+        self.best = best
+        self.identity = identity
         self.of: dict[str, Any] = {}
         self.signals = Signals()
         self._phase: Literal["training", "validating", "finished"] = "training"
@@ -272,7 +276,8 @@ class Checkpoints(L.Callback):
                     remove(path)
 
     def _finish_saving(self, trainer: L.Trainer) -> None:
-        if (saving := getattr(trainer.strategy, "saving", None)) is not None:  # of `FullySharded`
+        saving = getattr(trainer.strategy, "saving", None)
+        if saving is not None:  # of `FullySharded`
             saving.finish()
         self._link()
 
@@ -316,14 +321,17 @@ class Checkpoints(L.Callback):
             return {}
         try:
             content = read_json(self.folder / BEST_SCORE, dict)
-            score, value, step = str(content["score"]), float(content["value"]), int(content["step"])
+            score = str(content["score"])
+            value = float(content["value"])
+            step = int(content["step"])
         except (DataError, ValueError, KeyError, TypeError, OverflowError):  # whatever a crash has left there
             return {}
         known = score == self.best and content.get("of") == self.of and self._path(step).exists()
         return {"score": score, "value": value, "step": step} if known else {}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        validating, finished = self._phase == "validating", self._phase == "finished"
+        validating = self._phase == "validating"
+        finished = self._phase == "finished"
         checkpoint[RUN_KEY] = {
             "config": self.identity(),
             "step": trainer.global_step,

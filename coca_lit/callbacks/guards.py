@@ -57,7 +57,8 @@ class NonFiniteGuard(L.Callback):
         check_number("spike", spike, at_least=0)
         self.path = Path(output_dir) / BAD_STEPS
         self._waiting: Waiting[str] = Waiting(self.path, partial(append_lines, self.path))
-        self.max_in_a_row, self.spike = max_in_a_row, spike
+        self.max_in_a_row = max_in_a_row
+        self.spike = spike
         self.skipped = self.in_a_row = self.spikes = 0
         self._losses: deque[float] = deque(maxlen=window)
         self._keys: list[str] = []  # of the batches since the last optimizer step
@@ -72,7 +73,8 @@ class NonFiniteGuard(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._keys, self._loss = [], None
+            self._keys = []
+            self._loss = None
             norms = [m for m in pl_module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
             self._statistics = [(b, b.clone()) for norm in norms for b in norm.buffers()]
         self._keys += batch.keys
@@ -248,7 +250,8 @@ class SameOnAllRanks(L.Callback):
     """
 
     def __init__(self, output_dir: str | Path, resumes: bool) -> None:
-        self.name, self.resumes = Path(output_dir).name, resumes
+        self.name = Path(output_dir).name
+        self.resumes = resumes
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if world_size() == 1:

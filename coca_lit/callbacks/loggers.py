@@ -81,7 +81,8 @@ class MetricsLog(Logger):
     def _write(self, rows: list[dict[str, Any]]) -> None:
         if not self._columns or not self.path.exists():
             self._columns = next(csv.reader(whole_lines(self.path)), [])
-        if new := {name for row in rows for name in row if name not in self._columns}:
+        new = {name for row in rows for name in row if name not in self._columns}
+        if new:
             columns = sorted([*self._columns, *new])
             before = [[row.get(name, "") for name in columns] for row in csv.DictReader(whole_lines(self.path))]
             atomic_write(self.path, "".join(f"{csv_line(row)}\n" for row in [columns, *before]).encode())
@@ -245,6 +246,7 @@ def log_pictures(trainer: L.Trainer, folder: Path, evaluations: list[str], step:
     loggers: list[Any] = [logger for logger in trainer.loggers if hasattr(logger, "log_picture")]
     if loggers and trainer.is_global_zero:
         for name in (f"{evaluation}{kind}" for evaluation in evaluations for kind in ("", "_retrieval")):
-            if (path := folder / f"{name}.png").is_file():
+            path = folder / f"{name}.png"
+            if path.is_file():
                 for logger in loggers:
                     logger.log_picture(f"samples/{name}", path, step)

@@ -53,8 +53,11 @@ class ScoreDuringTraining(L.Callback):
         for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps), ("quick", quick)):
             if value is not None:
                 check_number(name, value, whole=True, at_least=1)
-        self.evals, self.settings = list(evals), settings
-        self.every_n_epochs, self.every_n_steps, self.quick = every_n_epochs, every_n_steps, quick
+        self.evals = list(evals)
+        self.settings = settings
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.quick = quick
         self.found = Found()
         self._finished = False
 
@@ -160,12 +163,14 @@ class ScoreDuringTraining(L.Callback):
             ConfigError: there is no such score, though all evaluations of that name were run.
         """
         for checkpoints in callbacks_of(trainer, Checkpoints):
-            if (best := checkpoints.best) is None:
+            best = checkpoints.best
+            if best is None:
                 continue
             name, _, measure = best.partition("/")
             named = [e for e in self._named(name) if e.every]
             keys = [f"{e.name_of(self.settings, self.quick)}/{measure}" for e in named]
-            if found := [scores[key] for key in keys if key in scores]:
+            found = [scores[key] for key in keys if key in scores]
+            if found:
                 checkpoints.offer(trainer, found[0], final)
             elif all(e in scored for e in named):
                 missing = f"there is no score '{best}'{suggest(best, scores)} {_listed(scores)}"

@@ -131,7 +131,8 @@ def _place_of_evaluation(cfg: DictConfig, name: str) -> str:
         for key, place in places.items():
             if place is None or isinstance(place, dict):
                 continue
-            if found := re.search(r"\$\{roots\.(\w+)\}", str(place)):
+            found = re.search(r"\$\{roots\.(\w+)\}", str(place))
+            if found:
                 follows = unresolved(cfg.roots)[found[1]] == "${data.root}"
                 keys["data.root" if follows else f"roots.{found[1]}"] = None
             elif key != "images":  # which may be named relative to the root
@@ -165,7 +166,8 @@ def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
             continue
         for evaluation in built if isinstance(built, list) else [built]:
             scores = [f"{evaluation.name}/{of}" for of in evaluation.score_names or [type(evaluation).__name__]]
-            if twice := next((score for score in scores if score in givers), None):
+            twice = next((score for score in scores if score in givers), None)
+            if twice:
                 clash = f"evals.{givers[twice]} and evals.{name} both give {twice}: set evals.NAME.name=… of one"
                 if not cfg.scoring.skip_missing:
                     raise ConfigError(clash)
@@ -195,7 +197,8 @@ def _build_evaluation(name: str, node: DictConfig) -> "Evaluation | list[Evaluat
 
 def build_settings(cfg: DictConfig) -> "Settings":
     """What the evaluations share."""
-    if (judge := cfg.scoring.get("clip_score_model")) is not None:
+    judge = cfg.scoring.get("clip_score_model")
+    if judge is not None:
         from coca_lit.weights.hub import locate
 
         with error_context("scoring.clip_score_model"):  # now, and not when training is over
@@ -245,7 +248,8 @@ def build_trainer(
     strategy = cfg.trainer.strategy
     if isinstance(strategy, DictConfig):
         strategy = build(strategy, "trainer.strategy")
-    accelerator, precision = cfg.trainer.get("accelerator", "auto"), cfg.trainer.precision
+    accelerator = cfg.trainer.get("accelerator", "auto")
+    precision = cfg.trainer.precision
     if precision == AUTO:
         precision = best_precision("cpu" if accelerator == "cpu" else best_device())
     parts = trainer_parts(callbacks, loggers, accelerator, strategy, precision)
@@ -266,7 +270,8 @@ def build_trainer(
     if start is not None and start.run:
         done = {"max_steps": start.run["step"], "max_epochs": begun_epochs(start.content)}
         for limit, count in done.items():
-            if (length := getattr(trainer, limit)) is not None and 0 <= length < count:
+            length = getattr(trainer, limit)
+            if length is not None and 0 <= length < count:
                 raise ConfigError(
                     f"trainer.{limit}={length}: {start.path} has {count} {limit[4:]} already; raise it, take another "
                     "name, or set ckpt_path to an earlier checkpoint"

@@ -100,7 +100,8 @@ def job_command(
         if _answered(config, options, words):
             return
         words = completed(words) if completed is not None else words
-        overrides, known = _overrides(config, words), (_shipped(config), options_of(config, "", words))
+        overrides = _overrides(config, words)
+        known = (_shipped(config), options_of(config, "", words))
         failures: list[Exception] = []
 
         @functools.wraps(function)
@@ -149,7 +150,8 @@ def _as_command(config: str) -> Iterator[None]:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:  # a bug, whose traceback may name a secret
         text = "".join(traceback.format_exception(error))
-        if (masked := redact(text)) == text:
+        masked = redact(text)
+        if masked == text:
             raise
         sys.exit(masked)
 
@@ -243,7 +245,8 @@ def _overrides(config: str, words: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: null in place of the name of an option, on which Hydra breaks off.
     """
-    overrides, groups = [], options_of(config, "", words)
+    overrides = []
+    groups = options_of(config, "", words)
     for word in _with_search_path(words):
         key, _, value = word.partition("=")
         if key in groups and value == "null":
@@ -293,7 +296,8 @@ def _prepare(config: str, cfg: DictConfig) -> None:
     name = OmegaConf.select(cfg, "name", throw_on_resolution_failure=False)
     if isinstance(name, str) and printable(name) != name:  # it is printed, and names a folder
         raise ConfigError(f"name: '{printable(name)}' has characters that control a terminal: choose another")
-    if generate := OmegaConf.select(cfg, "scoring.generate"):
+    generate = OmegaConf.select(cfg, "scoring.generate")
+    if generate:
         with error_context("scoring"):
             check_shared(generate)
     net = OmegaConf.select(cfg, "model.net")
@@ -385,7 +389,8 @@ def _template(config: str) -> str:
 
 def _filled_help(config: str, words: Sequence[str]) -> str:
     """The template in `conf/hydra/help` with the options of all config groups."""
-    template, options = _template(config), functools.partial(options_of, config, words=words)
+    template = _template(config)
+    options = functools.partial(options_of, config, words=words)
     groups = {*options()} - {"hydra", "experiment"}
     for place, named in (("$APP_CONFIG_GROUPS", sorted(groups)), ("$EVALUATIONS", ["evals"])):
         lines = [f"{group}: {', '.join(options(group))}" for group in named]

@@ -140,7 +140,8 @@ def with_facts(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]", where
     own = preset(net["name"])
     merged = merge(net, own, arguments_of(source), str(where))
     without = asdict(CoCaConfig()) | own | {name: value for name, value in net.items() if value is not None}
-    if taken := [f"{name}={value}" for name, value in merged.items() if value != without.get(name)]:
+    taken = [f"{name}={value}" for name, value in merged.items() if value != without.get(name)]
+    if taken:
         print_rank_zero(f"as the weights in {where}: {', '.join(taken)}")
     cfg = cfg.copy()
     with open_dict(cfg):

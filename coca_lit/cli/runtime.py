@@ -46,7 +46,8 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bo
         lightning_log.propagate = False
     profilers = logging.getLogger("lightning.pytorch.profilers")  # whose table is what trainer.profiler=simple is for
     profilers.setLevel(logging.INFO)
-    profilers.handlers, profilers.propagate = [logging.StreamHandler(sys.stdout)], False
+    profilers.handlers = [logging.StreamHandler(sys.stdout)]
+    profilers.propagate = False
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts: on purpose

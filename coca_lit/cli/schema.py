@@ -158,7 +158,8 @@ def check(node: Mapping[str, Any], shipped: Mapping[str, Any], groups: Iterable[
             key = _innermost(key, value)
             known = [*_names(shipped), *_names(node), *groups]
             raise ConfigError(f"there is no key '{key}'{_suggest_key(key, known)}")
-        if wrong := _mistake(value, argument.annotation):
+        wrong = _mistake(value, argument.annotation)
+        if wrong:
             raise ConfigError(f"{key} must be {wrong}, got {written(value)}")
 
 
@@ -204,7 +205,8 @@ def _walk(node: Mapping[str, Any], shipped: Mapping[str, Any], path: str = "") -
     is_parts = {type(value) for value in shipped.values()} in ({dict}, {dict, type(None)})
     known, takes_any = _known(node, shipped)
     for key, value in node.items():
-        name, before = f"{path}{key}", shipped.get(key)
+        name = f"{path}{key}"
+        before = shipped.get(key)
         if is_parts and "_target_" not in node:
             argument = Argument() if value is None or (isinstance(value, dict) and "_target_" in value) else None
         else:
@@ -223,7 +225,8 @@ def _known(node: Mapping[str, Any], shipped: Mapping[str, Any]) -> tuple[dict[st
     listed = {key: Argument(type(value), value) for key, value in shipped.items()}
     if "_target_" not in node:
         return listed, not shipped
-    signature, before = read_signature(node["_target_"]), read_signature(shipped.get("_target_"))
+    signature = read_signature(node["_target_"])
+    before = read_signature(shipped.get("_target_"))
     beside = {key: listed[key] for key in listed.keys() - before.arguments.keys()} if before.arguments else {}
     if {"records", "settings"} <= signature.arguments.keys():  # a function as evaluation
         beside["every"] = Argument(int)

@@ -35,7 +35,9 @@ from coca_lit.runs.scores import headline
 if TYPE_CHECKING:
     from coca_lit.evals import Evaluation
 
-RECORD, ERROR, SWEEP_VARIABLE = "job.json", "error.txt", "COCA_LIT_SWEEP"
+RECORD = "job.json"
+ERROR = "error.txt"
+SWEEP_VARIABLE = "COCA_LIT_SWEEP"
 
 
 class Sweep(NamedTuple):
@@ -72,7 +74,8 @@ class SweepCallback(Callback):
         if isinstance(direction, str) and direction != wanted:  # of a sweeper that searches
             raise ConfigError(f"scoring.objective={objective} needs hydra.sweeper.direction={wanted}, got {direction}")
         given = OverridesParser.create().parse_overrides([*config.hydra.overrides.task])
-        if params := config.hydra.sweeper.get("params"):  # keys on the command line replace them
+        params = config.hydra.sweeper.get("params")
+        if params:  # keys on the command line replace them
             with flag_override(config.hydra, ["struct", "readonly"], [False, False]):
                 named = {_key(override) for override in given}
                 kept = {key: value for key, value in params.items() if key.lstrip("+") not in named}
@@ -240,7 +243,8 @@ def end_sweep() -> bool:
     failed = [row for row in new if row["status"] == "failed"]
     if failed and not sweep.may_fail:
         sys.exit(f"error: {failed[0]['error']}")
-    if stopped := [row for row in new if row["status"] in ("stopped", "unfinished")]:
+    stopped = [row for row in new if row["status"] in ("stopped", "unfinished")]
+    if stopped:
         sys.exit(f"error: {len(stopped)} of {len(new)} jobs did not end: the same command resumes them")
     return bool(new)
 
@@ -258,7 +262,8 @@ def read_sweep(sweep: Sweep) -> list[dict[str, Any]]:
             found.append((record, path.parent))
     rows = []
     for record, job in sorted(found, key=lambda job: job[0]["begun"]):
-        status, results = record["status"], job / "results.json"
+        status = record["status"]
+        results = job / "results.json"
         scores = read_json(results, dict) if status == "ok" and results.exists() else {}
         outcome = scores if status == "ok" else {"error": record.get("error", "")}
         varied = {key: value for key, value in record["overrides"].items() if key not in sweep.left_out}

@@ -44,7 +44,8 @@ def parse(arguments: Sequence[str], positional: Positional = ()) -> tuple[argpar
     parser.add_argument("--config-dir", "-cd", type=Path)
     end = [*arguments, "--"].index("--") if positional else len(arguments)
     options, given = parser.parse_known_args(arguments[:end])
-    overrides, words = [], []
+    overrides = []
+    words = []
     for word in given:
         if word.startswith("-"):
             raise ConfigError(f"there is no option {word}: see --help")

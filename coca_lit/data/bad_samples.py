@@ -49,7 +49,8 @@ class BadSamples:
     def __init__(self, max_fraction: float, quiet: bool = False):
         if not 0 <= max_fraction <= 1:
             raise ValueError(f"max_bad_fraction must be between 0 and 1, not {max_fraction}")
-        self.max_fraction, self.quiet = max_fraction, quiet
+        self.max_fraction = max_fraction
+        self.quiet = quiet
         self.seen = 0
         self.reasons: Counter[str] = Counter()
         self.shards: Counter[str] = Counter()
@@ -95,7 +96,8 @@ class BadSamples:
 
     def take(self) -> tuple[BadSample, ...]:
         """The bad samples found since the last call."""
-        found, self.found = self.found, []
+        found = self.found
+        self.found = []
         return tuple(found)
 
     def examples(self) -> list[str]:
@@ -110,9 +112,11 @@ class BadSamples:
 
     def _judge(self, min_seen: int, min_shards: int) -> None:
         """Judges what has been seen, if it is that much; whatever it is where nothing may be bad."""
-        too_many, more = f"more than {self.max_fraction:.0%}", ""
+        too_many = f"more than {self.max_fraction:.0%}"
+        more = ""
         if any(self.shards):  # of other data the fraction is fixed
-            too_many, more = f"more than max_bad_fraction={self.max_fraction} allows", ", or allow more"
+            too_many = f"more than max_bad_fraction={self.max_fraction} allows"
+            more = ", or allow more"
         if self.reasons.total() > self.max_fraction * self.seen and (self.seen >= min_seen or not self.max_fraction):
             example = f", e.g. {self.examples()[-1]}" if self.found else ""
             raise DataError(f"too many bad samples, {too_many}: {self.summary()}{example}; fix or remove them{more}")

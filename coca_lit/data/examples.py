@@ -38,7 +38,8 @@ class TrainingExamples(Dataset[Example]):
     max_tries = 10  # one bad image is an accident, ten in a row are a broken disk
 
     def __init__(self, seed: int, max_bad_fraction: float) -> None:
-        self.seed, self.bad = seed, BadSamples(max_bad_fraction)
+        self.seed = seed
+        self.bad = BadSamples(max_bad_fraction)
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -82,7 +83,9 @@ class CaptionDataset(TrainingExamples):
         seed: int = 0,
         captions: int = 1,
     ) -> None:
-        self.records, self.transform, self.tokenizer = records, transform, tokenizer
+        self.records = records
+        self.transform = transform
+        self.tokenizer = tokenizer
         self.captions = captions
         self._broken: set[int] = set()
         self._most = most_bad(len(records))
@@ -110,7 +113,8 @@ class CaptionDataset(TrainingExamples):
     def replacement(self, i: int, rng: random.Random, error: BadSampleError, tries: int) -> int:
         self._broken.add(i)
         if len(self._broken) > self._most:
-            bad, count = error.sample, f"{len(self._broken)} of {len(self):,} records"
+            bad = error.sample
+            count = f"{len(self._broken)} of {len(self):,} records"
             raise DataError(f"too many bad samples, at least {count}, e.g. {bad.key}: {bad.detail}; fix or remove them")
         return super().replacement(i, rng, error, tries)
 
@@ -127,7 +131,9 @@ class FirstCaptionDataset(Dataset[Example]):
     def __init__(
         self, records: Sequence[Record], transform: Transform, tokenizer: Tokenizer, captions: int = 1
     ) -> None:
-        self.records, self.transform, self.tokenizer = records, transform, tokenizer
+        self.records = records
+        self.transform = transform
+        self.tokenizer = tokenizer
         self.captions = captions
 
     def __len__(self) -> int:

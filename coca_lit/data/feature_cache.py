@@ -98,7 +98,11 @@ class FeatureCache:
         about: tuple[object, ...] = (repr(encoder), _describe(plain), _describe(crop), seed, precision_name)
         about += ((sorted(arguments.items()),) if arguments else ()) + _foreign_code(encoder)
         self.folder = Path(folder) / digest(repr(about), tensors)
-        self.encoder, self.plain, self.crop, self.seed, self.precision = encoder, plain, crop, seed, precision
+        self.encoder = encoder
+        self.plain = plain
+        self.crop = crop
+        self.seed = seed
+        self.precision = precision
 
     def __getstate__(self) -> dict[str, Any]:
         """For a spawned data worker, which only decodes: the encoder may be on a device that shares no memory."""
@@ -121,7 +125,8 @@ class FeatureCache:
         """
         if not records:
             raise DataError("there are no images whose features can be cached: the split is empty, set another one")
-        if several := [record.id for record in records if record.further]:
+        several = [record.id for record in records if record.further]
+        if several:
             raise DataError(
                 f"features are cached of one image a record, and {several[0]!r} has more: set cached_augmentations=0"
             )
@@ -144,9 +149,11 @@ class FeatureCache:
                         self._write(path, view, records, num_workers, device, trained)
             except DataError as error:
                 reason = str(error)
-        if reasons := [found for found in gather_objects(reason) if found]:
+        reasons = [found for found in gather_objects(reason) if found]
+        if reasons:
             raise DataError(reasons[0])
-        if absent := [path for path in paths if not path.exists()]:
+        absent = [path for path in paths if not path.exists()]
+        if absent:
             raise DataError(f"{absent[0]} is not there: data.cache_dir must be a folder that all processes see")
         return paths
 
@@ -172,7 +179,8 @@ class FeatureCache:
 
         Raises `DataError` for one that another attempt may read: what is written stays for all later runs.
         """
-        encoder, done = self.encoder.to(device).eval(), 0
+        encoder = self.encoder.to(device).eval()
+        done = 0
         first = records[0].image
         blank = first.blank(self.plain) if isinstance(first, ImageSource) else self.plain(Image.new("RGB", BLANK))
         read = functools.partial(self._read, view)
@@ -269,7 +277,8 @@ def _map(path: Path) -> np.ndarray:
 
 def _write_header(file: IO[bytes], folder: Path, shape: tuple[int, ...]) -> None:
     """NumPy's header; raises `DataError` if the disk has no room for the array."""
-    needed, free = BYTES * int(np.prod(shape)), shutil.disk_usage(folder).free
+    needed = BYTES * int(np.prod(shape))
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(
             f"a view takes {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB left: set another data.cache_dir"

@@ -98,7 +98,8 @@ def weighted_records(
     if split != "train":
         return list(next(iter(sources.values()))(split))
     found = {name: list(read(split)) for name, read in sources.items()}
-    if empty := [name for name, records in found.items() if not records]:
+    empty = [name for name, records in found.items() if not records]
+    if empty:
         raise DataError(f"the source {empty[0]} has no training records: check its folder")
     per_weight = max(len(records) / weights[name] for name, records in found.items())
     mixed: list[Record] = []

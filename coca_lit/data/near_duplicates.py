@@ -98,7 +98,8 @@ def _near_pairs(hashes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
             places = np.flatnonzero(band[shift:] == band[:-shift])
             if not places.size:
                 break
-            i, j = order[places], order[places + shift]
+            i = order[places]
+            j = order[places + shift]
             near = np.unpackbits((bits[i] ^ bits[j]).view(np.uint8)).reshape(-1, 64).sum(1) <= MAX_DISTANCE
             yield from zip(i[near].tolist(), j[near].tolist(), strict=True)
 

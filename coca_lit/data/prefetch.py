@@ -27,7 +27,8 @@ def ahead_of(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     coming: tuple[Batch, torch.cuda.Event] | None = None
     for batch in batches:
         with torch.cuda.stream(stream):
-            sent, arrival = batch.to(device), torch.cuda.Event()
+            sent = batch.to(device)
+            arrival = torch.cuda.Event()
             arrival.record(stream)
         if coming is not None:
             yield _arrived(*coming)
@@ -51,7 +52,8 @@ def ignore_signals(worker: int) -> None:
     saved. They end with the training process, see `_end_workers`.
     """
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
-        if number := getattr(signal, name, None):  # Windows lacks some
+        number = getattr(signal, name, None)
+        if number:  # Windows lacks some
             signal.signal(number, signal.SIG_IGN)
 
 

@@ -68,7 +68,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, lowest in (("batch_size", 1), ("workers", 0), ("rerank", 0), ("attention", 0), ("images", 1)):
-            if (value := getattr(self, name)) is not None:
+            value = getattr(self, name)
+            if value is not None:
                 check_number(name, value, whole=True, at_least=lowest)
         check_shared(self.generate or {})
 
@@ -130,13 +131,16 @@ class Evaluation:
         check_number("every", every, whole=True, at_least=0)
         if not len(records):
             raise DataError(f"the evaluation '{name}' got no records: check what returns them")
-        if shared := [id for id, count in Counter(record.id for record in records).items() if count > 1]:
+        shared = [id for id, count in Counter(record.id for record in records).items() if count > 1]
+        if shared:
             raise DataError(f"two records of '{name}' have the id {shared[0]!r}: give each its own")
         if self.captioned and (bare := [record.id for record in records if not record.captions]):
             raise DataError(
                 f"{len(bare)} of {len(records)} records of '{name}' have no caption, e.g. {bare[0]!r}: leave them out"
             )
-        self.name, self.records, self.every = name, records, every
+        self.name = name
+        self.records = records
+        self.every = every
         self.not_run: dict[str, str] = {}
         self.draws: dict[str, Draws] = {}
         self.conditions: dict[str, Conditions] = {}
@@ -153,8 +157,10 @@ class Evaluation:
         if settings.full:
             images = len({record.image_key for record in records})
             print_rank_zero(f"scoring {images} images of {self.name} ({type(self).__name__})")
-        self.not_run, self.draws = {}, {}
-        scores, name = self.scores(model, records, settings), self.name_of(settings, limit)
+        self.not_run = {}
+        self.draws = {}
+        scores = self.scores(model, records, settings)
+        name = self.name_of(settings, limit)
         self.draws = {f"{name}/{score}": draws for score, draws in self.draws.items()}
         known = self._conditions(scores, model, records, settings) if settings.full else {}
         self.conditions = {f"{name}/{score}": conditions for score, conditions in known.items()}

@@ -55,7 +55,8 @@ class CaptionScores(Evaluation):
         every: int = 1,
     ) -> None:
         super().__init__(name, records, every)
-        self.training_captions, self.measures = training_captions, dict(measures or {})
+        self.training_captions = training_captions
+        self.measures = dict(measures or {})
         if self.measures:
             self.final_score_names = None
 
@@ -137,12 +138,15 @@ class CaptionScores(Evaluation):
             metric.process_group = host_group("objects")
         own = records[rank() :: world_size()]
         ids = [record.id for record in own]
-        references, domains = [record.captions for record in own], [record.domain for record in own]
+        references = [record.captions for record in own]
+        domains = [record.domain for record in own]
         metric.update(ids, [captions[id] for id in ids], references, domains)
         try:
-            scores, missing = metric.compute(), metric.not_run
+            scores = metric.compute()
+            missing = metric.not_run
         except (JavaError, FileNotFoundError) as error:  # of the tokenizer, which all scores need
-            scores, missing = {}, {"captions": str(error)}
+            scores = {}
+            missing = {"captions": str(error)}
         self.not_run |= {f"{self.name} {score}": reason for score, reason in missing.items()}
         return scores
 

@@ -42,12 +42,15 @@ class ZeroShotScores(Evaluation):
 
     def __init__(self, name: str, images: Classification, likelihood: bool = False, every: int = 1) -> None:
         super().__init__(name, images.records, every)
-        self.labels, self.likelihood = images.labels, likelihood
+        self.labels = images.labels
+        self.likelihood = likelihood
         self.prompts = [template.replace("{}", c) for c in images.class_names for template in images.templates]
         self.class_names = images.class_names
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        size, workers, count = settings.batch_size, settings.workers, len(self.class_names)
+        size = settings.batch_size
+        workers = settings.workers
+        count = len(self.class_names)
         prompts = embed_texts(model, self.prompts, size).unflatten(0, (count, -1))  # (C, P, E)
         classes = class_features(prompts)  # (C, E)
         ways = {"": embed_images(model, records, size, workers) @ classes.T}  # (I, C)
@@ -80,7 +83,8 @@ def _told_apart(similarity: Tensor, names: Sequence[str]) -> Tensor:
     """
     first: dict[str, int] = {}
     for i, name in enumerate(names):
-        if (known := first.setdefault(name, i)) != i:
+        known = first.setdefault(name, i)
+        if known != i:
             similarity[:, i] = similarity[:, known].nextafter(torch.tensor(-torch.inf))
     return similarity
 
@@ -129,7 +133,8 @@ class LabelScores(Evaluation):
         every: int = 1,
     ) -> None:
         super().__init__(name, records, every)
-        self.training_records, self.together = training_records, together
+        self.training_records = training_records
+        self.together = together
 
     def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:
         """The texts, then the labels."""
@@ -147,7 +152,8 @@ class LabelScores(Evaluation):
         logits = classifier.logits(model, records, settings.batch_size, settings.workers)  # (I, N)
         chosen = {record.id: classes[i] for record, i in zip(records, logits.argmax(dim=1).tolist(), strict=True)}
         numbers = {name: i for i, name in enumerate(classes)}
-        if unknown := [record for record in records if record.captions[0] not in numbers]:
+        unknown = [record for record in records if record.captions[0] not in numbers]
+        if unknown:
             raise DataError(
                 f"{len(unknown)} of {len(records)} records have a label that the classifier lacks, e.g. "
                 f"{unknown[0].captions[0]!r:.80}: it was trained on {', '.join(classes[:5])}"
@@ -156,7 +162,8 @@ class LabelScores(Evaluation):
         found = class_ranks(logits, labels).numpy()  # (I,)
         right = {"": found == 0}
         if settings.full:
-            if (guesses := blind_guesses(self, records, self.training_records)) is not None:
+            guesses = blind_guesses(self, records, self.training_records)
+            if guesses is not None:
                 right["blind/"] = np.array([guesses[record.id] == record.captions[0] for record in records])
             if rank() == 0:
                 rows = [{"id": id, "label": label} for id, label in chosen.items()]

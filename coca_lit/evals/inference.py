@@ -149,7 +149,8 @@ def log_likelihoods(
         encoded = evaluating(model, partial(image_keys_values, model), images)
         wanted = [torch.tensor(texts_of(position)) for position in positions]
         for count, group in groupby(range(len(positions)), key=lambda row: len(wanted[row])):
-            alike, at_once = list(group), max(batch_size // count, 1)
+            alike = list(group)
+            at_once = max(batch_size // count, 1)
             for rows in (alike[start : start + at_once] for start in range(0, len(alike), at_once)):
                 score = partial(read.log_likelihoods, [(keys[rows], values[rows]) for keys, values in encoded])
                 numbers = torch.stack([wanted[row] for row in rows])  # (R, K)
@@ -192,7 +193,8 @@ def image_batches(
     """This rank's positions in `records` and their pixels (B, 3, H, W), of clips (B, F, 3, H, W), or `Patches`, on the
     model's device; of records with n images (n · B, 3, H, W).
     """
-    own, every = range(rank(), len(records), world_size()), cast(Dataset[Record], records)
+    own = range(rank(), len(records), world_size())
+    every = cast(Dataset[Record], records)
     parts = [list(own[start : start + batch_size]) for start in range(0, len(own), batch_size)]
     load = partial(_pixels, build_transform(**model.preprocessing))
     loader = DataLoader(every, batch_sampler=parts, collate_fn=load, **worker_options(num_workers))

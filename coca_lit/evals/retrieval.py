@@ -115,7 +115,8 @@ class RetrievalScores(Evaluation):
 
     def _recalls(self, prefix: str, ids: Sequence[int | str], ranks: Ranks) -> dict[str, float]:
         """Further recalls, of the first images or all, whose draws are noted."""
-        recalls, draws = ranks.recalls(), bootstrap(ids[: len(ranks.i2t)], ranks.resampled())
+        recalls = ranks.recalls()
+        draws = bootstrap(ids[: len(ranks.i2t)], ranks.resampled())
         self.draws |= {f"{prefix}{name}": draws[name] for name in recalls}
         return {f"{prefix}{name}": value for name, value in recalls.items()}
 

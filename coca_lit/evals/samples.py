@@ -23,7 +23,9 @@ TOP = 5
 ROWS = 1024  # queries that are compared with all answers at a time
 COLUMNS, CARD, STRIP, MARGIN, LINE = 4, 260, 120, 12, 17  # of the sheets; all but the first in pixels
 HEADING = 2 * LINE + 8  # pixels: a title and a line that explains
-INK, GREY, GREEN = (25, 25, 30), (120, 120, 128), (20, 120, 60)
+INK = (25, 25, 30)
+GREY = (120, 120, 128)
+GREEN = (20, 120, 60)
 
 
 def caption_samples(
@@ -81,7 +83,8 @@ def retrieval_samples(
         answers = [{"text": captions[t], "hit": int(image_of_text[t]) == image} for t in best]
         return {"image": thumbnail(records[image].image()), "answers": answers}
 
-    chosen, owner = spread(range(len(records)), count), torch.arange(len(images))
+    chosen = spread(range(len(records)), count)
+    owner = torch.arange(len(images))
     return {
         "text_to_image": [images_for(int((image_of_text == i).nonzero()[0])) for i in chosen],
         "image_to_text": [texts_for(i) for i in chosen],
@@ -141,7 +144,8 @@ def picture(record: Record) -> Image.Image:
     if len(images) == 1:
         return images[0]
     gap = max(image.width for image in images) // 16
-    height, width = max(image.height for image in images), sum(image.width + gap for image in images) - gap
+    height = max(image.height for image in images)
+    width = sum(image.width + gap for image in images) - gap
     row = Image.new("RGB", (width, height), "white")
     left = 0
     for image in images:
@@ -181,7 +185,8 @@ def retrieval_sheet(
     """
     captions = [caption for record in records for caption in record.captions]
     queries = spread(range(len(records)), count)
-    width, height = MARGIN + (TOP + 1) * (STRIP + MARGIN), 2 * LINE + STRIP + MARGIN
+    width = MARGIN + (TOP + 1) * (STRIP + MARGIN)
+    height = 2 * LINE + STRIP + MARGIN
     sheet = Image.new("RGB", (width, 2 * (len(queries) * height + HEADING) + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     how = "the best answers, best first; green with a tick: right"
@@ -190,7 +195,8 @@ def retrieval_sheet(
         text = int((image_of_text == i).nonzero()[0])
         _write(draw, MARGIN, y, captions[text], INK, lines=1, width=120)
         for column, j in enumerate(_top(images @ texts[text])):
-            left, top = MARGIN + column * (STRIP + MARGIN), y + LINE + 4
+            left = MARGIN + column * (STRIP + MARGIN)
+            top = y + LINE + 4
             _paste(sheet, records[j].image(), (left, top), STRIP)
             frame = (left - 3, top - 3, left + STRIP + 2, top + STRIP + 2)
             draw.rectangle(frame, outline=GREEN if j == i else GREY, width=3)
@@ -202,7 +208,9 @@ def retrieval_sheet(
     for i in queries:
         _paste(sheet, records[i].image(), (MARGIN, y), STRIP)
         for place, t in enumerate(_top(texts @ images[i])):
-            left, top, right = 2 * MARGIN + STRIP, y + place * (LINE + 4), int(image_of_text[t]) == i
+            left = 2 * MARGIN + STRIP
+            top = y + place * (LINE + 4)
+            right = int(image_of_text[t]) == i
             _write(draw, left + 18, top, captions[t], GREEN if right else GREY, lines=1, width=98)
             if right:
                 _tick(draw, left, top + 2)
@@ -242,7 +250,8 @@ def sample_sheet(records: Sequence[Record], captions: Mapping[int | str, str], c
     for i, record in enumerate(chosen):
         corner = (MARGIN + i % COLUMNS * (CARD + MARGIN), start + i // COLUMNS * height)
         _paste(sheet, picture(record), corner, CARD)
-        x, y = corner[0], corner[1] + CARD + 4
+        x = corner[0]
+        y = corner[1] + CARD + 4
         y = _write(draw, x, y, record.question, INK, lines=2)
         caption = captions[record.id]
         exact = is_reference(caption, record.captions)

@@ -13,7 +13,8 @@ from coca_lit.models.coca import IGNORED_LABEL
 
 # Logits in a chunk: of CLIP's vocabulary 340 tokens, 64 MiB in fp32; on a GPU, which needs more rows at a time to be
 # busy, 2,700 tokens and 512 MiB.
-CHUNK, GPU_CHUNK = 2**24, 2**27
+CHUNK = 2**24
+GPU_CHUNK = 2**27
 
 
 def caption_loss(
@@ -69,7 +70,8 @@ def _chunked_sum(
     grad_hidden = torch.empty_like(hidden) if needs_hidden else None
     grad_vocabulary = torch.zeros_like(vocabulary, dtype=total.dtype) if needs_vocabulary else None
     with torch.autocast(device, enabled=False), torch.no_grad():
-        weight, logits_at_once = vocabulary.to(precision), CHUNK if hidden.is_cpu else GPU_CHUNK
+        weight = vocabulary.to(precision)
+        logits_at_once = CHUNK if hidden.is_cpu else GPU_CHUNK
         step = chunk or max(logits_at_once // len(vocabulary), 1)
         for begin in range(0, len(hidden), step):
             part = slice(begin, begin + step)

@@ -66,7 +66,8 @@ def log_sums(
     """log Σ exp(logit) over all texts for each own image (B,), and over the images of all ranks for each text (W·B,);
     the logits of matching pairs (B,).
     """
-    over_texts, pairs = images.new_empty(len(images)), images.new_empty(len(images))
+    over_texts = images.new_empty(len(images))
+    pairs = images.new_empty(len(images))
     over_images = images.new_full((len(texts),), -torch.inf)
     for tile in rows:
         logits = tile_logits(images[tile], texts, scale)
@@ -97,7 +98,8 @@ def gradients_of_logits(
         errors: tile -> the gradient of 2 B times the loss with respect to its logits (tile, W·B): the sum of both
             softmaxes minus the sum of both targets, which are 1 for a matching pair in `contrastive_loss`.
     """
-    grad_images, grad_texts = torch.empty_like(images), torch.zeros_like(texts)
+    grad_images = torch.empty_like(images)
+    grad_texts = torch.zeros_like(texts)
     for tile in rows:
         p = errors(tile)
         torch.mm(p, texts, out=grad_images[tile])

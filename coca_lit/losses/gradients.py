@@ -35,12 +35,14 @@ def wants_gradient(x: Tensor) -> bool:
 class _WithGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, once: bool, count: int, *tensors: Tensor | None) -> Tensor:
-        ctx.gradients, ctx.once = tensors[:count], once
+        ctx.gradients = tensors[:count]
+        ctx.once = once
         return value.detach().clone()
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, times = ctx.gradients, Tensor.mul_ if ctx.once else Tensor.mul
+        gradients = ctx.gradients
+        times = Tensor.mul_ if ctx.once else Tensor.mul
         if ctx.once:
             del ctx.gradients
         known = [None if g is None else times(g, outer[0].to(g.dtype)) for g in gradients]

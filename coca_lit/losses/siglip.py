@@ -33,12 +33,16 @@ def siglip_loss(
         global loss.
     """
     images, texts = wide(image_features), wide(gather(text_features))  # (B, E), (W·B, E)
-    scale, bias = wide(logit_scale), wide(logit_bias)
+    scale = wide(logit_scale)
+    bias = wide(logit_bias)
     inputs = (images, texts, scale, bias)
     differentiate = any(map(wants_gradient, inputs))
     if differentiate:
-        grad_images, grad_texts, grad_bias = torch.zeros_like(images), torch.zeros_like(texts), torch.zeros_like(bias)
-    own, share = rank() * len(images), 1 / len(images)
+        grad_images = torch.zeros_like(images)
+        grad_texts = torch.zeros_like(texts)
+        grad_bias = torch.zeros_like(bias)
+    own = rank() * len(images)
+    share = 1 / len(images)
     total = images.new_zeros(())
     with exact_fp32(images.device), torch.autocast(images.device.type, enabled=False), torch.no_grad():
         for rows in tiles(len(images), tile):

@@ -191,7 +191,8 @@ def caption_table(
         captions = [text for (text,) in tokens.hypotheses.values()]
         spices = shared_spice().score(list(tokens.references.values()), captions, progress)
     except (RuntimeError, FileNotFoundError) as error:
-        spices, not_run = {}, {"SPICE": str(error)}
+        spices = {}
+        not_run = {"SPICE": str(error)}
     position = {key: i for i, key in enumerate(references)}
     groups = {"": list(references)}
     for domain in sorted({domain for domain in (domains or {}).values() if domain is not None}):
@@ -319,7 +320,10 @@ class CaptionMetric(RowMetric):
     ) -> None:
         super().__init__(**kwargs)
         check_metrics(metrics)
-        self.metrics, self.tokenize, self.table, self.progress = tuple(metrics), tokenize, table, progress
+        self.metrics = tuple(metrics)
+        self.tokenize = tokenize
+        self.table = table
+        self.progress = progress
         self.not_run: dict[str, str] = {}
         self.draws: dict[str, Draws] = {}
 

@@ -45,7 +45,8 @@ class CiderD:
     """
 
     def __init__(self, references: Mapping[Hashable, Sequence[Sequence[str]]], defended: bool = True) -> None:
-        self._references, self._defended = references, defended
+        self._references = references
+        self._defended = defended
         self._log_images = math.log(len(references)) if references else 0.0
         counts: Counter[NGram] = Counter()
         for captions in references.values():

@@ -59,7 +59,8 @@ class ZeroShotAccuracy(RowMetric):
 
     def update(self, similarity: Tensor, labels: Tensor, ids: Sequence[Id] | Tensor) -> None:
         """Similarities (B, C) of images and classes, class numbers (B,) and ids of the images."""
-        ranks, classes = class_ranks(similarity, labels).tolist(), similarity.shape[1]
+        ranks = class_ranks(similarity, labels).tolist()
+        classes = similarity.shape[1]
         self.append(ids, ranks, labels.tolist(), [classes] * len(ranks))
 
     def compute(self) -> dict[str, float]:
@@ -68,7 +69,9 @@ class ZeroShotAccuracy(RowMetric):
         if not by_id:
             raise ValueError("there are no images to score: call update first")
         rows = torch.tensor(list(by_id.values()))  # (I, 3)
-        ranks, labels, classes = rows[:, 0], rows[:, 1], int(rows[:, 2].max())
+        ranks = rows[:, 0]
+        labels = rows[:, 1]
+        classes = int(rows[:, 2].max())
         if self.resample:
             self.draws = bootstrap(list(by_id), _resampled(ranks.numpy(), labels.numpy(), classes))
         return _scores(ranks, labels, classes)

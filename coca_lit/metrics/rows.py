@@ -45,7 +45,8 @@ class RowMetric(Metric):
         Raises:
             ValueError: another number of ids than of values, or ids of another type.
         """
-        plain, count = ids.tolist() if isinstance(ids, Tensor) else list(ids), len(columns[0])
+        plain = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        count = len(columns[0])
         if len(plain) != count or not all(isinstance(i, int | str) for i in plain):
             raise ValueError(f"expected an id (int or str) for each of {count} samples, got {len(plain)}: {plain[:5]}")
         text = "".join(f"{json.dumps(row)}\n" for row in zip(plain, *columns, strict=True))

@@ -66,7 +66,8 @@ class Draws(NamedTuple):
         if not len(known):
             return float("nan"), float("nan")
         if self.share:
-            share, z = self.score, NormalDist().inv_cdf((1 + LEVEL) / 2)
+            share = self.score
+            z = NormalDist().inv_cdf((1 + LEVEL) / 2)
             units = share * (1 - share) / known.var() if np.ptp(known) >= EQUAL else self.trials
             middle = (share + z**2 / (2 * units)) / (1 + z**2 / units)
             half = z / (1 + z**2 / units) * math.sqrt(share * (1 - share) / units + z**2 / (4 * units**2))
@@ -178,7 +179,8 @@ class Units:
 
     def mean(self, values: np.ndarray, rows: Any = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """For `Ratios`, the mean of the values of some rows: their sums and their number in each unit (U,)."""
-        own, count = self._of_row[rows], len(self.first)
+        own = self._of_row[rows]
+        count = len(self.first)
         return np.bincount(own, values[rows], count), np.bincount(own, np.ones(len(own)), count)
 
 
@@ -197,7 +199,8 @@ def difference(first: Draws, second: Draws) -> Difference:
     """
     if first.units != second.units or first.values.shape != second.values.shape:
         raise ValueError("a paired test needs draws of the same images")
-    values, value = second.values - first.values, second.score - first.score
+    values = second.values - first.values
+    value = second.score - first.score
     values = values[~np.isnan(values)]
     if not len(values) or math.isnan(value):
         return Difference(value, float("nan"), float("nan"), float("nan"))
@@ -211,7 +214,8 @@ def difference(first: Draws, second: Draws) -> Difference:
         p = float("nan")
     if first.share and second.share and scatter.max() < EQUAL:
         _, rest = Draws(np.zeros(1), 0.0, first.units, trials, share=True).interval()
-        low, high = max(value - rest, -1.0), min(value + rest, 1.0)
+        low = max(value - rest, -1.0)
+        high = min(value + rest, 1.0)
     return Difference(value, low, high, p)
 
 
@@ -244,7 +248,8 @@ def obstacle(first: Conditions | None, second: Conditions | None) -> str:
     """Why scores under these conditions cannot be compared, in words; empty if they can."""
     if first is None or second is None:
         return "a run does not record what it scored"
-    if data := other_data(first, second):
+    data = other_data(first, second)
+    if data:
         return data
     keys = [key for key in {**first.settings, **second.settings} if first.settings.get(key) != second.settings.get(key)]
     if keys:

@@ -59,9 +59,11 @@ def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
     """
     if not answers:
         raise ValueError("there are no answers to compare with: the test sets have no public ones")
-    given, people = " ".join(answer.split()), [" ".join(text.split()) for text in answers]
+    given = " ".join(answer.split())
+    people = [" ".join(text.split()) for text in answers]
     if len(set(people)) > 1:
-        given, people = normalize_answer(given), [normalize_answer(text) for text in people]
+        given = normalize_answer(given)
+        people = [normalize_answer(text) for text in people]
     same = people.count(given)
     # Whoever said the same is left out in `same` of the cases.
     scores = [min((same - (person == given)) / ENOUGH, 1) for person in people]

@@ -42,7 +42,8 @@ def save(checkpoint: dict[str, Any], target: Path) -> None:
         with replacing(target) as temporary:
             tensors = (leaf for leaf in tree_leaves(checkpoint) if isinstance(leaf, torch.Tensor))
             storages = {(own := t.untyped_storage()).data_ptr(): own.nbytes() for t in tensors}
-            needed, free = sum(storages.values()), shutil.disk_usage(target.parent).free
+            needed = sum(storages.values())
+            free = shutil.disk_usage(target.parent).free
             if free < needed + SPARE:
                 raise OSError(
                     f"it needs {needed / 2**20:.0f} MB, {SPARE // 2**20} MB stay free for logs and samples, and "

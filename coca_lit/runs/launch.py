@@ -60,7 +60,8 @@ def launched_devices() -> int | str:
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun, also within a SLURM job
         return int(os.environ["LOCAL_WORLD_SIZE"])
     if under_srun():
-        tasks, nodes = int(os.environ["SLURM_NTASKS"]), launched_nodes()
+        tasks = int(os.environ["SLURM_NTASKS"])
+        nodes = launched_nodes()
         if tasks % nodes:
             raise ConfigError(
                 f"srun started {tasks} tasks on {nodes} nodes, which get unequal numbers of them: "
@@ -136,7 +137,8 @@ def isolate() -> None:
     """Processes that this one starts import modules from where it does. Python would put the folder first that they are
     started in, and there may be anybody's files: photos, shards, a page's downloads.
     """
-    main, checkout = sys.modules["__main__"], Path(__file__).parents[2]
+    main = sys.modules["__main__"]
+    checkout = Path(__file__).parents[2]
     script = getattr(main, "__file__", None) if getattr(main, "__spec__", None) is None else None
     folders = [Path(script).resolve().parent] if script else [checkout] if (checkout / "conf").is_dir() else []
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)

@@ -91,7 +91,8 @@ class SecretFilter(logging.Filter):
     """Masks secrets and control characters in log records; see `conf/hydra/job_logging/masked.yaml`."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = printable_lines(redact(record.getMessage())), ()
+        record.msg = printable_lines(redact(record.getMessage()))
+        record.args = ()
         return True
 
 

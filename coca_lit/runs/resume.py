@@ -127,7 +127,8 @@ def is_requeued(folder: Path) -> bool:
     `ckpt_path`, which the job repeats, was obeyed then. All processes of a machine find the same: the first one notes
     the job after it has moved away what the run does not resume from.
     """
-    if not (jobs := restarted()) or not step_files(folder / CHECKPOINTS):
+    jobs = restarted()
+    if not jobs or not step_files(folder / CHECKPOINTS):
         return False
     try:
         begun_by = read_json(folder / ENVIRONMENT, dict).get(JOBS)
@@ -161,7 +162,8 @@ def check_same_run(
     before = start.run.get("config")
     if before is None:  # it is not one of ours
         return
-    if not (changes := list(changed_keys(_filled(before, defaults), _filled(identity, defaults)))):
+    changes = list(changed_keys(_filled(before, defaults), _filled(identity, defaults)))
+    if not changes:
         return
     (key, old, new), others = changes[0], len(changes) - 1
     more = f" (and {others} more keys)" if others else ""
@@ -189,7 +191,8 @@ def finished_results(cfg: DictConfig, start: Start) -> dict[str, float] | None:
     A full disk may have cost the last checkpoint, and a kill the report: then there is.
     """
     folder = Path(cfg.output_dir)
-    results, config = folder / RESULTS, folder / CONFIG
+    results = folder / RESULTS
+    config = folder / CONFIG
     if (
         cfg.ckpt_path != NEWEST
         or not results.exists()
@@ -198,7 +201,8 @@ def finished_results(cfg: DictConfig, start: Start) -> dict[str, float] | None:
         or not start.run.get("finished")
     ):
         return None
-    before, now = OmegaConf.load(config), OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+    before = OmegaConf.load(config)
+    now = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
     for read in (before, now):
         OmegaConf.update(read, "scoring.objective", None)  # which ranks the scores and computes none
     keys = ("evals", "scoring", "trainer.max_epochs", "trainer.max_steps", "trainer.max_time")

@@ -26,10 +26,16 @@ from coca_lit.machine import in_shell, is_first_process
 from coca_lit.reading import parse_json, read_json
 from coca_lit.runs.redaction import masked_yaml, redact
 
-CONFIG, ENVIRONMENT, RESULTS = "config.yaml", "environment.json", "results.json"
-INTERVALS, DRAWS, CONDITIONS = "intervals.json", "draws.npz", "conditions.json"
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+RESULTS = "results.json"
+INTERVALS = "intervals.json"
+DRAWS = "draws.npz"
+CONDITIONS = "conditions.json"
 ARCHIVED = re.compile(r"earlier_\d+")  # the folders of earlier runs in the folder of one that was started afresh
-METRICS, BAD_STEPS, CHECKPOINTS = "metrics.csv", "bad_steps.jsonl", "checkpoints"
+METRICS = "metrics.csv"
+BAD_STEPS = "bad_steps.jsonl"
+CHECKPOINTS = "checkpoints"
 EARLIER = "earlier_results.json"  # of a run that went on
 # What belongs to one run, as outputs/README.md lists it.
 RUN_FILES = (
@@ -40,7 +46,8 @@ RUN_FILES = (
     ENVIRONMENT,  # the last one to be archived: it shows that a run wrote the others
 )
 NEWEST = "auto"  # as `ckpt_path`: the newest checkpoint in the run folder, if it has one
-LOCK, HOLDER = ".lock", ".lock.json"
+LOCK = ".lock"
+HOLDER = ".lock.json"
 JOBS = "jobs"  # in `environment.json`: in which the run was begun or resumed last
 # What names a job that SLURM or torchrun may start again, with the same command: how often it did.
 RESTARTS = {"SLURM_JOB_ID": "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID": "TORCHELASTIC_RESTART_COUNT"}
@@ -142,7 +149,8 @@ def in_use(folder: Path, output: str | None = None) -> Iterator[None]:
     if not is_first_process():
         yield
         return
-    lock, output = FileLock(folder / LOCK), output or f"the run folder {folder}"
+    lock = FileLock(folder / LOCK)
+    output = output or f"the run folder {folder}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _acquire(lock, folder, output)
@@ -274,7 +282,8 @@ def start_fresh(folder: Path) -> None:
     if step_files(folder / CHECKPOINTS) or (folder / RESULTS).exists():
         print(f"the earlier run in {folder} was moved to {archive(folder, left)}", flush=True)
     else:
-        if written := [folder / name for name in ("predictions", "samples") if (folder / name).exists()]:
+        written = [folder / name for name in ("predictions", "samples") if (folder / name).exists()]
+        if written:
             print(f"what an unfinished run wrote in {folder} was moved to {archive(folder, written)}", flush=True)
         rewind_logs(folder, 0, 0)  # it died before its first checkpoint, and the same steps are repeated
 
@@ -299,7 +308,8 @@ def rewind_logs(folder: Path, logged_steps: int, step: int, validating: bool = F
         step: number of the first optimizer step that is repeated.
         validating: the validation after the last step is repeated, too.
     """
-    metrics, bad_steps = folder / METRICS, folder / BAD_STEPS
+    metrics = folder / METRICS
+    bad_steps = folder / BAD_STEPS
     if metrics.exists():
         rows = [*csv.reader(whole_lines(metrics))]
         header, *others = rows or [[]]

@@ -45,7 +45,8 @@ def slurm_signal() -> int | None:
 
 def requeue_while_starting() -> None:
     """Answers the signal until training listens: the job is requeued, and SLURM ends it."""
-    if (number := slurm_signal()) is not None:
+    number = slurm_signal()
+    if number is not None:
         signal.signal(number, requeue_once)
 
 
@@ -58,7 +59,8 @@ def requeue_once(number: int, frame: FrameType | None) -> None:
 
 def requeue() -> bool:
     """Asks SLURM to run this job again under its number, and returns whether it will; called by one process of it."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
@@ -119,7 +121,8 @@ class Signals:
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank != 0:
             # The first process kills those that Lightning started for it as soon as it sees one of them gone.
-            parent, until = os.getppid(), time.monotonic() + 20
+            parent = os.getppid()
+            until = time.monotonic() + 20
             while os.getppid() == parent and time.monotonic() < until:
                 time.sleep(0.05)
         self.nothing_to_save = True  # Lightning calls no `teardown` now, and a notebook goes on
@@ -129,7 +132,8 @@ class Signals:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.nothing_to_save:
-            if callable(other := self._others[number]) and number != signal.SIGTERM:
+            other = self._others[number]
+            if callable(other) and number != signal.SIGTERM:
                 return other(number, frame)
             raise SystemExit(_exit_code(number))
         if number == _HANGUP:

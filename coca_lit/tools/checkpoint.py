@@ -38,7 +38,8 @@ def chosen_checkpoint(checkpoint: str | None, smaller: str = "coca_ViT-B-32", of
     from coca_lit.weights.hub import DEFAULT, PHOTOS, available, released
 
     if checkpoint == BUILTIN:
-        if found := find_demo_model(OUTPUTS):
+        found = find_demo_model(OUTPUTS)
+        if found:
             print(f"the built-in demo model is {found}", file=sys.stderr)
             return str(found)
         print(f"there is no finished demo run in {OUTPUTS}: training the demo model, a few minutes", file=sys.stderr)
@@ -67,7 +68,8 @@ def find_demo_model(outputs: Path) -> Path | None:
     """The checkpoint of the run in `outputs` with the best captions of unseen scenes; None if none is good."""
     good = []
     for results in (*outputs.glob("*/results.json"), *outputs.glob("*/*/results.json")):
-        checkpoint, is_archived = results.parent / "checkpoints" / "last.ckpt", ARCHIVED.fullmatch(results.parent.name)
+        checkpoint = results.parent / "checkpoints" / "last.ckpt"
+        is_archived = ARCHIVED.fullmatch(results.parent.name)
         if checkpoint.is_file() and not is_archived and (score := read_json(results, dict).get(SCORE, 0.0)) >= GOOD:
             good.append((score, checkpoint))
     return max(good)[1] if good else None

@@ -72,7 +72,8 @@ class Machine:
         if not devices or (devices == ["cpu"] and not hides_gpus):
             yield from ((i, job()) for i, job in enumerate(jobs))
             return
-        waiting, attempts = deque(range(len(jobs))), [0] * len(jobs)
+        waiting = deque(range(len(jobs)))
+        attempts = [0] * len(jobs)
         idle = deque((device, _process_on(device)) for device in devices)
         running: dict[Future[Any], tuple[int, int | str, ProcessPoolExecutor]] = {}
         try:
@@ -155,7 +156,8 @@ class Work:
     """
 
     def __init__(self, engine: Engine, doing: str) -> None:
-        self.engine, self.doing = engine, doing
+        self.engine = engine
+        self.doing = doing
         self.done = 0
         self.failed: dict[str, str] = {}  # shard -> reason
 
@@ -187,7 +189,8 @@ class Work:
         """
         for shard, reason in self.failed.items():
             print(printable(f"failed: {shard}: {reason}"), file=sys.stderr)
-        done, failed = self.done - found, len(self.failed)
+        done = self.done - found
+        failed = len(self.failed)
         counts = f"{done:,} done, {total - done - failed:,} skipped (finished before), {failed:,} failed"
         print(f"{self.doing} {total:,} shards: {counts}", file=sys.stderr)
         if failed:

@@ -173,10 +173,12 @@ def micro_batches(batch: Batch, size: int) -> list[MicroBatch]:
 def predicted_tokens(net: CoCa, batch: Batch) -> Tensor:
     """Number of tokens that the caption loss averages over: all after the prefix, without unknown words."""
     tokens = batch.tokens
-    positions, lengths = torch.arange(tokens.shape[1]), batch.lengths.cpu()
+    positions = torch.arange(tokens.shape[1])
+    lengths = batch.lengths.cpu()
     starts = torch.ones_like(lengths) if batch.prefix_lengths is None else batch.prefix_lengths.cpu()
     predicted = (positions >= starts[:, None]) & (positions < lengths[:, None])  # (B, L), on the host
-    predicted, unknown = to_device(predicted, tokens.device), net.tokenizer.unk_id
+    predicted = to_device(predicted, tokens.device)
+    unknown = net.tokenizer.unk_id
     return (predicted if unknown is None else predicted & (tokens != unknown)).sum()
 
 

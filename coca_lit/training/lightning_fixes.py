@@ -47,7 +47,8 @@ def step_share(trainer: L.Trainer, batch_idx: int) -> float:
     """By what the loss of a batch is to be multiplied so that a step has the mean over its batches: Lightning divides
     by `accumulate_grad_batches`, also where an epoch ends with fewer. No issue is known.
     """
-    count, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+    count = trainer.accumulate_grad_batches
+    batches = trainer.num_training_batches
     last = batches % count if count > 1 else 0
     return count / last if last and batch_idx >= batches - last else 1.0
 
@@ -61,7 +62,8 @@ def is_logged_step(trainer: L.Trainer) -> bool:
 def is_between_steps(trainer: L.Trainer) -> bool:
     """Whether the weights are those after the last whole batch, and no gradient waits for more batches."""
     loop = trainer.fit_loop.epoch_loop
-    batches, steps = loop.batch_progress.state_dict()["current"], loop.automatic_optimization.optim_progress
+    batches = loop.batch_progress.state_dict()["current"]
+    steps = loop.automatic_optimization.optim_progress
     stepped = steps.optimizer.step.total.ready == steps.optimizer.step.total.completed
     at_a_step = batches["completed"] % trainer.accumulate_grad_batches == 0
     return batches["processed"] == batches["completed"] and stepped and at_a_step
@@ -104,7 +106,8 @@ def set_ddp_options(trainer: L.Trainer, options: dict[str, bool]) -> None:
     """Arguments of DistributedDataParallel that the config leaves open. `strategy=auto` takes none, and only the
     trainer tells whether that is DDP.
     """
-    if isinstance(strategy := trainer.strategy, DDPStrategy):
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy):
         strategy._ddp_kwargs = options | strategy._ddp_kwargs
 
 

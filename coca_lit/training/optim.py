@@ -47,8 +47,10 @@ class Grouped:
         check_number("weight_decay", weight_decay, at_least=0)
         check_number("layer_decay", layer_decay, above=0, at_most=1)
         check_number("image_factor", image_factor, above=0, at_most=1)
-        self.lr, self.weight_decay = lr, weight_decay
-        self.layer_decay, self.image_factor = layer_decay, image_factor
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.layer_decay = layer_decay
+        self.image_factor = image_factor
 
     def groups(self, module: nn.Module, key: str | None = None) -> list[dict[str, Any]]:
         """The trainable parameters by weight decay and learning rate.
@@ -73,7 +75,8 @@ class Grouped:
         }
         depth: dict[str, int] = {}  # parameters above the towers have none
         for part, tower in module.named_children() if self.layer_decay != 1 else ():
-            if depths := getattr(tower, "depths", None):
+            depths = getattr(tower, "depths", None)
+            if depths:
                 depth |= (layers := {f"{part}.{name}": layer for name, layer in depths().items()})
                 if not layers and any(name.startswith(f"{part}.") for name in trainable):
                     raise ValueError(f"layer_decay: the {part} does not tell its layers (group_matcher): set it to 1")
@@ -115,7 +118,8 @@ class AdamW(Grouped):
         pair = isinstance(betas, Sequence) and len(betas) == 2
         if not pair or not all(isinstance(beta, Real) and 0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be two numbers of at least 0 and below 1, got {betas!r}")
-        self.betas, self.eps = (betas[0], betas[1]), eps
+        self.betas = (betas[0], betas[1])
+        self.eps = eps
 
     def __call__(self, module: nn.Module) -> torch.optim.AdamW:
         settings = self.groups(module)
@@ -154,7 +158,8 @@ class Timm(Grouped):
         self.kind: Any = get_optimizer_class(name, bind_defaults=False)
         known = [key for key in inspect.signature(self.kind).parameters if key not in ("params", "lr", "weight_decay")]
         check_names(f"timm's {name}", arguments, known)
-        self.name, self.arguments = name, dict(arguments)
+        self.name = name
+        self.arguments = dict(arguments)
         try:
             self._make([{"params": [nn.Parameter(torch.zeros(1, 1, device="cpu"))]}])
         except (TypeError, ValueError, LookupError) as error:

@@ -98,7 +98,8 @@ def small_data(
 
 def choose(facts: Facts) -> list[Choice]:
     """What any model needs."""
-    photos, gpu = facts.photos, facts.gpu
+    photos = facts.photos
+    gpu = facts.gpu
     batch = facts.batch or min(photos, 2 ** int(math.log2(min(max(photos / 4, 2), 256 if gpu else 128))))
     # 700 √n photos in all on a CPU: 5,000 are seen 10 times, 500 31 times, 50,000 3 times
     usual = min(max(round((2800 if gpu else 700) / math.sqrt(photos)), 3), 60)
@@ -156,7 +157,8 @@ def _new(facts: Facts) -> list[Choice]:
 
 def _finetuned(facts: Facts, arguments: dict[str, Any]) -> list[Choice]:
     """A CoCa that is trained further. These rules were not measured."""
-    few, large = facts.photos < 5000, arguments["text_width"] >= 512
+    few = facts.photos < 5000
+    large = arguments["text_width"] >= 512
     net = {key: value for key, value in arguments.items() if key != "image_size"}
     return [
         Choice("model.net", {"name": "coca_vit_b32", **net}, f"all arguments of the model in {facts.weights}"),

@@ -93,7 +93,8 @@ class FullySharded(ModelParallelStrategy):
             return checkpoint
         # Mapped: every rank reads its parts of the file, and the machine keeps one copy of it.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        targets, tensors = self.model.state_dict(), checkpoint.pop("state_dict")
+        targets = self.model.state_dict()
+        tensors = checkpoint.pop("state_dict")
         self.model.load_state_dict({n: _part(t, targets[n]) if n in targets else t for n, t in tensors.items()})
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -214,7 +215,8 @@ class Saving:
         """
         self.finish()
         target = Path(broadcast_object(str(target)))
-        tensors, rest = flat(checkpoint), io.BytesIO()
+        tensors = flat(checkpoint)
+        rest = io.BytesIO()
         torch.save(checkpoint, rest)
         if self.intact == target.resolve() and broadcast_object(is_folder(target)):
             if rank() == 0:
@@ -230,7 +232,8 @@ class Saving:
         """Waits until it is written. A rank that cannot write costs this checkpoint, as in
         `coca_lit.runs.checkpoint_io.save`.
         """
-        written, self._written = self._written, None
+        written = self._written
+        self._written = None
         if written is not None and _try_to_write(self._target, written.result):
             self.intact = self._target.resolve()
 
@@ -258,7 +261,8 @@ class _Writer(HuggingFaceStorageWriter):
 
     def __init__(self, target: Path, rest: bytes) -> None:
         super().__init__(str(temporary_folder(target)), save_distributed=True)
-        self._target, self._rest = target, rest
+        self._target = target
+        self._rest = rest
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         """Reads again what was written, which the coordinator gets to know."""
@@ -298,10 +302,12 @@ def restore(folder: Path, model: nn.Module, optimizers: Iterable[Optimizer]) -> 
     for name, about in stored.items():
         if name.startswith(f"{OPTIMIZERS}."):
             _, number, which, _ = name.split(".")
-            like, dtype = parameters[int(number)][int(which)], about.properties.dtype
+            like = parameters[int(number)][int(which)]
+            dtype = about.properties.dtype
             whole = about.size == like.shape and like.ndim
             tensors[name] = torch.zeros_like(like, dtype=dtype) if whole else torch.zeros(about.size, dtype=dtype)
-    if differing := sorted(tensors.keys() ^ stored.keys()):
+    differing = sorted(tensors.keys() ^ stored.keys())
+    if differing:
         raise CheckpointError(f"{folder} is the checkpoint of another model: only one of them has {differing[0]}")
     load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=host_group("checkpoints"))
     return nested(content, tensors)

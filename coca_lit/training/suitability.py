@@ -90,7 +90,8 @@ def check_captions(captions: Sequence[str], tokenizer: Tokenizer) -> None:
             raise DataError(sentence)
         _warn(sentence)
     lengths = tokenizer.lengths(captions)
-    if (cut := sum(length > tokenizer.context_length for length in lengths)) > SOME * len(captions):
+    cut = sum(length > tokenizer.context_length for length in lengths)
+    if cut > SOME * len(captions):
         _warn(
             f"{cut / len(captions):.0%} of the training captions are longer than the model's context of "
             f"{tokenizer.context_length} tokens and are cut: the longest needs model.net.context_length={max(lengths)}",

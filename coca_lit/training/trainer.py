@@ -42,7 +42,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """As Lightning's, but never with code inside, whatever `weights_only` asks for. Where a GPU takes the tensors,
         the ranks of a machine map one copy of the file.
         """
-        path, mapped = Path(path), torch.cuda.is_available()
+        path = Path(path)
+        mapped = torch.cuda.is_available()
         if not is_folder(path):
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
         content = torch.load(path / REST, map_location=map_location, weights_only=True, mmap=mapped)
@@ -94,7 +95,8 @@ def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
     Raises:
         ConfigError: something does not go together, or the batch cannot be split over this many processes.
     """
-    objectives, size = without_replaced(module.every_objective), module.micro_batch_size
+    objectives = without_replaced(module.every_objective)
+    size = module.micro_batch_size
     texts = getattr(data, "texts", None) is not None  # a user's DataModule may know nothing of texts
     if trainer.gradient_clip_algorithm not in (None, "norm"):
         raise ConfigError("trainer.gradient_clip_algorithm must be norm or null: the global norm is clipped")
@@ -105,7 +107,8 @@ def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
             check_number("gradient_clip_val", trainer.gradient_clip_val, at_least=0)
     check_together(features(trainer, module.net, objectives, size, texts))
     planned = trainer.num_devices * trainer.num_nodes  # under DDP, `world_size` is that of the launcher
-    if (launched := launched_processes()) > planned:
+    launched = launched_processes()
+    if launched > planned:
         raise ConfigError(
             f"{launched} processes were started, but this configuration trains with {planned} (trainer.devices="
             f"{trainer.num_devices}): start as many, or do not set trainer.devices"
@@ -140,7 +143,8 @@ def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
 
 def _check_interval(trainer: L.Trainer, data: CaptionDataModule) -> None:
     """Raises `ConfigError` for a validation that no epoch reaches: Lightning would, when the run has begun."""
-    interval, limit = trainer.val_check_interval, trainer.limit_train_batches
+    interval = trainer.val_check_interval
+    limit = trainer.limit_train_batches
     if type(interval) is not int or not trainer.check_val_every_n_epoch or not trainer.limit_val_batches:
         return
     every = data.batches_per_epoch
@@ -182,10 +186,16 @@ def choose_fp32_matmul(trainer: L.Trainer, module: L.LightningModule, library: F
 
 # What goes with what: the parts of a run state what they can do, and one table refuses.
 
-SHARDED, MICRO_BATCHES, FP16, AVERAGES, LORA = "sharded", "micro_batches", "fp16", "averages", "lora"
+SHARDED = "sharded"
+MICRO_BATCHES = "micro_batches"
+FP16 = "fp16"
+AVERAGES = "averages"
+LORA = "lora"
 NEEDS_WHOLE_WEIGHTS, NEEDS_WHOLE_BATCH = "needs_whole_weights", "needs_whole_batch"  # objectives
-TEXTS, NO_DECODER = "texts", "no_decoder"
-ACCUMULATION, TOKEN_MEANS = "accumulation", "token_means"
+TEXTS = "texts"
+NO_DECODER = "no_decoder"
+ACCUMULATION = "accumulation"
+TOKEN_MEANS = "token_means"
 # Two features that do not go together, and what to do instead.
 TABLE = (
     (SHARDED, AVERAGES, "set ema=null, or use trainer=ddp"),

@@ -78,7 +78,8 @@ def difference(ours: nn.Module, theirs: nn.Module, parts: tuple[str, ...] = ("",
     Args:
         parts: prefixes of the facts that are compared.
     """
-    here, there = facts(ours), facts(theirs)
+    here = facts(ours)
+    there = facts(theirs)
     for name in dict.fromkeys([*here, *there]):
         if name.startswith(parts) and here.get(name) != there.get(name):
             return f"{name} is {here.get(name, 'absent')!r} in the model and {there.get(name, 'absent')!r} in the file"
@@ -109,11 +110,13 @@ def interpolate(model: CoCa | CLIP, before: CoCa | CLIP, weight: float) -> None:
     """
     check_number("weight", weight, at_least=0, at_most=1)
     theirs = before.state_dict()
-    if reason := misfit(model.state_dict(), theirs):
+    reason = misfit(model.state_dict(), theirs)
+    if reason:
         raise ValueError(f"the models have different architectures: {reason}")
     if not is_same(model.tokenizer.spec, before.tokenizer.spec):
         raise ValueError("the models have different vocabularies: their token ids mean different words")
-    if reason := difference(model, before):
+    reason = difference(model, before)
+    if reason:
         raise ValueError(f"the models compute different things: {reason}")
     if isinstance(model, CoCa) and isinstance(before, CoCa):
         here, there = (m.config.tied_embeddings for m in (model, before))

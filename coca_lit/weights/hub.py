@@ -145,13 +145,16 @@ def locate(name: str | Path) -> Path:
         return path
     if path.is_dir():
         names = (*(f"checkpoints/{name}" for name in CHECKPOINTS), *CHECKPOINTS, *WEIGHTS)
-        if found := next((path / name for name in names if is_checkpoint(path / name)), None):
+        found = next((path / name for name in names if is_checkpoint(path / name)), None)
+        if found:
             return found
-        if weights := [file.name for file in path.iterdir() if file.suffix in FILE_SUFFIXES and is_checkpoint(file)]:
+        weights = [file.name for file in path.iterdir() if file.suffix in FILE_SUFFIXES and is_checkpoint(file)]
+        if weights:
             return path / choose(weights, "", str(path))
         expected = ", ".join((*CHECKPOINTS, *WEIGHTS))
         raise FileNotFoundError(f"there is no checkpoint in the folder '{path}': expected {expected}")
-    if is_checkpoint(file := Path(f"{path}.pt")):
+    file = Path(f"{path}.pt")
+    if is_checkpoint(file):
         return file
     if text.startswith(PREFIX):
         place, _, revision = text.removeprefix(PREFIX).partition("@")
@@ -159,7 +162,8 @@ def locate(name: str | Path) -> Path:
         repo = "/".join(parts[:2])
         _tell(next((model for model in released_models().values() if model.repo == repo), None))
         return download(repo, revision or None, "/".join(parts[2:]))
-    if model := released(text):
+    model = released(text)
+    if model:
         _tell(model)
         return download(model.repo, sha256=model.sha256)
     raise FileNotFoundError(f"there is no checkpoint '{name}'{hint(text)}")
@@ -229,7 +233,8 @@ def download(
     """
     folder, _, wanted = path.rpartition("/")
     if not (wanted.endswith(FILE_SUFFIXES) or wanted.startswith("epoch_")):
-        folder, wanted = path, ""
+        folder = path
+        wanted = ""
     if path and not all(part.strip(".") for part in path.split("/")):
         raise CheckpointError(f"'{path}' is not a path within '{repo}'")
     with _hub_errors(repo, revision):
@@ -310,11 +315,13 @@ def choose(names: Iterable[str], wanted: str, where: str) -> str:
     weights = sorted(names)
     epochs = {int(match[1]): name for name in weights if (match := EPOCH.fullmatch(name))}
     if wanted:
-        if found := next((name for name in (wanted, f"{wanted}.pt") if name in weights), None):
+        found = next((name for name in (wanted, f"{wanted}.pt") if name in weights), None)
+        if found:
             return found
         listed = f"the epochs {', '.join(map(str, sorted(epochs)))}" if epochs else ", ".join(weights) or "no weights"
         raise CheckpointError(f"'{where}' has no '{wanted}': it has {listed}")
-    if known := next((name for name in WEIGHTS if name in weights), None):
+    known = next((name for name in WEIGHTS if name in weights), None)
+    if known:
         return known
     if epochs or len(weights) == 1:
         return epochs[max(epochs)] if epochs else weights[0]
@@ -436,7 +443,8 @@ def _hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
 
 
 def _sentence(repo: str, error: Exception) -> str:
-    hub, folder = constants.ENDPOINT, constants.HF_HUB_CACHE
+    hub = constants.ENDPOINT
+    folder = constants.HF_HUB_CACHE
     if isinstance(error, OfflineModeIsEnabled):
         return f"HF_HUB_OFFLINE forbids reaching {hub} for '{repo}': unset it"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None

@@ -101,7 +101,8 @@ def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None, imports:
     known = None if Path(path).exists() else released(path)
     path = locate(path)
     stored = read_state(path)
-    state, own = stored.state, stored.config
+    state = stored.state
+    own = stored.config
     if quick_gelu is None:
         quick_gelu = known.quick_gelu if known else None
     elif own is not None or not is_clip(state):
@@ -137,7 +138,9 @@ def read_state(path: Path) -> Stored:
     """
     if not is_checkpoint(path):
         raise FileNotFoundError(f"there is no checkpoint '{path}'")
-    config, objectives, network = None, None, ""
+    config = None
+    objectives = None
+    network = ""
     state: Mapping[str, Any]
     if path.suffix == ".safetensors":
         state, metadata = load_tensors(path)
@@ -147,7 +150,8 @@ def read_state(path: Path) -> Stored:
             objectives = _config(path, metadata[OBJECTIVES_KEY])
     else:
         content = read_torch(path)
-        config, state = content.get(MODEL_KEY), content.get("state_dict", content)
+        config = content.get(MODEL_KEY)
+        state = content.get("state_dict", content)
         if not isinstance(state, dict) or (config is not None and state is content):
             raise ValueError(f"'{path}' is damaged: it has no state_dict")
         objectives, network = content.get(OBJECTIVES_KEY), "net."  # of a training module
@@ -192,7 +196,8 @@ def save_model(model: CoCa, path: str | Path) -> None:
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"'{path}' would be a safetensors file: give it a name that ends with .safetensors")
     described = json.dumps(asdict(model.config), ensure_ascii=False)
-    if (size := len(described.encode())) > MAX_CONFIG:
+    size = len(described.encode())
+    if size > MAX_CONFIG:
         raise ValueError(f"the model is described in {size:,} bytes, and {MAX_CONFIG:,} are read: use fewer words")
     state = unshared_copies(merged(model.state_dict()))
     metadata = {MODEL_KEY: described}
@@ -222,7 +227,8 @@ def _own_model(path: Path, state: Mapping[str, Tensor], config: Any) -> CoCa:
                 raise
             model = CoCa(**arguments)  # a constructor from outside needs the values of tensors, as many do
             shapes = model.state_dict()
-        if reason := misfit(shapes, tensors):
+        reason = misfit(shapes, tensors)
+        if reason:
             raise RuntimeError(reason)  # PyTorch's own message lists all tensors
         if model is None:
             # A part from outside may derive what no file holds from its first values.
@@ -239,7 +245,8 @@ def _own_model(path: Path, state: Mapping[str, Tensor], config: Any) -> CoCa:
 def _config_beside(path: Path) -> Any:
     """OpenCLIP's config beside a file of weights; None if there is none. A `config.json` may be another library's."""
     for name in CONFIGS:
-        if (beside := path.with_name(name)).is_file():
+        beside = path.with_name(name)
+        if beside.is_file():
             config = _config(path, beside)
             if name == OPEN_CLIP_CONFIG or (isinstance(config, dict) and not config.keys().isdisjoint(_SECTIONS)):
                 return config
@@ -299,7 +306,8 @@ def dequantised(state: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
     if not scales:
         return found
     for name in scales.keys() | {name for name, tensor in found.items() if tensor.dtype == torch.int8}:
-        rows, by = found.get(name), scales.get(name)
+        rows = found.get(name)
+        by = scales.get(name)
         fits = rows is not None and by is not None and rows.dtype == torch.int8 and by.shape == rows.shape[:1]
         if rows is None or by is None or not (fits and by.is_floating_point() and by.isfinite().all()):
             raise ValueError(f"'{name}' has no finite scale for each of its rows of int8")

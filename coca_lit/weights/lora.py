@@ -57,7 +57,8 @@ def add_lora(net: CoCa, rank: int = 8, alpha: float = 16.0, parts: Sequence[str]
     check_number("alpha", alpha, above=0)
     parts = [parts] if isinstance(parts, str) else parts
     inside = {n: m for n, m in net.named_modules() if any(f"{n}.".startswith(f"{part}.") for part in parts)}
-    if unknown := [part for part in parts if part not in inside]:
+    unknown = [part for part in parts if part not in inside]
+    if unknown:
         known = ", ".join(name for name, module in net.named_children() if [*module.parameters()])
         raise ValueError(f"parts: nothing in the model is called {', '.join(unknown)}; its parts: {known}")
     named = [*net.named_parameters(remove_duplicate=False)]

@@ -24,7 +24,8 @@ from coca_lit.reading import open_regular, read_json
 if TYPE_CHECKING:  # a wrong path is found before torch is imported
     from torch import Tensor
 
-REST, SHARDS = "checkpoint.ckpt", "shards.json"
+REST = "checkpoint.ckpt"
+SHARDS = "shards.json"
 STATE, OPTIMIZERS = "state_dict", "optimizer_states"  # in a checkpoint that is one file, too
 
 

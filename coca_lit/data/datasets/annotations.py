@@ -79,7 +79,8 @@ def read_references(path: Path, split: str | None) -> list[Listing]:
     content = read_json(path, limit=MAX_BYTES)
     coco = isinstance(content, dict) and "annotations" in content
     listings = coco_listings(content, path) if coco else _karpathy_listings(content, path, split)
-    if twice := [key for key, count in Counter(item.id for item in listings).items() if count > 1]:
+    twice = [key for key, count in Counter(item.id for item in listings).items() if count > 1]
+    if twice:
         raise DataError(f"{path} lists image {twice[0]!r} twice")
     return listings
 
@@ -90,7 +91,8 @@ def read_results(path: Path) -> dict[int | str, str]:
     captions: dict[int | str, str] = {}
     with schema(path, "the COCO results"):
         for row in rows:
-            key, caption = check_id(row["image_id"]), row["caption"]
+            key = check_id(row["image_id"])
+            caption = row["caption"]
             if key in captions:
                 raise DataError(f"{path} holds more than one caption for image {key!r}")
             if not isinstance(caption, str):
@@ -121,7 +123,8 @@ def listing(
 ) -> Listing:
     """A `Listing` of values from JSON; raises `TypeError` for one of another type."""
     texts = [filename, question, *captions, *further, *([] if domain is None else [domain])]
-    if wrong := [text for text in texts if not isinstance(text, str)]:
+    wrong = [text for text in texts if not isinstance(text, str)]
+    if wrong:
         raise TypeError(f"expected a text, got {wrong[0]!r:.80}")
     return Listing(check_id(id), filename, tuple(captions), domain, question, tuple(further))
 
@@ -173,7 +176,8 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
             whole = content.decode(encoding_of(content))
             told = re.match(r"[\r\n]*(?:\"?sep=(.)\"?[\r\n]+)?", whole)  # a line for Excel
             text = whole[told.end() if told else 0 :]
-            head, before = text.partition("\n")[0], whole[: len(whole) - len(text)].count("\n")
+            head = text.partition("\n")[0]
+            before = whole[: len(whole) - len(text)].count("\n")
             # That of a .csv is a semicolon where the comma separates decimals.
             counted = (told and told[1]) or max(",;\t", key=head.count)
             delimiter = "\t" if path.suffix == ".tsv" else counted
@@ -202,7 +206,8 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
 
 def _different(names: Sequence[str], path: Path) -> Sequence[str]:
     """The names of columns; raises `DataError` if two are the same, of which one would count."""
-    if twice := [name for name, count in Counter(names).items() if count > 1 and name]:
+    twice = [name for name, count in Counter(names).items() if count > 1 and name]
+    if twice:
         raise DataError(f"{path} has several columns {printable(twice[0])}: rename them, or write a row for each")
     return names
 

@@ -32,7 +32,8 @@ def mscoco_records(root: str | Path, split: str, karpathy: str | Path | None = N
     """
     root = Path(root)
     folders = [base / name for base in (root, root / "images") for name in FOLDERS]
-    if path := _karpathy_file(root, karpathy):
+    path = _karpathy_file(root, karpathy)
+    if path:
         listings = read_karpathy(path, split)
         return records_on_disk(names_on_disk(listings, folders), folders, path, _COCO)
     path = _official_file(root, split)

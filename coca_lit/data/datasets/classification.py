@@ -73,7 +73,8 @@ def image_folder(
     names, templates = read_classes(classes) if classes else usual
     if not names.keys() & set(folders):
         names = {str(number): name for number, name in enumerate(names.values())}
-    if unknown := [folder for folder in folders if folder not in names]:
+    unknown = [folder for folder in folders if folder not in names]
+    if unknown:
         raise DataError(
             f"{classes} names no class for {len(unknown)} of {len(folders)} folders of {root}, e.g. {unknown[0]}"
         )
@@ -84,10 +85,12 @@ def image_folder(
     if not images:
         raise not_found("classified images", [root / folders[0]], HOW)
     with_images = {folder for folder, _ in images}
-    if empty := [folder for folder in folders if folder not in with_images]:
+    empty = [folder for folder in folders if folder not in with_images]
+    if empty:
         of = f"{len(empty)} of {len(folders)} classes in {root}"
         log.warning("%s have no image, e.g. %s", of, printable(empty[0]))
-    if unread := [file for _, file in files if not file.lower().endswith(reader.endings)]:
+    unread = [file for _, file in files if not file.lower().endswith(reader.endings)]
+    if unread:
         log.warning("left out %d files or folders of classes in %s, e.g. %s", len(unread), root, printable(unread[0]))
     random.Random(0).shuffle(images)
     number = {folder: i for i, folder in enumerate(names)}
@@ -121,7 +124,8 @@ def read_classes(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
         raise DataError(
             f'{path}: "templates" must hold one or more texts with {{}} for the name of the class, got none'
         )
-    if wrong := [t for t in templates if not isinstance(t, str) or t.count("{}") != 1]:
+    wrong = [t for t in templates if not isinstance(t, str) or t.count("{}") != 1]
+    if wrong:
         raise DataError(f"{path}: each template must hold one {{}} for the name of the class, got {wrong[0]!r}")
     return classes, templates
 

@@ -211,7 +211,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Iterable[str], str | None]]:
                 names = [name for name in row if not isinstance(row[name], list) or name != "file"]
                 image = column(path, names, IMAGE_COLUMNS, COLUMNS)
                 caption = column(path, names, CAPTION_COLUMNS, COLUMNS)
-            name, several = row[image], row.get("captions")
+            name = row[image]
+            several = row.get("captions")
             texts = several if several and isinstance(several, list) else row[caption]
             # `coca-caption` writes them beside the best one: in its rows one of the two was corrected.
             one = row.get("caption")
@@ -259,7 +260,8 @@ def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str
         shared += [texts[stem] for stem in texts if shown[stem] > 1]
         for path in (Path(folder, name) for name in sorted(files) if not name.startswith(".")):
             if path.suffix.lower() in suffixes:
-                text, content = path.with_name(texts.get(_stem(path.name), f"{path.stem}.txt")), b""
+                text = path.with_name(texts.get(_stem(path.name), f"{path.stem}.txt"))
+                content = b""
                 if text.is_file():
                     for file in (path, text):
                         if file.is_symlink():  # what else is found in the folder lies there
@@ -289,8 +291,11 @@ def files_inside(names: Iterable[str], root: Path) -> dict[str, Path]:
     Raises:
         DataError: a name or a link leads out of the folder, or more than `MAX_MISSING` of the files are missing.
     """
-    given, inside, files = list(dict.fromkeys(names)), root.resolve(), dict[str, Path]()
-    ways, plain = [given], [PurePosixPath(text).as_posix() for text in given]
+    given = list(dict.fromkeys(names))
+    inside = root.resolve()
+    files = dict[str, Path]()
+    ways = [given]
+    plain = [PurePosixPath(text).as_posix() for text in given]
     for folder in _names_of(root):  # `coca-caption FOLDER` writes it before the names
         below = [text.startswith(f"{folder}/") for text in plain]
         if any(below):

@@ -98,7 +98,8 @@ def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
     """
     whole = [replace(shard, selection=None) for shard in shards]
     found = {shard: index for shard in dict.fromkeys(whole) if (index := load_index(shard, fallback_dir)) is not None}
-    if missing := [shard for shard in dict.fromkeys(whole) if shard not in found]:
+    missing = [shard for shard in dict.fromkeys(whole) if shard not in found]
+    if missing:
         from rich.console import Console
         from rich.progress import track
 
@@ -114,7 +115,8 @@ def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
             todo = [shard for shard in missing if shard not in found]
             size = sum(shard.stamp().bytes for shard in todo)
             new = _local_indexes([shard for shard in todo if not shard.is_remote], fallback_dir)
-            if remote := [cast("RemoteShard", shard) for shard in todo if shard.is_remote]:
+            remote = [cast("RemoteShard", shard) for shard in todo if shard.is_remote]
+            if remote:
                 new = chain(new, _remote_indexes(remote, fallback_dir))
             shown = track(new, "indexing shards", len(todo), console=Console(stderr=True), disable=size < PER_PROCESS)
             found |= {index.shard: index for index in shown}
@@ -214,7 +216,8 @@ def _remote_indexes(shards: Sequence["RemoteShard"], fallback_dir: Path) -> Iter
     whole = sum(shard.stored.bytes for shard in shards) <= shards[0].cache.max_bytes
 
     def index_of(shard: "RemoteShard") -> TarIndex:
-        if index := _shipped_index(shard, fallback_dir):
+        index = _shipped_index(shard, fallback_dir)
+        if index:
             return index
         with nullcontext() if whole else shard.headers() as file:
             return make_index(shard, fallback_dir, file)
@@ -225,7 +228,8 @@ def _remote_indexes(shards: Sequence["RemoteShard"], fallback_dir: Path) -> Iter
 
 def _shipped_index(shard: "RemoteShard", fallback_dir: Path) -> TarIndex | None:
     """The index that lies beside the shard; None if there is none, or it is not that of the shard in the manifest."""
-    if (content := shard.shipped_index()) is None:
+    content = shard.shipped_index()
+    if content is None:
         return None
     path = index_path(shard, fallback_dir)
     atomic_write(path, content)
@@ -264,7 +268,9 @@ def write_index(index: TarIndex, path: Path) -> None:
 
 def _sound(index: TarIndex) -> bool:
     """Whether all keys and places lie where they can."""
-    names, ends, places = index.keys, index.key_ends, index.places
+    names = index.keys
+    ends = index.key_ends
+    places = index.places
     if (names.dtype, ends.dtype, places.dtype) != (np.uint8, np.int64, np.int64) or names.ndim != 1:
         return False
     if ends.ndim != 1 or places.shape != (len(ends), len(member_kinds()), 2):
@@ -274,7 +280,8 @@ def _sound(index: TarIndex) -> bool:
     if not (starts <= ends).all() or len(names) != (ends[-1] if len(ends) else 0):
         return False
     within_a_letter = (names[starts[starts < ends]] & 0xC0) == 0x80
-    offsets, sizes = places[..., 0], places[..., 1]
+    offsets = places[..., 0]
+    sizes = places[..., 1]
     inside = (offsets >= 0) & (sizes >= 0) & (sizes <= MAX_MEMBER) & (offsets <= index.stamp.bytes - sizes)
     said = "".join(part for fault in index.faults for part in fault)
     return bool(inside.all()) and not within_a_letter.any() and printable(text + said) == text + said

@@ -83,7 +83,8 @@ class LAIONDataModule(CaptionDataModule):
         options = {name: further.pop(name) for name in extensions.input_options() if name in further}
         self.reader = chosen_reader(options)
         super().__init__(**further)
-        window, readers = whole_number("window", window), whole_number("readers", readers)
+        window = whole_number("window", window)
+        readers = whole_number("readers", readers)
         if min(window, window_gb, readers, cache_gb) <= 0:
             numbers = f"{window}, {window_gb}, {readers}, {cache_gb}"
             raise ValueError(f"window, window_gb, readers and cache_gb must be above 0, not {numbers}")
@@ -91,7 +92,8 @@ class LAIONDataModule(CaptionDataModule):
         if epoch_samples is not None:
             epoch_samples = whole_number("epoch_samples", epoch_samples, at_least=1)
         if self.reader is not IMAGES and teachers is not None:
-            kind, given = self.reader.kind, ", ".join(options)
+            kind = self.reader.kind
+            given = ", ".join(options)
             raise ValueError(f"teachers see images and no {kind}s: leave out {given}, or teachers")
         self.teachers = teachers
         BadSamples(max_bad_fraction)  # checks the number here rather than in a worker
@@ -102,10 +104,14 @@ class LAIONDataModule(CaptionDataModule):
         if self.weights is not None and self.weights.keys() != self.patterns.keys():
             raise ValueError(f"shards and weights must have the same names, not {[*self.patterns]}, {[*self.weights]}")
         self.selections = dict(selection) if isinstance(selection, Mapping) else {"": selection} if selection else {}
-        if unknown := sorted(self.selections.keys() - self.patterns.keys()):
+        unknown = sorted(self.selections.keys() - self.patterns.keys())
+        if unknown:
             raise ValueError(f"a selection belongs to a set of shards: got {unknown[0]!r}, not of {[*self.patterns]}")
-        self._epoch_samples, self.max_bad_fraction = epoch_samples, max_bad_fraction
-        self.window, self.window_bytes, self.readers = window, window_gb * 1e9, math.gcd(readers, self.batch_size)
+        self._epoch_samples = epoch_samples
+        self.max_bad_fraction = max_bad_fraction
+        self.window = window
+        self.window_bytes = window_gb * 1e9
+        self.readers = math.gcd(readers, self.batch_size)
         self.commits: dict[str, str] = {}  # at which data sets on the Hub are read, by "ORG/NAME@REVISION"
         self.cache = CacheSettings(Path(cache_dir).expanduser(), int(cache_gb * 1e9), store_patience)
 
@@ -156,7 +162,8 @@ class LAIONDataModule(CaptionDataModule):
     def windows(self) -> "Windows | None":
         """In which samples are shuffled; None for all at once."""
         shards = self._all_shards
-        if packed := next((shard.name for shard in shards if not shard.name.endswith(".tar")), None):
+        packed = next((shard.name for shard in shards if not shard.name.endswith(".tar")), None)
+        if packed:
             raise DataError(f"{packed} is not an uncompressed .tar: unpack it (gunzip)")
         remote = [shard.stamp().bytes for shard in shards if shard.is_remote]
         if not remote and sum(os.path.getsize(shard.name) for shard in shards) <= AUTO_BYTES:
@@ -169,7 +176,8 @@ class LAIONDataModule(CaptionDataModule):
         behind = self._behind * most
         counted = [(s.stamp().bytes / s.samples, s.samples) for s in shards if s.is_remote and s.samples]
         for each, samples in sorted(counted, reverse=True):  # at worst they are those with the largest samples
-            needed, behind = needed + each * min(behind, samples), max(0, behind - samples)
+            needed += each * min(behind, samples)
+            behind = max(0, behind - samples)
         needed = min(sum(remote), needed)
         if needed > self.cache.max_bytes:
             sizes = f"{needed / 1e9:.3g} GB, not of {self.cache.max_bytes / 1e9:.3g} GB"
@@ -199,7 +207,8 @@ class LAIONDataModule(CaptionDataModule):
         rest = iter(found)
         by_name = {name: [*islice(rest, len(shards))] for name, shards in self.shards.items()}
         sources = [Source(name, sum(map(len, of)), shards=of) for name, of in by_name.items()]
-        if empty := [source.name for source in sources if not source.samples]:
+        empty = [source.name for source in sources if not source.samples]
+        if empty:
             raise DataError(f"the shards of {empty[0]!r} hold no samples: check them, or leave them out of the mixture")
         one = len(sources) == 1
         weights = self.weights or {source.name: 1.0 if one else source.samples for source in sources}
@@ -278,17 +287,21 @@ class LAIONDataModule(CaptionDataModule):
                 self.__dict__.pop(name, None)
 
     def training_examples(self) -> IndexedShards:
-        transform, step = self.train_transform(), None
+        transform = self.train_transform()
+        step = None
         if self.teachers is not None:
             from coca_lit.data.shards.reinforced import check_reinforced, reinforced_path, replayed
 
             if not isinstance(transform, RandomCrop):
                 raise DataError("data.teachers has square crops: it does not work with images of any shape")
-            folder, files = Path(self.teachers), dict[Path, str]()
+            folder = Path(self.teachers)
+            files = dict[Path, str]()
             step = partial(replayed, folder, transform.size)
             for index in (index for source in self.sources for index in source.shards):
-                path, shard = reinforced_path(index.shard.name, folder), index.shard.name
-                if (other := files.setdefault(path, shard)) != shard:
+                path = reinforced_path(index.shard.name, folder)
+                shard = index.shard.name
+                other = files.setdefault(path, shard)
+                if other != shard:
                     raise DataError(
                         f"data.teachers has one file for {other} and {shard}, which have the same file name: rename "
                         "one of them, and repeat coca-data teach"
@@ -308,7 +321,8 @@ class LAIONDataModule(CaptionDataModule):
         )
 
     def indices_from(self, epoch: int, start: int) -> ShuffledBatches:
-        steps, schedule = self.steps_per_epoch, self.schedule(self.epoch_samples)
+        steps = self.steps_per_epoch
+        schedule = self.schedule(self.epoch_samples)
         position = (epoch * steps + start, (epoch + 1) * steps, *self.rank_and_world())
         if self.windows is None:
             return ShuffledBatches(self.sources, schedule, self.seed, *position)

@@ -90,7 +90,8 @@ def find_shards(
 def local_shards(shards: str | Sequence[str]) -> list[Path]:
     """As `find_shards`, on local disks only and without comparing with a manifest."""
     patterns = [shards] if isinstance(shards, str) else list(shards)
-    if remote := [pattern for pattern in patterns if is_remote(pattern)]:
+    remote = [pattern for pattern in patterns if is_remote(pattern)]
+    if remote:
         raise DataError(f"{remote[0]} is not on a local disk: copy the shards first")
     folders = functools.cache(lambda name: LocalFolder(Path(name), manifest={}))
     return [Path(name) for name in _names(patterns, folders, {})]
@@ -142,7 +143,8 @@ def _expanded(pattern: str) -> list[str]:
     pattern = pattern.removeprefix("file://")
     if not is_remote(pattern):
         pattern = pattern.replace(os.sep, "/")  # "\\" of Windows, which is an escape in a range
-    if (scheme := _SCHEME.match(pattern)) and not is_remote(pattern):
+    scheme = _SCHEME.match(pattern)
+    if scheme and not is_remote(pattern):
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES[:-1])
         raise DataError(f"shards are read from paths and {known}, not from {scheme.group()!r} as in {pattern!r}")
     if pattern.startswith("https://") and "@" in pattern.split("/")[2]:

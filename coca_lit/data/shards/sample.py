@@ -33,8 +33,10 @@ def pair_of(fields: dict[str, Any], caption_keys: Collection[str], shard: str, r
     Raises:
         BadSampleError: it is not complete.
     """
-    key, image = fields["__key__"], image_of(fields, reader.suffixes)
-    captions, content = {}, {}
+    key = fields["__key__"]
+    image = image_of(fields, reader.suffixes)
+    captions = {}
+    content = {}
     whole = {name: text for name in ("txt", "json") if len(text := fields.get(name, b"")) <= MAX_TEXT}
     if any(key != "txt" for key in caption_keys):
         with suppress(DataError):
@@ -43,7 +45,8 @@ def pair_of(fields: dict[str, Any], caption_keys: Collection[str], shard: str, r
         of_file = whole.get("txt", b"")
         text = of_file.decode(encoding_of(of_file), errors="replace") if name == "txt" else content.get(name)
         texts = text if isinstance(text, list) else [text]
-        if fitting := clean_captions(text for text in texts if isinstance(text, str)):
+        fitting = clean_captions(text for text in texts if isinstance(text, str))
+        if fitting:
             captions[name] = fitting
     if image and captions:
         return image, captions

@@ -61,7 +61,8 @@ def read_fields(
         content: False gives the (offset, size) in bytes of each member in place of its content.
         file: the open shard, which is then not compared with its manifest; by default a local copy is opened.
     """
-    read, error = 0, None
+    read = 0
+    error = None
     kept = shard.selection.keys(shard.file_name) if shard.selection else None
     try:
         with nullcontext(file) if file else shard.local(verify) as source:

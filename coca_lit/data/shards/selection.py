@@ -42,7 +42,8 @@ class Selection:
             for group in self.groups.get(shard, ()):
                 for batch in file.read_row_group(group, list(COLUMNS)).to_batches():
                     names = batch.column(SHARD)
-                    if shard in (known := names.dictionary.to_pylist()):
+                    known = names.dictionary.to_pylist()
+                    if shard in known:
                         rows = batch.column(KEY).filter(compute.equal(names.indices, known.index(shard)))
                         found.update(rows.drop_null().unique().to_pylist())
         return frozenset(found)
@@ -61,7 +62,8 @@ class Selection:
         found = [replace(shard, selection=self) for shard in shards if shard.file_name in self.counts]
         if not found:
             raise DataError(f"{self.path} selects no sample of the {len(shards)} shards: it is about other ones")
-        if lost := sorted(self.counts.keys() - names.keys() - {""}):  # a row without a shard selects nothing
+        lost = sorted(self.counts.keys() - names.keys() - {""})
+        if lost:  # a row without a shard selects nothing
             raise DataError(
                 f"{len(lost)} of the {len(self.counts)} shards of {self.path} are not given, e.g. {lost[0]}: restore "
                 "them, or choose again from those that are left"

@@ -69,7 +69,8 @@ def tar_members(
             if member.size > MAX_MEMBER:
                 raise UnsafeError(f"the member {name!r} claims {member.size:,} bytes, more than {MAX_MEMBER:,}")
             content = b""
-            if wanted := min(member.size, limit(name)):
+            wanted = min(member.size, limit(name))
+            if wanted:
                 file.seek(member.offset_data)
                 content = file.read(wanted)
             yield Member(name, member.offset_data, member.size, content)

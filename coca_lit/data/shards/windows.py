@@ -68,7 +68,8 @@ class SourceOrder:
     """
 
     def __init__(self, source: Source, windows: Windows, share: float, seed: int, first: int) -> None:
-        self.source, self.seed = source, seed
+        self.source = source
+        self.seed = seed
         self.max_samples, self.max_bytes = (limit * share / windows.readers for limit in windows[:2])
         self.counts = [len(index) for index in source.shards]
         self.starts = [*accumulate(self.counts, initial=first)]
@@ -101,7 +102,8 @@ class SourceOrder:
                 return
             number += 1
             if number == len(self._pass(reader, turn).windows):
-                turn, number = turn + 1, 0
+                turn += 1
+                number = 0
 
     def _place(self, reader: int, k: int) -> tuple[int, int, int]:
         """(pass, window, place in the window)"""
@@ -134,10 +136,15 @@ class SourceOrder:
                 taken = min(left, max(int(min(samples, size / each)), 0 if window else 1))
                 if not taken:
                     yield window
-                    window, samples, size = [], self.max_samples, self.max_bytes
+                    window = []
+                    samples = self.max_samples
+                    size = self.max_bytes
                     continue
                 window.append(Piece(shard, first, taken))
-                first, left, samples, size = first + taken, left - taken, samples - taken, size - taken * each
+                first += taken
+                left -= taken
+                samples -= taken
+                size -= taken * each
         if window:
             yield window
 
@@ -190,7 +197,8 @@ class WindowedBatches(ShuffledBatches):
 
     def part(self, number: int) -> list[Index]:
         """Neighbouring samples, and so those of neighbouring readers."""
-        turns, budget = self._turns(number), self.schedule.at(number).budget
+        turns = self._turns(number)
+        budget = self.schedule.at(number).budget
         places = (divmod(item, len(turns)) for item in self._items(number))
         return [
             Index(*self.orders[source].sample(reader, k), budget) for reader, i in places for source, k in [turns[i]]
@@ -209,11 +217,13 @@ class WindowedBatches(ShuffledBatches):
 
     def _remote_shards(self, number: int) -> "list[RemoteShard]":
         """The remote shards of this rank's batch, and of what follows it."""
-        items, turns = self._items(number), self._turns(number)
+        items = self._items(number)
+        turns = self._turns(number)
         readers = range(items[0] // len(turns), items[-1] // len(turns) + 1)
         found: list[tuple[int, RemoteShard]] = []
         for place, (source, order) in enumerate(zip(self.sources, self.orders, strict=True)):
-            if of_source := [k for i, k in turns if i == place]:
+            of_source = [k for i, k in turns if i == place]
+            if of_source:
                 for distance, shard in (x for r in readers for x in order.shards(r, of_source[0], of_source[-1])):
                     if source.shards[shard].shard.is_remote:
                         found.append((distance, cast("RemoteShard", source.shards[shard].shard)))

@@ -18,7 +18,10 @@ RESERVED = re.compile(r"\|\|\||[\r\n]")  # separators of the line protocol
 LOADING_S = 600.0  # and slack for each call of `score`
 SECONDS_PER_CAPTION = 0.05  # over ten times what a caption with five references takes
 # Parameters for English. The four stages of matching: exact words, stems, synonyms, paraphrases.
-ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
+ALPHA = 0.85
+BETA = 0.2
+GAMMA = 0.6
+DELTA = 0.75
 STAGE_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
 STATISTICS = 23
 

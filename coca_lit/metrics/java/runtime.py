@@ -75,7 +75,8 @@ class Conversation:
         )
         assert self._java.stdin
         assert self._java.stdout
-        self._in, self._out = self._java.stdin, self._java.stdout
+        self._in = self._java.stdin
+        self._out = self._java.stdout
         self.kill = weakref.finalize(self, _end, self._java, clean_up)  # acts once: when called, collected or at exit
 
     def alive(self) -> bool:

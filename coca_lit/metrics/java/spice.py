@@ -76,9 +76,11 @@ def spice_jars() -> Path:
     Raises:
         SpiceError: there is none, or a jar is damaged.
     """
-    if chosen := os.environ.get(JARS_VARIABLE):
+    chosen = os.environ.get(JARS_VARIABLE)
+    if chosen:
         folder = Path(chosen).expanduser()
-        if missing := [name for name in JARS if not (folder / name).is_file()]:
+        missing = [name for name in JARS if not (folder / name).is_file()]
+        if missing:
             raise SpiceError(f"{JARS_VARIABLE} is {folder}, where {' and '.join(missing)} is missing: {HOW}")
     else:
         places = [FOLDER.expanduser(), MAVEN.expanduser(), pycocoevalcap_file("spice/lib")]
@@ -121,7 +123,8 @@ class Spice:
             try:
                 if self._process is None or not self._process.alive() or jars != self._jars:
                     self.close()
-                    self._process, self._jars = _start(jars), jars
+                    self._process = _start(jars)
+                    self._jars = jars
                 process = self._process
                 with process.deadline(SILENCE_LIMIT_S):
                     process.send(question)

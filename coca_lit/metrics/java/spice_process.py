@@ -48,14 +48,16 @@ def load(
     import jpype
 
     jpype.startJVM(jvm, *flags, classpath=list(class_path), convertStrings=True)
-    spice, java = jpype.JPackage("edu").anu.spice, jpype.java
+    spice = jpype.JPackage("edu").anu.spice
+    java = jpype.java
     filters = java.util.HashMap()
     for category in CATEGORIES:
         filters.put(category, getattr(spice.TupleFilter, f"{category.lower()}Filter"))
 
     def parser(cache: str | None) -> Any:
         parser = spice.SpiceParser(cache, threads, True)
-        parser_class, annotator_class = spice.SpiceParser.class_, spice.Annotator.class_
+        parser_class = spice.SpiceParser.class_
+        annotator_class = spice.Annotator.class_
         annotator = _opened(parser_class, "annotator").get(parser)
         _opened(annotator_class, "pipeline").set(annotator, pipeline)
         return parser
@@ -82,7 +84,9 @@ def load(
         if len(parsers) == 2:  # the cache, which is filled after each call: texts that images share are parsed once
             distinct = dict.fromkeys(text for references, caption in images for text in (*references, caption))
             parser.parseCaptions(java.util.ArrayList(list(distinct)))
-        texts, counts, captions = java.util.ArrayList(), java.util.ArrayList(), java.util.ArrayList()
+        texts = java.util.ArrayList()
+        counts = java.util.ArrayList()
+        captions = java.util.ArrayList()
         for references, caption in images:
             for text in references:
                 texts.add(text)

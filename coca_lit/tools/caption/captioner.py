@@ -63,8 +63,11 @@ def caption_units(
         num_workers: processes that decode images.
         seed: for sampling.
     """
-    captioned, unreadable, torn = 0, 0, 0
-    inside, start = 0.0, time.perf_counter()
+    captioned = 0
+    unreadable = 0
+    torn = 0
+    inside = 0.0
+    start = time.perf_counter()
     with ProgressBar("captioning") as progress, worker_errors(), kernels.packed_weights(model):  # not in every batch
         planned: deque[_Batch] = deque()
         plan = _plan(units, writer, batch_size, progress, planned)
@@ -84,7 +87,8 @@ def caption_units(
             if batch.ends is not None:
                 writer.end_shard(batch.ends)
                 torn += bool(batch.ends.problem)
-            captioned, unreadable = captioned + len(new), unreadable + len(broken)
+            captioned += len(new)
+            unreadable += len(broken)
             progress.advance(len(new), batch.share)
         writer.finish()
     seconds = time.perf_counter() - start

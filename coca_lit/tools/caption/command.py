@@ -77,7 +77,8 @@ def run(cfg: DictConfig) -> None:
     with guard, process_group(timeout=timedelta(days=7)) as device:
         _choose_precision(cfg)
         model, digest = _load(chosen_checkpoint(cfg.checkpoint), cfg.precision, device)
-        options, workers = _options(cfg, model), decoders(cfg.num_workers)
+        options = _options(cfg, model)
+        workers = decoders(cfg.num_workers)
         writer = open_writer(cfg.output, units, _settings(cfg, digest))
         totals = caption_units(model, units, writer, options, cfg.batch_size, workers, cfg.seed)
         if rank() == 0:
@@ -95,13 +96,15 @@ def _run_on(engine: Engine, cfg: DictConfig, units: "Sequence[Unit]") -> None:
         raise ConfigError("an engine recaptions shards: give .tar files and output=FOLDER/, or set engine=local")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("an engine starts its own processes: run the command without torchrun, or set engine=local")
-    cfg.checkpoint, start = chosen_checkpoint(cfg.checkpoint), time.monotonic()
+    cfg.checkpoint = chosen_checkpoint(cfg.checkpoint)
+    start = time.monotonic()
     _choose_precision(cfg)
     model, digest = _load(cfg.checkpoint, "fp32", "cpu")  # what is wrong is told here, before any job starts
     _options(cfg, model)
     writer = open_writer(cfg.output, units, _settings(cfg, digest))
     del model
-    work, todo = Work(engine, "captioning"), [shard for shard in shards if not writer.has_unit(shard)]
+    work = Work(engine, "captioning")
+    todo = [shard for shard in shards if not writer.has_unit(shard)]
     totals = total([*work(caption_shard, todo, cfg)])
     if totals.seconds:
         print(totals._replace(seconds=time.monotonic() - start), file=sys.stderr)
@@ -130,7 +133,8 @@ def caption_shard(path: Path, cfg: DictConfig) -> "Totals":
         model, digest = _loaded(cfg.checkpoint, cfg.precision, device)
         claim(Path(cfg.output) / SETTINGS, _settings(cfg, digest), taken=True)  # the checkpoint may have changed since
         writer = Recaptioned(Path(cfg.output), [path])
-        options, workers = _options(cfg, model), decoders(cfg.num_workers)
+        options = _options(cfg, model)
+        workers = decoders(cfg.num_workers)
         return caption_units(model, [path], writer, options, cfg.batch_size, workers, cfg.seed)
 
 

@@ -136,7 +136,8 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder '{folder}'")
-    found, unread = [], list[str]()
+    found = []
+    unread = list[str]()
     for parent, folders, names in os.walk(folder, onerror=refuse_unlisted):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
@@ -247,7 +248,8 @@ def open_shard(path: Path) -> OpenShard:
             if TWICE in fields:
                 problem = f"two members have the name {fields[TWICE]!r}"
                 continue
-            key, has_image = fields["__key__"], bool(suffix_of(fields))
+            key = fields["__key__"]
+            has_image = bool(suffix_of(fields))
             if not has_image:
                 _refuse_others(path, fields)
             if has_image and key in samples:  # captions are kept by key
@@ -272,7 +274,8 @@ def open_shard(path: Path) -> OpenShard:
 def _refuse_others(path: Path, fields: Mapping[str, Any]) -> None:
     """Raises `DataError` for a sample of another kind of input than images."""
     for suffixes in member_kinds()[3:]:
-        if suffix := suffix_of(fields, suffixes):
+        suffix = suffix_of(fields, suffixes)
+        if suffix:
             kind = reader_of(f".{suffix}").kind
             raise DataError(f"{path} holds {kind}s: only {kind}s in files of their own are captioned")
 

@@ -118,7 +118,8 @@ class JsonLines(Writer):
     key = "path"
 
     def __init__(self, path: Path, units: Sequence[Unit], settings: dict[str, Any]) -> None:
-        self.path, self.units = path, units
+        self.path = path
+        self.units = units
         taken = path.exists() or (path.parent.is_dir() and bool(self._parts()))
         _claim(path.with_name(f"{path.name}.{SETTINGS}"), taken, settings, glob.escape(path.name))
         self.journal = self._journal()
@@ -247,7 +248,8 @@ class Recaptioned(Writer):
                 raise DataError(f"{path} would replace itself: choose another folder as output")
         self.folder = folder
         for path in shards:
-            if (made := self._made_of(path)) and _is_of_another(made, path, state_of(path)):
+            made = self._made_of(path)
+            if made and _is_of_another(made, path, state_of(path)):
                 raise DataError(f"{folder / path.name} was made of {made['path']}: choose another output for {path}")
         self.captions: dict[str, Captions] = {}  # of the current shard, by the name of the image
 
@@ -307,7 +309,8 @@ def _claim(file: Path, taken: bool, settings: dict[str, Any], outputs: str, olde
             remove_leftovers(file.parent, outputs, older)
         except DataError as error:
             problem = str(error)
-    if problem := broadcast_object(problem):
+    problem = broadcast_object(problem)
+    if problem:
         raise DataError(problem)
 
 

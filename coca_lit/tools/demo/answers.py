@@ -123,13 +123,15 @@ def rerank_images(model: CoCa, hits: Sequence[Hit], text: str, weight: float = 0
     """Found images in the order of decoder re-ranking, see `coca_lit.evals.retrieval`; they keep their cosines. Those
     that have gone since they were indexed are left out.
     """
-    transform, read = build_transform(**model.preprocessing), dict[Hit, Any]()
+    transform = build_transform(**model.preprocessing)
+    read = dict[Hit, Any]()
     for hit in hits:
         with suppress(DataError):
             read[hit] = transform(read_photo(hit.path))
     if not read:
         return []
-    hits, images = [*read], stack_images([*read.values()]).to(model.device)
+    hits = [*read]
+    images = stack_images([*read.values()]).to(model.device)
     tokens = model.tokenizer([text]).to(model.device).expand(len(hits), -1)  # (I, L)
     likelihood = model.log_likelihood(images, tokens).float().cpu()[:, None]  # (I, 1)
     similarity = model.logit_scale.exp().item() * torch.tensor([hit.score for hit in hits])[:, None]

@@ -86,7 +86,8 @@ def _index(model: "CoCa", folder: Path) -> "ImageIndex":
     from coca_lit.data.pixels import SUFFIXES
     from coca_lit.tools.search.index import ImageIndex, index_file, refresh
 
-    file, problem = index_file(folder), None
+    file = index_file(folder)
+    problem = None
     index = ImageIndex(model, folder)
     if file.exists():
         try:

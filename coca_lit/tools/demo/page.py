@@ -151,7 +151,8 @@ def _caption_tab(model: CoCa, photo: gr.Image, changes: list[Trigger]) -> None:
     )
     write = gr.Button("Write captions", variant="primary")
     answer = gr.HTML(EMPTY, elem_id="captions")
-    candidates, draws = gr.State([]), gr.State(0)
+    candidates = gr.State([])
+    draws = gr.State(0)
 
     def show(found: list[Candidate], weight: float) -> str:
         return _caption_table(rank(found, weight, scale), scale) if found else EMPTY
@@ -161,7 +162,8 @@ def _caption_tab(model: CoCa, photo: gr.Image, changes: list[Trigger]) -> None:
         found = write_captions(model, read_photo(path), strategy, int(count), seed=draw)
         return found, draw + 1, show(found, weight)
 
-    inputs, outputs = [photo, strategy, count, weight, draws], [candidates, draws, answer]
+    inputs = [photo, strategy, count, weight, draws]
+    outputs = [candidates, draws, answer]
     empty: tuple[Any, ...] = ([], 0, EMPTY)
 
     def on_change(path: str | None, *given: Any) -> tuple[Any, ...]:
@@ -174,10 +176,12 @@ def _caption_tab(model: CoCa, photo: gr.Image, changes: list[Trigger]) -> None:
 
 
 def _classification_tab(model: CoCa, photo: gr.Image, vocabulary: Sequence[str] | None) -> None:
-    words, prompt = PHOTO_WORDS, "a photo of a {}"
+    words = PHOTO_WORDS
+    prompt = "a photo of a {}"
     if vocabulary is not None:  # closed: the words that it has
         known = SCENE_WORDS if knows_only_scenes(model) else PHOTO_WORDS
-        words, prompt = ", ".join(word for word in known.split(", ") if word in vocabulary), "a {}"
+        words = ", ".join(word for word in known.split(", ") if word in vocabulary)
+        prompt = "a {}"
     labels = gr.Textbox(words, label="labels", info="separated by commas", elem_id="labels")
     template = gr.Textbox(prompt, label="template", info="{} is replaced by the label", elem_id="template")
     button = gr.Button("Classify", variant="primary")
@@ -187,7 +191,8 @@ def _classification_tab(model: CoCa, photo: gr.Image, vocabulary: Sequence[str] 
         return classify(model, read_photo(_require_photo(path)), labels.replace("\n", ",").split(","), template)
 
     gr.HTML("The labels share 100 % with “none of these”, which stands for any other text.", elem_classes="hint")
-    inputs, given = [photo, labels, template], {"concurrency_id": "model", "api_name": "classify"}
+    inputs = [photo, labels, template]
+    given = {"concurrency_id": "model", "api_name": "classify"}
     for event in (button.click, labels.submit, template.submit):
         _busy(event, button, "Comparing …", on_classify, None, inputs, answer, **given)
     photo.clear(lambda: None, outputs=answer, api_visibility="private")
@@ -224,7 +229,8 @@ def _search_tab(model: CoCa, index: ImageIndex | None, photo: gr.Image) -> None:
 
     def on_text(text: str, by_decoder: bool) -> list[tuple[Any, str]]:
         hits = index.query(text, RERANKED)
-        if note := cut_note(model.tokenizer, text):
+        note = cut_note(model.tokenizer, text)
+        if note:
             gr.Info(note)
         ranked = rerank_images(model, hits, text) if by_decoder else hits
         if hits and not ranked:
@@ -259,7 +265,8 @@ def _busy(
             gr.Warning(str(error), duration=None)
             return empty
 
-    label, quiet = button.value, {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+    label = button.value
+    quiet = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
     began = event(lambda: gr.Button(says, interactive=False), outputs=button, **quiet)
     ended = began.then(careful, *args, **options)
     ended.then(lambda: gr.Button(label, interactive=True), outputs=button, **quiet)
@@ -295,7 +302,8 @@ def _banner(model: CoCa, checkpoint: str, builtin: bool, vocabulary: Sequence[st
     """Heading of the page: the model, its size and where it comes from, and in a line what it knows."""
     size = f"{sum(part_sizes(model).values()) / 1e6:,.1f} M parameters, images of {model.image_size} pixels"
     notes = []
-    if (known := released(checkpoint)) is not None:
+    known = released(checkpoint)
+    if known is not None:
         size += f", OpenCLIP's weights, downloaded once from {known.repo}"
         notes += [escape(known.note)] if known.note else []
     if vocabulary is None:

@@ -70,7 +70,8 @@ def run(cfg: DictConfig) -> None:
 
 def _writer(cfg: DictConfig) -> "Callable[[CoCa, Path], Exported]":
     """The function that writes the format."""
-    name, version = cfg.format, str(cfg.version)
+    name = cfg.format
+    version = str(cfg.version)
     inputs = {key: cfg[key] for key in extensions.input_options() if cfg[key]}
     for key, owner, is_given in (
         *((option, "onnx", True) for option in inputs),
@@ -88,7 +89,8 @@ def _writer(cfg: DictConfig) -> "Callable[[CoCa, Path], Exported]":
 
         return write_safetensors
     if name == "onnx":
-        if missing := [package for package in ONNX if find_spec(package) is None]:
+        missing = [package for package in ONNX if find_spec(package) is None]
+        if missing:
             raise ValueError(f"onnx needs {', '.join(missing)}: pip install 'coca_lit[onnx]'")
         from coca_lit.data.inputs import chosen_reader
         from coca_lit.tools.export.onnx import write_onnx

@@ -314,7 +314,8 @@ def _scores(run: Path, config: Mapping[str, Any], checkpoint: str, mixture: Mixt
     results = read_run_json(run, "results.json")
     if not results:
         return "## Scores\n\nUnknown: there was no `results.json` of a run next to the checkpoint."
-    if wrong := [name for name, value in results.items() if type(value) not in (int, float)]:
+    wrong = [name for name, value in results.items() if type(value) not in (int, float)]
+    if wrong:
         raise DataError(f"{run}/results.json holds no number as the score {printable(wrong[0])}")
     data = list(dict.fromkeys(key.rpartition("/")[0] for key in results))
     scores = dict.fromkeys(key.rpartition("/")[2] for key in results)
@@ -324,7 +325,8 @@ def _scores(run: Path, config: Mapping[str, Any], checkpoint: str, mixture: Mixt
     note = [f"At the end of the run; `{checkpoint}` may be from another step."] if checkpoint != "last.ckpt" else []
     if mixture is not None:
         note.append(f"They are scores of `{checkpoint}` before interpolation; this model was not scored.")
-    if split := part_of(config, "scoring").get("split"):
+    split = part_of(config, "scoring").get("split")
+    if split:
         note.append(f"On the split {code(str(split))} of data with several splits.")
     return _table("Scores", ("", *map(plain, data)), rows, " ".join(note))
 

@@ -29,12 +29,14 @@ class Graph(NamedTuple):
 
 def graphs_of(model: CoCa, reader: ImageReader = IMAGES) -> dict[str, Graph]:
     """All graphs of a model on the CPU, by name, for images or another kind of input; a CLIP has no decoder."""
-    size, noise = model.image_size, torch.Generator().manual_seed(0)
+    size = model.image_size
+    noise = torch.Generator().manual_seed(0)
     shape = (3, *reader.leading, 3, size, size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=noise)
     tokens = model.tokenizer(["a photo of a dog", "two", "a red circle"])
     axes = f"({', '.join(map(str, ('B', *reader.leading, 3, 'H', 'W')))})"
-    outputs, what = ["features"], f"images {axes} uint8 → `features` (B, E), of unit length"
+    outputs = ["features"]
+    what = f"images {axes} uint8 → `features` (B, E), of unit length"
     if model.decoder is not None:
         outputs += ["image_keys", "image_values"]
         what += ", and `image_keys`, `image_values` (L, B, H, S, D/H) for the decoder"
@@ -59,7 +61,8 @@ def _decoder_graph(model: CoCa, reader: ImageReader, images: Tensor, tokens: Ten
     noise = torch.Generator().manual_seed(0)
     past = torch.randn(2, module.layers, batch, heads, 5, width, generator=noise)
     inputs = {"tokens": tokens[:, :2], "image_keys": image_keys, "image_values": image_values}
-    image_axes, past_axes = {1: "batch"}, {1: "batch", 3: "past"}
+    image_axes = {1: "batch"}
+    past_axes = {1: "batch", 3: "past"}
     dynamic = {"tokens": {0: "batch", 1: "new"}, "image_keys": image_axes, "image_values": image_axes}
     what = (
         "tokens (B, t), image keys and values, `past_keys`, `past_values` (N, B, H, P, D/H) → `logits` (B, V) of what"
@@ -77,7 +80,8 @@ def _decoder_graph(model: CoCa, reader: ImageReader, images: Tensor, tokens: Ten
 class ImageGraph(nn.Module):
     def __init__(self, model: CoCa, reader: ImageReader) -> None:
         super().__init__()
-        self.model, self.reader = model, reader
+        self.model = model
+        self.reader = reader
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """images (B, *leading, 3, H, W) uint8, see `ImageReader`, -> features (B, E) of unit length and, if the model
@@ -112,7 +116,8 @@ class DecoderGraph(nn.Module):
     def __init__(self, model: CoCa) -> None:
         super().__init__()
         assert model.decoder is not None
-        self.text, self.decoder = model.text, model.decoder
+        self.text = model.text
+        self.decoder = model.decoder
         self.layers = model.text.cached_layers + model.decoder.cached_layers
 
     def forward(
@@ -121,7 +126,8 @@ class DecoderGraph(nn.Module):
         """tokens (B, t), the outputs of `ImageGraph`, and the cache, keys and values (N, B, H, P, D/H)
         -> logits (B, V) of the token after the last one, and the cache (N, B, H, P + t, D/H).
         """
-        past, new = past_keys.shape[3], tokens.shape[1]
+        past = past_keys.shape[3]
+        new = tokens.shape[1]
         positions = torch.arange(new) + past  # (t,)
         mask = (torch.arange(past + new) <= positions[:, None])[None, None]  # (1, 1, t, P + t)
         caches = [_Cache(keys, values, past) for keys, values in zip(past_keys, past_values, strict=True)]
@@ -136,8 +142,11 @@ class _Cache(KVCache):
     """Grows by concatenation, because a graph does not write into its inputs."""
 
     def __init__(self, keys: Tensor, values: Tensor, used: int) -> None:
-        self.keys, self.values, self.used = keys, values, used
+        self.keys = keys
+        self.values = values
+        self.used = used
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        self.keys = torch.cat([self.keys, keys], dim=2)
+        self.values = torch.cat([self.values, values], dim=2)
         return self.keys, self.values

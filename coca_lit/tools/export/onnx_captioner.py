@@ -36,7 +36,8 @@ class Captioner:
         """images (B, 3, H, W) uint8, or (B, P, 3, H, W) of P pictures each, -> ids (B, L), padded, each row ended by
         the end id.
         """
-        batch, length = len(images), max_length or self.config["max_length"]
+        batch = len(images)
+        length = max_length or self.config["max_length"]
         if not 2 <= length <= self.config["context_length"]:
             raise ValueError(f"max_length must lie between 2 and {self.config['context_length']}, got {length}")
         start, end, pad = (self.config[name] for name in ("start_id", "end_id", "pad_id"))
@@ -76,23 +77,27 @@ class Captioner:
         """
         from PIL import Image, ImageOps
 
-        size, mode = self.config["image_size"], self.config["resize_mode"]
+        size = self.config["image_size"]
+        mode = self.config["resize_mode"]
         # Of no other format: Pillow would run Ghostscript on an EPS.
         image = ImageOps.exif_transpose(Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "GIF")))
         if image.mode.startswith("I"):  # 16 bits of grey, of which Pillow would cut off all above 255
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         image = image.convert("RGB")
         if mode == "squash":
-            width, height = size, size
+            width = size
+            height = size
         elif mode == "longest":  # and black beside it
             width, height = (max(round(side / (max(image.size) / size)), 1) for side in image.size)
         else:
             width, height = (int(size * side / min(image.size)) for side in image.size)
         resized = image.resize((width, height), Image.Resampling[self.config["interpolation"].upper()])
         if mode == "longest":
-            left, top = -((size - width) // 2), -((size - height) // 2)
+            left = -((size - width) // 2)
+            top = -((size - height) // 2)
         else:
-            left, top = round((width - size) / 2), round((height - size) / 2)
+            left = round((width - size) / 2)
+            top = round((height - size) / 2)
         return np.asarray(resized.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
 
 
@@ -101,7 +106,8 @@ if __name__ == "__main__":
     if not names:
         sys.exit(__doc__)
     captioner = Captioner(Path(__file__).parent)
-    if count := captioner.config["pictures"]:
+    count = captioner.config["pictures"]
+    if count:
         if len(names) != count:
             sys.exit(f"error: the graphs take {count} pictures at a time, got {len(names)}")
         try:

@@ -175,7 +175,8 @@ def read_recipe(cfg: DictConfig, settings: "Settings", weights: Mapping[str, flo
     fitting = min(max(cfg.data.batch_size // (LEAST * trainer.num_nodes), 1), DEVICES)
     given = isinstance(trainer.devices, int) and trainer.devices > 0  # -1: all that there are
     devices = settings.devices or trainer.num_nodes * (trainer.devices if given else fitting)
-    samples, epoch = settings.samples, cfg.data.get("epoch_samples")
+    samples = settings.samples
+    epoch = cfg.data.get("epoch_samples")
     limits: list[float] = []  # the first one that is reached ends the run
     if (trainer.max_steps or -1) > 0:
         limits.append(trainer.max_steps * cfg.data.batch_size * trainer.accumulate_grad_batches)

@@ -92,7 +92,9 @@ def on_gpu(net: CoCa, spent: Cost, caption_tokens: int, bytes_of_number: int) ->
         bytes_of_number: of activations, 2 in half precision.
     """
     sizes = net.config
-    width, decoders, longest = sizes.text_width, sizes.decoder_layers, sizes.context_length
+    width = sizes.text_width
+    decoders = sizes.decoder_layers
+    longest = sizes.context_length
     half = bytes_of_number == 2
     text_on_grid = 0 if half and sizes.cls_mask == "correct" else sizes.text_layers
     decoders_on_grid = 0 if half else decoders
@@ -162,7 +164,9 @@ class _Step(nn.Module):
     ) -> None:
         super().__init__()
         self.reader = reader
-        self.net, self.weights, self.objectives = net, weights, nn.ModuleList(objectives)
+        self.net = net
+        self.weights = weights
+        self.objectives = nn.ModuleList(objectives)
         self.shared = [objective for objective in objectives if objective.needs]
         self.own = [objective for objective in objectives if not objective.needs]
 

@@ -73,13 +73,16 @@ class ShardSamples(Dataset[Any]):
     """The samples of a shard: what a function makes of key, encoded image and captions, or what is wrong with it."""
 
     def __init__(self, index: TarIndex, caption_keys: Sequence[str], of_sample: Callable[..., Any]) -> None:
-        self.index, self.caption_keys, self.of_sample = index, caption_keys, of_sample
+        self.index = index
+        self.caption_keys = caption_keys
+        self.of_sample = of_sample
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, i: int) -> Any:
-        shard, key = self.index.shard.name, self.index.key(i)
+        shard = self.index.shard.name
+        key = self.index.key(i)
         try:
             return self.of_sample(key, *pair_of(self.index.read(i), self.caption_keys, shard))
         except LostShardError as error:  # the file would lack the rest of the shard for ever

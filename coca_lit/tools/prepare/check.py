@@ -31,7 +31,8 @@ class ShardReport(NamedTuple):
 
 def check_shard(path: Path, caption_key: str = "txt") -> ShardReport:
     """Decodes every image and caption of a shard, of other kinds of input one picture."""
-    bad, good = BadSamples(1.0, quiet=True), 0
+    bad = BadSamples(1.0, quiet=True)
+    good = 0
     readers = [IMAGES, *dict.fromkeys(map(reader_of, other_endings()))]
     changed_at = os.stat(path).st_mtime_ns  # before it is read: it may still be written
     for record in read_shard(Shard(str(path)), [caption_key], bad, readers):
@@ -96,7 +97,9 @@ def _journals(folders: set[Path], caption_key: str) -> dict[str, ShardReport]:
                 name, changed_at, entry, bad, examples, broken = row
                 if not (isinstance(name, str) and isinstance(broken, str) and is_int64(changed_at)):
                     raise TypeError(f"expected path, time and reason, got {name!r}, {changed_at!r}, {broken!r}")
-                entry, bad, examples = entry_of(entry), counts_of(bad), texts_of(examples)
+                entry = entry_of(entry)
+                bad = counts_of(bad)
+                examples = texts_of(examples)
             except (DataError, ValueError, TypeError):
                 continue  # damaged by a crash of the machine
             if key == caption_key:

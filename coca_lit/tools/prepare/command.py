@@ -89,17 +89,20 @@ def _check(options: argparse.Namespace) -> None:
     from coca_lit.errors import DataError
     from coca_lit.tools.prepare import check as shard_check
 
-    paths, work = local_shards(options.shards), _work(options, "checking")
+    paths = local_shards(options.shards)
+    work = _work(options, "checking")
     reports = [*shard_check.check_shards(paths, options.caption_key, work)]
     for report in sorted(reports):
         print_faults(report.path, report.bad, report.examples)
     work.close(len(paths))
-    if broken := [report for report in reports if report.broken]:
+    broken = [report for report in reports if report.broken]
+    if broken:
         raise DataError(
             f"{len(broken)} of {len(reports)} shards cannot be used, e.g. {broken[0].path} ({broken[0].broken}): "
             "write them again or remove them, then repeat the command; no manifest was written"
         )
-    good, bad = sum(report.entry.samples for report in reports), sum(sum(report.bad.values()) for report in reports)
+    good = sum(report.entry.samples for report in reports)
+    bad = sum(sum(report.bad.values()) for report in reports)
     _judge(good, bad, options.max_bad_fraction)
     changes = list(shard_check.compare(reports))
     if changes and not options.update:
@@ -124,7 +127,8 @@ def _write_indexes(entries: "Mapping[Path, ManifestEntry]", options: argparse.Na
     from coca_lit.data.shards.shard import Shard
 
     shards = [Shard(str(path), entry) for path, entry in entries.items() if path.suffix == ".tar"]
-    if missing := [shard for shard in shards if not load_index(shard, Path(shard.name).parent)]:
+    missing = [shard for shard in shards if not load_index(shard, Path(shard.name).parent)]
+    if missing:
         work = _work(options, "indexing")
         deque(work(make_index, missing, Path(missing[0].name).parent), maxlen=0)
         work.close(len(missing))
@@ -169,13 +173,15 @@ def _prepare(options: argparse.Namespace) -> None:
     for shard in sorted(shards):
         print_faults(str(options.output / shard.name), shard.bad, shard.examples)
     work.close(len(tasks))
-    good, bad = sum(shard.entry.samples for shard in shards), sum(sum(shard.bad.values()) for shard in shards)
+    good = sum(shard.entry.samples for shard in shards)
+    bad = sum(sum(shard.bad.values()) for shard in shards)
     _judge(good, bad, options.max_bad_fraction)
     entries = {shard.name: shard.entry for shard in shards if shard.entry.samples}
     print(f"wrote {write_manifest(options.output, entries)}")
     _write_indexes({options.output / name: entry for name, entry in entries.items()}, options)
     _print_total(list(entries.values()), bad)
-    folder, none = in_shell([str(options.output)]), in_shell(["evals=[]"])
+    folder = in_shell([str(options.output)])
+    none = in_shell(["evals=[]"])
     print(f"coca-train experiment=pretrain_b32 data.shards={folder}{every_caption} data.epoch_samples=null {none}")
 
 
@@ -240,5 +246,6 @@ def _work(options: argparse.Namespace, doing: str) -> "Work":
 
 
 def _print_total(entries: "Sequence[ManifestEntry]", bad: int) -> None:
-    good, size = sum(entry.samples for entry in entries), sum(entry.bytes for entry in entries)
+    good = sum(entry.samples for entry in entries)
+    size = sum(entry.bytes for entry in entries)
     print(f"{len(entries):,} shards, {good:,} samples, {size / 1e9:.3g} GB; {bad:,} bad samples are left out")

@@ -63,11 +63,14 @@ def write_shards(folder: Path, count: int, size: int, per_shard: int = 250) -> N
     records = scene_records("train", size, count)
     sizes = {"width": size, "height": size, "original_width": size, "original_height": size}
     for shard, start in enumerate(range(0, count, per_shard)):
-        rows, started = records[start : start + per_shard], time.time()
+        rows = records[start : start + per_shard]
+        started = time.time()
         with tar_writer(folder / f"{shard:05d}.tar") as tar:
             for row, record in enumerate(rows):
-                key, caption = f"{shard * 10**digits + row:0{5 + digits}d}", record.captions[row % len(record.captions)]
-                image, url = _jpeg(record.image), f"scenes:{record.id}"
+                key = f"{shard * 10**digits + row:0{5 + digits}d}"
+                caption = record.captions[row % len(record.captions)]
+                image = _jpeg(record.image)
+                url = f"scenes:{record.id}"
                 about: dict[str, Any] = {"url": url, "caption": caption, "key": key, "status": "success"}
                 about |= {"error_message": None, **sizes, "exif": "{}", "sha256": hashlib.sha256(image).hexdigest()}
                 meta = json.dumps(about, indent=4).encode()

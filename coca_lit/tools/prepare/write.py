@@ -117,7 +117,8 @@ def _may_differ(task: Task, written: Written) -> bool:
 
 def _state(task: Task) -> tuple[str, int]:
     """A digest of sizes and times of change of the files of a task, and how many of them are out of reach now."""
-    digest, gone = hashlib.sha256(), 0
+    digest = hashlib.sha256()
+    gone = 0
     for path in [task.content] if isinstance(task.content, Path) else [pair.image for pair in task.content]:
         state = None
         try:
@@ -302,7 +303,8 @@ def _read_table(path: Path, image_column: str | None, caption_column: str | None
     captions: dict[str, list[str]] = {}
     splits: dict[str, str] = {}
     for row in rows:
-        texts, name = row[caption], row[image]
+        texts = row[caption]
+        name = row[image]
         if not isinstance(name, str | None):  # such as the {bytes, path} of data sets on the Hub
             raise DataError(
                 f"{path} holds no paths in its column {image!r}, but values of type {type(name).__name__}: "

@@ -46,7 +46,8 @@ def report(arguments: Sequence[str] | None = None) -> None:
         first = options.folders[0]
         runs, failed = find_runs(options.folders)
         scores = [*dict.fromkeys(name for run in runs for name in run.results)]
-        if (objective := options.objective) is not None and objective not in scores:
+        objective = options.objective
+        if objective is not None and objective not in scores:
             raise DataError(f"no run has the score '{objective}'{suggest(objective, scores)}")
         several = len(options.folders) > 1
         if not several and (first / "results.json").is_file():

@@ -232,13 +232,17 @@ def model_numbers(run: Run, checkpoint: str) -> dict[str, float]:
     "…_s12.8B_…/epoch_3".
     """
     found: dict[str, float] = {}
-    if match := re.search(r"(?<=[_-])s(\d+(?:\.\d+)?)([mb])(?=[_-])", checkpoint, re.IGNORECASE):
+    match = re.search(r"(?<=[_-])s(\d+(?:\.\d+)?)([mb])(?=[_-])", checkpoint, re.IGNORECASE)
+    if match:
         found["samples of the whole training"] = float(match[1]) * (1e6 if match[2] in "mM" else 1e9)
-    if match := re.search(r"epoch_(\d+)(?:\.pt)?$", checkpoint):
+    match = re.search(r"epoch_(\d+)(?:\.pt)?$", checkpoint)
+    if match:
         found["epoch"] = float(match[1])
-    if sizes := run.environment.get("parameters"):
+    sizes = run.environment.get("parameters")
+    if sizes:
         found["parameters"] = float(sum(sizes.values()))
-    if gflops := run.environment.get("gflops"):
+    gflops = run.environment.get("gflops")
+    if gflops:
         found["GFLOP per pair"] = float(gflops)
     return found
 

@@ -78,9 +78,12 @@ def write_report(folder: Path) -> Path:
         DataError: the run has no results, or a file that no run writes.
     """
     run = read_run(folder)
-    tables, curves, facts = score_tables(run), curves_figures(run.curves), _facts(run)
+    tables = score_tables(run)
+    curves = curves_figures(run.curves)
+    facts = _facts(run)
     links = [link for link in LINKS if (folder / link).exists()]
-    captions, retrieval = run.samples["captions"], run.samples["retrieval"]
+    captions = run.samples["captions"]
+    retrieval = run.samples["retrieval"]
     shown = {*captions, *(f"{name}_retrieval" for name in retrieval)}  # with more than the sheets have
     if curves:
         atomic_write(folder / CURVES, side_by_side(list(curves.values())))
@@ -118,7 +121,8 @@ def write_comparison(
     overview = [table] if len(runs) + len(failed) > 2 or PUBLISHED_SCORES in table.note else []
     compared = difference_table(*runs) if len(runs) == 2 else all_scores(runs)
     scores = [table for table in (compared, *seed_tables(runs)) if table.rows]
-    settings, apart = settings_table(runs), not_comparable(runs)
+    settings = settings_table(runs)
+    apart = not_comparable(runs)
     drawn = {"comparison": comparison_figure(runs, score), "zero-shot gaps": gap_figure(runs)}
     figures = {title: figure for title, figure in drawn.items() if figure is not None}
     pictures = {title: f"{title.replace(' ', '_')}.png" for title in figures}
@@ -186,11 +190,13 @@ def _write(
 
 def _facts(run: Run) -> dict[str, str]:
     known = {**run.config, **run.environment}
-    if target := run.config.get("data._target_"):
+    target = run.config.get("data._target_")
+    if target:
         module = str(target).rpartition(".")[2]
         place = re.search(r"(\w+)\W*$", str(run.config.get("data.root") or ""))  # also of "${roots.flickr8k}"
         known["data"] = data_name(place[1] if place else DATA_MODULES.get(module, module.removesuffix("DataModule")))
-    if sizes := run.environment.get("parameters"):
+    sizes = run.environment.get("parameters")
+    if sizes:
         size = f"{sum(sizes.values()) / 1e6:,.1f} M parameters"
         known["model.net.name"] = f"{known.get('model.net.name', '')} {size}".strip()
     if "seconds" in run.environment:

@@ -135,7 +135,8 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
         places += [place for place in inside if not ARCHIVED.fullmatch(place.name)] or [folder]
     runs: list[Run] = []
     failed: dict[str, str] = {}
-    parts, depth = [place.absolute().parts for place in places], 1
+    parts = [place.absolute().parts for place in places]
+    depth = 1
     while len({own[-depth:] for own in parts}) < len(set(parts)):
         depth += 1
     for place, own in zip(places, parts, strict=True):

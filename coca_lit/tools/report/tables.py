@@ -134,7 +134,8 @@ def score_tables(run: Run) -> list[Table]:
             # Published scores have their own decimals.
             rows[s] = [_own_name([run], s), *cells, *(cell(s, column.get(s)) for column in published.values())]
         scales = [text for end, text in SCALES.items() if any(score.endswith(end) for score in scores)]
-        header, notes = ["", *(way_name(column) for column in columns)], [*scales, *sources]
+        header = ["", *(way_name(column) for column in columns)]
+        notes = [*scales, *sources]
         if THIS_RUN in columns and any(f"{name}/{s}" in run.draws for s in scores):
             place = header.index(THIS_RUN) + 1
             header.insert(place, INTERVAL)
@@ -143,7 +144,8 @@ def score_tables(run: Run) -> list[Table]:
             notes = [INTERVALS_NOTE, *notes]
         title = data_name(name) + (f", {images:,} images" if images is not None else "")
         tables.append(Table(title, header, _grouped(rows), " ".join(notes)))
-    if sizes := run.environment.get("parameters"):
+    sizes = run.environment.get("parameters")
+    if sizes:
         published, sources = _published(run, "parameters", list(sizes))
         columns = {THIS_RUN: sizes} | published
         counts = [[k, *(f"{c[k] / 1e6:,.2f} M" if k in c else "" for c in columns.values())] for k in sizes]
@@ -193,9 +195,11 @@ def published_scores(runs: Sequence[Run], score: str) -> tuple[list[float], list
     """
     data, _, name = score.rpartition("/")
     known = [row for row in json.loads(PUBLISHED.read_text()).get(data, []) if "model" in row and name in row["scores"]]
-    values, sources = [], []
+    values = []
+    sources = []
     for run in runs:
-        model, of = released(str(run.config.get("checkpoint")).removeprefix(PREFIX)), run.conditions.get(score)
+        model = released(str(run.config.get("checkpoint")).removeprefix(PREFIX))
+        of = run.conditions.get(score)
         if run.config.get("interpolate_with") is not None:  # these are other weights
             model = None
         key = (model.name, of.images, of.split, of.texts) if model is not None and of is not None else ("", 0, "", 0)
@@ -392,7 +396,8 @@ def compared(first: Run, second: Run, score: str) -> Comparison:
     runs = [first, second]
     why_not = obstacles(runs, score)[1]
     untested = Comparison(["", "", ""], why_not, None, APART if why_not else "")
-    own, other = first.draws.get(score), second.draws.get(score)
+    own = first.draws.get(score)
+    other = second.draws.get(score)
     if own is None or other is None or not same_data(runs, score):
         return untested
     if own.units != other.units or own.values.shape != other.values.shape:  # as in folds of other sizes

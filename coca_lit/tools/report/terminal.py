@@ -157,7 +157,8 @@ def print_jobs(
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
     shown = _fitting([[*map(printable, line)] for line in lines], len(varied) + 2, width)
     print(title, *aligned(shown), sep="\n")
-    if left_out := lines[0][len(shown[0]) :]:
+    left_out = lines[0][len(shown[0]) :]
+    if left_out:
         print(f"results.csv has also {', '.join(map(printable, left_out))}")
     for line, row in zip(lines[1:], rows, strict=True):
         if row["status"] != "ok":

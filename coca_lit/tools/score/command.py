@@ -134,7 +134,8 @@ def score_captions(captions: Captions, listings: Listings, measure: "Measure | N
 
 def warnings(references: References, captions: Captions) -> Iterator[str]:
     """A sentence for each reason why the scores may mislead, to know before quoting them."""
-    if lone := sum(len(texts) < 2 for texts in references.values()):
+    lone = sum(len(texts) < 2 for texts in references.values())
+    if lone:
         yield (
             f"warning: {lone:,} of {len(references):,} images have one reference: scores with one reference are not "
             "comparable with those of several"

@@ -54,7 +54,8 @@ def run(cfg: DictConfig) -> "list[Hit]":
             _save(index, file, f" ({counts})", needed=cfg.query is None)
     if cfg.query is None:
         return []
-    query, path = str(cfg.query), Path(str(cfg.query))
+    query = str(cfg.query)
+    path = Path(str(cfg.query))
     is_file = os.path.isfile(path)  # unlike Path's, False also for a text that is too long for a name
     with error_context("query"):
         if not is_file and query.lower().endswith(picture_endings()):

@@ -77,7 +77,8 @@ class ImageIndex:
 
     def __init__(self, model: DualEncoder, folder: str | Path, options: Mapping[str, Any] | None = None) -> None:
         self.model = model
-        self.folder, self.options = Path(folder), dict(options or {})
+        self.folder = Path(folder)
+        self.options = dict(options or {})
         self.fingerprint = fingerprint(model)
         self.features = torch.empty(0, 0)  # (I, E), of unit length, on the CPU
         self._stamps: dict[str, Stamp] = {}  # path in the folder -> stamp, in the order of the features
@@ -103,7 +104,8 @@ class ImageIndex:
         if made_by != index.fingerprint:
             raise DataError(f"{path} was made with another model: delete it, or search with that model")
         names = _text(tensors["names"]).split("\0")[:-1]
-        stamps, features = tensors["stamps"], tensors["features"]
+        stamps = tensors["stamps"]
+        features = tensors["features"]
         fits = stamps.shape == (len(names), 2) and features.ndim == 2 and len(features) == len(names)
         if not fits or any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
             raise DataError(f"'{path}' is damaged: delete it, and the next search builds it")
@@ -205,15 +207,18 @@ class ImageIndex:
         encode: Callable[..., Tensor]
         if not isinstance(query, str):
             load = (lambda: query) if isinstance(query, Image.Image) else query
-            encode, encoded = self.model.encode_image, loaded(load, build_transform(**self.model.preprocessing))[None]
+            encode = self.model.encode_image
+            encoded = loaded(load, build_transform(**self.model.preprocessing))[None]
         else:
             check_query(self.model.tokenizer, query)
-            encode, encoded = self.model.encode_text, self.model.tokenizer(query)
+            encode = self.model.encode_text
+            encoded = self.model.tokenizer(query)
         if not self._stamps:
             return []
         scores = self.features @ evaluating(self.model, encode, encoded.to(self.model.device))[0].float().cpu()  # (I,)
         best = scores.argsort(descending=True, stable=True)[: k + 1].tolist()
-        paths, left_out = self.paths, without.resolve() if without else None
+        paths = self.paths
+        left_out = without.resolve() if without else None
         return [Hit(float(scores[i]), paths[i]) for i in best if paths[i].resolve() != left_out][:k]
 
     @property
@@ -283,7 +288,8 @@ def _format(path: Path) -> str:
 
 
 def _stamp(path: Path, options: Mapping[str, Any]) -> Stamp:
-    if not (state := state_of(path)):  # a dangling link, or just removed: reading it reports that
+    state = state_of(path)
+    if not state:  # a dangling link, or just removed: reading it reports that
         return (-1, -1)
     return state[0], state[1] + sum(reader_of(path.suffix, options).leading)  # another number is as another file
 

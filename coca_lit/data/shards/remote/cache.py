@@ -88,10 +88,12 @@ class ShardCache(CacheSettings):
 
     def _download(self, url: str, path: Path, expected: Stored | None, check: Callable[[Path], None] | None) -> None:
         """By the process that holds the download lock of `path`."""
-        partial, room = _beside(path, PARTIAL), _beside(path, ROOM)
+        partial = _beside(path, PARTIAL)
+        room = _beside(path, ROOM)
 
         def download(store: Any) -> None:
-            began, found = time.time(), stored(store, url)
+            began = time.time()
+            found = stored(store, url)
             if expected not in (None, found):
                 raise ChangedError(f"{url} has changed since it was listed")
             size = found.bytes

@@ -67,7 +67,8 @@ class RemoteShard(Shard):
     @contextmanager
     def headers(self) -> Iterator[BinaryIO]:
         """The shard as a file of which only what is read is fetched."""
-        began, file = time.time(), RangeFile(self.name, self.stored.bytes, self.cache.patience)
+        began = time.time()
+        file = RangeFile(self.name, self.stored.bytes, self.cache.patience)
         yield cast(BinaryIO, file)
         self.cache.record(self.name, file.fetched, began)
 
@@ -76,7 +77,8 @@ class RemoteShard(Shard):
         if not self.entry or not self.index_file or self.index_file.bytes > self.entry.bytes:
             return None
         folder, name = split(self.name)
-        url, began = f"{folder}/{index_name(name)}", time.time()
+        url = f"{folder}/{index_name(name)}"
+        began = time.time()
         try:
             content = read_file(url, self.index_file.bytes, self.cache.patience)
         except FileNotFoundError:
@@ -94,7 +96,8 @@ class RemoteFolder:
     """A folder of shards. A web server cannot list it: it is asked for each file."""
 
     def __init__(self, url: str, settings: CacheSettings) -> None:
-        self.url, self.cache = url, ShardCache(*settings)
+        self.url = url
+        self.cache = ShardCache(*settings)
         self.files = list_folder(url, self.cache.patience)
         ask = functools.cache(lambda name: look_up(f"{url}/{name}", self.cache.patience))
         self._find: Callable[[str], Stored | None] = ask if self.files is None else self.files.get
@@ -102,7 +105,8 @@ class RemoteFolder:
     @functools.cached_property
     def manifest(self) -> Manifest:
         url = f"{self.url}/{MANIFEST}"
-        if not (found := self._find(MANIFEST)):
+        found = self._find(MANIFEST)
+        if not found:
             return {}
         if found.bytes > MAX_JSON:
             raise DataError(f"{url} has {found.bytes:,} bytes, more than {MAX_JSON:,}")
@@ -179,7 +183,8 @@ class Ahead:
                 continue
             else:
                 with self._lock:
-                    if wanted := shard in self._last and shard not in self._held:
+                    wanted = shard in self._last and shard not in self._held
+                    if wanted:
                         self._held[shard] = context
                 if not wanted:
                     context.__exit__(None, None, None)

@@ -66,7 +66,9 @@ class RangeFile(BufferedIOBase):
     """A remote file of which at least `BLOCK` bytes are read at a time, and what is skipped is not fetched."""
 
     def __init__(self, url: str, size: int, patience: float = PATIENCE) -> None:
-        self._url, self._size, self._patience = url, size, patience
+        self._url = url
+        self._size = size
+        self._patience = patience
         self._position = self._start = self.fetched = 0
         self._block = b""
 
@@ -75,9 +77,11 @@ class RangeFile(BufferedIOBase):
         left = max(0, self._size - self._position)
         size = left if size is None or size < 0 else min(size, left)
         if not self._start <= self._position <= self._position + size <= self._start + len(self._block):
-            start, end = self._position, self._position + max(size, min(BLOCK, left))
+            start = self._position
+            end = self._position + max(size, min(BLOCK, left))
             self._block = ask(self._url, self._patience, lambda store: read_range(store, self._url, start, end))
-            self._start, self.fetched = start, self.fetched + len(self._block)
+            self._start = start
+            self.fetched += len(self._block)
         first = self._position - self._start
         self._position += size
         return self._block[first : first + size]
@@ -141,9 +145,12 @@ def at_commit(url: str, commits: dict[str, str], patience: float = PATIENCE) -> 
     Args:
         commits: the hash by data set and revision, "ORG/NAME@main". One that is not there yet is asked for and added.
     """
-    if not (found := _ON_HUB.fullmatch(url)):
+    found = _ON_HUB.fullmatch(url)
+    if not found:
         return url
-    name, revision, path = found[1], found[2] or "main", found[3] or ""
+    name = found[1]
+    revision = found[2] or "main"
+    path = found[3] or ""
     if not _COMMIT.fullmatch(revision) and (key := f"{name}@{revision}") not in commits:
 
         def newest(store: Any) -> str:
@@ -173,9 +180,12 @@ def ask(url: str, patience: float, request: Callable[[Any], T]) -> T:
         DataNotFoundError: there is no such bucket.
         FileNotFoundError: there is no such file.
     """
-    failing_since, wait, silence = None, FIRST_WAIT, SILENCE
+    failing_since = None
+    wait = FIRST_WAIT
+    silence = SILENCE
     while True:
-        began, silence = time.monotonic(), min(silence, max(patience, 1) if patience else SILENCE)
+        began = time.monotonic()
+        silence = min(silence, max(patience, 1) if patience else SILENCE)
         try:
             answer = request(_filesystem(url, silence))
         except (DataError, ChangedError):
@@ -183,7 +193,8 @@ def ask(url: str, patience: float, request: Callable[[Any], T]) -> T:
         except ImportError as error:
             raise StoreError(f"{url} needs an optional package: pip install 'coca_lit[remote]' ({error})") from error
         except Exception as error:
-            if (final := _final(url, error, patience)) is not None:
+            final = _final(url, error, patience)
+            if final is not None:
                 raise final from error
             now = time.monotonic()
             if failing_since is None:
@@ -200,7 +211,8 @@ def ask(url: str, patience: float, request: Callable[[Any], T]) -> T:
                 *(url, _reason(error), pause, left),
             )
             time.sleep(pause)
-            wait, silence = min(2 * wait, LONGEST_WAIT), 2 * silence
+            wait = min(2 * wait, LONGEST_WAIT)
+            silence = 2 * silence
             _forget(url)
         else:
             if failing_since is not None:
@@ -272,7 +284,8 @@ def _filesystem(url: str, silence: float) -> Any:
         return WebStore(silence)
     import fsspec
 
-    scheme, more = url.partition("://")[0], {}
+    scheme = url.partition("://")[0]
+    more = {}
     if scheme == "gs":  # whose requests would be cut after 300 s
         from aiohttp import ClientTimeout
 
@@ -359,7 +372,8 @@ class SafeRedirects(HTTPRedirectHandler):
     ) -> Request | None:
         if req.full_url.startswith("https:") and not newurl.startswith("https:"):
             raise PermissionError(f"{req.full_url} leads from https to {newurl.partition(':')[0]}")
-        if _is_private(host := urlsplit(newurl).hostname) and not _is_private(req.origin_req_host):
+        host = urlsplit(newurl).hostname
+        if _is_private(host) and not _is_private(req.origin_req_host):
             raise PermissionError(f"{req.full_url} leads to {host}, which is on a private network")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
