@@ -37,6 +37,13 @@ class ImageReader:
     pictures = ""
     prompts: tuple[str, ...] = ("a photo of a {}.",)
 
+    def __eq__(self, other: object) -> bool:
+        """Equal are readers of one class and the same options, also of two processes."""
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
     def file(self, path: Path) -> ImageSource:
         return ImageFile(path)
 
