@@ -174,10 +174,7 @@ def make_index(shard: Shard, fallback_dir: Path, file: BinaryIO | None = None) -
     bad = BadSamples(1.0, quiet=True)
     stamp = shard.stamp() if file is None else cast("RemoteShard", shard).stamp_of_headers()
     rows = [
-        (
-            fields["__key__"].encode(),
-            [next((fields[name] for name in n if name in fields), (0, 0)) for n in member_kinds()],
-        )
+        (fields["__key__"].encode(), _places_of(fields))
         for fields in read_fields(shard, bad, verify=True, content=False, file=file)
     ]
     keys = np.frombuffer(b"".join(key for key, _ in rows), dtype=np.uint8)
@@ -188,7 +185,7 @@ def make_index(shard: Shard, fallback_dir: Path, file: BinaryIO | None = None) -
     return index
 
 
-def _places_of(fields: Mapping[str, tuple[int, int]]) -> list[tuple[int, int]]:
+def _places_of(fields: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Offset and size of each kind of member of a sample, 0 where there is none."""
     places: list[tuple[int, int]] = []
     for suffixes in member_kinds():

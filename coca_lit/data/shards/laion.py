@@ -19,6 +19,7 @@ from coca_lit.data.mixture import Source, check_weights
 from coca_lit.data.records import Record, drawn
 from coca_lit.data.shards.index import count_faults, tar_indexes
 from coca_lit.data.shards.listing import find_shards
+from coca_lit.data.shards.sample import OWN_KINDS
 from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import MANIFEST, CacheSettings, Shard
 from coca_lit.data.shards.training import IndexedShards
@@ -200,7 +201,7 @@ class LAIONDataModule(CaptionDataModule):
         count_faults(self._all_shards, found, bad)
         bad.end_of_pass()
         has_images = any(index.places[:, 0].any() for index in found)
-        has_others = any(index.places[:, 3:].any() for index in found)
+        has_others = any(index.places[:, len(OWN_KINDS) :].any() for index in found)
         if has_others and not has_images and self.reader is IMAGES:
             keys = " or ".join(f"data.{name}" for name in extensions.input_options())
             raise DataError(f"the shards hold other files ({', '.join(other_endings())}) and no images: set {keys}")

@@ -15,6 +15,7 @@ from coca_lit.errors import DataError
 from coca_lit.reading import encoding_of, parse_json
 
 MAX_TEXT = 2**20  # bytes of a caption or of the JSON
+OWN_KINDS = (IMAGES.suffixes, ("txt",), ("json",))  # the suffixes of members that need no project
 
 Pair = tuple[bytes, dict[str, tuple[str, ...]]]
 """An encoded image, or what stands in its place, and its captions by caption key, "txt" or a field of the JSON; none is
@@ -75,7 +76,7 @@ def member_kinds() -> tuple[tuple[str, ...], ...]:
     kinds: dict[str, list[str]] = {}
     for ending, target in extensions.declared("inputs").items():
         kinds.setdefault(target, []).append(ending.removeprefix("."))
-    return (IMAGES.suffixes, ("txt",), ("json",), *map(tuple, kinds.values()))
+    return (*OWN_KINDS, *map(tuple, kinds.values()))
 
 
 def read_limit(member: str) -> int:

@@ -22,7 +22,7 @@ from coca_lit.data.inputs import IMAGES, ImageReader, other_endings, reader_of
 from coca_lit.data.pixels import MAX_IMAGE, SUFFIXES, decode_image
 from coca_lit.data.prefetch import worker_options
 from coca_lit.data.shards.listing import local_shards
-from coca_lit.data.shards.sample import image_of, member_kinds, suffix_of
+from coca_lit.data.shards.sample import OWN_KINDS, image_of, member_kinds, suffix_of
 from coca_lit.data.shards.scan import holds_code
 from coca_lit.data.shards.tar import TWICE, group_members, tar_members, tar_writer
 from coca_lit.data.transforms import build_transform, loaded
@@ -114,9 +114,7 @@ def find_inputs(words: Sequence[str], batch_size: int, options: Mapping[str, Any
 
 
 def in_batches(paths: Iterable[Path], batch_size: int, options: Mapping[str, Any] | None = None) -> list[list[Source]]:
-    """The sources of files: images, then those of each other kind, of which as many make a batch as have about
-    `batch_size` pictures.
-    """
+    """The sources of files: images, then each other kind. A batch has about `batch_size` pictures."""
     kinds: dict[ImageReader, list[Source]] = {IMAGES: []}
     for path in paths:
         reader = reader_of(path.suffix, options)
@@ -273,7 +271,7 @@ def open_shard(path: Path) -> OpenShard:
 
 def _refuse_others(path: Path, fields: Mapping[str, Any]) -> None:
     """Raises `DataError` for a sample of another kind of input than images."""
-    for suffixes in member_kinds()[3:]:
+    for suffixes in member_kinds()[len(OWN_KINDS) :]:
         suffix = suffix_of(fields, suffixes)
         if suffix:
             kind = reader_of(f".{suffix}").kind
