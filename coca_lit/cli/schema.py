@@ -170,7 +170,9 @@ def check_first_keys(node: Mapping[str, Any], shipped: Mapping[str, Any], groups
     Raises:
         ConfigError: there is such a key.
     """
-    for name in node.keys() - shipped.keys():
+    for name in node:
+        if name in shipped:
+            continue
         key = _innermost(name, node[name])
         suggestion = _suggest_key(key, [*(known for known, _ in leaves(shipped)), *shipped, *groups])
         if suggestion != NO_SUGGESTION:

@@ -169,6 +169,16 @@ def test_unknown_key_names_the_right_one(refused: Callable[..., str], override: 
     assert refused(override) == f"there is no key '{key}'{hint}"
 
 
+def test_a_misspelt_key_is_refused_before_constructors_are_imported() -> None:
+    code = (
+        "import sys; from coca_lit.cli.command import compose\n"
+        "try: compose('train', ['sede=1', 'dta=laion'])\n"
+        "except Exception as error: print(error, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout == "there is no key 'sede'; did you mean 'seed'? False\n", done.stderr
+
+
 @pytest.mark.parametrize(
     "override",
     [

@@ -1,5 +1,6 @@
 """Readers of other kinds of input than images, as a project would declare them."""
 
+import pickle
 import random
 from pathlib import Path
 
@@ -65,6 +66,15 @@ def test_files_are_read_by_their_ending(declared: None, tmp_path: Path) -> None:
     assert reader_of(".ppm").leading == (2,)
     assert reader_of(".ppm", {"halves": 3}).leading == (3,)
     assert reader_of(".ppm", {"halves": 3}) is reader_of(".PPM", {"halves": 3})
+
+
+def test_readers_are_equal_in_every_process(declared: None) -> None:
+    """Captions of several processes are gathered by their sources, which hold a reader."""
+    for reader in (IMAGES, reader_of(".ppm", {"halves": 3})):
+        copy = pickle.loads(pickle.dumps(reader))
+        assert copy == reader
+        assert {reader: 1}[copy] == 1
+    assert len({IMAGES, reader_of(".ppm", {"halves": 2}), reader_of(".ppm", {"halves": 3})}) == 3
 
 
 def test_an_option_chooses_the_reader(declared: None) -> None:
