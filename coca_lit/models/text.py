@@ -262,7 +262,7 @@ class Decoder(nn.Module, ABC):
         """
 
     def keys_values_of_graph(self, image_tokens: Tensor) -> list[KeysValues]:
-        """`keys_values` as a recorded graph computes them: what depends on weights alone is not computed anew at every
+        """`keys_values` as a recorded graph computes them: what depends on weights alone is not computed again at every
         call.
         """
         return self.keys_values(image_tokens)

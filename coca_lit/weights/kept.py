@@ -23,7 +23,7 @@ def kept_objectives(described: Any, tensors: Mapping[str, Tensor], net: CoCa, pa
 
     Args:
         described: what the file says of each.
-        tensors: those of all of them, without the prefix.
+        tensors: of all objectives, without the prefix.
 
     Raises:
         ValueError: one is damaged, or does not fit the network.

@@ -43,7 +43,7 @@ def class_records(
 
 def class_labels(root: str | Path, classes: str | Path | None = None) -> list[str]:
     """The labels of `class_records`: the names of the classes, with their number where two have the same name, as two
-    pairs of ImageNet's have. Without a file of names they are those of the folders.
+    pairs of ImageNet's have. Without a file of names, the names of the folders.
     """
     if classes is not None:
         return _distinct(tuple(read_classes(classes)[0].values()))

@@ -1,1 +1,1 @@
-"""Clips in the place of images: MSR-VTT, Kinetics, your own, those of shards, and moving built-in scenes."""
+"""Clips in the place of images: MSR-VTT, Kinetics, your own, clips in shards, and moving built-in scenes."""

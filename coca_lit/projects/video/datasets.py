@@ -26,7 +26,7 @@ _HOW = (
 
 
 def as_clips(records: Iterable[Record], frames: int) -> list[Record]:
-    """The records, those of files as clips of which a model sees `frames` frames."""
+    """The records. Video files become clips, of which a model sees `frames` frames."""
     clips: list[Record] = []
     for record in records:
         image = record.image

@@ -1,4 +1,4 @@
-"""timm's NaFlexVit, and the poolers that stand beside it, in OpenCLIP's files."""
+"""timm's NaFlexVit, and the poolers used with it, in OpenCLIP's files."""
 
 import math
 from collections.abc import Mapping

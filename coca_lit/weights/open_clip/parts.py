@@ -96,7 +96,7 @@ class Part(ABC):
         return None
 
     def unreadable(self, theirs: Collection[str]) -> str | None:
-        """What a file is called in which this part stands beside others that coca_lit lacks, and why it is not read."""
+        """The model in a file that combines this part with parts that coca_lit lacks, and why it is not read."""
         return None
 
 
@@ -136,7 +136,7 @@ class TextPart(Part):
         return theirs
 
     def written(self, theirs: dict[str, Tensor], version: str) -> dict[str, Tensor]:
-        """The tensors under their names in a version of OpenCLIP, from those of 4."""
+        """The tensors under their names in a version of OpenCLIP, from the names of version 4."""
         return theirs
 
 
@@ -220,7 +220,7 @@ def tokenizer_of(vocab_size: int) -> str:
 
 
 def parts_of(model: CoCa) -> Parts:
-    """The parts that describe those of a model, by their classes or the nearest base classes."""
+    """The descriptions of the parts of a model, by their classes or the nearest base classes."""
     image, pooler, text = (_part_of(type(part)) for part in (model.image_encoder, model.pooling, model.text))
     return Parts(
         image if isinstance(image, ImagePart) else None,

@@ -1,9 +1,9 @@
 """Tensors of OpenCLIP's files: of its captioners, to and from ours, and of its CLIP.
 
-The tensors of a CoCa have the names of open_clip 2.11 to 3.3; each `Part` knows those of its own. Values differ in
-three ways: projections are stored transposed there, the packed query/key/value projection of a cross-attention is two
-matrices here, and temperature and bias of the contrastive logits are scalars there and vectors of one here. Without a
-decoder the counterpart of CoCa is OpenCLIP's `CustomTextCLIP`.
+The tensors of a CoCa have the names of open_clip 2.11 to 3.3; each `Part` knows the names of its own tensors. Values
+differ in three ways: projections are stored transposed there, the packed query/key/value projection of a
+cross-attention is two matrices here, and temperature and bias of the contrastive logits are scalars there and vectors
+of one here. Without a decoder the counterpart of CoCa is OpenCLIP's `CustomTextCLIP`.
 
 CLIP comes in two layouts: the text tower at the root (`CLIP`), or under `text.` (`CustomTextCLIP`). Both hold the same
 tensors. Files with other towers are refused.
