@@ -9,7 +9,7 @@ what it adds. Both are read without importing the project, whose code is importe
     rarely_tested = ["my_"]        # how evaluations begin whose data rarely have a test split
     groups = ["grid"]              # config groups of its own, of which nothing is chosen by default
     [roots]                        # folders of data sets: roots.NAME
-    vqa = "${data_dir}/vqa"
+    mine = "${data_dir}/mine"
     [presets]                      # models by name: a dictionary of them, and the names in it
     module = "my_package.presets:PRESETS"
     names = ["my_vit_b32"]
@@ -51,6 +51,7 @@ TABLES = {  # of "module:object" by name, but for the last, which holds texts
     "objectives": "classes of objectives that are kept with the model",
     "open_clip": "how a part of a model is written in OpenCLIP's files, by a tensor that shows it",
     "vocabularies": "lists of words, for model.net.tokenizer",
+    "scene_files": "functions that write built-in scenes in the files of a data set, by the name of their format",
     "inputs": "readers of files, by their ending",
     "resolvers": "functions that configs call, as ${name:argument}",
     "word_maps": "functions that say where in an image the words of its caption come from",

@@ -394,3 +394,12 @@ def test_a_tokenizer_file_that_cannot_be_used(tmp_path: Path) -> None:
         create_model("coca_tiny", tokenizer={"file": str(tmp_path / "absent.json"), **SPECIAL})
     with pytest.raises(ValueError, match="decoder is CTC"):
         get_tokenizer({"packed": pack(file), **SPECIAL})
+
+
+def test_a_text_that_is_too_long_keeps_its_answer() -> None:
+    tokenizer = WordTokenizer(["a", "b"], context_length=8)
+    ids, given = tokenizer.encode_answer("a a a a a a a a a", "b")
+    assert (ids, given) == ([1, 4, 4, 4, 4, 4, 5, 2], 6)
+    ids, given = tokenizer.encode_answer("a a a a a", "b b b b b b b")
+    assert (ids, given) == ([1, 4, 4, 4, 5, 5, 5, 2], 4)
+    assert tokenizer.encode_answer("a", "b") == ([1, 4, 5, 2], 2)

@@ -38,7 +38,7 @@ MAX_NAMES = 300  # characters of names that a message repeats
 _OWN = re.compile(r"evals\.[\w-]+(\._target_=.*|=\{.*)", re.DOTALL)
 _FOLLOWS = re.compile(r"\$\{oc\.select:data\.(records\.)?")  # how evaluations refer to what the training data have
 # How the names of evaluations of data begin that rarely have a test split; projects name others.
-RARELY_TESTED = ("my_photos_", "classes_", "pairs_")
+RARELY_TESTED = ("my_photos_",)
 
 
 def evaluate() -> None:

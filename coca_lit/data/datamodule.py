@@ -2,12 +2,11 @@
 as most readers of `coca_lit.data.datasets` are, and one per kind of built-in scenes.
 """
 
-import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Required, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Required, TypedDict, Unpack, cast
 
 from lightning.pytorch import LightningDataModule
 from torch import nn
@@ -25,10 +24,8 @@ from coca_lit.data.loader import (
 )
 from coca_lit.data.mixture import Source
 from coca_lit.data.records import Record, drawn, trainable
-from coca_lit.data.scenes.facts import scene_question_records
 from coca_lit.data.scenes.places import scene_place_records
 from coca_lit.data.scenes.render import scene_records
-from coca_lit.data.scenes.statements import LABELS, TRUTHS, comparison_records, entailment_records
 from coca_lit.data.sources import ImageSource, TrainTransform, Transform
 from coca_lit.data.transforms import RandomCrop, build_transform, random_box, whole, whole_box
 from coca_lit.distributed import stable_seed
@@ -37,8 +34,6 @@ from coca_lit.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from coca_lit.data.text_batches import TextBatches
-
-log = logging.getLogger(__name__)
 
 
 class LoaderArguments(TypedDict, total=False):
@@ -385,7 +380,7 @@ class ScenesDataModule(RecordsDataModule):
     """The built-in scenes, rendered at `image_size`, see `scene_records`.
 
     Args:
-        train_count: number of training scenes, or of pairs of them; None takes the default.
+        train_count: number of training scenes; None takes the default.
         objects: shapes per scene.
         style: of the captions, standard or narrated.
     """
@@ -413,14 +408,6 @@ class ScenesDataModule(RecordsDataModule):
             raise DataError(f"built-in scenes: {error}") from error
 
 
-class SceneQuestionsDataModule(ScenesDataModule):
-    """Questions about the built-in scenes, see `scene_question_records`."""
-
-    def __init__(self, **shared: Unpack[SceneArguments]) -> None:
-        super().__init__(**shared)
-        self._scenes = scene_question_records
-
-
 class ScenePlacesDataModule(ScenesDataModule):
     """The built-in scenes with their captions, and with questions that give the box of a thing or ask for it, see
     `scene_place_records`.
@@ -431,25 +418,3 @@ class ScenePlacesDataModule(ScenesDataModule):
         if self.cached_augmentations > 1:
             raise ValueError("cached_augmentations must be 0 or 1 for places: mirror images would keep their boxes")
         self._scenes = scene_place_records
-
-
-class SceneStatementsDataModule(ScenesDataModule):
-    """Statements about the built-in scenes and their labels, see `coca_lit.data.scenes.statements`. Those about the
-    same scene, and of comparisons each block of two pairs and two texts, stay in one batch: what differs there decides
-    about the label.
-
-    Args:
-        task: entailment: one scene and three labels; comparison: two scenes, true or false.
-    """
-
-    def __init__(self, task: Literal["entailment", "comparison"], **shared: Unpack[SceneArguments]) -> None:
-        super().__init__(**shared)
-        tasks = {"entailment": (entailment_records, len(LABELS)), "comparison": (comparison_records, len(TRUTHS) ** 2)}
-        if task not in tasks:
-            raise ValueError(f"task must be {' or '.join(tasks)}, got {task!r}")
-        self._scenes, self.together = tasks[task]
-        if self.batch_size % self.together:
-            log.warning(
-                "data.batch_size=%d splits statements that belong together over batches: choose a multiple of %d",
-                *(self.batch_size, self.together),
-            )

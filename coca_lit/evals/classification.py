@@ -1,30 +1,19 @@
-"""Scores of classification: zero-shot, by the names of the classes; and of a classifier that is trained beside the
-network, by labels of images, or of texts beside images.
-"""
+"""Scores of zero-shot classification, by the names of the classes."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from coca_lit.data.datasets.classification import Classification
 from coca_lit.data.records import Record
 from coca_lit.distributed import rank
-from coca_lit.errors import DataError
-from coca_lit.evals.base import Evaluation, Settings, kept_with
+from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import blind_log_likelihoods, embed_images, embed_texts, log_likelihoods
-from coca_lit.evals.samples import caption_samples, confusion_samples, sample_sheet
-from coca_lit.evals.vqa import accuracies_by_kind, blind_guesses
-from coca_lit.metrics.classification import (
-    ZeroShotAccuracy,
-    class_features,
-    class_ranks,
-)
-from coca_lit.metrics.uncertainty import Draws, Ratios, Units
+from coca_lit.evals.samples import confusion_samples
+from coca_lit.metrics.classification import ZeroShotAccuracy, class_features
+from coca_lit.metrics.uncertainty import Draws
 from coca_lit.models import DualEncoder
-
-TOP5 = 10  # labels from which on five guesses say something
 
 
 class ZeroShotScores(Evaluation):
@@ -104,77 +93,3 @@ def accuracies(
         scores |= {f"{way}{score}": value for score, value in accuracy.compute().items()}
         draws |= {f"{way}{score}": values for score, values in accuracy.draws.items()}
     return scores, draws
-
-
-class LabelScores(Evaluation):
-    """Accuracy of the labels that a classifier kept with the model gives, for each kind too, and from ten classes on
-    "top5". With `settings.full` also of the best guess of somebody who sees the text alone ("blind").
-
-    Images are drawn for the intervals, each with all its texts. A class that ties with the right one counts as chosen.
-
-    Args:
-        records: each with its label as the first caption.
-        training_records: returns those of the training, from which the blind guesses come; None for no such score.
-        together: of a record, what it shares with others of which it is asked whether all are right ("consistency");
-            these are drawn together, in place of images. None for no such score.
-    """
-
-    captioned = True
-    generates = False
-    score_names = ("accuracy",)
-    final_score_names = None
-
-    def __init__(
-        self,
-        name: str,
-        records: Sequence[Record],
-        training_records: Callable[[], Sequence[Record]] | None = None,
-        together: Callable[[Record], Hashable] | None = None,
-        every: int = 1,
-    ) -> None:
-        super().__init__(name, records, every)
-        self.training_records = training_records
-        self.together = together
-
-    def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:
-        """The texts, then the labels."""
-        return [*(record.question for record in records), *(record.captions[0] for record in records)]
-
-    def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        classifier = kept_with(model, "classes", "logits")
-        if classifier is None:
-            self.not_run[f"{self.name} labels"] = (
-                "the model has no classifier: name the run or checkpoint that trained one; one of a class of your own "
-                "needs `register_objective` and imports=[…]"
-            )
-            return {}
-        classes = list(classifier.classes)
-        logits = classifier.logits(model, records, settings.batch_size, settings.workers)  # (I, N)
-        chosen = {record.id: classes[i] for record, i in zip(records, logits.argmax(dim=1).tolist(), strict=True)}
-        numbers = {name: i for i, name in enumerate(classes)}
-        unknown = [record for record in records if record.captions[0] not in numbers]
-        if unknown:
-            raise DataError(
-                f"{len(unknown)} of {len(records)} records have a label that the classifier lacks, e.g. "
-                f"{unknown[0].captions[0]!r:.80}: it was trained on {', '.join(classes[:5])}"
-            )
-        labels = Tensor([numbers[record.captions[0]] for record in records]).long()
-        found = class_ranks(logits, labels).numpy()  # (I,)
-        right = {"": found == 0}
-        if settings.full:
-            guesses = blind_guesses(self, records, self.training_records)
-            if guesses is not None:
-                right["blind/"] = np.array([guesses[record.id] == record.captions[0] for record in records])
-            if rank() == 0:
-                rows = [{"id": id, "label": label} for id, label in chosen.items()]
-                settings.write_json("predictions", f"{self.name}.json", rows)
-                settings.write_json("samples", f"{self.name}_captions.json", caption_samples(records, chosen))
-                settings.write_image("samples", f"{self.name}.png", sample_sheet(records, chosen))
-        units = Units(self.together(record) if self.together else record.image_key for record in records)
-        parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {**accuracies_by_kind(records, right, units.mean)}
-        if len(classes) >= TOP5:
-            parts["top5"] = units.mean(found < 5)
-        if self.together is not None:
-            rights, asked = units.mean(right[""])
-            parts["consistency"] = (rights == asked).astype(np.float64), None
-        return self.resample([records[i].id for i in units.first], Ratios(parts), settings)

@@ -21,9 +21,9 @@ def lower_is_better(score: str) -> bool:
 
 
 def is_share(score: str) -> bool:
-    """Whether the score of this name is a share of images, pixels, texts or answers, in [0, 1]."""
+    """Whether the score of this name is a share of images, pixels or texts, in [0, 1]."""
     declared = extensions.scores().get(score.rpartition("/")[2])
     if declared is not None:
         return declared.share
-    ends = ("accuracy", "consistency", "top1", "top5", "exact_match", "novel")
+    ends = ("accuracy", "top1", "top5", "exact_match", "novel")
     return "recall@" in score or score.endswith((*ends, "_precision", "_recall", "cut_captions"))

@@ -16,8 +16,8 @@ from coca_lit.errors import check_names, suggest
 if TYPE_CHECKING:
     from coca_lit.models.coca import CoCa
 
-# The words of the built-in scenes, `coca_lit.data.scenes`: in captions, in questions and answers as well, in
-# statements and their labels, and in captions of moving ones. The order is that of the token ids.
+# The words of the built-in scenes, `coca_lit.data.scenes`: in captions, and in questions and answers about places as
+# well. The order is that of the token ids.
 _SCENES = (
     "a above and at before below blue bottom by can circle column cross cyan down followed from go goes green "
     "has is it large left of on orange picture pink preceded purple reach read red right ring row see shows "
@@ -25,12 +25,9 @@ _SCENES = (
 )
 _QUESTIONS = "0 1 2 are circles colour crosses how many rings shape squares stars thing things triangles what where"
 _EDGES = " ".join(map(str, range(3, 33)))  # of boxes, in 32nds of the image
-_STATEMENTS = "both contradiction entailment false in least middle more neutral one only pictures show true two"
 VOCABULARIES = {
     "scenes": _SCENES.split(),
-    "scenes_vqa": f"{_SCENES} {_QUESTIONS}".split(),
     "scenes_places": f"{_SCENES} {_QUESTIONS} {_EDGES}".split(),
-    "scenes_statements": f"{_SCENES} {_QUESTIONS} {_STATEMENTS}".split(),
 }
 
 # OpenCLIP's two released models. 12 text layers and 12 decoder layers are the defaults of `CoCa`.

@@ -31,7 +31,6 @@ NAMES = {
     "distinct_2": "different word pairs of all (distinct-2), %",
     "novel": "novel captions, %",
     "accuracy": "accuracy, %",
-    "consistency": "statements right beside all their images, %",
     "macro_accuracy": "mean accuracy over kinds, %",
     "box_accuracy": "boxes right at IoU 0.5, %",
     "name_accuracy": "things named right in a box, %",
@@ -46,13 +45,7 @@ NAMES = {
 DATA_SETS = {  # names of evaluations -> names for readers, besides those that projects declare
     "scenes": "built-in scenes",
     "compositional": "built-in scenes, unseen combinations",
-    "scenes_vqa": "questions about built-in scenes",
     "scenes_places": "places in built-in scenes",
-    "scenes_entailment": "statements about built-in scenes",
-    "scenes_comparison": "statements about two built-in scenes",
-    "snli_ve": "SNLI-VE",
-    "nlvr2": "NLVR2",
-    "pairs": "your texts about photos",
     "mscoco": "MSCOCO",
     "nocaps": "NoCaps",
     "flickr8k": "Flickr8k",
@@ -64,14 +57,11 @@ DATA_SETS = {  # names of evaluations -> names for readers, besides those that p
     "imagenet_sketch": "ImageNet-Sketch",
     "folder": "your photos",
     "my_photos": "your photos",
-    "vqa": "VQA v2",
     "laion": "LAION",
 }
 WAYS = {  # second parts of the names of scores: how an answer was found -> for readers, besides those of projects
     "likelihood": "by likelihood",
     "pmi": "by the gain in likelihood",
-    "classifier": "by the classifier",
-    "blind": "best guess without the image",
     "half": "half of the images",
     "folds": "mean of folds",
 }

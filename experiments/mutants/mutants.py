@@ -365,12 +365,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "metrics/test_metric_classes.py::test_accuracy_equals_that_of_torchmetrics_but_for_ties_and_absent_classes",
         ),
     ],
-    "metrics/vqa.py": [
+    "projects/reasoning/accuracy.py": [
         (
             "vqa_leave_one_out",
             "(same - (person == given)) / ENOUGH",
             "same / ENOUGH",
-            "metrics/test_vqa.py -k accuracy",
+            "projects/reasoning/test_answers.py -k accuracy",
         ),
     ],
     "metrics/java/spice.py": [

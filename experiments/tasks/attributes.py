@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.render import AXES, COLOURS, SHAPES, decode
-from coca_lit.data.scenes.statements import LABELS, OBJECTS, TRUTHS, comparison_records, entailment_records
 from coca_lit.models.presets import VOCABULARIES
+from coca_lit.projects.reasoning.scene_statements import LABELS, OBJECTS, TRUTHS, comparison_records, entailment_records
 
 WORDS = 10  # of a statement at most
 EPOCHS, BATCH = 4, 64

@@ -9,8 +9,8 @@ from collections import defaultdict
 import torch
 
 from coca_lit.data.scenes.render import COLOURS
-from coca_lit.data.scenes.statements import comparison_records, entailment_records
 from coca_lit.evals.base import kept_with
+from coca_lit.projects.reasoning.scene_statements import comparison_records, entailment_records
 from coca_lit.tools.report.tables import Table, markdown
 from coca_lit.weights.load import load_model
 

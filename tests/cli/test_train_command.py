@@ -201,7 +201,6 @@ def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
     ("experiment", "extra"),
     [
         ("pretrain_coca2_naflex_b32", NAFLEX),
-        ("finetune_vqa", ()),
         ("flickr8k_frozen", FEW_PHOTOS),
         ("scst_flickr8k", FEW_PHOTOS),
     ],
@@ -219,8 +218,9 @@ def test_any_experiment_runs_on_scenes(
 @pytest.mark.parametrize(
     ("experiment", "word"),
     [
-        *(("pretrain_b32", "LAION"), ("finetune_mscoco", "cocodataset.org"), ("flickr8k", "Karpathy")),
-        ("finetune_vqa", "visualqa.org"),
+        ("pretrain_b32", "LAION"),
+        ("finetune_mscoco", "cocodataset.org"),
+        ("flickr8k", "Karpathy"),
     ],
 )
 def test_missing_data_are_explained(experiment: str, word: str) -> None:

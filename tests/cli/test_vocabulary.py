@@ -9,7 +9,6 @@ import torch
 
 from coca_lit.cli.module import build_module, with_vocabulary
 from coca_lit.data.batch import Batch
-from coca_lit.data.scenes.facts import scene_question_records
 from coca_lit.errors import ConfigError
 from coca_lit.models import create_model
 from coca_lit.runs.resume import Start
@@ -40,12 +39,6 @@ def test_a_run_learns_its_words_and_its_checkpoint_knows_them(tmp_path: Path, ca
     assert set(model.tokenizer.decode(ids).split()) <= set(words)
     with pytest.raises(ValueError, match="it has a tokenizer"):
         write_open_clip(model, tmp_path)
-
-
-def test_the_vocabulary_has_the_words_of_questions() -> None:
-    cfg = with_vocabulary(compose("data=scenes_vqa", "data.train_count=8", "vocabulary=1"))
-    asked = {word for record in scene_question_records("train", count=8) for word in record.question.split()}
-    assert asked <= {*cfg.model.net.tokenizer}
 
 
 def test_a_vocabulary_does_not_replace_a_tokenizer_that_is_given(tmp_path: Path) -> None:

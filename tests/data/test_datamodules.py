@@ -13,7 +13,6 @@ from coca_lit.data.datamodule import (
     RootDataModule,
     ScenePlacesDataModule,
     ScenesDataModule,
-    SceneStatementsDataModule,
 )
 from coca_lit.data.datasets.captions import flickr_records, mscoco_records, nocaps_records
 from coca_lit.data.shards.laion import LAIONDataModule
@@ -130,15 +129,6 @@ def test_boxes_are_not_mirrored(tmp_path):
     ScenePlacesDataModule(cached_augmentations=1, **shared)
     with pytest.raises(ValueError, match="cached_augmentations must be 0 or 1 for places"):
         ScenePlacesDataModule(cached_augmentations=2, **shared)
-
-
-@pytest.mark.parametrize(("task", "splits", "keeps"), [("entailment", 64, 66), ("comparison", 66, 64)])
-def test_statements_that_a_batch_splits_are_told(task, splits, keeps, caplog):
-    SceneStatementsDataModule(task, tokenizer=TOKENIZER, batch_size=keeps)
-    assert not caplog.text
-    data = SceneStatementsDataModule(task, tokenizer=TOKENIZER, batch_size=splits, train_count=48, val_split=None)
-    assert f"data.batch_size={splits} splits statements" in caplog.text
-    assert f"a multiple of {data.together}" in caplog.text
 
 
 @pytest.mark.skipif(not FLICKR8K.is_dir(), reason="the shared Flickr8k is absent")

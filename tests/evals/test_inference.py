@@ -14,7 +14,6 @@ from coca_lit.evals.captions import CaptionScores
 from coca_lit.evals.classification import ZeroShotScores
 from coca_lit.evals.inference import caption_images, embed_pairs
 from coca_lit.evals.retrieval import RetrievalScores
-from coca_lit.evals.vqa import VQAScores
 from coca_lit.metrics.retrieval import recall_at_k
 from helpers.evaluating import make_model, records
 
@@ -79,12 +78,12 @@ def test_one_by_one_gives_the_same(alone: dict[str, Any]) -> None:
     assert alone["training"]
 
 
-@pytest.mark.parametrize("evaluation", [CaptionScores, RetrievalScores, VQAScores, Evaluation])
+@pytest.mark.parametrize("evaluation", [CaptionScores, RetrievalScores, Evaluation])
 def test_records_that_cannot_be_scored_are_refused_before_training(evaluation: type[Evaluation]) -> None:
     with pytest.raises(DataError, match="mine"):
         evaluation("mine", [])
     bare = [record._replace(captions=()) if i in (2, 4) else record for i, record in enumerate(records())]
-    if evaluation in (VQAScores, Evaluation):  # a test set without public answers, and one's own scores
+    if evaluation is Evaluation:  # of one's own scores
         assert evaluation("mine", bare).records == bare
         return
     with pytest.raises(DataError, match=r"2 of 7 .*'mine'.*'image 2'"):

@@ -1,4 +1,4 @@
-"""The built-in scenes in the files of well-known caption and question data sets, to try their readers.
+"""The built-in scenes in the files of well-known caption data sets, to try their readers.
 
 The formats that users can have are in `coca_lit.tools.prepare.scenes`.
 """
@@ -12,7 +12,6 @@ from typing import Any
 from PIL import Image
 
 from coca_lit.data.records import Record
-from coca_lit.data.scenes.facts import scene_question_records
 from coca_lit.data.scenes.render import WORDINGS, captions, decode, scene_records
 
 LICENSES = [{"id": 0, "name": "synthetic", "url": ""}]
@@ -33,7 +32,7 @@ def write_karpathy(folder: Path, count: int, size: int, name: str = "coco") -> N
     """Karpathy's splits: dataset_NAME.json and images/. Only coco has sub-folders, COCO ids and a split restval."""
     entries: list[dict[str, Any]] = []
     for split in ("train", "val", "test"):
-        for i, record in enumerate(scene_records(split, size, _split_count(split, count))):
+        for i, record in enumerate(scene_records(split, size, split_count(split, count))):
             entry: dict[str, Any] = {"filename": f"{record.id}.jpg", "split": split}
             if name == "coco":
                 own_split = "restval" if split == "train" and i % 4 == 3 else split
@@ -47,19 +46,19 @@ def write_karpathy(folder: Path, count: int, size: int, name: str = "coco") -> N
             ]
             ids = {"imgid": imgid, "sentids": [sentence["sentid"] for sentence in sentences]}
             entries.append({**entry, **ids, "sentences": sentences})
-            _write_image(folder / "images" / entry.get("filepath", "") / entry["filename"], record.image)
-    _write_json(folder / f"dataset_{name}.json", {"images": entries, "dataset": name})
+            write_image(folder / "images" / entry.get("filepath", "") / entry["filename"], record.image)
+    write_json(folder / f"dataset_{name}.json", {"images": entries, "dataset": name})
 
 
 def write_coco(folder: Path, count: int, size: int) -> None:
     """COCO captions 2017: annotations/captions_{train,val}2017.json and the image folders train2017/ and val2017/."""
     for split in ("train", "val"):
-        records = scene_records(split, size, _split_count(split, count))
+        records = scene_records(split, size, split_count(split, count))
         images = []
         for record in records:
             images.append({"id": record.id, **_coco_image(f"{record.id:012d}.jpg", size), "flickr_url": ""})
-            _write_image(folder / f"{split}2017" / images[-1]["file_name"], record.image)
-        _write_json(folder / "annotations" / f"captions_{split}2017.json", _coco_captions(images, records))
+            write_image(folder / f"{split}2017" / images[-1]["file_name"], record.image)
+        write_json(folder / "annotations" / f"captions_{split}2017.json", _coco_captions(images, records))
 
 
 def write_nocaps(folder: Path, count: int, size: int) -> None:
@@ -79,34 +78,11 @@ def write_nocaps(folder: Path, count: int, size: int) -> None:
             images.append(
                 {"id": records[-1].id, "open_images_id": name, **_coco_image(f"{name}.jpg", size), "domain": domain}
             )
-            _write_image(folder / "images" / f"{name}.jpg", record.image)
-    _write_json(folder / "nocaps_val_4500_captions.json", _coco_captions(images, records))
+            write_image(folder / "images" / f"{name}.jpg", record.image)
+    write_json(folder / "nocaps_val_4500_captions.json", _coco_captions(images, records))
 
 
-def write_vqa(folder: Path, count: int, size: int) -> None:
-    """VQA v2: questions and annotations of train2014 and val2014, and the image folders of these names."""
-    for split in ("train", "val"):
-        name, images = f"{split}2014", set()
-        asked: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for record in scene_question_records(split, size, _split_count(split, count)):
-            image, answer = int(record.id) // 1000, record.captions[0]
-            ids = {"image_id": image, "question_id": record.id}
-            kind = "number" if record.domain == "count" else "other"
-            people = [
-                {"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(record.captions, 1)
-            ]
-            asked.append({**ids, "question": f"{record.question.capitalize()}?"})
-            annotations.append({**ids, "answer_type": kind, "multiple_choice_answer": answer, "answers": people})
-            if image not in images:
-                _write_image(folder / name / f"COCO_{name}_{image:012d}.jpg", record.image)
-                images.add(image)
-        about = {"info": {}, "license": LICENSES[0], "data_type": "mscoco", "data_subtype": name}
-        _write_json(folder / f"v2_OpenEnded_mscoco_{name}_questions.json", {**about, "questions": asked})
-        _write_json(folder / f"v2_mscoco_{name}_annotations.json", {**about, "annotations": annotations})
-
-
-def _split_count(split: str, count: int) -> int:
+def split_count(split: str, count: int) -> int:
     return count if split == "train" else max(1, count // 8)
 
 
@@ -122,13 +98,13 @@ def _coco_captions(images: list[dict[str, Any]], records: Sequence[Record]) -> d
     return {"info": {**info, "date_created": ""}, "licenses": LICENSES, "images": images, "annotations": annotations}
 
 
-def _write_image(path: Path, image: Callable[[], Image.Image]) -> None:
+def write_image(path: Path, image: Callable[[], Image.Image]) -> None:
     """JPEG with full chroma resolution (4:4:4): halving it would blur the colours of objects a few pixels wide."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image().save(path, quality=95, subsampling=0)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
 
@@ -138,5 +114,4 @@ WRITERS: dict[str, Callable[[Path, int, int], None]] = {
     "flickr8k": partial(write_karpathy, name="flickr8k"),
     "coco": write_coco,
     "nocaps": write_nocaps,
-    "vqa": write_vqa,
 }

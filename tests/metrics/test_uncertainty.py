@@ -12,8 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coca_lit.data.records import Record
-from coca_lit.evals.vqa import _accuracies
 from coca_lit.metrics import is_share
 from coca_lit.metrics.captions import SCORERS, caption_scores, caption_table, tokenize_captions
 from coca_lit.metrics.classification import ZeroShotAccuracy, classification_scores
@@ -29,7 +27,6 @@ from coca_lit.metrics.uncertainty import (
     other_data,
     resamples,
 )
-from coca_lit.metrics.vqa import vqa_accuracy
 
 WORDS = ["a", "red", "blue", "dog", "cat", "runs", "sits", "on", "the", "green", "grass", "in", "snow"]
 IMAGES = 40
@@ -111,23 +108,6 @@ def test_accuracy_of_a_resample() -> None:
         rows = torch.from_numpy(np.repeat(np.arange(30), counts[draw].astype(int)))
         expected = classification_scores(similarity[rows], labels[rows])
         assert {n: of.values[draw] for n, of in accuracy.draws.items()} == pytest.approx(expected, rel=1e-12)
-
-
-def test_questions_are_drawn_with_their_image() -> None:
-    people = [["yes"] * 10, ["no"] * 10, ["2"] * 10, ["2"] * 5 + ["3"] * 5, ["red"] * 10]
-    images = ["a.jpg", "a.jpg", "b.jpg", "c.jpg", "c.jpg"]
-    kinds = ["yes-no", "yes-no", "number", "number", None]
-    records = [Record(i, images[i], people[i], domain=kinds[i], question="?") for i in range(5)]
-    answers = {"": {0: "yes", 1: "yes", 2: "2", 3: "2", 4: "blue"}, "blind": dict.fromkeys(range(5), "yes")}
-    scores, draws = _accuracies(records, answers, full=True)
-    assert scores.keys() == draws.keys() == {"accuracy", "yes-no/accuracy", "number/accuracy", "blind/accuracy"}
-    (counts,) = resamples(3)
-    for draw in range(5):
-        drawn = np.array([counts[draw]["abc".index(name[0])] for name in images])
-        truth, found = repeated(drawn, dict(enumerate(people)), answers[""])
-        assert draws["accuracy"].values[draw] == pytest.approx(
-            np.mean([vqa_accuracy(found[i], truth[i]) for i in truth])
-        )
 
 
 def test_resamples_are_the_same_every_time() -> None:

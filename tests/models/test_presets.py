@@ -5,11 +5,9 @@ from itertools import product
 import pytest
 import torch
 
-from coca_lit.data.scenes.facts import PLURALS
 from coca_lit.data.scenes.places import BINS
 from coca_lit.data.scenes.render import AXES, COLOURS, SHAPES, WORDINGS
 from coca_lit.data.scenes.render import SIZES as THING_SIZES
-from coca_lit.data.scenes.statements import LABELS, TRUTHS
 from coca_lit.models import create_model
 from coca_lit.models.presets import VOCABULARIES
 from helpers.slow import slow
@@ -17,16 +15,14 @@ from helpers.study import PROFILE, SIZES, SMALL, millions
 
 FRAMES = ((w.first + w.more).format(thing="", **phrases) for w, phrases in product(WORDINGS, AXES.values()))
 CAPTIONS = sorted({"a", *THING_SIZES, *COLOURS, *SHAPES, *" ".join(FRAMES).split()})
+PLURALS = {"crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
 ASKING = {"what", "colour", "shape", "is", "the", "thing", "things", "how", "many", "are", "there", "where"}
-ASKING |= {"0", "1", "2", "left", "right", "top", "bottom", *PLURALS.values()}
+ASKING |= {"0", "1", "2", "left", "right", "top", "bottom", *PLURALS}
 # Words of captions first, so that they keep the ids of the tokenizer "scenes".
 QUESTIONS = [*CAPTIONS, *sorted(ASKING - {*CAPTIONS})]
-STATING = {"at", "both", "in", "least", "middle", "more", "one", "only", "pictures", "show", "two", *LABELS, *TRUTHS}
 SCENES = {
     "": CAPTIONS,
-    "_vqa": QUESTIONS,
     "_places": [*QUESTIONS, *(edge for edge in map(str, range(BINS + 1)) if edge not in QUESTIONS)],
-    "_statements": [*QUESTIONS, *sorted(STATING - {*QUESTIONS})],
 }
 
 
@@ -38,8 +34,8 @@ def test_vocabulary_of_the_scenes(kind: str) -> None:
 
 
 def test_an_unknown_vocabulary_suggests_one() -> None:
-    with pytest.raises(ValueError, match=r"'scenes_vka'.*'scenes_vqa'"):
-        create_model("coca_tiny", tokenizer="scenes_vka")
+    with pytest.raises(ValueError, match=r"'scenez'.*'scenes'"):
+        create_model("coca_tiny", tokenizer="scenez")
 
 
 @pytest.mark.parametrize("name", [SMALL, *slow(*(name for name in SIZES if name != SMALL))])

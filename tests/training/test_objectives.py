@@ -1,8 +1,6 @@
 """Objectives added to the network's own: those that ship, and a user's."""
 
-import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,16 +8,13 @@ import torch
 from torch import Tensor
 
 from coca_lit.data.batch import Batch
-from coca_lit.data.datamodule import SceneQuestionsDataModule
+from coca_lit.data.datamodule import ScenesDataModule
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, CoCaOutput, create_model
 from coca_lit.training.caption_objectives import ParallelPrediction, PrefixPrompts
 from coca_lit.training.objectives import Captions, Function, Objective, Texts, terms_of
 from coca_lit.training.optim import AdamW
-from coca_lit.weights.load import load_model
-from helpers.running import run
-from helpers.scene_files import write_data_set
 
 OPTIMIZER = AdamW(lr=1e-3)
 
@@ -27,12 +22,12 @@ OPTIMIZER = AdamW(lr=1e-3)
 @pytest.fixture(scope="module")
 def net() -> CoCa:
     torch.manual_seed(0)
-    return create_model("coca_tiny", tokenizer="scenes_vqa").eval()
+    return create_model("coca_tiny", tokenizer="scenes").eval()
 
 
 @pytest.fixture(scope="module")
-def questions(net: CoCa) -> Batch:
-    return next(iter(SceneQuestionsDataModule(tokenizer=net.tokenizer, batch_size=8, train_count=8).train_dataloader()))
+def scenes(net: CoCa) -> Batch:
+    return next(iter(ScenesDataModule(tokenizer=net.tokenizer, batch_size=8, train_count=8).train_dataloader()))
 
 
 class OfParts(Objective):
@@ -89,16 +84,16 @@ class Brightness(Objective):
         return {self.name: (guess - truth).square().mean(), "shift": self.head.bias.square().sum()}
 
 
-def test_weighted_terms_are_added_and_logged_raw(questions: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
-    net = create_model("coca_tiny", tokenizer="scenes_vqa").eval()
+def test_weighted_terms_are_added_and_logged_raw(scenes: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = create_model("coca_tiny", tokenizer="scenes").eval()
     objective = Brightness(weight=3.0)
     module, logged = CoCaLit(net, OPTIMIZER, 0, 0.25, 2.0, objectives={"bright": objective, "none": None}), {}
     torch.nn.init.ones_(objective.head.bias)
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
     monkeypatch.setattr(module, "log", lambda *_: None)
     monkeypatch.setattr(module, "is_logged", lambda: True)
-    loss = module.training_step(questions, 0)
-    own = {f"train/{name}_loss": term.detach() for name, term in objective(net, questions).items()}
+    loss = module.training_step(scenes, 0)
+    own = {f"train/{name}_loss": term.detach() for name, term in objective(net, scenes).items()}
     assert own["train/shift_loss"] == 1
     assert logged["train/guess"] == pytest.approx(objective.measures["guess"])
     torch.testing.assert_close({name: logged[name] for name in own}, own)
@@ -118,23 +113,23 @@ def squares(net: CoCa, batch: Batch, factor: float = 1.0) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "objective", [OnlyForward(), squares, partial(squares, factor=1.0)], ids=["class", "function", "partial"]
 )
-def test_a_forward_or_a_function_is_enough(questions: Batch, objective: Any) -> None:
+def test_a_forward_or_a_function_is_enough(scenes: Batch, objective: Any) -> None:
     module = CoCaLit(create_model("coca_tiny"), OPTIMIZER, 0, 0.0, 0.0, objectives={"mine": objective})
-    loss = module.training_step(questions, 0)
-    assert loss.item() == pytest.approx(len(questions.images), rel=1e-5)  # features of unit length
+    loss = module.training_step(scenes, 0)
+    assert loss.item() == pytest.approx(len(scenes.images), rel=1e-5)  # features of unit length
 
 
-def test_an_objective_that_returns_no_terms_is_named(questions: Batch) -> None:
+def test_an_objective_that_returns_no_terms_is_named(scenes: Batch) -> None:
     objectives = {"good": squares, "mine": lambda net, batch: net.encode_image(batch.images).sum()}
     module = CoCaLit(create_model("coca_tiny"), OPTIMIZER, 0, 0.0, 0.0, objectives=objectives)
     with pytest.raises(ConfigError, match=r"^model\.objectives\.mine .*Tensor"):
-        module.training_step(questions, 0)
+        module.training_step(scenes, 0)
 
 
-def test_an_objective_without_a_term_for_a_batch_is_named(questions: Batch) -> None:
+def test_an_objective_without_a_term_for_a_batch_is_named(scenes: Batch) -> None:
     module = CoCaLit(create_model("coca_tiny"), OPTIMIZER, 0, 0.0, 0.0, objectives={"mine": lambda net, batch: {}})
     with pytest.raises(ConfigError, match=r"^model\.objectives\.mine .*no term"):
-        module.training_step(questions, 0)
+        module.training_step(scenes, 0)
 
 
 class Gap(Objective):
@@ -145,13 +140,13 @@ class Gap(Objective):
         return {"gap": (out.image_features - out.text_features).square().sum()}
 
 
-def test_measures_of_terms_of_the_shared_pass_are_logged(questions: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
-    net = create_model("coca_tiny", tokenizer="scenes_vqa").eval()
+def test_measures_of_terms_of_the_shared_pass_are_logged(scenes: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = create_model("coca_tiny", tokenizer="scenes").eval()
     module, logged = CoCaLit(net, OPTIMIZER, objectives={"gap": Gap()}), {}
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
     monkeypatch.setattr(module, "log", lambda *_: None)
     monkeypatch.setattr(module, "is_logged", lambda: True)
-    module.training_step(questions, 0)
+    module.training_step(scenes, 0)
     assert logged["train/gap"] == 7.0
 
 
@@ -171,12 +166,12 @@ def caption(net: CoCa, batch: Batch) -> dict[str, Tensor]:
     [(squares, "mine"), (caption, "caption"), (OfMine(), "contrastive")],
     ids=["twice", "ours", "shared"],
 )
-def test_a_term_with_the_name_of_another_is_refused(questions: Batch, mine: Any, term: str) -> None:
-    net = create_model("coca_tiny", tokenizer="scenes_vqa")
+def test_a_term_with_the_name_of_another_is_refused(scenes: Batch, mine: Any, term: str) -> None:
+    net = create_model("coca_tiny", tokenizer="scenes")
     module = CoCaLit(net, OPTIMIZER, objectives={"first": OnlyForward(), "second": mine})
     with pytest.raises(ConfigError, match=rf"^model\.objectives\.second: .*'{term}'"):
-        module.training_step(questions, 0)
-    CoCaLit(net, OPTIMIZER, objectives={"first": squares}).training_step(questions, 0)
+        module.training_step(scenes, 0)
+    CoCaLit(net, OPTIMIZER, objectives={"first": squares}).training_step(scenes, 0)
 
 
 @pytest.mark.parametrize(
@@ -191,35 +186,6 @@ def test_a_term_with_the_name_of_another_is_refused(questions: Batch, mine: Any,
 def test_objectives_that_cannot_join_are_refused(objectives: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         CoCaLit(create_model("coca_tiny"), OPTIMIZER, objectives=objectives)
-
-
-# Whole runs
-
-SMALL = ("trainer=smoke", "scoring.images=8", "data.train_count=16")
-
-
-@pytest.mark.slow
-def test_a_run_that_answers(tmp_path: Path) -> None:
-    results = run(tmp_path, "experiment=scenes_vqa", *SMALL)
-    kinds = {"colour", "shape", "count", "place", "classifier", "blind"}
-    assert set(results) <= {"scenes_vqa/accuracy", *(f"scenes_vqa/{kind}/accuracy" for kind in kinds)}
-    assert {"scenes_vqa/accuracy", "scenes_vqa/classifier/accuracy", "scenes_vqa/blind/accuracy"} <= set(results)
-    assert (tmp_path / "predictions" / "scenes_vqa_classifier.json").is_file()
-    assert "questions about built-in scenes: answers" in (tmp_path / "report.html").read_text()
-    assert load_model(tmp_path / "checkpoints" / "last.ckpt").tokenizer.decode([4]) != ""
-
-
-@pytest.mark.slow
-def test_a_run_on_the_files_of_vqa(tmp_path: Path) -> None:
-    write_data_set("vqa", tmp_path / "vqa", count=8, size=32)
-    tiny = ("model.net.name=coca_tiny", "+model.net.tokenizer=scenes_vqa", "image_size=32", "data.num_workers=0")
-    overrides = ("experiment=finetune_vqa", "init_from=null", "model=coca_answers", f"data.root={tmp_path}/vqa", *tiny)
-    results = run(tmp_path / "run", "trainer=smoke", *overrides)
-    kinds = {"number", "other", "classifier", "blind"}
-    assert {"vqa/accuracy", "vqa/classifier/accuracy"} <= set(results)
-    assert set(results) <= {"vqa/accuracy", *(f"vqa/{kind}/accuracy" for kind in kinds)}
-    rows = json.loads((tmp_path / "run" / "predictions" / "vqa.json").read_text())
-    assert {*rows[0]} == {"question_id", "answer"}
 
 
 # Means over tokens

@@ -54,8 +54,6 @@ FACTS = {  # key of the config or the environment -> name for readers
 }
 DATA_MODULES = {  # of which the config has no folder -> name for readers
     "ScenesDataModule": "scenes",
-    "SceneQuestionsDataModule": "scenes_vqa",
-    "SceneStatementsDataModule": "scenes_entailment",
     "LAIONDataModule": "image-text shards",
 }
 CURVES = "curves.png"

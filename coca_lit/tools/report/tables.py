@@ -39,7 +39,6 @@ GROUPS = {  # by how the names of scores begin, with a / behind them; all others
     "retrieval re-ranked by the decoder": (RERANKED,),
     "classification": ("top", "mean_per_class", "accuracy", "p/"),
 }
-SHARES_RIGHT = ("_accuracy", "consistency")  # ends of names of scores
 SCALES = {  # ends of names of scores -> what their numbers mean
     "CIDEr": "CIDEr goes from 0 to 1,000 and is no percentage. Published models have 100 to 145 on MSCOCO; built-in "
     "scenes give several hundred, as their few words and fixed sentences are easy to repeat.",
@@ -491,4 +490,4 @@ def _group_of(score: str) -> str:
     declared = extensions.scores().get(score.rpartition("/")[2])
     if declared is not None:
         return declared.group
-    return "classification" if score.endswith(SHARES_RIGHT) else "captions"
+    return "classification" if score.endswith("_accuracy") else "captions"

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from coca_lit.data.datasets.folder import captions_beside, folder_records, folder_training_captions
-from coca_lit.data.datasets.statements import pairs_records
 from coca_lit.data.records import ImageFile
 from coca_lit.data.scenes.render import render
 from coca_lit.errors import DataError
@@ -259,10 +258,6 @@ def test_columns_in_capitals(tmp_path: Path) -> None:
     fill(tmp_path, CAPTIONS)
     (tmp_path / "captions.csv").write_text("Caption,file,caption\n" + "\n".join(f"no,{n},yes" for n in CAPTIONS))
     assert {record.captions for record in folder_records(tmp_path, "train")} == {("yes",)}
-    rows = "\n".join(f"{i}.jpg,{9 - i}.jpg,a text,{i % 2},odd,train" for i in range(10))
-    (tmp_path / "pairs.csv").write_text(f"Image,Image2,Text,Label,Kind,Split\n{rows}")
-    records = pairs_records(tmp_path, "train")
-    assert {(len(record.further), record.domain) for record in records} == {(1, "odd")}
 
 
 def test_a_photo_that_the_disk_does_not_give_is_not_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,9 +296,6 @@ def test_a_broken_photo_is_not_scored(tmp_path: Path, caplog: pytest.LogCaptureF
     assert [record.id for record in folder_records(tmp_path, "val")] == ["0.jpg", "2.jpg", "3.jpg", "4.jpg"]
     assert caplog.text.count("1 of 5 photos of 'val' cannot be decoded, e.g. 1.jpg") == 1
     assert len(folder_records(tmp_path, "train")) == 5
-    table = (f"{name},{'val' if name < '5.jpg' else 'train'},a photo,{i % 2}" for i, name in enumerate(CAPTIONS))
-    (tmp_path / "pairs.csv").write_text("\n".join(["image,split,text,label", *table]))
-    assert len(pairs_records(tmp_path, "val")) == 4
     for name in ("2.jpg", "3.jpg"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(DataError, match=r"3 of 5 photos of 'val' cannot be decoded"):

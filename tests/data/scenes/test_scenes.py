@@ -28,7 +28,8 @@ from coca_lit.data.scenes.render import (
     space_size,
 )
 from coca_lit.models.presets import VOCABULARIES
-from coca_lit.tools.prepare.scenes import WRITERS, export_scenes, write_shards
+from coca_lit.tools.prepare import scenes as writing
+from coca_lit.tools.prepare.scenes import export_scenes, write_shards
 from helpers.running import ROOT
 from helpers.scene_files import write_data_set
 
@@ -245,15 +246,15 @@ def test_a_folder_with_content_is_refused_and_a_failure_leaves_nothing(tmp_path,
     mine.parent.mkdir()
     mine.write_text("keep")
     with pytest.raises(FileExistsError, match="mine"):
-        export_scenes("pairs", mine.parent, count=8)
+        export_scenes("shards", mine.parent, count=8)
 
     def broken(folder: Path, count: int, size: int) -> None:
         (folder / "half").write_text("written")
         raise OSError("disk full")
 
-    monkeypatch.setitem(WRITERS, "pairs", broken)
+    monkeypatch.setattr(writing, "write_shards", broken)
     with pytest.raises(OSError, match="disk full"):
-        export_scenes("pairs", tmp_path / "new", count=8)
+        export_scenes("shards", tmp_path / "new", count=8)
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
     with pytest.raises(ValueError, match="'csv'"):
         export_scenes("csv", tmp_path / "new")

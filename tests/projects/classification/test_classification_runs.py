@@ -12,6 +12,7 @@ from coca_lit.cli.assembly import build_evals
 from coca_lit.cli.command import compose
 from coca_lit.cli.module import build_module
 from coca_lit.errors import DataError
+from helpers.evaluated_runs import check_evaluations_follow
 from helpers.running import TINY, results, run
 
 
@@ -58,3 +59,7 @@ def test_pairs_and_classes_as_texts(tmp_path: Path) -> None:
 def test_missing_data_name_their_key(tmp_path: Path, name: str, key: str) -> None:
     with pytest.raises(DataError, match=rf"; set {key}=PLACE .*scoring.skip_missing"):
         build_evals(compose("train", [f"evals=[{name}]", f"data_dir={tmp_path}"]))
+
+
+def test_the_evaluations_name_classes_as_the_run_did(tmp_path: Path) -> None:
+    check_evaluations_follow(tmp_path, "classes", "classes", "imagenet")

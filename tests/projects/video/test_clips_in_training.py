@@ -18,10 +18,10 @@ from coca_lit.evals import FunctionEvaluation, Settings
 from coca_lit.metrics.uncertainty import obstacle
 from coca_lit.models import create_model
 from coca_lit.models.inputs import stack_images
+from coca_lit.projects.classification.classifier import PoolerClassifier
 from coca_lit.projects.video.clips import Clip
 from coca_lit.projects.video.inputs import Clips
 from coca_lit.projects.video.scenes import motion_records
-from coca_lit.training.classifiers import PoolerClassifier
 
 VIT = {
     "image_encoder": "vit_base_patch32_clip_224",

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from coca_lit.errors import DataError
 from coca_lit.models import CLIP, CoCa, create_model
+from coca_lit.projects.classification.classifier import PoolerClassifier
 from coca_lit.projects.video.inputs import Clips
-from coca_lit.training.classifiers import PoolerClassifier
 from coca_lit.weights.lora import add_lora
 from coca_lit.weights.start import copy_weights
 

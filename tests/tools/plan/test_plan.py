@@ -23,7 +23,6 @@ from coca_lit.tools.plan import command as cli
 from coca_lit.tools.plan.command import build_without_weights, read_recipe, read_settings
 from coca_lit.tools.plan.estimate import Model, Recipe, flops, largest_batch, largest_micro_batch, measure, memory
 from coca_lit.tools.plan.trace import Cost, cost, trace
-from coca_lit.training.classifiers import StateClassifier
 from coca_lit.training.objectives import Objective, terms_of
 from helpers.family import check_planned_flops
 from helpers.slow import slow
@@ -70,34 +69,6 @@ def test_flops_of_a_large_model_are_those_of_the_formulas() -> None:
     assert found.total / BATCH / 1e9 == pytest.approx(99.4, rel=0.01)
     twice = found.forward["vocabulary, with its gradients"] * 2 / 3
     assert (sum(found.forward.values()) - twice) / BATCH / 1e9 == pytest.approx(33.1, rel=0.01)
-
-
-def classifier_of(net: CoCa) -> StateClassifier:
-    classifier = StateClassifier(["no", "yes", "perhaps"], images=2)
-    classifier.build(net)
-    return classifier
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("weights", [{"contrastive": 0.0, "caption": 0.0}, WEIGHTS], ids=["alone", "and pairs"])
-def test_a_classifier_beside_the_network_is_counted(weights: dict[str, float]) -> None:
-    """Two images of each sample, against the counter in a real step."""
-    real, planned = create_model("coca_tiny").train(), without_weights()
-    beside = classifier_of(real)
-    with torch.device("meta"):
-        counted = classifier_of(planned)
-    tokens, lengths = torch.randint(3, 30, (BATCH, TOKENS)), torch.full((BATCH,), TOKENS)
-    images = torch.zeros(2 * BATCH, 3, 32, 32, dtype=torch.uint8)
-    batch = Batch(images, tokens, lengths, [], prefix_lengths=lengths, extras={"captions": [("yes",)] * BATCH})
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        beside(real, batch)["labels"].backward()
-    without = trace(without_weights(), weights, TOKENS, None, BATCH).total if any(weights.values()) else 0
-    step = trace(planned, weights, TOKENS, None, BATCH, [counted])
-    assert step.total - without == pytest.approx(counter.get_total_flops(), rel=0.02)
-    assert all(step.forward[part] > 0 for part in ("image encoder", "pooling", "text tower", "decoder"))
-    assert step.forward["objectives"] == 2 * BATCH * 2 * real.config.text_width * 3
-    head = sum(p.numel() for p in beside.parameters())
-    assert measure(real, [beside]).weights == measure(real).weights + 4 * head
 
 
 class OfPooled(Objective):
