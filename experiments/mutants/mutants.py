@@ -443,12 +443,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "runs/test_resume.py::test_killed_twice_in_an_epoch[indexed-2-extra0]",
         ),
     ],
-    "training/caption_objectives.py": [
+    "projects/generative/objectives.py": [
         (
             "prefix_of_a_question",
-            "(1 if batch.prefix_lengths is None else batch.prefix_lengths)\n        prompts",
-            "1\n        prompts",
-            "training/test_caption_objectives.py -k prompts",
+            "prefix_lengths=prefix_lengths(batch) + prompt_lengths",
+            "prefix_lengths=1 + prompt_lengths",
+            "projects/generative/test_generative_objectives.py -k prompts",
         ),
     ],
     "callbacks/guards.py": [

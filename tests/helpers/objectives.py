@@ -1,8 +1,9 @@
-"""An objective with parameters and a buffer, which is kept with the model."""
+"""An objective with parameters and a buffer, which is kept with the model, and one with a pass of its own."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,8 +12,9 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.records import Record
 from coca_lit.evals import Evaluation, Settings
 from coca_lit.evals.inference import rows_of
-from coca_lit.models import CoCa, CoCaOutput, register_objective
-from coca_lit.training.objectives import Objective
+from coca_lit.models import CoCa, CoCaOutput, create_model, register_objective
+from coca_lit.models.coca import CAPTION
+from coca_lit.training.objectives import Objective, predicted, terms_of
 
 
 @register_objective("words_of_images")
@@ -58,3 +60,34 @@ class LikeliestWords(Evaluation):
         words = rows_of(model, records, likeliest).argmax(dim=1).tolist()
         texts = [model.tokenizer.encode(record.captions[0]) for record in records]
         return {"right": sum(word in text for word, text in zip(words, texts, strict=True)) / len(records)}
+
+
+class OwnCaptions(Objective):
+    """The caption loss, by a pass of its own."""
+
+    averages_tokens = True
+
+    def __init__(self) -> None:
+        super().__init__(own_captions=1.0)
+
+    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+        return {"own_captions": predicted(net(batch.images, batch.tokens, batch.lengths, needs=CAPTION))}
+
+
+def check_means(objective: Objective, term: str, over_tokens: bool) -> None:
+    """Checks that an objective knows whether the mean of two batches is not that of the whole, on captions of 5 and of
+    16 tokens.
+    """
+    torch.manual_seed(0)
+    net = create_model("coca_tiny").eval()
+    lengths = torch.tensor([5, 16])
+    tokens = torch.randint(4, net.tokenizer.vocab_size, (2, 16))
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    whole = Batch(images, tokens, lengths, ["", ""])
+    parts = [Batch(images[i : i + 1], tokens[i : i + 1, :n], lengths[i : i + 1], [""]) for i, n in enumerate((5, 16))]
+    objective.build(net)
+    with torch.no_grad():
+        together = terms_of(net, [objective], whole).values[term]
+        apart = [terms_of(net, [objective], part).values[term] for part in parts]
+    equal = together.item() == pytest.approx(torch.stack(apart).mean().item(), rel=1e-4)
+    assert objective.averages_tokens == over_tokens == (not equal)

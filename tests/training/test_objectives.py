@@ -12,9 +12,9 @@ from coca_lit.data.datamodule import ScenesDataModule
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, CoCaOutput, create_model
-from coca_lit.training.caption_objectives import ParallelPrediction, PrefixPrompts
-from coca_lit.training.objectives import Captions, Function, Objective, Texts, terms_of
+from coca_lit.training.objectives import Captions, Function, Objective, Texts
 from coca_lit.training.optim import AdamW
+from helpers.objectives import OwnCaptions, check_means
 
 OPTIMIZER = AdamW(lr=1e-3)
 
@@ -196,8 +196,7 @@ def test_objectives_that_cannot_join_are_refused(objectives: dict[str, Any], sai
     [
         (Captions(1.0), "caption", True),
         (Texts(1.0), "text", True),
-        (ParallelPrediction(share=1.0), "parallel", True),
-        (PrefixPrompts("we see"), "prefixed", True),
+        (OwnCaptions(), "own_captions", True),
         (Function(lambda net, batch: {"mine": net.encode_image(batch.images).square().mean()}), "mine", False),
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, Objective) else "",
@@ -205,22 +204,8 @@ def test_objectives_that_cannot_join_are_refused(objectives: dict[str, Any], sai
 def test_objectives_know_whether_two_batches_have_the_mean_of_both(
     objective: Objective, term: str, over_tokens: bool
 ) -> None:
-    """Captions of 5 and of 16 tokens: where the mean of both batches is not that of the whole, accumulation is
-    refused.
-    """
-    torch.manual_seed(0)
-    net = create_model("coca_tiny").eval()
-    lengths = torch.tensor([5, 16])
-    tokens = torch.randint(4, net.tokenizer.vocab_size, (2, 16))
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    whole = Batch(images, tokens, lengths, ["", ""])
-    parts = [Batch(images[i : i + 1], tokens[i : i + 1, :n], lengths[i : i + 1], [""]) for i, n in enumerate((5, 16))]
-    objective.build(net)
-    with torch.no_grad():
-        together = terms_of(net, [objective], whole).values[term]
-        apart = [terms_of(net, [objective], part).values[term] for part in parts]
-    equal = together.item() == pytest.approx(torch.stack(apart).mean().item(), rel=1e-4)
-    assert objective.averages_tokens == over_tokens == (not equal)
+    """Where the mean of both batches is not that of the whole, accumulation is refused."""
+    check_means(objective, term, over_tokens)
 
 
 def test_a_training_without_captions_averages_no_tokens() -> None:

@@ -38,14 +38,14 @@ TINY = (
     "model.freeze=[image_encoder]",
 )
 SCST = "+model.objectives.self_critical._target_=coca_lit.training.self_critical.SelfCritical"
-PREFIXES = "+model.objectives.a={_target_: coca_lit.training.caption_objectives.PrefixPrompts, prompts: [x]}"
+OWN_PASS = "+model.objectives.a._target_=helpers.objectives.OwnCaptions"
 CHOICES = {
     SHARDED: ("trainer.strategy={_target_: coca_lit.training.sharding.FullySharded}",),
     MICRO_BATCHES: ("trainer.micro_batch_size=4",),
     AVERAGES: ("ema=0.9",),
     LORA: ("lora.rank=2",),
-    NEEDS_WHOLE_WEIGHTS: (PREFIXES,),
-    NEEDS_WHOLE_BATCH: (PREFIXES,),
+    NEEDS_WHOLE_WEIGHTS: (OWN_PASS,),
+    NEEDS_WHOLE_BATCH: (OWN_PASS,),
     TEXTS: ("data.text={folder}/texts.txt",),
     NO_DECODER: ("+model.net.decoder_layers=0",),
     ACCUMULATION: ("trainer.accumulate_grad_batches=2",),
@@ -77,7 +77,7 @@ def test_every_row_is_refused_by_its_keys(tmp_path: Path, row: tuple[str, str]) 
 
 
 def test_features_are_found_by_what_was_built(tmp_path: Path) -> None:
-    cfg = compose(*TINY, "ema=0.9", "lora.rank=2", PREFIXES, "+model.objectives.b=null", f"output_dir={tmp_path}")
+    cfg = compose(*TINY, "ema=0.9", "lora.rank=2", OWN_PASS, "+model.objectives.b=null", f"output_dir={tmp_path}")
     module, trainer = build_module(cfg), build_trainer(cfg, ScoreDuringTraining([], Settings(tmp_path)))
     found = features(trainer, module.net, [*module.objectives.values()], None, texts=False)
     whole = dict.fromkeys((NEEDS_WHOLE_WEIGHTS, NEEDS_WHOLE_BATCH, TOKEN_MEANS), "model.objectives.a")

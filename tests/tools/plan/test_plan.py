@@ -29,6 +29,7 @@ from helpers.slow import slow
 
 WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
 BATCH, TOKENS = 8, 12
+OWN_PASS = "+model.objectives.mine._target_=helpers.objectives.OwnCaptions"
 
 
 def without_weights(name: str = "coca_tiny", **overrides: Any) -> CoCa:
@@ -102,9 +103,8 @@ def test_an_objective_alone_is_counted_by_what_it_needs() -> None:
 
 def test_a_run_of_which_nothing_can_be_counted_says_so() -> None:
     words = ["model.contrastive_weight=0", "model.caption_weight=0", "model.net.name=coca_tiny"]
-    mine = "+model.objectives.mine._target_=coca_lit.training.caption_objectives.ParallelPrediction"
     with pytest.raises(ConfigError, match=r"no loss of this run can be counted.*needs"):
-        cli.run(compose("plan", [*words, mine]))
+        cli.run(compose("plan", [*words, OWN_PASS]))
 
 
 def test_tied_embeddings_are_counted_once() -> None:
@@ -304,10 +304,7 @@ def test_the_plan_of_an_experiment_is_printed_and_leaves_nothing_behind(
     [
         ([], None),
         (["model=coca_answers"], None),
-        (
-            ["+model.objectives.mine._target_=coca_lit.training.caption_objectives.ParallelPrediction"],
-            "model.objectives.mine",
-        ),
+        ([OWN_PASS], "model.objectives.mine"),
         (["+model.objectives.mine=null"], None),
         (
             ["+model.objectives.rewards._target_=coca_lit.training.self_critical.SelfCritical"],
