@@ -94,7 +94,8 @@ def _constructor(name: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Arguments of a class or function with their defaults (`...` for none, or one that is no plain value), and what
     the docstrings, of base classes too, say about each.
     """
-    meanings = {option: declared.help for option, declared in extensions.input_options().items()} | _said(name)
+    declared = extensions.input_options() | extensions.sample_steps()
+    meanings = {option: meaning.help for option, meaning in declared.items()} | _said(name)
     return {key: argument.default for key, argument in read_signature(name).arguments.items()}, meanings
 
 

@@ -8,6 +8,7 @@ what it adds. Both are read without importing the project, whose code is importe
     usual_evals = ["my_score"]     # of its evals, those that evals=all takes
     rarely_tested = ["my_"]        # how evaluations begin whose data rarely have a test split
     groups = ["grid"]              # config groups of its own, of which nothing is chosen by default
+    text_keys = ["data.notes"]     # keys of commands whose values are texts also where they look like numbers
     [roots]                        # folders of data sets: roots.NAME
     mine = "${data_dir}/mine"
     [presets]                      # models by name: a dictionary of them, and the names in it
@@ -19,6 +20,8 @@ what it adds. Both are read without importing the project, whose code is importe
     ".gif" = "my_package.moving:Reader"
     [input_options]                # arguments of these readers, keys of commands and of shards
     pictures = { reader = "my_package.moving:Reader", default = 4, help = "that the model sees of a moving picture" }
+    [sample_steps]                 # arguments of data=laion, see `StepFactory` of `coca_lit.data.shards.training`
+    notes = { step = "my_package.notes:reading", help = "folder of notes on the samples" }
     [scores]                       # last parts of names of scores; with "%" at its end, tables print it times 100
     right = { title = "right answers, %", share = true }  # or lower_is_better = true
     [commands.data]                # `coca-data count …` calls run(["count", …]); an option is declared as "--count"
@@ -63,10 +66,12 @@ KEYS = (
     "usual_evals",
     "rarely_tested",
     "groups",
+    "text_keys",
     "roots",
     "presets",
     "scores",
     "input_options",
+    "sample_steps",
     "commands",
     *TABLES,
 )
@@ -84,6 +89,7 @@ class DeclaredArguments:
 
 
 INPUT_OPTIONS = DeclaredArguments("input_options")
+SAMPLE_STEPS = DeclaredArguments("sample_steps")
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,18 @@ class InputOption:
 
     reader: str
     default: Any
+    help: str
+
+
+@dataclass(frozen=True)
+class DeclaredStep:
+    """A step that training on shards takes with each sample, where the argument of its name is given.
+
+    Attributes:
+        step: "module:function", a `StepFactory` of `coca_lit.data.shards.training`.
+    """
+
+    step: str
     help: str
 
 
@@ -154,6 +172,10 @@ class Project:
     def input_options(self) -> dict[str, InputOption]:
         """The arguments of its readers that it declares."""
         return {name: InputOption(**option) for name, option in self.table("input_options").items()}
+
+    def sample_steps(self) -> dict[str, DeclaredStep]:
+        """The steps for samples of shards that it declares."""
+        return {name: DeclaredStep(**step) for name, step in self.table("sample_steps").items()}
 
     def commands(self, tool: str) -> dict[str, dict[str, str]]:
         """What it adds to the command of a tool, see `commands_of`."""
@@ -210,6 +232,9 @@ def _read(entry: EntryPoint) -> Project:
     for name, option in manifest.get("input_options", {}).items():
         if option.keys() != {"reader", "default", "help"}:
             raise ValueError(f"{folder / MANIFEST}: '{name}' of [input_options] must have reader, default and help")
+    for name, step in manifest.get("sample_steps", {}).items():
+        if step.keys() != {"step", "help"}:
+            raise ValueError(f"{folder / MANIFEST}: '{name}' of [sample_steps] must have step and help")
     for tool, commands in manifest.get("commands", {}).items():
         for word, command in commands.items():
             if command.keys() != {"run", "help"}:
@@ -234,7 +259,7 @@ def _check_names(project: Project, others: Mapping[str, Project]) -> None:
     if project.name in others:
         raise ValueError(f"the package '{others[project.name].distribution}' has a project of the same name")
     for other in others.values():
-        for kind in (*TABLES, "presets", "roots", "scores", "input_options"):
+        for kind in (*TABLES, "presets", "roots", "scores", "input_options", "sample_steps"):
             twice = project.table(kind).keys() & other.table(kind).keys()
             if twice:
                 raise ValueError(f"'{min(twice)}' of its {kind} is also the name of one of the project '{other.name}'")
@@ -262,13 +287,19 @@ def input_options() -> dict[str, InputOption]:
     return {name: option for project in projects() for name, option in project.input_options().items()}
 
 
+@functools.cache
+def sample_steps() -> dict[str, DeclaredStep]:
+    """What all projects declare of steps for samples of shards, by the argument that asks for them."""
+    return {name: step for project in projects() for name, step in project.sample_steps().items()}
+
+
 def names_in(kind: str) -> list[str]:
     """The names in a table of all projects."""
     return [name for project in projects() for name in project.table(kind)]
 
 
 def listed(key: str) -> list[str]:
-    """The names in a list of all projects: one of `LISTS`."""
+    """The names in a list of all projects, such as "usual_evals"."""
     return [name for project in projects() for name in project.manifest.get(key, ())]
 
 
@@ -317,7 +348,7 @@ def command_for(tool: str, words: Sequence[str]) -> Callable[[Sequence[str]], No
 
 def commands_of(tool: str) -> dict[str, dict[str, str]]:
     """What projects add to the command of a tool: word -> {"run": "module:function", "help": sentence}. A word is a
-    subcommand, such as "teach", or an option, such as "--scaling".
+    subcommand, such as "check", or an option, such as "--examples".
     """
     return {word: command for project in projects() for word, command in project.commands(tool).items()}
 

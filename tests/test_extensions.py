@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = """\
 about = "Counts things."
+text_keys = ["data.ledger"]
 [roots]
 things = "${data_dir}/things"
 [text_towers]
@@ -16,6 +17,8 @@ counting = "outsider.idea.tower:Tower"
 [scores]
 counted = { title = "things counted, %", share = true }
 missed = { title = "things missed", lower_is_better = true }
+[sample_steps]
+ledger = { step = "outsider.idea.tower:counted", help = "folder of counts" }
 [commands.data]
 count = { run = "outsider.idea.tower:count", help = "count things" }
 """
@@ -56,6 +59,22 @@ def train(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_names_are_known_without_an_import(site: Path) -> None:
     program = "print(extensions.declared('text_towers')['counting'], 'outsider' in sys.modules)"
     assert python(site, program).stdout == "outsider.idea.tower:Tower False\n"
+
+
+def test_arguments_of_steps_for_samples_are_known_without_an_import(site: Path) -> None:
+    """Their values are texts if the project says so, also a folder of a year."""
+    program = """
+from coca_lit.cli.schema import read_signature
+from coca_lit.cli.words import to_override
+print("ledger" in read_signature("coca_lit.data.shards.laion.LAIONDataModule").arguments, "outsider" in sys.modules)
+print(extensions.sample_steps()["ledger"].step)
+print(*map(to_override, ("data.ledger=2024", "+data.ledger=2024", "data.other=2024")))
+"""
+    assert python(site, program).stdout.splitlines() == [
+        "True False",
+        "outsider.idea.tower:counted",
+        'data.ledger="2024" +data.ledger="2024" data.other=2024',
+    ]
 
 
 def test_names_of_scores_say_what_they_mean(site: Path) -> None:
@@ -152,6 +171,8 @@ for words in (["count", "a"], ["a", "count"], ["a", "--draw", "b"], ["--draw=b"]
         ("about = 'x'\n[text_towers]\ncounting = 'a:b'", "'counting' of its text_towers is also the name of one"),
         ("about = 'x'\n[commands.data]\na = {run = 'b:c'}", "'a' of [commands.data] must have run and help"),
         ("about = 'x'\n[commands.data]\ncount = {run = 'b:c', help = 'd'}", "its command 'count' is also one of the"),
+        ("about = 'x'\n[sample_steps]\na = {step = 'b:c'}", "'a' of [sample_steps] must have step and help"),
+        ("about = 'x'\n[sample_steps]\nledger = {step = 'b:c', help = 'd'}", "'ledger' of its sample_steps is also"),
         (None, "project.toml"),
     ],
 )

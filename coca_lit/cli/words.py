@@ -11,14 +11,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
+from coca_lit import extensions
 from coca_lit.errors import ConfigError, suggest
 
 Positional = str | Sequence[str]  # one key that takes all words as a list, or keys that take one word each, in order
 
-# Texts also where they look like numbers, such as a folder of a year.
-_TEXT = re.compile(
-    r"\+*(?:name|data_dir|init_from|init_parts\..*|checkpoint|interpolate_with|ckpt_path|output|output_dir|index|images"
-    r"|query|spice_jars|roots\..*|data\.(?:text|selection|teachers)|data\.records\.(?:images|classes)"
+_TEXT_KEYS = re.compile(
+    r"(?:name|data_dir|init_from|init_parts\..*|checkpoint|interpolate_with|ckpt_path|output|output_dir|index|images"
+    r"|query|spice_jars|roots\..*|data\.(?:text|selection)|data\.records\.(?:images|classes)"
     r"|.*\.(?:root|shards|cache_dir|clip_score_model))"
 )
 _RANGE = r"\{\d+\.\.\d+\}"
@@ -83,9 +83,9 @@ def to_override(word: str) -> str:
     key, equals, value = word.partition("=")
     value = _HOME.sub(lambda found: os.path.expanduser(found[0]), value)
     word = f"{key}{equals}{value}"
-    if value.startswith("\\\\") and _TEXT.fullmatch(key):  # a share of Windows, not an escaped backslash
+    if value.startswith("\\\\") and _is_text(key):  # a share of Windows, not an escaped backslash
         return f"{key}={quote(value)}"
-    if "," in value and (_TEXT.fullmatch(key) or "/" in value) and os.path.lexists(value):  # no sweep over its parts
+    if "," in value and (_is_text(key) or "/" in value) and os.path.lexists(value):  # no sweep over its parts
         return f"{key}={quote(value)}"
     forms = [word, f"{key}={_PRIMITIVE.sub(_quote_primitive, value)}"]
     whole = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
@@ -94,7 +94,7 @@ def to_override(word: str) -> str:
     for form in forms:
         with suppress(HydraException):
             parsed = OverridesParser.create().parse_override(form).value()
-            if not _TEXT.fullmatch(key) or form == whole:
+            if not _is_text(key) or form == whole:
                 return form
             if _FLAT.fullmatch(value):  # a list or a sweep
                 values = form.partition("=")[2]
@@ -102,6 +102,12 @@ def to_override(word: str) -> str:
             other = isinstance(parsed, int | float) if key == "name" else type(parsed) in (int, float)
             return f"{key}={quote(value)}" if other or (key == "name" and parsed is None) else form
     return word
+
+
+def _is_text(key: str) -> bool:
+    """Whether its value is a text also where it looks like a number, such as a folder of a year."""
+    name = key.lstrip("+")
+    return _TEXT_KEYS.fullmatch(name) is not None or name in extensions.listed("text_keys")
 
 
 def _quote_primitive(found: re.Match[str]) -> str:

@@ -8,16 +8,13 @@ from torch import Tensor
 
 from coca_lit.losses.caption import caption_loss
 from coca_lit.losses.contrastive import contrastive_loss
-from coca_lit.losses.distillation import Teacher, distillation_loss
 from coca_lit.losses.siglip import siglip_loss
 from coca_lit.models import CoCaOutput
 
 __all__ = [
-    "Teacher",
     "caption_loss",
     "contrastive_loss",
     "contrastive_term",
-    "distillation_loss",
     "loss_terms",
     "siglip_loss",
 ]

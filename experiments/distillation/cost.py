@@ -23,7 +23,7 @@ SHORT, LONG = 20, 120  # steps
 TERM = "+model.objectives.teachers"
 WAYS = {
     "pairs alone": (),
-    "two teachers": (f"{TERM}._target_=coca_lit.training.distillation.Distillation", f"{TERM}.weight=0.7"),
+    "two teachers": (f"{TERM}._target_=coca_lit.projects.distillation.objective.Distillation", f"{TERM}.weight=0.7"),
 }
 
 

@@ -23,7 +23,7 @@ coca-caption "$data/*.tar" checkpoint="${teachers[0]}" output=$new/ generate.str
 coca-data teach $new --teachers "${teachers[@]}" --caption-keys original_caption generated_captions --views 4 --precision fp32 --num-workers 0
 
 distilled=(model.contrastive_weight=0.3
-  +model.objectives.teachers._target_=coca_lit.training.distillation.Distillation +model.objectives.teachers.weight=0.7)
+  +model.objectives.teachers._target_=coca_lit.projects.distillation.objective.Distillation +model.objectives.teachers.weight=0.7)
 old='data.caption_keys={original_caption: 1}' both='data.caption_keys={original_caption: 0.5, generated_captions: 0.5}'
 for seed in ${SEEDS:-0 1 2}; do
   for samples in ${SAMPLES:-3840 7680 15360}; do

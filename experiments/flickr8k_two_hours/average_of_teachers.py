@@ -13,9 +13,10 @@ from torch import Tensor
 from coca_lit import load_model
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import sum_over_ranks, world_size
-from coca_lit.losses import Teacher, distillation_loss, loss_terms
+from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa
 from coca_lit.models.coca import IGNORED_LABEL
+from coca_lit.projects.distillation.loss import Teacher, distillation_loss
 from coca_lit.training.objectives import Objective
 
 

@@ -5,7 +5,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,8 +22,8 @@ from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.sample import OWN_KINDS
 from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import MANIFEST, CacheSettings, Shard
-from coca_lit.data.shards.training import IndexedShards
-from coca_lit.data.transforms import RandomCrop
+from coca_lit.data.shards.training import IndexedShards, SampleStep, StepFactory
+from coca_lit.data.sources import TrainTransform
 from coca_lit.distributed import print_rank_zero, stable_seed
 from coca_lit.errors import DataError, check_number, whole_number
 
@@ -58,10 +58,8 @@ class LAIONDataModule(CaptionDataModule):
         cache_dir, cache_gb: folder and size of the cache of remote shards, shared by the processes of a machine.
         store_patience: seconds that an object store may be unreachable before the run stops, see
             `coca_lit.data.shards.remote.store`.
-        teachers: folder of what teachers say of the samples, see `coca_lit.data.shards.reinforced`; images are then
-            cropped as the teachers saw them. None for none.
-        further: see `CaptionDataModule`; or an option of another kind of input than images, which is then read in
-            place of images.
+        further: see `CaptionDataModule`; an option of another kind of input than images, which is then read in place
+            of images; or what the sample step of a project is made from, None for no step.
     """
 
     def __init__(
@@ -78,11 +76,12 @@ class LAIONDataModule(CaptionDataModule):
         cache_dir: str = "~/.cache/coca_lit/shards",
         cache_gb: float = 100,
         store_patience: float = 600.0,
-        teachers: str | None = None,
-        **further: Annotated[Any, LoaderArguments, extensions.INPUT_OPTIONS],
+        **further: Annotated[Any, LoaderArguments, extensions.INPUT_OPTIONS, extensions.SAMPLE_STEPS],
     ) -> None:
         options = {name: further.pop(name) for name in extensions.input_options() if name in further}
         self.reader = chosen_reader(options)
+        steps = {name: further.pop(name) for name in extensions.sample_steps() if name in further}
+        self.sample_steps = {name: value for name, value in steps.items() if value is not None}
         super().__init__(**further)
         window = whole_number("window", window)
         readers = whole_number("readers", readers)
@@ -92,11 +91,13 @@ class LAIONDataModule(CaptionDataModule):
         check_number("store_patience", store_patience, at_least=0)
         if epoch_samples is not None:
             epoch_samples = whole_number("epoch_samples", epoch_samples, at_least=1)
-        if self.reader is not IMAGES and teachers is not None:
-            kind = self.reader.kind
+        if len(self.sample_steps) > 1:
+            names = " and ".join(self.sample_steps)
+            raise ValueError(f"{names} each make the image to train on: leave one of them out")
+        if self.sample_steps and self.reader is not IMAGES:
+            name = next(iter(self.sample_steps))
             given = ", ".join(options)
-            raise ValueError(f"teachers see images and no {kind}s: leave out {given}, or teachers")
-        self.teachers = teachers
+            raise ValueError(f"{name} reads images and no {self.reader.kind}s: leave out {given}, or {name}")
         BadSamples(max_bad_fraction)  # checks the number here rather than in a worker
         keys = {caption_keys: 1.0} if isinstance(caption_keys, str) else caption_keys
         self.caption_keys = check_weights("caption_keys", keys)
@@ -289,25 +290,6 @@ class LAIONDataModule(CaptionDataModule):
 
     def training_examples(self) -> IndexedShards:
         transform = self.train_transform()
-        step = None
-        if self.teachers is not None:
-            from coca_lit.data.shards.reinforced import check_reinforced, reinforced_path, replayed
-
-            if not isinstance(transform, RandomCrop):
-                raise DataError("data.teachers has square crops: it does not work with images of any shape")
-            folder = Path(self.teachers)
-            files = dict[Path, str]()
-            step = partial(replayed, folder, transform.size)
-            for index in (index for source in self.sources for index in source.shards):
-                path = reinforced_path(index.shard.name, folder)
-                shard = index.shard.name
-                other = files.setdefault(path, shard)
-                if other != shard:
-                    raise DataError(
-                        f"data.teachers has one file for {other} and {shard}, which have the same file name: rename "
-                        "one of them, and repeat coca-data teach"
-                    )
-                check_reinforced(path, index.stamp.bytes, first=next(iter(files)))
         return IndexedShards(
             self.sources,
             transform,
@@ -316,10 +298,18 @@ class LAIONDataModule(CaptionDataModule):
             self.seed,
             self.max_bad_fraction,
             within_shard=self.windows is not None,
-            step=step,
+            step=self._sample_step(transform),
             captions=self.captions,
             reader=self.reader,
         )
+
+    def _sample_step(self, transform: TrainTransform) -> SampleStep | None:
+        """The step that a project takes with each sample; None for none."""
+        if not self.sample_steps:
+            return None
+        ((name, value),) = self.sample_steps.items()
+        make_step: StepFactory = extensions.load(extensions.sample_steps()[name].step)
+        return make_step(value, transform, [index for source in self.sources for index in source.shards])
 
     def indices_from(self, epoch: int, start: int) -> ShuffledBatches:
         steps = self.steps_per_epoch

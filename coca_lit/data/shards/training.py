@@ -17,6 +17,7 @@ from coca_lit.data.batch import Example
 from coca_lit.data.examples import Index, TrainingExamples
 from coca_lit.data.inputs import IMAGES, ImageReader
 from coca_lit.data.mixture import Source, draw
+from coca_lit.data.shards.index import TarIndex
 from coca_lit.data.shards.sample import pair_of
 from coca_lit.data.sources import TrainTransform
 from coca_lit.data.transforms import augmented
@@ -39,7 +40,11 @@ class Sample(NamedTuple):
 
 SampleStep = Callable[[Sample, random.Random], tuple[Images, dict[str, Any]]]
 """Makes of a sample the image to train on, in place of the transform, and what joins `Batch.extras`. An error that it
-raises ends the training.
+raises ends the training. Workers get a copy of it.
+"""
+StepFactory = Callable[[Any, TrainTransform, Sequence[TarIndex]], SampleStep]
+"""What a project declares in `[sample_steps]`: makes a step from the value of its argument, the transform that the step
+takes the place of, and the indexes of all shards. Raises `DataError` for what does not fit them.
 """
 
 
@@ -51,7 +56,7 @@ class IndexedShards(TrainingExamples):
     Args:
         within_shard: a bad sample is replaced by one of its shard, or of the next shard if that is lost or has given
             `SHARD_TRIES` bad ones, and not by one of the whole source.
-        step: in place of `transform`.
+        step: in place of `transform`, for images.
         captions: of each image, each drawn as the first one is.
         reader: of the images.
     """

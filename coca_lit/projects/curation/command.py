@@ -1,6 +1,4 @@
-"""`coca-data score`, `filter` and `dedup`: choosing samples of shards without copying them; `coca-data teach`: what
-teachers say of them.
-"""
+"""`coca-data score`, `filter` and `dedup`: choosing samples of shards without copying them."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -13,7 +11,6 @@ from coca_lit.tools.prepare.subcommand import (
     annotate,
     computation,
     data_parser,
-    positive,
     run_subcommand,
 )
 
@@ -34,10 +31,6 @@ Selects samples no two of which are near-duplicates, and writes their keys for d
 same perceptual hash (hash-distance=0), similar ones (hash-distance=3), or similar embeddings (cosine=0.95, after
 score --embeddings). The one with the most of `best` stays. against=FOLDER removes near-duplicates of other sets, too:
 of earlier data, or of the images of an evaluation."""
-TEACH = """\
-Embeds several crops and all captions of each sample with one or more teachers, for model.objectives: Distillation.
-Writes NAME.teachers.safetensors beside each NAME.tar; data.teachers=FOLDER reads them and replays the crops. An
-interrupted command resumes at the shard where it stopped."""
 SCORES = "folders of NAME.scores.parquet, or such files"
 
 
@@ -45,13 +38,6 @@ def score(words: Sequence[str]) -> None:
     """Runs `coca-data score …`."""
     parser, subcommands = data_parser()
     _add_score(subcommands)
-    run_subcommand(parser, words)
-
-
-def teach(words: Sequence[str]) -> None:
-    """Runs `coca-data teach …`."""
-    parser, subcommands = data_parser()
-    _add_teach(subcommands)
     run_subcommand(parser, words)
 
 
@@ -84,31 +70,6 @@ def _score(options: argparse.Namespace) -> None:
     asked = options.output, options.caption_key, options.embeddings, options.language
     judgement = Judgement(checkpoint, *asked, *computation(options))
     annotate(options, "scoring", "scores", judge_shard, claim_outputs, judgement)
-
-
-def _add_teach(subcommands: "Subcommands") -> None:
-    parser = subcommands.add_parser("teach", description=TEACH)
-    parser.add_argument("shards", nargs="+", help=SHARDS)
-    parser.add_argument(
-        "--teachers", nargs="+", action="extend", required=True, help="checkpoints as of score, CLIPs too"
-    )
-    parser.add_argument("--output", type=Path, help="folder for the embeddings (default: beside each shard)")
-    parser.add_argument("--caption-keys", nargs="+", action="extend", help="fields with captions (default: the .txt)")
-    parser.add_argument("--views", type=positive, default=4, help="crops of each image (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the crops (default: %(default)s)")
-    add_computation(parser, 32)
-    parser.add_engine()
-    parser.set_defaults(run=_teach)
-
-
-def _teach(options: argparse.Namespace) -> None:
-    from coca_lit.projects.curation.teach import Teaching, claim_outputs, teach_shard
-    from coca_lit.tools.checkpoint import chosen_checkpoint
-
-    teachers = tuple(chosen_checkpoint(name, offline=False) for name in options.teachers)
-    asked = options.output, tuple(options.caption_keys or ["txt"]), options.views, options.seed
-    teaching = Teaching(teachers, *asked, *computation(options))
-    annotate(options, "teaching", "embeddings", teach_shard, claim_outputs, teaching)
 
 
 def _add_filter(subcommands: "Subcommands") -> None:

@@ -95,8 +95,6 @@ def test_shards_of_clips_ask_for_frames(clips: dict[str, Path], tmp_path: Path) 
     shard(clips, tmp_path, *GOOD)
     with pytest.raises(DataError, match=r"set data\.frames"):
         data(tmp_path).prepare_data()
-    with pytest.raises(ValueError, match="teachers see images and no clips"):
-        data(tmp_path, frames=2, teachers="x")
 
 
 def test_records_for_evaluation(clips: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

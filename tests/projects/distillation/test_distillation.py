@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coca_lit.data.batch import Batch, Example, collate
-from coca_lit.data.shards.reinforced import as_extras, teachers_of
 from coca_lit.distributed import rank, world_size
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
-from coca_lit.losses import Teacher, contrastive_loss, distillation_loss, loss_terms
+from coca_lit.losses import contrastive_loss, loss_terms
 from coca_lit.models import create_model
-from coca_lit.training.distillation import Distillation
+from coca_lit.projects.distillation.loss import Teacher, distillation_loss
+from coca_lit.projects.distillation.objective import Distillation
+from coca_lit.projects.distillation.reinforced import as_extras, teachers_of
 from coca_lit.training.objectives import terms_of
 from coca_lit.training.optim import AdamW
 from helpers.steps import ENCODER, PAIRS, own_batch, trained_with

@@ -1,7 +1,9 @@
-"""Embeddings of fixed crops and of all captions by several teachers, see `coca_lit.data.shards.reinforced`.
+"""Embeddings of fixed crops and of all captions by several teachers, see `coca_lit.projects.distillation.reinforced`.
 
 Samples are read and decoded as a training does, once for all crops and teachers. A file is complete or absent, and a
 repeated command skips the shards that have one.
+
+Letters: V crops of an image, C captions, E width of a teacher's embeddings.
 """
 
 import random
@@ -12,13 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
 from coca_lit.data.bad_samples import BadSample, BadSamples
 from coca_lit.data.pixels import decode_pixels
 from coca_lit.data.prefetch import worker_errors, worker_options
 from coca_lit.data.shards.index import TarIndex
-from coca_lit.data.shards.reinforced import Reinforced, reinforced_path, write_reinforced
 from coca_lit.data.sources import as_tensor
 from coca_lit.data.transforms import Box, random_box, resized
 from coca_lit.distributed import stable_seed
@@ -27,6 +29,7 @@ from coca_lit.evals.inference import evaluating
 from coca_lit.files import claim, size_and_time
 from coca_lit.machine import best_device
 from coca_lit.models import DualEncoder
+from coca_lit.projects.distillation.reinforced import Reinforced, reinforced_path, write_reinforced
 from coca_lit.tools.prepare.annotate import (
     AnnotatedShard,
     ShardSamples,
@@ -43,10 +46,13 @@ class Teaching(NamedTuple):
 
     Args:
         teachers: checkpoints for `load_dual_encoder`, CLIPs too.
+        output: folder of the files; None writes them beside the shards.
         caption_keys: "txt", or fields of the samples' JSON that hold captions, all of which are embedded.
         views: crops of each image.
         seed: of the crops.
-        output, batch_size, num_workers, bf16: as of `Judgement`.
+        batch_size: samples at a time.
+        num_workers: processes that decode images; 0 decodes in this one.
+        bf16: whether the teachers compute in bfloat16.
     """
 
     teachers: tuple[str, ...]
@@ -79,29 +85,38 @@ def teach_shard(shard: Path, teaching: Teaching) -> AnnotatedShard:
     Raises:
         DataError: the file cannot be written or is made otherwise; or the shard is not what its manifest records.
     """
-    path = reinforced_path(str(shard), teaching.output or shard.parent)
-    stamp = dict(zip(("bytes", "modified"), size_and_time(shard), strict=True))
-    claim(path.parent / SETTINGS, _settings(teaching))  # again: a checkpoint may have changed since the command began
-    about = {**_settings(teaching), **stamp, "source": str(shard.resolve())}
+    folder = teaching.output or shard.parent
+    path = reinforced_path(str(shard), folder)
+    size, modified = size_and_time(shard)
+    stamp = {"bytes": size, "modified": modified}
+    settings = _settings(teaching)
+    claim(folder / SETTINGS, settings)  # again: a checkpoint may have changed since the command began
     if path.exists():
         known = Reinforced(path).about
-        if not _settings(teaching).items() <= known.items():
+        if not settings.items() <= known.items():
             raise DataError(f"{path} was made with other settings: choose another output, or remove it")
         if stamp.items() <= known.items():
             return AnnotatedShard(path, known["samples"], known["bad"], known["examples"], skipped=True)
         check_source(path, known, shard)
-    bad, models = BadSamples(1.0, quiet=True), _teachers(teaching)
+    models = _teachers(teaching)
     for model in models:
         model.to(best_device())
+    bad = BadSamples(1.0, quiet=True)
+    samples: list[_Sample] = []
     with worker_errors():
-        index = index_of(shard, path.parent, bad)
-        rows = [row for batch in _embedded(models, index, teaching, bad) for row in batch]
-    if not rows:
+        index = index_of(shard, folder, bad)
+        for batch in _embedded(models, index, teaching, bad):
+            samples += batch
+    if not samples:
         raise DataError(f"{shard} has no usable sample: {bad.summary()}")
-    scales = [float(model.logit_scale.detach().exp()) for model in models]
-    left_out: dict[str, Any] = {"bad": dict(bad.reasons), "examples": bad.examples()}
-    write_reinforced(path, _tensors(rows), {**about, "logit_scales": scales, "samples": len(rows), **left_out})
-    return AnnotatedShard(path, len(rows), **left_out, skipped=False)
+    about = settings | stamp
+    about["source"] = str(shard.resolve())
+    about["logit_scales"] = [float(model.logit_scale.detach().exp()) for model in models]
+    about["samples"] = len(samples)
+    about["bad"] = dict(bad.reasons)
+    about["examples"] = bad.examples()
+    write_reinforced(path, _tensors(samples), about)
+    return AnnotatedShard(path, len(samples), about["bad"], about["examples"], skipped=False)
 
 
 def _settings(teaching: Teaching) -> dict[str, Any]:
@@ -129,65 +144,73 @@ class _Sample(NamedTuple):
 
 
 def _cropped(
-    asked: Teaching, sizes: Sequence[int], key: str, content: bytes, captions: Mapping[str, Sequence[str]]
+    teaching: Teaching, sizes: Sequence[int], key: str, content: bytes, captions: Mapping[str, Sequence[str]]
 ) -> _Sample:
     """A sample, decoded once and cropped for every size that a teacher takes."""
     pixels = as_tensor(decode_pixels(content, "it"))
     height, width = pixels.shape[1:]
-    seeds = (stable_seed("crop", asked.seed, view, key) for view in range(asked.views))
-    boxes = [random_box(height, width, random.Random(seed)) for seed in seeds]
+    boxes = []
+    for view in range(teaching.views):
+        seed = stable_seed("crop", teaching.seed, view, key)
+        boxes.append(random_box(height, width, random.Random(seed)))
     crops = {size: torch.stack([resized(pixels, box, (size, size)) for box in boxes]) for size in sizes}
-    texts = dict.fromkeys(text for texts in captions.values() for text in texts)
-    return _Sample(key, [*texts], boxes, crops)
+    distinct = dict.fromkeys(text for texts in captions.values() for text in texts)
+    return _Sample(key, [*distinct], boxes, crops)
 
 
 def _embedded(
     models: Sequence[DualEncoder], index: TarIndex, teaching: Teaching, bad: BadSamples
 ) -> Iterator[list[_Sample]]:
+    """The usable samples of a shard, a batch at a time; adds the others to `bad`."""
     sizes = [int(model.preprocessing["size"]) for model in models]
-    samples = ShardSamples(index, teaching.caption_keys, partial(_cropped, teaching, sorted({*sizes})))
+    samples = ShardSamples(index, teaching.caption_keys, partial(_cropped, teaching, sorted(set(sizes))))
     options = worker_options(teaching.num_workers)
     for batch in DataLoader(samples, teaching.batch_size, collate_fn=list, **options):
-        good = [sample for sample in batch if isinstance(sample, _Sample)]
+        good: list[_Sample] = []
         for sample in batch:
             if isinstance(sample, BadSample):
                 bad.add(sample.reason, sample.shard, sample.key, sample.detail)
+            else:
+                good.append(sample)
         if not good:
             continue
-        captions, counts = [text for sample in good for text in sample.captions], [len(s.captions) for s in good]
-        images, texts = [], []
+        captions = [text for sample in good for text in sample.captions]
+        counts = [len(sample.captions) for sample in good]
+        images = []  # of each teacher, (V, E) of each sample
+        texts = []  # of each teacher, (C, E) of each sample
         for model, size in zip(models, sizes, strict=True):
-            pixels = torch.cat([sample.crops[size] for sample in good])  # (b · V, 3, size, size)
-            images.append(_embed(model, pixels).split(teaching.views))
+            crops = torch.cat([sample.crops[size] for sample in good])  # (samples · V, 3, size, size)
+            images.append(_embed(model, crops).split(teaching.views))
             texts.append(_embed(model, captions).split(counts))
-        yield [
-            sample._replace(crops={}, images=[of[i] for of in images], texts=[of[i] for of in texts])
-            for i, sample in enumerate(good)
-        ]
+        of_samples = zip(good, zip(*images, strict=True), zip(*texts, strict=True), strict=True)
+        yield [sample._replace(crops={}, images=views, texts=rows) for sample, views, rows in of_samples]
 
 
 @torch.inference_mode()
 def _embed(model: DualEncoder, inputs: Tensor | list[str]) -> Tensor:
     """(n, E) fp16 on the host, of pixels or of texts."""
     if isinstance(inputs, Tensor):
-        found: Tensor = evaluating(model, model.encode_image, inputs.to(model.device))
+        features: Tensor = evaluating(model, model.encode_image, inputs.to(model.device))
     else:
-        found = evaluating(model, model.encode_text, model.tokenizer.tokens_of(inputs).to(model.device))
-    return found.half().cpu()
+        tokens = model.tokenizer.tokens_of(inputs).to(model.device)
+        features = evaluating(model, model.encode_text, tokens)
+    return features.half().cpu()
 
 
-def _tensors(rows: Sequence[_Sample]) -> dict[str, Tensor]:
+def _tensors(samples: Sequence[_Sample]) -> dict[str, Tensor]:
     """As `write_reinforced` takes them; captions are padded to the most that a sample has."""
-    most = max(len(row.captions) for row in rows)
-    known = [[*map(stable_seed, row.captions)] for row in rows]
+    most = max(len(sample.captions) for sample in samples)
+    missing = [most - len(sample.captions) for sample in samples]
+    captions = []
+    for sample, absent in zip(samples, missing, strict=True):
+        captions.append([stable_seed(text) for text in sample.captions] + [0] * absent)
     tensors = {
-        "keys": torch.tensor([stable_seed(row.key) for row in rows]),
-        "captions": torch.tensor([seeds + [0] * (most - len(seeds)) for seeds in known]),
-        "boxes": torch.tensor([row.boxes for row in rows], dtype=torch.int32),
+        "keys": torch.tensor([stable_seed(sample.key) for sample in samples]),
+        "captions": torch.tensor(captions),
+        "boxes": torch.tensor([sample.boxes for sample in samples], dtype=torch.int32),
     }
-    for k in range(len(rows[0].images)):
-        tensors[f"images.{k}"] = torch.stack([row.images[k] for row in rows])
-        missing = [(0, 0, 0, most - len(row.captions)) for row in rows]
-        padded = [torch.nn.functional.pad(row.texts[k], pad) for row, pad in zip(rows, missing, strict=True)]
-        tensors[f"texts.{k}"] = torch.stack(padded)
+    for k in range(len(samples[0].images)):
+        texts = [pad(sample.texts[k], (0, 0, 0, absent)) for sample, absent in zip(samples, missing, strict=True)]
+        tensors[f"images.{k}"] = torch.stack([sample.images[k] for sample in samples])
+        tensors[f"texts.{k}"] = torch.stack(texts)
     return tensors

@@ -11,12 +11,12 @@ from torch import Tensor
 from coca_lit import save_model
 from coca_lit.data.pixels import decode_pixels
 from coca_lit.data.shards.laion import LAIONDataModule
-from coca_lit.data.shards.reinforced import Reinforced, teachers_of
 from coca_lit.data.sources import as_tensor
 from coca_lit.data.transforms import resized
 from coca_lit.errors import DataError
-from coca_lit.projects.curation import teach
-from coca_lit.projects.curation.teach import Teaching, claim_outputs, teach_shard
+from coca_lit.projects.distillation import teach
+from coca_lit.projects.distillation.reinforced import Reinforced, teachers_of
+from coca_lit.projects.distillation.teach import Teaching, claim_outputs, teach_shard
 from coca_lit.tools.prepare.command import data as coca_data
 from coca_lit.tools.prepare.scenes import write_shards
 from helpers.running import run
@@ -138,7 +138,7 @@ def test_finished_shards_are_skipped_and_changed_ones_done_again(shard, teachers
 
 def test_words_that_come_twice_name_all(shard, teachers, monkeypatch) -> None:
     asked: list[Teaching] = []
-    monkeypatch.setattr("coca_lit.projects.curation.command.annotate", lambda *given: asked.append(given[-1]))
+    monkeypatch.setattr("coca_lit.projects.distillation.command.annotate", lambda *given: asked.append(given[-1]))
     words = ["teach", str(shard.parent), *(f"teachers={teacher}" for teacher in teachers)]
     coca_data(words)
     coca_data([*words, "caption-keys=json", "caption-keys=txt"])
@@ -193,6 +193,6 @@ def test_from_the_command_to_the_training(shard, teachers, tmp_path: Path, capsy
         *("data=laion", f"data.shards={shard.parent}", f"data.teachers={shard.parent}", "data.epoch_samples=null"),
         *("data.batch_size=2", "data.num_workers=0", "trainer=cpu", "trainer.max_epochs=1", "evals=[]"),
         *("image_size=32", "model.warmup_steps=1", "ema=null"),
-        "+model.objectives.teach._target_=coca_lit.training.distillation.Distillation",
+        "+model.objectives.teach._target_=coca_lit.projects.distillation.objective.Distillation",
     )
     assert "train/distillation_loss" in capsys.readouterr().out

@@ -13,7 +13,7 @@ Of each of N usable samples it has V crops, C captions, and the embeddings of bo
 import json
 import random
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coca_lit.data.batch import Batch
-from coca_lit.data.shards.training import Sample
-from coca_lit.data.transforms import Box, resized
+from coca_lit.data.shards.index import TarIndex
+from coca_lit.data.shards.training import Sample, SampleStep
+from coca_lit.data.sources import TrainTransform
+from coca_lit.data.transforms import Box, RandomCrop, resized
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
 from coca_lit.files import replacing
-from coca_lit.losses.distillation import Teacher
+from coca_lit.projects.distillation.loss import Teacher
 from coca_lit.reading import parse_json
 
 SUFFIX = ".teachers.safetensors"
@@ -39,6 +41,10 @@ OPEN = 1024  # files that a process keeps mapped
 class Reinforced:
     """The file of one shard, mapped into memory.
 
+    Attributes:
+        about: what made it, and the "bytes" of the shard.
+        views: crops of each image.
+
     Raises:
         DataError: it is missing, or `coca-data teach` did not write it.
     """
@@ -46,22 +52,30 @@ class Reinforced:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            if not path.is_file():  # also a FIFO, which would block
-                raise ValueError("there is no such file")
-            self._file = safe_open(path, framework="pt")
-            self.about: dict[str, Any] = parse_json((self._file.metadata() or {})[ABOUT], str(path), dict)
-            self.scales = [float(scale) for scale in self.about["logit_scales"]]
-            self._keys: Tensor = self._file.get_tensor("keys")
-            sides = [f"{side}.{k}" for side in ("images", "texts") for k in range(len(self.scales))]
-            self._parts = {name: self._file.get_slice(name) for name in ("captions", "boxes", *sides)}
-            shapes = {name: part.get_shape() for name, part in self._parts.items()}
-            self.views = shapes["boxes"][1]
-            rows = {"boxes": [len(self._keys), self.views], "captions": [len(self._keys), *shapes["captions"][1:]]}
-            rows |= {name: rows["captions" if name.startswith("texts") else "boxes"] for name in sides}
-            if rows != {name: shape[:2] for name, shape in shapes.items()} or shapes["boxes"][2:] != [4]:
-                raise ValueError("the tensors do not fit each other")
+            self._open()
         except Exception as error:  # of safetensors, or of what it holds
             raise DataError(f"{path} holds no embeddings ({error}): write it with coca-data teach") from error
+
+    def _open(self) -> None:
+        if not self.path.is_file():  # also a FIFO, which would block
+            raise ValueError("there is no such file")
+        file = safe_open(self.path, framework="pt")
+        self.about: dict[str, Any] = parse_json((file.metadata() or {})[ABOUT], str(self.path), dict)
+        self._scales = [float(scale) for scale in self.about["logit_scales"]]
+        self._keys: Tensor = file.get_tensor("keys")
+        self._captions = file.get_slice("captions")
+        self._boxes = file.get_slice("boxes")
+        self._images = [file.get_slice(f"images.{k}") for k in range(len(self._scales))]
+        self._texts = [file.get_slice(f"texts.{k}") for k in range(len(self._scales))]
+        samples = len(self._keys)
+        self.views = self._boxes.get_shape()[1]
+        captions = self._captions.get_shape()[1]
+        fits = self._boxes.get_shape() == [samples, self.views, 4] and self._captions.get_shape() == [samples, captions]
+        for images, texts in zip(self._images, self._texts, strict=True):
+            fits = fits and images.get_shape()[:2] == [samples, self.views]
+            fits = fits and texts.get_shape()[:2] == [samples, captions]
+        if not fits:
+            raise ValueError("the tensors do not fit each other")
 
     def row(self, key: str) -> int:
         """Where the sample is; raises `DataError` if it is not there."""
@@ -72,11 +86,11 @@ class Reinforced:
         return row
 
     def box(self, row: int, view: int) -> Box:
-        return Box(*self._parts["boxes"][row, view].tolist())
+        return Box(*self._boxes[row, view].tolist())
 
     def teachers(self, row: int, view: int, caption: str) -> tuple[Teacher, ...]:
         """The embeddings (E,) of a crop and of a caption by each teacher; raises `DataError` for an unknown text."""
-        captions = self._parts["captions"][row].tolist()
+        captions = self._captions[row].tolist()
         try:
             place = captions.index(stable_seed(caption))
         except ValueError as error:
@@ -84,10 +98,9 @@ class Reinforced:
                 f"{self.path} has no embedding of the caption {caption[:80]!r}: name its field in --caption-keys of "
                 "coca-data teach"
             ) from error
-        images, texts = ([self._parts[f"{side}.{k}"] for k in range(len(self.scales))] for side in ("images", "texts"))
         return tuple(
-            Teacher(image[row, view], text[row, place], scale)
-            for image, text, scale in zip(images, texts, self.scales, strict=True)
+            Teacher(images[row, view], texts[row, place], scale)
+            for images, texts, scale in zip(self._images, self._texts, self._scales, strict=True)
         )
 
 
@@ -97,17 +110,45 @@ opened = lru_cache(maxsize=OPEN)(Reinforced)
 
 def reinforced_path(shard: str, folder: Path) -> Path:
     """Where the embeddings of a shard, a path or URL, are."""
-    return folder / f"{shard.rpartition('/')[2].removesuffix('.tar')}{SUFFIX}"
+    file_name = shard.rpartition("/")[2]
+    return folder / f"{file_name.removesuffix('.tar')}{SUFFIX}"
 
 
-def check_reinforced(path: Path, shard_bytes: int, first: Path) -> None:
-    """Raises `DataError` if there are no embeddings, or they were made from another version of the shard, or by other
-    teachers than those of the `first` file.
+# In training
+
+
+def replaying(folder: str, transform: TrainTransform, indexes: Sequence[TarIndex]) -> SampleStep:
+    """The sample step of `data.teachers`, see `replayed`.
+
+    Args:
+        folder: of the files.
+
+    Raises:
+        DataError: the model takes no square images; or there is no file of a shard, one of another version of it, one
+            for two shards, or one of other teachers than those of the first.
     """
-    about, other = opened(path).about, opened(first).about
+    if not isinstance(transform, RandomCrop):
+        raise DataError("data.teachers has square crops: it does not work with images of any shape")
+    shards: dict[Path, str] = {}  # by their file
+    for index in indexes:
+        shard = index.shard.name
+        path = reinforced_path(shard, Path(folder))
+        other = shards.setdefault(path, shard)
+        if other != shard:
+            raise DataError(
+                f"data.teachers has one file for {other} and {shard}, which have the same file name: rename one of "
+                "them, and repeat coca-data teach"
+            )
+        _check_file(path, index.stamp.bytes, first=next(iter(shards)))
+    return partial(replayed, Path(folder), transform.size)
+
+
+def _check_file(path: Path, shard_bytes: int, first: Path) -> None:
+    about = opened(path).about
+    of_first = opened(first).about
     if about.get("bytes") != shard_bytes:
         raise DataError(f"the shard of {path} has changed since: remove the file, and repeat coca-data teach")
-    if any(about.get(name) != other.get(name) for name in ("teachers", "precision")):
+    if any(about.get(name) != of_first.get(name) for name in ("teachers", "precision")):
         raise DataError(f"{first} and {path} are of other teachers: remove one of them, and repeat coca-data teach")
 
 
@@ -123,7 +164,8 @@ def replayed(folder: Path, size: int, sample: Sample, rng: random.Random) -> tup
         DataError: nothing is stored of that sample or caption.
     """
     file = opened(reinforced_path(sample.shard, folder))
-    row, view = file.row(sample.key), rng.randrange(file.views)
+    row = file.row(sample.key)
+    view = rng.randrange(file.views)
     crop = resized(sample.pixels, file.box(row, view), (size, size))
     return crop, as_extras(file.teachers(row, view, sample.caption))
 
@@ -139,11 +181,16 @@ def as_extras(teachers: Sequence[Teacher]) -> dict[str, Any]:
 
 def teachers_of(batch: Batch) -> list[Teacher]:
     """What teachers say of a batch, fp16; empty if there are none."""
-    scales = batch.extras.get("teachers.scales", [()])[0]
+    if "teachers.scales" not in batch.extras:
+        return []
+    scales = batch.extras["teachers.scales"][0]  # of any sample: they are equal
     return [
         Teacher(batch.extras[f"teachers.{k}.images"], batch.extras[f"teachers.{k}.texts"], scale)
         for k, scale in enumerate(scales)
     ]
+
+
+# In `coca-data teach`
 
 
 def write_reinforced(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -156,5 +203,6 @@ def write_reinforced(path: Path, tensors: Mapping[str, Tensor], about: Mapping[s
         DataError: nothing can be written there.
     """
     order = tensors["keys"].argsort()
+    in_order = {name: x[order].contiguous() for name, x in tensors.items()}
     with replacing(path) as temporary:
-        save_file({name: x[order].contiguous() for name, x in tensors.items()}, temporary, {ABOUT: json.dumps(about)})
+        save_file(in_order, temporary, {ABOUT: json.dumps(about)})

@@ -1,12 +1,12 @@
-"""Distillation from teachers whose embeddings are stored with the samples, see `coca_lit.data.shards.reinforced`."""
+"""The loss term of distillation, from teachers whose embeddings are stored with the samples."""
 
 from torch import Tensor
 
 from coca_lit.data.batch import Batch
-from coca_lit.data.shards.reinforced import teachers_of
 from coca_lit.errors import ConfigError
-from coca_lit.losses import distillation_loss
 from coca_lit.models import CoCa, CoCaOutput
+from coca_lit.projects.distillation.loss import distillation_loss
+from coca_lit.projects.distillation.reinforced import teachers_of
 from coca_lit.training.objectives import Objective
 
 

@@ -1,0 +1,1 @@
+"""Distillation from larger models whose embeddings are stored with the samples."""
