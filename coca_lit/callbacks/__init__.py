@@ -6,7 +6,8 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
-from coca_lit.callbacks.checkpoint import Averaging, Checkpoints, StepSeeds
+from coca_lit.callbacks.averaging import Averaging
+from coca_lit.callbacks.checkpoint import Checkpoints, StepSeeds
 from coca_lit.callbacks.guards import BadSampleLog, NonFiniteGuard, SameOnAllRanks
 from coca_lit.callbacks.loggers import LogRunFacts, MetricsLog
 from coca_lit.callbacks.progress import (

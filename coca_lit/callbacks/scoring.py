@@ -13,7 +13,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrize
 
-from coca_lit.callbacks.checkpoint import Checkpoints, scored_weights
+from coca_lit.callbacks.averaging import scored_weights
+from coca_lit.callbacks.checkpoint import Checkpoints
 from coca_lit.callbacks.loggers import log_pictures
 from coca_lit.callbacks.progress import not_timed
 from coca_lit.distributed import forked_rng, print_rank_zero
@@ -63,10 +64,17 @@ class ScoreDuringTraining(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for checkpoints in callbacks_of(trainer, Checkpoints):
-            if checkpoints.best is not None:
-                self.check_score("callbacks.checkpoint.best", checkpoints.best, at_end=False)
-            shared = {name: getattr(self.settings, name) for name in ("split", "images", "clip_score_model", "rerank")}
-            checkpoints.of = {"quick": self.quick, **shared, "generate": str(self.settings.generate)}
+            if checkpoints.best is None:
+                continue
+            self.check_score("callbacks.checkpoint.best", checkpoints.best.score, at_end=False)
+            checkpoints.best.of = {
+                "quick": self.quick,
+                "split": self.settings.split,
+                "images": self.settings.images,
+                "clip_score_model": self.settings.clip_score_model,
+                "rerank": self.settings.rerank,
+                "generate": str(self.settings.generate),
+            }
 
     def check_score(self, key: str, score: str, at_end: bool) -> None:
         """Raises `ConfigError`, which names `key`, for a score that no evaluation computes at the end or, unless
@@ -135,8 +143,11 @@ class ScoreDuringTraining(L.Callback):
         """Scores all images."""
         self._finished = True
         # To find the best checkpoint, the last weights are scored on the same few images as all weights before.
-        wanted = [c.best.partition("/")[0] for c in callbacks_of(trainer, Checkpoints) if c.best]
-        rivals = [e for name in wanted for e in self._named(name) if e.every]
+        rivals: list[Evaluation] = []
+        for checkpoints in callbacks_of(trainer, Checkpoints):
+            if checkpoints.best is not None:
+                name = checkpoints.best.score.partition("/")[0]
+                rivals += [evaluation for evaluation in self._named(name) if evaluation.every]
         few: dict[str, float] = {}
         with _scorable(pl_module) as net:
             for evaluation in rivals:  # first: the predictions of all images are to stay in the run folder
@@ -163,9 +174,9 @@ class ScoreDuringTraining(L.Callback):
             ConfigError: there is no such score, though all evaluations of that name were run.
         """
         for checkpoints in callbacks_of(trainer, Checkpoints):
-            best = checkpoints.best
-            if best is None:
+            if checkpoints.best is None:
                 continue
+            best = checkpoints.best.score
             name, _, measure = best.partition("/")
             named = [e for e in self._named(name) if e.every]
             keys = [f"{e.name_of(self.settings, self.quick)}/{measure}" for e in named]

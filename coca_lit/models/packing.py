@@ -69,10 +69,15 @@ class Layout:
         """`pack` for a grid that is on the host, and stays there."""
         return grid[self.mask] if self.packed else grid
 
+    def pack_to_device(self, grid: Tensor) -> Tensor:
+        """`pack` for a grid that is on the host, whose rows are wanted on the device."""
+        return to_device(self.pack_on_host(grid).contiguous(), self.device)
+
     def row_positions(self) -> Tensor:
         """The position of each row in its text, on the device: (N,) of packed rows, (L,) of a grid."""
-        grid = self.positions.expand(self.batch_size, -1)
-        return to_device(self.pack_on_host(grid) if self.packed else self.positions, self.device)
+        if not self.packed:
+            return to_device(self.positions, self.device)
+        return self.pack_to_device(self.positions.expand(self.batch_size, -1))
 
     def unpack(self, rows: Tensor) -> Tensor:
         """(N, …) -> (B, L, …) with zeros where there is no row; a grid is returned unchanged."""

@@ -167,27 +167,39 @@ class TextTower(Tower):
         packed: bool | None = None,
         max_length: int | None = None,
     ) -> tuple[Tensor, Tensor | None, Layout]:
-        lengths, device = lengths.cpu(), tokens.device
-        # Only a legacy CLS sees what stands at the first pad.
-        cls_at = lengths if self.cls_mask == "correct" else (lengths + 1).clamp(max=self.context_length)  # (B,)
-        layout = Layout(cls_at + contrastive, packed, max_length, device)
-        positions = layout.positions.expand(lengths.shape[0], -1)  # (B, L)
-        is_cls, mask = None, None
-        if contrastive:
-            is_cls = positions == cls_at[:, None]  # (B, L)
-            positions = positions.where(~is_cls, self.context_length)
-            if self.cls_mask == "legacy":
-                fills_context = lengths == self.context_length
-                mask = legacy_attention_mask(to_device(is_cls, device), to_device(fills_context, device))
-            is_cls = to_device(layout.pack_on_host(is_cls), device)
+        lengths = lengths.cpu()
+        cls_at = self._cls_positions(lengths)  # (B,)
+        rows = cls_at + 1 if contrastive else cls_at
+        layout = Layout(rows, packed, max_length, tokens.device)
         added = layout.max_length - tokens.shape[1]  # a negative padding cuts
-        tokens = F.pad(tokens, (0, added), value=self.pad_id)  # (B, L)
-        positions = to_device(layout.pack_on_host(positions).contiguous(), device)
-        x = self._embed(layout.pack(tokens), positions, is_cls)
-        for block in self.blocks:
-            x = run(block, x, mask, None, layout, recompute=self.training and self.grad_checkpointing == "blocks")
-        features = self.projection(self.norm(layout.gather_at(x, cls_at))) if contrastive else None
+        tokens = layout.pack(F.pad(tokens, (0, added), value=self.pad_id))  # (B, L), or (N,) packed
+        positions = layout.positions.expand(lengths.shape[0], -1)  # (B, L)
+        if not contrastive:
+            x = self._embed(tokens, layout.pack_to_device(positions))
+            return self._blocks(x, None, layout), None, layout
+        is_cls = positions == cls_at[:, None]  # (B, L)
+        positions = positions.where(~is_cls, self.context_length)
+        x = self._embed(tokens, layout.pack_to_device(positions), layout.pack_to_device(is_cls))
+        x = self._blocks(x, self._mask(is_cls, lengths, layout.device), layout)
+        features = self.projection(self.norm(layout.gather_at(x, cls_at)))
         return x, features, layout
+
+    def _cls_positions(self, lengths: Tensor) -> Tensor:
+        """Where CLS stands behind texts of these lengths (B,). Only a legacy CLS sees what stands at the first pad."""
+        return lengths if self.cls_mask == "correct" else (lengths + 1).clamp(max=self.context_length)
+
+    def _mask(self, is_cls: Tensor, lengths: Tensor, device: torch.device) -> Tensor | None:
+        """The attention mask on the device, see `legacy_attention_mask`; None for a causal one."""
+        if self.cls_mask == "correct":
+            return None
+        fills_context = lengths == self.context_length
+        return legacy_attention_mask(to_device(is_cls, device), to_device(fills_context, device))
+
+    def _blocks(self, x: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
+        recompute = self.training and self.grad_checkpointing == "blocks"
+        for block in self.blocks:
+            x = run(block, x, mask, None, layout, recompute=recompute)
+        return x
 
     def step(self, tokens: Tensor, caches: Sequence[Cache], mask: Tensor | None = None) -> Tensor:
         x = self._embed(tokens, torch.arange(tokens.shape[1], device=tokens.device) + caches[0].used)

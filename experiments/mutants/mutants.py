@@ -136,8 +136,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "models/text.py": [
         (
             "legacy_cls_position",
-            'cls_at = lengths if self.cls_mask == "correct" else (lengths + 1).clamp(max=self.context_length)',
-            "cls_at = lengths",
+            'return lengths if self.cls_mask == "correct" else (lengths + 1).clamp(max=self.context_length)',
+            "return lengths",
             "models/test_coca.py -k legacy",
         ),
         (

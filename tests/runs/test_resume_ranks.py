@@ -186,7 +186,7 @@ class Trouble(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         self.weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
         if rank() == self.on and trainer.global_step in self.hour:
-            trainer.callbacks[0].due_at -= 3600
+            trainer.callbacks[0].state.due_at -= 3600
 
 
 def troubled(folder: Path) -> tuple[list[torch.Tensor], dict[int, list[str]], str]:

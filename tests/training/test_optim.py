@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from coca_lit.callbacks.checkpoint import keep_settings
+from coca_lit.callbacks.resumed import keep_settings
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from coca_lit.callbacks import ScoreDuringTraining
-from coca_lit.callbacks.checkpoint import Averaging
+from coca_lit.callbacks.averaging import Averaging
 from coca_lit.cli.assembly import build, build_trainer
 from coca_lit.cli.module import build_module
 from coca_lit.data.batch import Batch
