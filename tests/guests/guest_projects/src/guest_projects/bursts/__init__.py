@@ -1,0 +1,1 @@
+"""A kind of input: several pages that become one picture."""

@@ -1,0 +1,1 @@
+"""An objective with parameters that is kept with the model."""

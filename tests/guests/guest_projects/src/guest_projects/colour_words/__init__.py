@@ -1,0 +1,1 @@
+"""An evaluation with its config and its score."""

@@ -1,0 +1,1 @@
+"""A text side, with its names in OpenCLIP's files."""
