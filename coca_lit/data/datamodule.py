@@ -24,7 +24,6 @@ from coca_lit.data.loader import (
 )
 from coca_lit.data.mixture import Source
 from coca_lit.data.records import Record, drawn, trainable
-from coca_lit.data.scenes.places import scene_place_records
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.sources import ImageSource, TrainTransform, Transform
 from coca_lit.data.transforms import RandomCrop, build_transform, random_box, whole, whole_box
@@ -406,15 +405,3 @@ class ScenesDataModule(RecordsDataModule):
             return self._scenes(split, size=self.image_size, count=count)
         except ValueError as error:
             raise DataError(f"built-in scenes: {error}") from error
-
-
-class ScenePlacesDataModule(ScenesDataModule):
-    """The built-in scenes with their captions, and with questions that give the box of a thing or ask for it, see
-    `scene_place_records`.
-    """
-
-    def __init__(self, **shared: Unpack[SceneArguments]) -> None:
-        super().__init__(**shared)
-        if self.cached_augmentations > 1:
-            raise ValueError("cached_augmentations must be 0 or 1 for places: mirror images would keep their boxes")
-        self._scenes = scene_place_records

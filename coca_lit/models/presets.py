@@ -16,19 +16,13 @@ from coca_lit.errors import check_names, suggest
 if TYPE_CHECKING:
     from coca_lit.models.coca import CoCa
 
-# The words of the built-in scenes, `coca_lit.data.scenes`: in captions, and in questions and answers about places as
-# well. The order is that of the token ids.
+# The words of captions of the built-in scenes, `coca_lit.data.scenes`. The order is that of the token ids.
 _SCENES = (
     "a above and at before below blue bottom by can circle column cross cyan down followed from go goes green "
     "has is it large left of on orange picture pink preceded purple reach read red right ring row see shows "
     "small square star starts that the then there to top triangle underneath we with yellow"
 )
-_QUESTIONS = "0 1 2 are circles colour crosses how many rings shape squares stars thing things triangles what where"
-_EDGES = " ".join(map(str, range(3, 33)))  # of boxes, in 32nds of the image
-VOCABULARIES = {
-    "scenes": _SCENES.split(),
-    "scenes_places": f"{_SCENES} {_QUESTIONS} {_EDGES}".split(),
-}
+VOCABULARIES = {"scenes": _SCENES.split()}
 
 # OpenCLIP's two released models. 12 text layers and 12 decoder layers are the defaults of `CoCa`.
 _B32: dict[str, Any] = {

@@ -32,8 +32,6 @@ NAMES = {
     "novel": "novel captions, %",
     "accuracy": "accuracy, %",
     "macro_accuracy": "mean accuracy over kinds, %",
-    "box_accuracy": "boxes right at IoU 0.5, %",
-    "name_accuracy": "things named right in a box, %",
     **{f"{fact}_{kind}": f"{kind} of {fact}s, %" for fact in FACTS for kind in ("precision", "recall")},
     "cut_captions": "captions that are cut, %",
     "read_tokens": "tokens that are read, %",
@@ -45,7 +43,6 @@ NAMES = {
 DATA_SETS = {  # names of evaluations -> names for readers, besides those that projects declare
     "scenes": "built-in scenes",
     "compositional": "built-in scenes, unseen combinations",
-    "scenes_places": "places in built-in scenes",
     "mscoco": "MSCOCO",
     "nocaps": "NoCaps",
     "flickr8k": "Flickr8k",

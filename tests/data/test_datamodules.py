@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from coca_lit.data.datamodule import (
-    CaptionDataModule,
-    RootDataModule,
-    ScenePlacesDataModule,
-    ScenesDataModule,
-)
+from coca_lit.data.datamodule import CaptionDataModule, RootDataModule, ScenesDataModule
 from coca_lit.data.datasets.captions import flickr_records, mscoco_records, nocaps_records
 from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.errors import DataError
@@ -122,13 +117,6 @@ def test_floats_without_a_fraction_are_whole_numbers(tmp_path):
     for name in ("batch_size", "train_count", "image_size"):
         with pytest.raises(ValueError, match=f"{name} must be a whole number"):
             ScenesDataModule(**{"tokenizer": TOKENIZER, **numbers, name: 1.5})
-
-
-def test_boxes_are_not_mirrored(tmp_path):
-    shared = {"tokenizer": TOKENIZER, "batch_size": 4, "cache_dir": str(tmp_path)}
-    ScenePlacesDataModule(cached_augmentations=1, **shared)
-    with pytest.raises(ValueError, match="cached_augmentations must be 0 or 1 for places"):
-        ScenePlacesDataModule(cached_augmentations=2, **shared)
 
 
 @pytest.mark.skipif(not FLICKR8K.is_dir(), reason="the shared Flickr8k is absent")

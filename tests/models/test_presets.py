@@ -5,7 +5,6 @@ from itertools import product
 import pytest
 import torch
 
-from coca_lit.data.scenes.places import BINS
 from coca_lit.data.scenes.render import AXES, COLOURS, SHAPES, WORDINGS
 from coca_lit.data.scenes.render import SIZES as THING_SIZES
 from coca_lit.models import create_model
@@ -15,22 +14,11 @@ from helpers.study import PROFILE, SIZES, SMALL, millions
 
 FRAMES = ((w.first + w.more).format(thing="", **phrases) for w, phrases in product(WORDINGS, AXES.values()))
 CAPTIONS = sorted({"a", *THING_SIZES, *COLOURS, *SHAPES, *" ".join(FRAMES).split()})
-PLURALS = {"crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
-ASKING = {"what", "colour", "shape", "is", "the", "thing", "things", "how", "many", "are", "there", "where"}
-ASKING |= {"0", "1", "2", "left", "right", "top", "bottom", *PLURALS}
-# Words of captions first, so that they keep the ids of the tokenizer "scenes".
-QUESTIONS = [*CAPTIONS, *sorted(ASKING - {*CAPTIONS})]
-SCENES = {
-    "": CAPTIONS,
-    "_places": [*QUESTIONS, *(edge for edge in map(str, range(BINS + 1)) if edge not in QUESTIONS)],
-}
 
 
-@pytest.mark.parametrize("kind", SCENES)
-def test_vocabulary_of_the_scenes(kind: str) -> None:
-    words = SCENES[kind]
-    assert VOCABULARIES[f"scenes{kind}"] == words
-    assert create_model("coca_tiny", tokenizer=f"scenes{kind}").tokenizer.spec == words
+def test_vocabulary_of_the_scenes() -> None:
+    assert VOCABULARIES["scenes"] == CAPTIONS
+    assert create_model("coca_tiny", tokenizer="scenes").tokenizer.spec == CAPTIONS
 
 
 def test_an_unknown_vocabulary_suggests_one() -> None:

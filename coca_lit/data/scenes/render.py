@@ -176,16 +176,6 @@ def render(number: int, size: int = 32, objects: int = 2) -> Image.Image:
     return image
 
 
-def boxes(number: int, size: int = 32) -> list[tuple[int, int, int, int]]:
-    """Left, top, right and bottom edge of each thing of a scene of two in pixels, in the order of the scene."""
-    found = []
-    for _, (x, y), mask in layout(number, size)[1]:
-        edges = zip(mask.getbbox() or (0, 0, 0, 0), (x, y, x, y), strict=True)
-        left, top, right, bottom = (min(max(edge + offset, 0), size) for edge, offset in edges)
-        found.append((left, top, right, bottom))
-    return found
-
-
 def layout(
     number: int, size: int, objects: int = 2
 ) -> tuple[tuple[int, ...], list[tuple[Thing, tuple[int, int], Image.Image]]]:

@@ -189,7 +189,7 @@ def test_zero_shot_scores_do_not_stand_beside_those_of_a_probe(tmp_path):
 
 
 def test_scores_of_classifiers_have_one_heading(tmp_path):
-    scores = {"x/accuracy": 0.7, "x/top5": 0.6, "x/macro_accuracy": 0.5, "x/box_accuracy": 0.4}
+    scores = {"x/accuracy": 0.7, "x/top5": 0.6, "x/macro_accuracy": 0.5, "x/colour_accuracy": 0.4}
     (table,) = score_tables(read_run(make_run(tmp_path / "run", scores)))
     assert len(table.rows) == len(scores)
 

@@ -10,7 +10,7 @@ from coca_lit.distributed import rank, world_size
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import contrastive_loss
 from coca_lit.models import CoCaOutput, create_model
-from coca_lit.training.caption_objectives import ContrastiveOfCaptions
+from coca_lit.projects.places.objective import ContrastiveOfCaptions
 from coca_lit.training.optim import AdamW
 from helpers.steps import ENCODER, PAIRS, own_batch, trained_with
 

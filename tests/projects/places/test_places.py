@@ -5,14 +5,53 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coca_lit.data.scenes.places import box_text, overlap, read_box, scene_place_questions, scene_place_records
-from coca_lit.data.scenes.render import boxes, captions, decode, render, scene_records
-from coca_lit.evals import places as evaluated
+from coca_lit.data.scenes.render import SHAPES, captions, decode, render, scene_records
 from coca_lit.evals.base import Settings
-from coca_lit.evals.places import PlaceScores, is_right
+from coca_lit.metrics import is_share
 from coca_lit.metrics.uncertainty import digest
 from coca_lit.models import create_model
+from coca_lit.models.presets import VOCABULARIES
+from coca_lit.projects.places import evaluation as evaluated
+from coca_lit.projects.places.boxes import BINS, box_text, overlap, read_box
+from coca_lit.projects.places.datamodule import ScenePlacesDataModule
+from coca_lit.projects.places.evaluation import PlaceScores, is_right
+from coca_lit.projects.places.scenes import (
+    VOCABULARY,
+    boxes_of_things,
+    scene_place_questions,
+    scene_place_records,
+)
+from coca_lit.runs.scores import cell, data_name, score_name
+from helpers.datamodules import TOKENIZER
 from helpers.running import TINY, run
+
+PLURALS = {"crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
+ASKING = {"what", "colour", "shape", "is", "the", "thing", "things", "how", "many", "are", "there", "where"}
+ASKING |= {"0", "1", "2", "left", "right", "top", "bottom", *PLURALS}
+
+
+def test_vocabulary_of_places() -> None:
+    """Words of captions first, so that they keep the ids of the tokenizer "scenes", then those of questions."""
+    of_captions = VOCABULARIES["scenes"]
+    words = [*of_captions, *sorted(ASKING - {*of_captions})]
+    words += [edge for edge in map(str, range(BINS + 1)) if edge not in words]
+    assert words == VOCABULARY
+    assert create_model("coca_tiny", tokenizer="scenes_places").tokenizer.spec == words
+
+
+def test_boxes_are_not_mirrored(tmp_path: Path) -> None:
+    shared = {"tokenizer": TOKENIZER, "batch_size": 4, "cache_dir": str(tmp_path)}
+    ScenePlacesDataModule(cached_augmentations=1, **shared)
+    with pytest.raises(ValueError, match="cached_augmentations must be 0 or 1 for places"):
+        ScenePlacesDataModule(cached_augmentations=2, **shared)
+
+
+def test_scores_are_printed_as_shares() -> None:
+    assert data_name("scenes_places") == "places in built-in scenes"
+    assert score_name("scenes_places/box_accuracy") == "boxes right at IoU 0.5, %"
+    for score in ("scenes_places/box_accuracy", "scenes_places/name_accuracy"):
+        assert is_share(score)
+        assert cell(score, 0.941) == "94.10"
 
 
 @pytest.mark.parametrize("size", [32, 48, 100])
@@ -20,7 +59,7 @@ def test_boxes_hold_all_that_is_drawn_and_no_more(size: int) -> None:
     for record in scene_records("val", size, 40):
         pixels = np.asarray(render(int(record.id), size)).astype(int)
         drawn = np.abs(pixels - pixels[0, 0]).max(-1) > 8  # but the faintest pixels of antialiased edges
-        for left, top, right, bottom in boxes(int(record.id), size):
+        for left, top, right, bottom in boxes_of_things(int(record.id), size):
             inside = drawn[top:bottom, left:right]
             assert all(edge.any() for edge in (inside[:2], inside[-2:], inside[:, :2], inside[:, -2:]))
             drawn[top:bottom, left:right] = False
@@ -34,7 +73,10 @@ def test_questions_ask_for_the_box_of_a_thing_and_for_the_thing_in_a_box() -> No
     assert [record.id for record in scene_place_questions("val", 32, 60)] == asked
     for record in records:
         number = int(str(record.id).partition("/")[0])
-        named = {f"a {' '.join(thing)}": box for thing, box in zip(decode(number).things, boxes(number), strict=True)}
+        named = {
+            f"a {' '.join(thing)}": box
+            for thing, box in zip(decode(number).things, boxes_of_things(number), strict=True)
+        }
         if record.domain == "where":
             assert read_box(record.captions[0]) == named[record.question.removeprefix("where is ")]
         elif record.domain == "what":

@@ -5,18 +5,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from coca_lit.data.records import Record
-from coca_lit.data.scenes.places import overlap, read_box
 from coca_lit.evals.answers import generate_answers
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.metrics.uncertainty import Ratios, Units
 from coca_lit.models import DualEncoder
+from coca_lit.projects.places.boxes import overlap, read_box
+from coca_lit.tokenizer import Tokenizer
 
 LEAST_OVERLAP = 0.5  # intersection over union of a box that counts as right
 
 
 class PlaceScores(Evaluation):
     """The share of boxes that overlap the true one by at least `LEAST_OVERLAP`, and of things in a box that are named
-    in the same words, see `coca_lit.data.scenes.places`.
+    in the same words, see `coca_lit.projects.places.boxes`.
 
     Args:
         records: questions; an answer with a box is asked for one.
@@ -29,19 +30,29 @@ class PlaceScores(Evaluation):
         if model.decoder is None:
             self.not_run[f"{self.name} places"] = "the model has no decoder, so it writes no answers"
             return {}
-        boxes = [record.captions[0] for record in records if read_box(record.captions[0])]
-        if any(read_box(model.tokenizer.decode(model.tokenizer.encode(box))) != read_box(box) for box in {*boxes}):
+        if not all(can_write(model.tokenizer, record.captions[0]) for record in records if asks_for_box(record)):
             self.not_run[f"{self.name} boxes"] = "the tokenizer takes boxes apart: train with a vocabulary of words"
-            records = [record for record in records if read_box(record.captions[0]) is None]
+            records = [record for record in records if not asks_for_box(record)]
         if not records:
             return {}
         answers = generate_answers(model, records, settings.batch_size, settings.workers, settings.generate or {})
         right = np.array([is_right(answers[record.id], record.captions[0]) for record in records])
-        asks_box = np.array([read_box(record.captions[0]) is not None for record in records])
+        of_box = np.array([asks_for_box(record) for record in records])
         units = Units(record.image_key for record in records)
-        kinds = zip(self.score_names, (asks_box, ~asks_box), strict=True)
-        shares = Ratios({score: units.mean(right, rows) for score, rows in kinds if rows.any()})
-        return self.resample([records[i].id for i in units.first], shares, settings)
+        shares = {}
+        for score, rows in (("box_accuracy", of_box), ("name_accuracy", ~of_box)):
+            if rows.any():
+                shares[score] = units.mean(right, rows)
+        return self.resample([records[i].id for i in units.first], Ratios(shares), settings)
+
+
+def asks_for_box(record: Record) -> bool:
+    return read_box(record.captions[0]) is not None
+
+
+def can_write(tokenizer: Tokenizer, box: str) -> bool:
+    """Whether tokens keep the box of a text."""
+    return read_box(tokenizer.decode(tokenizer.encode(box))) == read_box(box)
 
 
 def is_right(answer: str, truth: str) -> bool:
