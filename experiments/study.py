@@ -248,12 +248,17 @@ def mean_std(values: Sequence[float]) -> str:
 def with_about(
     header: Sequence[str], lines: Sequence[Sequence[str]], rows: Sequence[Row], command: str | None = None
 ) -> str:
-    """A table, and below it the command (default: of the first row) and where all rows were measured."""
+    """A table, and below it the command (default: of the first row) and where all rows were measured: up to three
+    commits, else two and the number of others, which the CSV names.
+    """
 
     def all_of(column: str) -> str:
         return ", ".join(dict.fromkeys(row[column] for row in rows))
 
-    about = f"at commit {all_of('commit')}, torch {all_of('torch')}, {all_of('machine')}."
+    commits = list(dict.fromkeys(row["commit"] for row in rows))
+    more = f" and {len(commits) - 2} others" if len(commits) > 3 else ""
+    named = ", ".join(commits[:2] if more else commits) + more
+    about = f"at commit {named}, torch {all_of('torch')}, {all_of('machine')}."
     return f"{markdown(Table('', header, lines))}\n\n`{command or rows[0]['command']}` {about}"
 
 

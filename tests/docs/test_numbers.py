@@ -127,7 +127,7 @@ CLAIMS = [
         cells("negative", "CIDEr", "few pairs: alone", "few pairs: both", "few pairs: texts first"),
     ),
     Claim(
-        (STUDIES, "contrastive_reranking"),
+        (STUDIES, "decoder_reranking"),
         r"self-critical training from (\S+) to (\S+) \(two|CIDEr on photos from (\S+) to (\S+) \(two",
         tuple(
             Cell("contrastive_reranking/flickr8k", "CIDEr | two hours, SCST | 8 beams", f"weight {w}")
