@@ -16,6 +16,7 @@ DEFAULT = "0.5"  # weight in coca-evaluate
 SHOWN = ("0.0", "0.1", "0.2", "0.3", "0.5", "0.7", "1.0")  # of the weights, in tables
 COUNT = "16"  # candidates where weights are compared
 RECALLS = {f"{way}_recall@{k}": f"{arrow} R@{k}" for k in (1, 5) for way, arrow in (("t2i", "t→i"), ("i2t", "i→t"))}
+FIRST = {score: title for score, title in RECALLS.items() if score.endswith("@1")}
 ACCURACIES = {"accuracy": "all"} | {f"{kind}_accuracy": kind for kind in ("order", "colour", "shape")}
 
 COSTS = {"pairs": ("pairs read", ",.0f"), "times": ("CPU time", ".1f")}  # column: title, format
@@ -25,8 +26,8 @@ def tables() -> dict[str, str]:
     found = {}
     for name, keys, rows, costs, scores in (
         ("", {"count": "candidates"}, _read(), COSTS, RECALLS),
-        ("/views", {"count": "views"}, _of("views"), {"times": COSTS["times"]}, RECALLS),
-        ("/weights", {"weight": "weight"}, _shown(_compared()), {}, RECALLS),
+        ("/views", {"count": "views"}, _of("views"), {"times": COSTS["times"]}, FIRST),
+        ("/weights", {"weight": "weight"}, _shown(_compared()), {}, FIRST),
         ("/choices", {"way": "decoder", "weight": "weight"}, _shown(_choices()), {}, ACCURACIES),
     ):
         if rows:
