@@ -16,7 +16,7 @@ FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
 READS_CONFIGS = {"runs/redaction.py", "runs/resume.py", "runs/run_folder.py", "tools/engines.py"}
 PLAIN = [
     *("coca_lit", "coca_lit.losses", "coca_lit.training.optim", "coca_lit.tokenizer", "coca_lit.distributed"),
-    *("coca_lit.data.transforms", "coca_lit.progress", "coca_lit.training.self_critical"),
+    *("coca_lit.data.transforms", "coca_lit.progress", "coca_lit.training.objectives"),
     *(
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for folder in ("models", "weights", "metrics", "evals", "inference", "data")

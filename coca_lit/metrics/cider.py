@@ -1,4 +1,4 @@
-"""CIDEr-D of single captions, fast enough to be a reward: what does not change is computed once.
+"""CIDEr-D of single captions, fast enough for every step of a training: what does not change is computed once.
 
 The formula of Vedantam et al. 2015 (arXiv 1411.5726) as pycocoevalcap computes it, to 1e-6 on the same tokens:
 cosine of tf-idf vectors of n-grams, n = 1 … 4, with counts clipped to the reference's and a Gaussian penalty of
@@ -20,7 +20,6 @@ SIGMA = 6.0  # of the length penalty
 AT_ONCE = 50  # resamples whose weights are in memory: about 1 MB each for 5,000 images
 KEPT = 8_000  # images whose vectors are kept: about 50 KB each
 
-END = "<end>"  # as a word of captions and references it rewards captions that are finished
 # The Penn Treebank's words without punctuation: clitics are words, hyphens stay, numbers keep their points.
 WORDS = re.compile(r"[^\W_]+?(?=n't\b)|n't|'(?:s|m|d|re|ve|ll)\b|[^\W_]+(?:[-.,:/][^\W_]+)*")
 

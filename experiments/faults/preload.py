@@ -10,8 +10,8 @@ from coca_lit.cli.train import run  # noqa: F401
 from coca_lit.data.shards import laion  # noqa: F401
 from coca_lit.evals import retrieval  # noqa: F401
 from coca_lit.models import create_model
+from coca_lit.projects.rewards import self_critical  # noqa: F401
 from coca_lit.tools import report  # noqa: F401
-from coca_lit.training import self_critical  # noqa: F401
 
 THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # processes are forked from this one, and a pool of threads would not be there

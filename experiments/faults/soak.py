@@ -59,7 +59,8 @@ SETS = ("a", "b")  # folders of shards, of the sources of a mixture
 PARTS: dict[str, tuple[str, ...]] = {
     "texts": ("data.text={work}/texts.txt", "data.text_every=3"),
     "rewards": (
-        "model.objectives.a={{_target_: coca_lit.training.self_critical.SelfCritical, samples: 2, max_length: 6}}",
+        "model.objectives.a={{_target_: coca_lit.projects.rewards.self_critical.SelfCritical, "
+        "samples: 2, max_length: 6}}",
         "model.net.dropout=0",
     ),
     "LoRA": ("lora.rank=2", "lora.parts=[text]"),

@@ -90,21 +90,6 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("caption_ignored", "real = targets != IGNORED_LABEL", "real = targets != 0", "losses/test_losses.py"),
         ("caption_smoothing", "p.sub_(smoothing / len(vocabulary))", "p.sub_(smoothing)", "losses/test_losses.py"),
     ],
-    "training/self_critical.py": [
-        ("policy_baseline", " * (samples / (samples - 1))", "", "training/test_policy.py"),
-        (
-            "policy_sign",
-            "advantages.repeat_interleave(lengths)",
-            "-advantages.repeat_interleave(lengths)",
-            "training/test_policy.py",
-        ),
-        (
-            "forced_end",
-            "lengths = lengths.where(lengths < self._most(net), lengths - 1)",
-            "lengths = lengths.clone()",
-            "training/test_self_critical.py::test_gradient_equals_captions_one_by_one",
-        ),
-    ],
     "losses/gradients.py": [
         (
             "outer_gradient",
@@ -394,6 +379,21 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "random.integers(units, size",
             "random.integers(max(units - 1, 1), size",
             "metrics/test_uncertainty.py -k often",
+        ),
+    ],
+    "projects/rewards/self_critical.py": [
+        ("policy_baseline", " * (samples / (samples - 1))", "", "projects/rewards/test_policy.py"),
+        (
+            "policy_sign",
+            "advantages.repeat_interleave(lengths)",
+            "-advantages.repeat_interleave(lengths)",
+            "projects/rewards/test_policy.py",
+        ),
+        (
+            "forced_end",
+            "lengths = lengths.where(lengths < self._longest(net), lengths - 1)",
+            "lengths = lengths.clone()",
+            "projects/rewards/test_self_critical.py::test_gradient_equals_captions_one_by_one",
         ),
     ],
     "projects/choice/evaluation.py": [

@@ -12,7 +12,7 @@ from coca_lit.data.scenes.render import render, scene_records
 from coca_lit.errors import ConfigError, DataError
 from helpers.running import TINY, compose, results, run, without_java
 
-FINETUNED = ("finetune_mscoco_keep", "finetune_mscoco", "scst_flickr8k")
+FINETUNED = ("finetune_mscoco_keep", "finetune_mscoco")
 
 
 @pytest.fixture

@@ -202,7 +202,6 @@ def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
     [
         ("pretrain_coca2_naflex_b32", NAFLEX),
         ("flickr8k_frozen", FEW_PHOTOS),
-        ("scst_flickr8k", FEW_PHOTOS),
     ],
 )
 def test_any_experiment_runs_on_scenes(

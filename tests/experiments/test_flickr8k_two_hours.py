@@ -20,9 +20,10 @@ from coca_lit.errors import ConfigError
 from coca_lit.evals import Settings
 from coca_lit.evals.inference import embed_pairs
 from coca_lit.evals.retrieval import RetrievalScores
-from coca_lit.metrics.cider import END, CiderD
+from coca_lit.metrics.cider import CiderD
 from coca_lit.models import CoCa
 from coca_lit.models.coca import IGNORED_LABEL
+from coca_lit.projects.rewards.self_critical import END, SelfCritical
 from coca_lit.tokenizer import get_tokenizer, split_words
 from coca_lit.weights.load import save_model
 from experiments import study
@@ -60,6 +61,7 @@ def test_the_reward_is_the_weighted_sum_of_its_parts() -> None:
 def test_the_configuration_names_it_and_a_misspelt_weight_is_refused() -> None:
     small = ("experiment=scst_mscoco", "data=scenes", "init_from=null", "image_size=32", "model.net.name=coca_tiny")
     objective = build_module(compose(*small, f"{MIXED}, bleu: 0}}")).objectives["self_critical"]
+    assert isinstance(objective, SelfCritical)
     objective.read({"dogs": ["a dog runs", "the brown dog"], "boys": ["two boys"]})
     words = {"dogs": [["a", "dog", "runs", END], ["the", "brown", "dog", END]], "boys": [["two", "boys", END]]}
     assert objective._reward("dogs", [["a", "dog", END]]) == MixedReward(words, bleu=0)("dogs", [["a", "dog", END]])

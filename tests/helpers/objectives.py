@@ -1,4 +1,4 @@
-"""An objective with parameters and a buffer, which is kept with the model, and one with a pass of its own."""
+"""Objectives: one that is kept with the model, one with a pass of its own, and one that draws numbers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from coca_lit.data.batch import Batch
 from coca_lit.data.records import Record
+from coca_lit.errors import ConfigError
 from coca_lit.evals import Evaluation, Settings
 from coca_lit.evals.inference import rows_of
 from coca_lit.models import CoCa, CoCaOutput, create_model, register_objective
@@ -42,6 +43,32 @@ class WordsOfImages(Objective):
         targets = torch.zeros_like(logits).scatter_(1, batch.tokens, 1.0)
         targets[:, net.tokenizer.pad_id] = 0
         return {"words": -(F.log_softmax(logits, dim=1) * targets).sum(dim=1).mean()}
+
+
+class DrawnTargets(Objective):
+    """In the place of the caption loss: the decoder's states come near to numbers that are drawn at every step. It
+    reads all captions first, and works with the whole network alone.
+    """
+
+    needs = CAPTION
+    replaces = ("caption",)
+    works_with_micro_batches = False
+    works_sharded = False
+    is_counted = False
+
+    def __init__(self) -> None:
+        super().__init__(drawn=1.0)
+
+    def take_data(self, data: Any) -> None:
+        if not hasattr(data, "training_captions"):
+            raise ConfigError(f"{self.config_key} needs all captions, and {type(data).__name__} does not list them")
+        self.captions = data.training_captions()
+
+    def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, Tensor]:
+        assert set(batch.keys) <= self.captions.keys()
+        target = torch.randn(out.hidden.shape[1])
+        self.measures = {"target": target.sum().item()}
+        return {"drawn": (out.hidden - target.to(out.hidden.device)).square().mean()}
 
 
 class LikeliestWords(Evaluation):

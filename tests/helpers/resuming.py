@@ -66,7 +66,7 @@ def train(
     return process.exitcode
 
 
-TIMES = ("samples/s", "train/data_wait", "train/scoring_share")  # are never the same
+TIMES = ("samples/s", "train/data_wait")  # are never the same
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -123,6 +123,22 @@ def test_label_smoothing_equals_pytorch(chunk: int | None) -> None:
     torch.testing.assert_close(found, value_and_gradients(plain, *inputs), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [None, 1, 3, 100])
+def test_weighted_tokens_equal_a_loop(chunk: int | None) -> None:
+    torch.manual_seed(0)
+    hidden, vocabulary = torch.randn(10, 8, requires_grad=True), torch.randn(7, 8, requires_grad=True)
+    labels = torch.tensor([1, 6, 2, 5, 0, 3, 4, -100, 1, 2])
+    weights = torch.tensor([0.5, 0.5, 0.5, -0.5, 2.0, 2.0, -2.0, -2.0, -2.0, -2.0])
+    found = caption_loss(hidden, vocabulary, labels, torch.tensor(4), chunk, weights=weights)
+    gradients = torch.autograd.grad(3 * found, (hidden, vocabulary))
+    expected = torch.zeros(())
+    for state, label, weight in zip(hidden, labels.tolist(), weights.tolist(), strict=True):
+        if label >= 0:
+            expected = expected - weight * (state @ vocabulary.T).log_softmax(0)[label] / 4
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients, torch.autograd.grad(3 * expected, (hidden, vocabulary)))
+
+
 def test_siglip_loss_equals_open_clip() -> None:
     torch.manual_seed(0)
     inputs = (unit(6, 8), unit(6, 8), torch.tensor([10.0]), torch.tensor([-10.0]))

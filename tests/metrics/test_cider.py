@@ -1,4 +1,4 @@
-"""The reward against pycocoevalcap, its words against the Penn Treebank's."""
+"""CIDEr-D of single captions against pycocoevalcap, its words against the Penn Treebank's."""
 
 import math
 import random

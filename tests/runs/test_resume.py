@@ -55,10 +55,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 BY_STEPS = ("scoring.every_n_steps=2", "callbacks.checkpoint.best=scenes/t2i_median_rank", "scoring.quick=3")
-# Every third batch is one of texts: its row has no loss of pairs, and no reward.
-TEXTS_AND_REWARDS = (
-    *("data.text={texts}", "data.text_every=3", "model.net.dropout=0"),
-    "model.objectives.rewards={_target_: coca_lit.training.self_critical.SelfCritical, samples: 2, max_length: 6}",
+# Every third batch is one of texts: its row has no loss of pairs, and no measure of the objective.
+TEXTS_AND_OBJECTIVE = (
+    *("data.text={texts}", "data.text_every=3"),
+    "model.objectives.drawn={_target_: helpers.objectives.DrawnTargets}",
 )
 ACCUMULATION = ("trainer.accumulate_grad_batches=2", "model.caption_weight=0")
 EMA_AND_ACCUMULATION = ("ema=0.9", *ACCUMULATION)
@@ -69,7 +69,7 @@ OF_ANY_SHAPE = (*NAFLEX, "data.batch_size=2", *ACCUMULATION)  # batches of two a
     ("data", "workers", "extra"),
     [
         ("indexed", 2, EMA_AND_ACCUMULATION),
-        *slow(("map", 0, (*BY_STEPS, *TEXTS_AND_REWARDS)), ("patches", 2, OF_ANY_SHAPE)),
+        *slow(("map", 0, (*BY_STEPS, *TEXTS_AND_OBJECTIVE)), ("patches", 2, OF_ANY_SHAPE)),
     ],
 )
 def test_killed_twice_in_an_epoch(
@@ -77,7 +77,7 @@ def test_killed_twice_in_an_epoch(
 ) -> None:
     """Batch 3 is within an accumulation of two, 5 after the validation within the epoch, 12 the very last, of texts."""
     source = MAP if data == "map" else request.getfixturevalue("shards")
-    texts = tmp_path / "texts.txt"  # of TEXTS_AND_REWARDS
+    texts = tmp_path / "texts.txt"  # of TEXTS_AND_OBJECTIVE
     texts.write_text("".join(f"{record.captions[0]}\n" for record in scene_records("val", count=5)))
     extra = tuple(word.replace("{texts}", str(texts)) for word in extra)
     overrides = (*source, f"data.num_workers={workers}", "callbacks.checkpoint.every_n_steps=1", *extra)
@@ -87,11 +87,11 @@ def test_killed_twice_in_an_epoch(
     assert train(tmp_path / "killed", *overrides) == 0
     assert_same(tmp_path / "whole", tmp_path / "killed")
     if data == "map":
-        steps = [row for row in rows(tmp_path / "whole") if row["train/text_loss"] or row["train/policy_loss"]]
+        steps = [row for row in rows(tmp_path / "whole") if row["train/text_loss"] or row["train/drawn_loss"]]
         of_texts = [bool(row["train/text_loss"]) for row in steps]
         assert of_texts == [False, False, True] * (len(steps) // 3)
         for row, text in zip(steps, of_texts, strict=True):
-            assert [bool(row[f"train/{name}"]) for name in ("policy_loss", "reward", "contrastive_loss")] == [
+            assert [bool(row[f"train/{name}"]) for name in ("drawn_loss", "target", "contrastive_loss")] == [
                 not text
             ] * 3
 

@@ -12,9 +12,9 @@ from coca_lit.data.datamodule import ScenesDataModule
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, CoCaOutput, create_model
-from coca_lit.training.objectives import Captions, Function, Objective, Texts
+from coca_lit.training.objectives import Captions, Function, Objective, Texts, terms_of
 from coca_lit.training.optim import AdamW
-from helpers.objectives import OwnCaptions, check_means
+from helpers.objectives import DrawnTargets, OwnCaptions, check_means
 
 OPTIMIZER = AdamW(lr=1e-3)
 
@@ -148,6 +148,17 @@ def test_measures_of_terms_of_the_shared_pass_are_logged(scenes: Batch, monkeypa
     monkeypatch.setattr(module, "is_logged", lambda: True)
     module.training_step(scenes, 0)
     assert logged["train/gap"] == 7.0
+
+
+def test_a_loss_that_another_replaces_is_not_trained_but_validated(net: CoCa, scenes: Batch) -> None:
+    drawn = DrawnTargets()
+    drawn.captions = dict.fromkeys(scenes.keys)
+    module = CoCaLit(net, OPTIMIZER, objectives={"drawn": drawn})
+    terms = {}
+    for stage in (True, False):
+        module.train(stage)
+        terms[stage] = set(terms_of(net, module.objectives_of(scenes), scenes).values)
+    assert terms == {True: {"contrastive", "drawn"}, False: {"contrastive", "caption"}}
 
 
 class OfMine(Objective):

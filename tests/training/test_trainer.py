@@ -37,8 +37,8 @@ TINY = (
     *("trainer=smoke", "trainer.precision=32-true", "model.net.name=coca_tiny", "image_size=32", "evals=[]"),
     "model.freeze=[image_encoder]",
 )
-SCST = "+model.objectives.self_critical._target_=coca_lit.training.self_critical.SelfCritical"
 OWN_PASS = "+model.objectives.a._target_=helpers.objectives.OwnCaptions"
+DRAWN = "+model.objectives.drawn._target_=helpers.objectives.DrawnTargets"
 CHOICES = {
     SHARDED: ("trainer.strategy={_target_: coca_lit.training.sharding.FullySharded}",),
     MICRO_BATCHES: ("trainer.micro_batch_size=4",),
@@ -142,13 +142,12 @@ def test_averages_that_would_miss_scores_and_checkpoints_are_refused(tmp_path: P
         build_trainer(cfg, ScoreDuringTraining([], Settings(tmp_path)))
 
 
-def test_self_critical_training_needs_whole_weights(tmp_path: Path) -> None:
-    cfg = compose(*TINY, SCST, f"output_dir={tmp_path}")
-    assert cfg.model.net.get("dropout", 0) == 0
+def test_an_objective_says_what_it_needs_of_weights_and_data(tmp_path: Path) -> None:
+    cfg = compose(*TINY, DRAWN, f"output_dir={tmp_path}")
     module, trainer = build_module(cfg), build_trainer(cfg, ScoreDuringTraining([], Settings(tmp_path)))
     found = features(trainer, module.net, module.every_objective, None, texts=False)
-    assert found[NEEDS_WHOLE_WEIGHTS] == "model.objectives.self_critical"
-    with pytest.raises(ConfigError, match=r"self_critical .*LightningDataModule .*training_captions"):
+    assert found[NEEDS_WHOLE_WEIGHTS] == "model.objectives.drawn"
+    with pytest.raises(ConfigError, match=r"drawn .*LightningDataModule"):
         prepare(trainer, module, L.LightningDataModule())
-    with pytest.raises(ConfigError, match=r"trainer=fsdp .*model\.objectives\.self_critical"):
+    with pytest.raises(ConfigError, match=r"trainer=fsdp .*model\.objectives\.drawn"):
         check_together(found | {SHARDED: "trainer=fsdp"})

@@ -119,7 +119,7 @@ class LAIONDataModule(CaptionDataModule):
 
     def training_captions(self) -> dict[str, tuple[str, ...]]:
         raise DataError(
-            "`vocabulary` and rewards of captions need all captions, which shards do not list: train on records"
+            "shards do not list all captions, which `vocabulary` needs, and some objectives: train on records"
         )
 
     def drawn_records(self, count: int) -> list[Record]:

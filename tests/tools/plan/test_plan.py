@@ -307,8 +307,8 @@ def test_the_plan_of_an_experiment_is_printed_and_leaves_nothing_behind(
         ([OWN_PASS], "model.objectives.mine"),
         (["+model.objectives.mine=null"], None),
         (
-            ["+model.objectives.rewards._target_=coca_lit.training.self_critical.SelfCritical"],
-            "model.objectives.rewards",
+            ["+model.objectives.drawn._target_=helpers.objectives.DrawnTargets"],
+            "model.objectives.drawn",
         ),
     ],
 )

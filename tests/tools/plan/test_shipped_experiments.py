@@ -23,7 +23,7 @@ def test_the_others_need_no_gpu(name: str) -> None:
 
 
 # They train the networks of others with as much memory or less.
-SMALLER = {"clip_b32", "finetune_mscoco", "finetune_mscoco_keep", "finetune_snli_ve", "scst_mscoco"}
+SMALLER = {"clip_b32", "finetune_mscoco", "finetune_mscoco_keep", "finetune_snli_ve"}
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Two ranks that hold the same, on a simulated NCCL, which refuses tensors of the host."""
+"""What two ranks tell each other, on a simulated NCCL."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -6,65 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from simulated_gpu import DeviceTensor, SimulatedGpu
-from torch import Tensor
-from torch.nn.functional import normalize
+from simulated_gpu import SimulatedGpu
+from two_ranks import GPU, answer_as_two_ranks, features
 
 from coca_lit import distributed
 from coca_lit.callbacks import NonFiniteGuard, SamplesSeen
 from coca_lit.data.batch import Batch
 from coca_lit.losses import caption_loss, contrastive_loss, siglip_loss
-from coca_lit.training.self_critical import policy_loss
-
-GPU = torch.device("cuda", 0)
-
-
-def check(*tensors: Tensor) -> None:
-    for x in tensors:
-        if not isinstance(x, DeviceTensor):
-            raise RuntimeError("No backend type associated with device type cpu")
-
-
-def all_reduce(x: Tensor, op: Any = dist.ReduceOp.SUM, **_: Any) -> None:
-    check(x)
-    if op == dist.ReduceOp.SUM:
-        x.mul_(2)
-
-
-def all_gather(out: Tensor, x: Tensor, **_: Any) -> SimpleNamespace:
-    check(out, x)
-    out.copy_(torch.cat([x, x]).view_as(out))
-    return SimpleNamespace(wait=lambda: None)
-
-
-def reduce_scatter(out: Tensor, x: Tensor, **_: Any) -> None:
-    check(out, x)
-    out.copy_(2 * x[: len(out)])
 
 
 @pytest.fixture(autouse=True)
 def nccl(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    answers: dict[str, Any] = {"is_initialized": True, "get_world_size": 2, "get_rank": 0, "get_backend": "nccl"}
-    for name, answer in answers.items():
-        monkeypatch.setattr(dist, name, lambda *_, _answer=answer: _answer)
-    collectives = {
-        "all_reduce": all_reduce,
-        "all_gather_into_tensor": all_gather,
-        "reduce_scatter_tensor": reduce_scatter,
-        "all_gather_single": all_gather,  # their names from PyTorch 2.13 on
-        "reduce_scatter_single": reduce_scatter,
-    }
-    for name, function in collectives.items():
-        monkeypatch.setattr(dist, name, function, raising=False)
-    for name in ("all_gather", "reduce_scatter", "broadcast", "all_gather_object", "broadcast_object_list"):
-        monkeypatch.setattr(dist, name, None)  # not to be called
+    answer_as_two_ranks(monkeypatch)
     with SimulatedGpu():
         yield
-
-
-def features(*shape: int) -> Tensor:
-    return normalize(torch.randn(*shape), dim=-1).to(GPU).requires_grad_()
 
 
 def test_samples_are_counted_before_the_first_batch_and_after_it() -> None:
@@ -98,12 +53,14 @@ def test_flags_are_known_a_step_later() -> None:
 def test_losses() -> None:
     scale = torch.ones(1).to(GPU).requires_grad_()
     hidden, vocabulary, labels = features(6, 8), features(11, 8), torch.arange(6).to(GPU)
+    weights = torch.tensor([0.5, 0.5, -0.5, -0.5, -0.5, -0.5]).to(GPU)
+    count = distributed.sum_over_ranks(torch.full((), 2, device=GPU))
     terms = [
         contrastive_loss(features(4, 8), features(4, 8), scale),
         siglip_loss(features(4, 8), features(4, 8), scale, torch.zeros(1).to(GPU).requires_grad_()),
         caption_loss(hidden, vocabulary, labels),
         caption_loss(features(12, 8), features(11, 8), torch.arange(12).to(GPU) % 11, chunk=5),
-        policy_loss(hidden, vocabulary, labels, torch.tensor([2, 4]).to(GPU), torch.tensor([0.5, -0.5]).to(GPU)),
+        caption_loss(hidden, vocabulary, labels, count, weights=weights),
     ]
     torch.stack(terms).sum().backward()
     assert all(term.isfinite() for term in terms)

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coca_lit.distributed import rank, world_size
-from coca_lit.losses import caption_loss
-from coca_lit.training.self_critical import leave_one_out, policy_loss
+from coca_lit.projects.rewards.self_critical import leave_one_out, policy_loss
 
 LENGTHS = torch.tensor([3, 1, 2, 4])  # tokens of four captions
 ADVANTAGES = torch.tensor([0.5, -0.5, 2.0, -2.0])
@@ -35,21 +34,6 @@ def test_policy_loss_of_two_captions_by_hand() -> None:
     lengths, advantages = torch.tensor([1, 1]), torch.tensor([3.0, -3.0])
     policy_loss(torch.eye(2), weight, torch.tensor([0, 1]), lengths, advantages).backward()
     torch.testing.assert_close(weight.grad.T, torch.tensor([[-0.5 * 3, 0.5 * 3], [-0.5 * 3, 0.5 * 3]]) / 2)
-
-
-@pytest.mark.parametrize("chunk", [None, 1, 3, 100])
-def test_weighted_tokens_equal_a_loop(chunk: int | None) -> None:
-    hidden, vocabulary, labels = (x.requires_grad_(x.is_floating_point()) for x in states())
-    weights = ADVANTAGES.repeat_interleave(LENGTHS)
-    found = caption_loss(hidden, vocabulary, labels, torch.tensor(4), chunk, weights=weights)
-    gradients = torch.autograd.grad(3 * found, (hidden, vocabulary))
-    rows, expected = iter(range(10)), torch.zeros(())
-    for length, advantage in zip(LENGTHS.tolist(), ADVANTAGES.tolist(), strict=True):
-        for i in [next(rows) for _ in range(length)]:
-            if labels[i] >= 0:
-                expected = expected - advantage * (hidden[i] @ vocabulary.T).log_softmax(0)[labels[i]] / 4
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(gradients, torch.autograd.grad(3 * expected, (hidden, vocabulary)))
 
 
 def test_gradient_is_that_of_the_expected_reward() -> None:

@@ -3,24 +3,29 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning.pytorch as L
 import pytest
 import torch
 from torch import Tensor
 
+from coca_lit.cli import command
+from coca_lit.cli.module import build_module, with_start
 from coca_lit.data.batch import Batch
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import build_transform
 from coca_lit.distributed import rank, world_size
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
-from coca_lit.metrics.cider import END, CiderD
+from coca_lit.metrics.cider import CiderD
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.coca import CAPTION
-from coca_lit.training import self_critical
+from coca_lit.projects.rewards import self_critical
+from coca_lit.projects.rewards.self_critical import END, SelfCritical
 from coca_lit.training.objectives import terms_of
 from coca_lit.training.optim import AdamW
-from coca_lit.training.self_critical import SelfCritical
-from helpers.running import logged, run
+from coca_lit.training.trainer import NEEDS_WHOLE_WEIGHTS, SHARDED, check_together, features
+from helpers.running import compose, logged, run
+from helpers.scored_runs import check_experiment_on_scenes
 
 RECORDS = scene_records("train", count=8)
 REFERENCES = {str(record.id): record.captions for record in RECORDS}
@@ -44,7 +49,7 @@ class Scripted(SelfCritical):
         rows = []
         for i in range(rank() * 4 // world_size(), (rank() + 1) * 4 // world_size()):
             texts = (REFERENCES[KEYS[i]][0], "a small green circle")
-            rows.append(net.tokenizer(list(texts))[:, : self._most(net)])
+            rows.append(net.tokenizer(list(texts))[:, : self._longest(net)])
         ids = torch.stack(rows)
         if rank() == world_size() - 1:
             ids[-1] = torch.where(ids[-1] == net.tokenizer.pad_id, 5, ids[-1]).where(ids[-1] != 2, 5)
@@ -123,7 +128,7 @@ def test_a_mirror_image_is_rewarded_as_the_image_itself() -> None:
 
     class Side(SelfCritical):
         def _draw(self, net: CoCa, images: Tensor) -> Tensor:
-            return net.tokenizer([said[side], "a small green circle"])[None, :, : self._most(net)]
+            return net.tokenizer([said[side], "a small green circle"])[None, :, : self._longest(net)]
 
     net, found = network(), {}
     for side, answers in (
@@ -241,3 +246,41 @@ def test_a_run_logs_its_rewards_and_goes_on_with_the_same_bits(tmp_path: Path) -
 def test_what_does_not_go_together_is_refused(model: dict, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CoCaLit(create_model("coca_tiny", **model), AdamW(lr=0.1), objectives={"rewards": SelfCritical(**options)})
+
+
+def test_all_captions_and_whole_weights_are_needed() -> None:
+    objective = SelfCritical()
+    objective.config_key = "model.objectives.mine"
+    with pytest.raises(ConfigError, match=r"mine .*LightningDataModule .*training_captions"):
+        objective.take_data(L.LightningDataModule())
+    trainer = SimpleNamespace(strategy=None, precision="32-true", callbacks=[], accumulate_grad_batches=1)
+    found = features(trainer, network(), [objective], None, texts=False)
+    assert found[NEEDS_WHOLE_WEIGHTS] == "model.objectives.mine"
+    with pytest.raises(ConfigError, match=r"trainer=fsdp .*model\.objectives\.mine"):
+        check_together(found | {SHARDED: "trainer=fsdp"})
+
+
+def test_a_plan_does_not_count_it() -> None:
+    cfg = command.compose("plan", ["experiment=scst_mscoco", "init_from=null", "model.net.name=coca_tiny"])
+    (objective,) = build_module(cfg).further
+    assert not objective.is_counted
+
+
+def test_the_experiment_asks_for_a_model() -> None:
+    with pytest.raises(ConfigError, match="init_from=null"):
+        with_start(compose("experiment=scst_flickr8k"))
+    for said in ("init_from=null", "trainer=smoke"):
+        assert with_start(compose("experiment=scst_flickr8k", said)).init_from is None
+    assert with_start(compose("experiment=scst_flickr8k", "init_from=x")).init_from == "x"
+
+
+# An untrained encoder of the experiment, in place of the tiny one, and little text.
+FEW_PHOTOS = (
+    *("init_parts.image_encoder=null", "+model.net.image_encoder_args={}", "data.train_count=8", "data.batch_size=8"),
+    *("model.net.text_width=96", "model.net.text_heads=4"),
+)
+
+
+@pytest.mark.slow
+def test_the_experiment_runs_on_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_experiment_on_scenes(monkeypatch, tmp_path, "scst_flickr8k", *FEW_PHOTOS)

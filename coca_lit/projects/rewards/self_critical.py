@@ -18,13 +18,14 @@ from coca_lit.data.feature_cache import swap_sides
 from coca_lit.distributed import sum_over_ranks
 from coca_lit.errors import ConfigError
 from coca_lit.losses.caption import caption_loss
-from coca_lit.metrics.cider import END, CiderD, fast_words
+from coca_lit.metrics.cider import CiderD, fast_words
 from coca_lit.models import CoCa, CoCaOutput
 from coca_lit.models.coca import CAPTION, IGNORED_LABEL
 from coca_lit.models.generation.decode import caption_lengths
 from coca_lit.models.generation.options import DEFAULT_MAX_LENGTH
 from coca_lit.training.objectives import Objective
 
+END = "<end>"  # a word of captions that are finished, and of references
 # Scores of several captions of an image, from its sample key and their words
 Reward = Callable[[Hashable, Sequence[Sequence[str]]], Sequence[float]]
 
@@ -59,10 +60,13 @@ class SelfCritical(Objective):
             raise ValueError(f"samples must be at least 2, as a sample's baseline is the mean of the others: {samples}")
         if max_length < 3:
             raise ValueError(f"max_length must be at least 3 (start, one token, end), got {max_length}")
-        self.samples, self.max_length, self._build_reward = samples, max_length, reward
+        self.samples = samples
+        self.max_length = max_length
+        self._build_reward = reward
         self._reward: Reward | None = None
         self._references: Mapping[str, Sequence[str]] = {}
-        self._previous: tuple[float, float] | None = None  # when the previous call began, and seconds of its scoring
+        self._previous_start: float | None = None  # when the previous call began
+        self._previous_scoring = 0.0  # seconds that its scoring took
 
     def build(self, net: CoCa) -> None:
         if net.decoder is None:
@@ -82,15 +86,17 @@ class SelfCritical(Objective):
         if batch.prefix_lengths is not None:
             raise ConfigError(f"{self.config_key} samples captions without a question, and these data have questions")
         assert out.encoded is not None
-        policy, self.measures = self.policy(net, out.encoded, batch.keys, batch.extras.get("captions", ()))
-        return {"policy": policy}
+        captions = batch.extras.get("captions", ())
+        loss, self.measures = self.policy(net, out.encoded, batch.keys, captions)
+        return {"policy": loss}
 
     def read(self, references: Mapping[str, Sequence[str]]) -> None:
         """Takes the references of all training images, by sample key; CIDEr-D counts its document frequencies there."""
         words: dict[Hashable, list[list[str]]] = {
             key: [[*fast_words(text), END] for text in texts] for key, texts in references.items()
         }
-        self._reward, self._references = self._build_reward(words), references
+        self._reward = self._build_reward(words)
+        self._references = references
 
     def policy(
         self, net: CoCa, images: Any, keys: Sequence[str], answers: Sequence[Sequence[str]] = ()
@@ -103,17 +109,17 @@ class SelfCritical(Objective):
             keys: of the images, for their references.
             answers: the texts of each image; they tell a mirror image of `feature_cache` from the image itself.
         """
-        began = time.perf_counter()
+        start = time.perf_counter()
         ids = self._draw(net, images)  # (B, K, L)
-        scoring = time.perf_counter()
+        scoring_start = time.perf_counter()
         rewards = self._rewards(net, ids, keys, answers)  # (B, K)
-        seconds = time.perf_counter() - scoring
+        scoring = time.perf_counter() - scoring_start
         advantages = leave_one_out(rewards).to(images.device)
 
         tokens = ids.flatten(0, 1)  # (B · K, L)
         image_tokens = net.encode_image_tokens(images).repeat_interleave(self.samples, dim=0)  # (B · K, Q, E)
         lengths = caption_lengths(tokens, net.tokenizer.eot_id).cpu()
-        lengths = lengths.where(lengths < self._most(net), lengths - 1)  # a forced end was not sampled
+        lengths = lengths.where(lengths < self._longest(net), lengths - 1)  # a forced end was not sampled
         out = net.captions_of(image_tokens, tokens, lengths)
         assert out.hidden is not None
         assert out.vocabulary is not None
@@ -121,38 +127,46 @@ class SelfCritical(Objective):
         labels = out.labels
         if net.tokenizer.unk_id is not None:  # of captions that the model has written they are words like any other
             labels = labels.masked_fill(labels == IGNORED_LABEL, net.tokenizer.unk_id)
-        loss = policy_loss(out.hidden, out.vocabulary, labels, (lengths - 1).to(images.device), advantages.flatten())
+        predicted = (lengths - 1).to(images.device)  # all but the start token
+        loss = policy_loss(out.hidden, out.vocabulary, labels, predicted, advantages.flatten())
+
         measures = {"reward": float(rewards.mean()), "advantage": float(advantages.abs().mean())}
-        if self._previous is not None:
-            before, scored = self._previous
-            measures["scoring_share"] = scored / (began - before)
-        self._previous = (began, seconds)
+        if self._previous_start is not None:
+            measures["scoring_share"] = self._previous_scoring / (start - self._previous_start)
+        self._previous_start = start
+        self._previous_scoring = scoring
         return loss, measures
 
     def _draw(self, net: CoCa, images: Any) -> Tensor:
         with torch.compiler.set_stance("force_eager"):  # a growing cache has a new shape at every token
             ids = net.generate(
-                images.detach(), strategy="sample", num_captions=self.samples, max_length=self._most(net)
+                images.detach(), strategy="sample", num_captions=self.samples, max_length=self._longest(net)
             )
         torch.clear_autocast_cache()  # up to PyTorch 2.10 it has casts without a graph, which training would take
         return ids
 
-    def _most(self, net: CoCa) -> int:
+    def _longest(self, net: CoCa) -> int:
+        """Most tokens of a caption."""
         return min(self.max_length, net.tokenizer.context_length)
 
     def _rewards(self, net: CoCa, ids: Tensor, keys: Sequence[str], answers: Sequence[Sequence[str]]) -> Tensor:
         assert self._reward is not None, "read() comes first"
-        tokenizer, most, rows = net.tokenizer, self._most(net), ids.tolist()
+        last = self._longest(net) - 1
+        texts_of_images = answers or [()] * len(ids)
         rewards = []
-        for key, samples, texts in zip(keys, rows, answers or [()] * len(rows), strict=True):
-            own = self._references.get(key, ())
-            mirrored = [*texts] != [*own] and [*texts] == [*map(swap_sides, own)]
+        for key, samples, texts in zip(keys, ids.tolist(), texts_of_images, strict=True):
+            references = self._references.get(key, ())
+            mirrored_references = [swap_sides(text) for text in references]
+            is_mirrored = list(texts) != list(references) and list(texts) == mirrored_references
             captions = []
             for sample in samples:
-                finished = sample.index(tokenizer.eot_id) < most - 1
-                text = tokenizer.decode(sample)
-                text = swap_sides(text) if mirrored else text  # the references are of the image itself
-                captions.append([*fast_words(text), *([END] if finished else [])])
+                text = net.tokenizer.decode(sample)
+                if is_mirrored:  # the references are of the image itself
+                    text = swap_sides(text)
+                words = fast_words(text)
+                if sample.index(net.tokenizer.eot_id) < last:
+                    words.append(END)
+                captions.append(words)
             rewards.append(self._reward(key, captions))
         return torch.tensor(rewards)
 
