@@ -395,6 +395,7 @@ def test_errors_that_pass_are_waited_for():
 
 def test_other_errors_are_raised_at_once():
     import aiohttp
+    from botocore import exceptions as boto
 
     for error in (
         *(s3_error(code, 403) for code in ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")),
@@ -403,6 +404,7 @@ def test_other_errors_are_raised_at_once():
             PermissionError("said"),
             ValueError("bucket name"),
         ),
+        *(boto.NoCredentialsError(), boto.PartialCredentialsError(provider="env", cred_var="AWS_SECRET_ACCESS_KEY")),
     ):
         assert isinstance(asked(error, 600), object_store.DeniedError)
     assert isinstance(asked(FileNotFoundError("x.tar"), 600), DataNotFoundError)

@@ -40,6 +40,7 @@ PATIENCE = 600.0  # seconds
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between two attempts
 SILENCE = 10.0  # seconds without a byte until the first attempt is given up; twice as long at each further one
 PASSING = (408, 409, 425, 429)  # HTTP statuses below 500 after which a request may be repeated
+WITHOUT_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")  # classes of botocore, which s3fs brings
 _used: dict[int, Any] = {}  # kept: a forked worker that collects them would close the connections of its parent
 _jitter = random.SystemRandom()  # thousands of workers must not all come back in the same second
 _ON_HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/(?:pr|convert)/[^/]+|[^/]+))?(/.*)?", re.DOTALL)
@@ -232,7 +233,8 @@ def _final(url: str, error: Exception, patience: float) -> Exception | None:
     if isinstance(error, FileNotFoundError) or status == 404:
         return _missing(url, patience)
     refused = 400 <= status < 500 and status not in PASSING
-    if refused or isinstance(error, PermissionError | ValueError):
+    without_credentials = type(error).__name__ in WITHOUT_CREDENTIALS
+    if refused or without_credentials or isinstance(error, PermissionError | ValueError):
         return DeniedError(f"{url} cannot be read: check the address and the credentials ({_reason(error)})")
     passes = isinstance(error, OSError | EOFError) or type(error).__module__ != "builtins"
     return None if passes else error
