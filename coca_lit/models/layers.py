@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_lit.models import kernels
-from coca_lit.models.packing import Cache, Layout
+from coca_lit.models.packing import KVCache, Layout
 
 KeysValues = tuple[Tensor, Tensor]  # each (B, H, S, D/H)
 
@@ -24,7 +24,7 @@ class SelfAttention(nn.Module):
         self.out = kernels.Linear(width, width)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None, layout: Layout | None = None
+        self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layout: Layout | None = None
     ) -> Tensor:
         """x (B, T, D), or rows packed as `layout` says, -> the same shape. Causal unless a boolean `mask`
         (B or 1, 1, T or 1, keys), True where attention is allowed, says otherwise.
@@ -36,7 +36,7 @@ class SelfAttention(nn.Module):
         return self.out(attend_cached(q, k, v, cache, mask))
 
 
-def attend_cached(q: Tensor, k: Tensor, v: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
     """Attention of new positions, each of q, k, v (R, H, t, D/H), to themselves and those in the cache: (R, t, D)."""
     k, v = cache.append(k, v)
     # One new position sees everything before it; several are the start of a text, with the usual triangle.
@@ -136,7 +136,7 @@ class SelfBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None, layout: Layout | None = None
+        self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layout: Layout | None = None
     ) -> Tensor:
         x = x + self.dropout(self.attention(self.norm_1(x), mask, cache, layout))
         return x + self.dropout(self.mlp(self.norm_2(x)))

@@ -177,28 +177,3 @@ class KVCache:
             _, _, heads, _, width = self._keys_values.shape
             self._keys_values = written.new_empty(2, len(rows), heads, self.max_length, width)
         self._keys_values[:, :, :, : self.used] = written
-
-    def storage(self) -> Tensor:
-        """Keys and values (2, R, H, max_length, D/H) of all positions, 0 for those to come."""
-        assert self._keys_values is not None
-        self._keys_values[:, :, :, self.used :] = 0
-        return self._keys_values
-
-
-class StaticKVCache:
-    """A cache whose shapes do not depend on how many positions are written: `append` returns all, and a mask must hide
-    the rest.
-    """
-
-    def __init__(self, keys_values: Tensor, used: Tensor) -> None:
-        self.keys_values = keys_values  # (2, R, H, max_length, D/H)
-        self.used = used  # (1,)
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes (R, H, 1, D/H) at position `used`."""
-        self.keys_values[0].index_copy_(2, self.used, keys)
-        self.keys_values[1].index_copy_(2, self.used, values)
-        return self.keys_values[0], self.keys_values[1]
-
-
-Cache = KVCache | StaticKVCache

@@ -13,7 +13,7 @@ from coca_lit.errors import check_number
 from coca_lit.models import kernels
 from coca_lit.models.init import init_blocks, init_projection
 from coca_lit.models.layers import CrossBlock, KeysValues, SelfBlock, by_image, normalize_once
-from coca_lit.models.packing import Cache, Layout, to_device
+from coca_lit.models.packing import KVCache, Layout, to_device
 from coca_lit.models.registry import TEXT_TOWERS, build_from
 from coca_lit.models.trainable import GradCheckpointing, run
 
@@ -101,7 +101,7 @@ class Tower(nn.Module, ABC):
         """
 
     @abstractmethod
-    def step(self, tokens: Tensor, caches: Sequence[Cache], mask: Tensor | None = None) -> Tensor:
+    def step(self, tokens: Tensor, caches: Sequence[KVCache], mask: Tensor | None = None) -> Tensor:
         """States (R, t, D) of the next tokens (R, t) of texts whose beginnings are in the caches, one per block."""
 
     @property
@@ -201,7 +201,7 @@ class TextTower(Tower):
             x = run(block, x, mask, None, layout, recompute=recompute)
         return x
 
-    def step(self, tokens: Tensor, caches: Sequence[Cache], mask: Tensor | None = None) -> Tensor:
+    def step(self, tokens: Tensor, caches: Sequence[KVCache], mask: Tensor | None = None) -> Tensor:
         x = self._embed(tokens, torch.arange(tokens.shape[1], device=tokens.device) + caches[0].used)
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, mask, cache)
@@ -287,7 +287,7 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def step(
-        self, states: Tensor, keys_values: list[KeysValues], caches: Sequence[Cache], mask: Tensor | None = None
+        self, states: Tensor, keys_values: list[KeysValues], caches: Sequence[KVCache], mask: Tensor | None = None
     ) -> Tensor:
         """Hidden states (R, t, D) of the next token states (R, t, D). There may be several rows for each of B images,
         side by side.
@@ -379,7 +379,7 @@ class CrossDecoder(Decoder):
         return self.norm(states)
 
     def step(
-        self, states: Tensor, keys_values: list[KeysValues], caches: Sequence[Cache], mask: Tensor | None = None
+        self, states: Tensor, keys_values: list[KeysValues], caches: Sequence[KVCache], mask: Tensor | None = None
     ) -> Tensor:
         images, remaining = keys_values[0][0].shape[0], iter(keys_values)
         for (self_block, cross_block), cache in zip(self.blocks(), caches, strict=True):

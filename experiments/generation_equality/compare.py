@@ -7,17 +7,16 @@ import argparse
 import json
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from coca_lit.models import CoCa
-from coca_lit.models.generation.generate import write
+from coca_lit.models.generation import generate
 from coca_lit.models.generation.state import Decoding
-from coca_lit.models.generation.static import StaticDecoding, static_step
 from coca_lit.runs.run_folder import environment
 
 WORDS = ["a", "red", "blue", "dog", "cat", "on", "grass"]
@@ -128,19 +127,18 @@ def main() -> None:
         images = torch.randn(count, 3, 16, 16, generator=draw.generator)
         options = random_options(draw, count, case)
         found: dict[str, Any] = {}
-        static = partial(StaticDecoding, step=static_step, buffers={})
-        kinds: dict[str, Any] = {"cached": Decoding, "static": static, "uncached": Uncached}
+        kinds: dict[str, Any] = {"cached": Decoding, "uncached": Uncached}
         for name, kind in kinds.items():
             if "generator" in options:
                 options["generator"].manual_seed(case)
-            found[name] = write(model, images, kind, False, False, options)
-        for name in ("cached", "static"):
-            key = f"{name}/{options['strategy']}"
-            tried[key] += 1
-            if torch.equal(found[name], found["uncached"]):
-                equal[key] += 1
-            else:
-                print(f"case {case}: {name} differs, {options}", flush=True)
+            with patch.object(generate, "Decoding", kind):
+                found[name] = model.generate(images, **options)
+        key = f"cached/{options['strategy']}"
+        tried[key] += 1
+        if torch.equal(found["cached"], found["uncached"]):
+            equal[key] += 1
+        else:
+            print(f"case {case}: captions differ, {options}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "config.yaml").write_text("seed: 0\n")
     about = environment() | {

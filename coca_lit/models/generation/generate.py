@@ -1,7 +1,7 @@
 """Writing captions: encode images once, let a strategy write, order its captions, add scores and attention."""
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, overload
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Unpack, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,6 @@ from coca_lit.models.text import expect_decoder
 
 if TYPE_CHECKING:
     from coca_lit.models.coca import CoCa
-
-Begin = Callable[["CoCa", Tensor, int], Decoding]  # from the model, image tokens (B, S, E) and the maximal length
 
 
 class Captions(NamedTuple):
@@ -66,6 +64,7 @@ def write_captions(
 ) -> Captions: ...
 
 
+@torch.no_grad()
 def write_captions(
     model: "CoCa",
     images: Images,
@@ -74,7 +73,27 @@ def write_captions(
     return_attention: bool = False,
     **options: Unpack[GenerateOptions],
 ) -> Tensor | Captions:
-    return write(model, images, Decoding, return_scores, return_attention, options)
+    if not isinstance(images, Input):
+        expect_pixels(images)
+    chosen = complete(options)
+    expect_decoder(model.decoder)
+    least, most = chosen.lengths(model.tokenizer.context_length)
+    prompts = encode_prompts(model, chosen.prompt, len(images), most)
+    was_training = model.training
+    model.eval()
+    try:
+        encoded = model.image_encoder(images.to(model.device))
+        vector, image_tokens = model.pooling(encoded, contrastive=chosen.rerank is not None)
+        decoding = Decoding(model, image_tokens, most)
+        hypotheses = _search(model, decoding, prompts, chosen, least)
+        captions = _order(model, hypotheses, prompts, vector, chosen)
+        if return_attention:
+            captions = captions._replace(attention=_attention(model, captions.ids, image_tokens))
+    finally:
+        model.train(was_training)
+    if chosen.num_captions is None:
+        captions = captions.map(lambda part: part[:, 0])
+    return captions if return_scores or return_attention else captions.ids
 
 
 _OPTION_LINES = "\n    ".join(f"{name}: {describe(name)}" for name in OPTIONS)
@@ -93,39 +112,6 @@ Raises:
     ValueError: options that do not go together or are out of range, prompts that are empty or too long, or a model
         without decoder.
 """
-
-
-@torch.no_grad()
-def write(
-    model: "CoCa",
-    images: Images,
-    begin: Begin,
-    return_scores: bool,
-    return_attention: bool,
-    given: Mapping[str, Any],
-) -> Tensor | Captions:
-    """`write_captions` with a `Decoding` of a certain kind."""
-    if not isinstance(images, Input):
-        expect_pixels(images)
-    options = complete(given)
-    expect_decoder(model.decoder)
-    least, most = options.lengths(model.tokenizer.context_length)
-    prompts = encode_prompts(model, options.prompt, len(images), most)
-    was_training = model.training
-    model.eval()
-    try:
-        vector, image_tokens = model.pooling(
-            model.image_encoder(images.to(model.device)), contrastive=options.rerank is not None
-        )
-        hypotheses = _search(model, begin(model, image_tokens, most), prompts, options, least)
-        captions = _order(model, hypotheses, prompts, vector, options)
-        if return_attention:
-            captions = captions._replace(attention=_attention(model, captions.ids, image_tokens))
-    finally:
-        model.train(was_training)
-    if options.num_captions is None:
-        captions = captions.map(lambda part: part[:, 0])
-    return captions if return_scores or return_attention else captions.ids
 
 
 def _search(model: "CoCa", decoding: Decoding, prompts: Prompts, options: Options, min_length: int) -> Hypotheses:

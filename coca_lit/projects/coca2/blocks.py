@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from coca_lit.models import kernels
 from coca_lit.models.layers import KeysValues, attend_cached, by_image, merge_heads, split_heads
-from coca_lit.models.packing import Cache, Layout
+from coca_lit.models.packing import KVCache, Layout
 
 
 class Style(NamedTuple):
@@ -67,7 +67,7 @@ class RotaryAttention(nn.Module):
         self.q_norm, self.k_norm = head_norms(width // heads, style)
 
     def forward(
-        self, x: Tensor, table: Tensor, mask: Tensor | None, cache: Cache | None, layout: Layout | None
+        self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layout: Layout | None
     ) -> Tensor:
         """x (B, T, D), or rows packed as `layout` says, -> the same shape. Causal unless a boolean `mask`
         (B, 1, T or 1, T), True where attention is allowed, says otherwise.
@@ -162,7 +162,7 @@ class ModernBlock(nn.Module):
         table: Tensor,
         image: Tensor | KeysValues | None = None,
         mask: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         layout: Layout | None = None,
     ) -> Tensor:
         """x (B, T, D), or rows packed as `layout` says, -> the same shape. Without an image, cross-attention is

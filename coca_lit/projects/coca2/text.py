@@ -14,7 +14,7 @@ from coca_lit.errors import check_choice, check_names, check_number
 from coca_lit.models import kernels
 from coca_lit.models.init import init_projection
 from coca_lit.models.layers import KeysValues, by_image, merge_heads, split_heads
-from coca_lit.models.packing import Cache, Layout, to_device
+from coca_lit.models.packing import KVCache, Layout, to_device
 from coca_lit.models.registry import build_from
 from coca_lit.models.text import Decoder, TextSizes, Tower
 from coca_lit.models.trainable import run
@@ -112,7 +112,7 @@ class ModernTextTower(Tower):
         features = self.projection(self._pool(x, lengths, layout)) if contrastive else None
         return x, features, layout
 
-    def step(self, tokens: Tensor, caches: Sequence[Cache], mask: Tensor | None = None) -> Tensor:
+    def step(self, tokens: Tensor, caches: Sequence[KVCache], mask: Tensor | None = None) -> Tensor:
         x = self.token_embedding(tokens)
         table = _next_table(x, caches, self.head_width, self.style.rope_base)
         for block, cache in zip(self.blocks, caches, strict=True):
@@ -186,7 +186,7 @@ class ModernDecoder(Decoder):
         return self.norm(states)
 
     def step(
-        self, states: Tensor, keys_values: list[KeysValues], caches: Sequence[Cache], mask: Tensor | None = None
+        self, states: Tensor, keys_values: list[KeysValues], caches: Sequence[KVCache], mask: Tensor | None = None
     ) -> Tensor:
         table = _next_table(states, caches, self.head_width, self.style.rope_base)
         for i, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
@@ -214,6 +214,6 @@ class ModernDecoder(Decoder):
         return cast("list[ModernBlock]", list(self.blocks))
 
 
-def _next_table(x: Tensor, caches: Sequence[Cache], head_width: int, base: float) -> Tensor:
+def _next_table(x: Tensor, caches: Sequence[KVCache], head_width: int, base: float) -> Tensor:
     """The rotary table of rows x (R, t, D) that continue the texts in the caches."""
     return rotary_table(torch.arange(x.shape[1], device=x.device) + caches[0].used, head_width, base)

@@ -18,7 +18,7 @@ from coca_lit.errors import check_number
 from coca_lit.models import kernels
 from coca_lit.models.init import init_attention, init_blocks, init_projection
 from coca_lit.models.layers import CrossBlock, KeysValues, SelfAttention, SelfBlock
-from coca_lit.models.packing import Cache, Layout, to_device
+from coca_lit.models.packing import KVCache, Layout, to_device
 from coca_lit.models.registry import build_from
 from coca_lit.models.text import CrossDecoder, TextSizes, Tower
 from coca_lit.models.trainable import run
@@ -40,7 +40,7 @@ class AttentionBlock(nn.Module):
         self.norm_1.reset_parameters()
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None, layout: Layout | None = None
+        self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layout: Layout | None = None
     ) -> Tensor:
         return x + self.dropout(self.attention(self.norm_1(x), mask, cache, layout))
 
@@ -118,7 +118,7 @@ class TwoPassTower(Tower):
             features = (grid * seen_mask[..., None]).sum(dim=1) / seen_mask.sum(dim=1, keepdim=True)
         return self._embed(tokens, layout), features, layout
 
-    def step(self, tokens: Tensor, caches: Sequence[Cache], mask: Tensor | None = None) -> Tensor:
+    def step(self, tokens: Tensor, caches: Sequence[KVCache], mask: Tensor | None = None) -> Tensor:
         return self.token_embedding(tokens)  # the decoder knows their positions
 
     def _embed(self, tokens: Tensor, layout: Layout) -> Tensor:
@@ -183,7 +183,7 @@ class TwoPassDecoder(CrossDecoder):
             init_projection(self.vocabulary)
 
     def step(
-        self, states: Tensor, keys_values: list[KeysValues], caches: Sequence[Cache], mask: Tensor | None = None
+        self, states: Tensor, keys_values: list[KeysValues], caches: Sequence[KVCache], mask: Tensor | None = None
     ) -> Tensor:
         positions = torch.arange(states.shape[1], device=states.device) + caches[0].used
         states = states + F.embedding(positions, self.tower.position_embedding)

@@ -10,7 +10,6 @@ from subjects import images, small_net
 
 from coca_lit.models import CoCa
 from coca_lit.models.generation.state import LOOK_EVERY, Decoding
-from coca_lit.models.generation.static import CompiledGenerator, static_step
 
 LENGTH = 20
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -30,12 +29,6 @@ def nets() -> tuple[CoCa, CoCa]:
     return net, to_gpu(copy.deepcopy(net))
 
 
-def with_step(net: CoCa, step: Any) -> CompiledGenerator:
-    generator = CompiledGenerator(net)
-    generator.step = step
-    return generator
-
-
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_captions_are_those_of_the_cpu(nets: tuple[CoCa, CoCa], strategy: str) -> None:
     options = STRATEGIES[strategy] | {"max_length": LENGTH}
@@ -45,14 +38,12 @@ def test_captions_are_those_of_the_cpu(nets: tuple[CoCa, CoCa], strategy: str) -
     assert torch.equal(on_cpu(found), expected)
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
 @pytest.mark.parametrize("strategy", ["greedy", "beam", "sample"])
-def test_the_host_looks_once_in_eight_tokens(nets: tuple[CoCa, CoCa], strategy: str, static: bool) -> None:
-    writer = with_step(nets[1], static_step) if static else nets[1]
+def test_the_host_looks_once_in_eight_tokens(nets: tuple[CoCa, CoCa], strategy: str) -> None:
     for length in (LOOK_EVERY, 2 * LOOK_EVERY, 3 * LOOK_EVERY - 1):
         with counted() as recorder:
             pixels = images().pin_memory().to("cuda", non_blocking=True)
-            writer.generate(pixels, strategy=strategy, min_length=length - 1, max_length=length)
+            nets[1].generate(pixels, strategy=strategy, min_length=length - 1, max_length=length)
         assert recorder.waits.total() == (length - 1) // LOOK_EVERY, recorder.waits
 
 
@@ -78,17 +69,3 @@ def test_captions_that_end_leave_the_batch_at_a_look(strategy: str, monkeypatch:
     assert recorder.waits.total() <= LENGTH // LOOK_EVERY, recorder.waits
     if strategy != "sample":
         assert torch.equal(on_cpu(found), net.generate(images(32), strategy=strategy, max_length=LENGTH))
-
-
-def test_static_buffers_stay_where_they_are(nets: tuple[CoCa, CoCa]) -> None:
-    addresses = []
-
-    def step(text: Any, decoder: Any, tokens: Any, position: Any, images: Any, storage: Any) -> Any:
-        addresses.append([x.data_ptr() for x in (*storage, *(x for pair in images for x in pair))])
-        return static_step(text, decoder, tokens, position, images, storage)
-
-    writer = with_step(nets[0], step)
-    for _ in range(2):
-        writer.generate(images(), max_length=6, min_length=5)
-    assert len(addresses) > 4
-    assert all(found == addresses[0] for found in addresses)

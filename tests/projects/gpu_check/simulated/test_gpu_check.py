@@ -36,7 +36,6 @@ def what_the_simulation_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "trains", trains)
     monkeypatch.setattr(checks, "no_synchronisation", lacks)
     monkeypatch.setattr(checks, "collectives", lacks)
-    monkeypatch.setattr(checks, "CompiledGenerator", lambda net, mode: net)
     monkeypatch.setattr(checks, "profile", lambda activities: profile(activities=[ProfilerActivity.CPU]))
 
 
