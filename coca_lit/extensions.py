@@ -22,6 +22,8 @@ what it adds. Both are read without importing the project, whose code is importe
     pictures = { reader = "my_package.moving:Reader", default = 4, help = "that the model sees of a moving picture" }
     [sample_steps]                 # arguments of data=laion, see `StepFactory` of `coca_lit.data.shards.training`
     notes = { step = "my_package.notes:reading", help = "folder of notes on the samples" }
+    [batch_schedules]              # keys of data sets that ask for batches of another source, see `DeclaredSchedule`
+    sounds = { schedule = "my_package.sounds:SoundsBetween", keys = ["data.sound_every", "model.sound_weight"] }
     [scores]                       # last parts of names of scores; with "%" at its end, tables print it times 100
     right = { title = "right answers, %", share = true }  # or lower_is_better = true
     [commands.data]                # `coca-data count …` calls run(["count", …]); an option is declared as "--count"
@@ -72,6 +74,7 @@ KEYS = (
     "scores",
     "input_options",
     "sample_steps",
+    "batch_schedules",
     "commands",
     *TABLES,
 )
@@ -135,6 +138,20 @@ class DeclaredStep:
 
 
 @dataclass(frozen=True)
+class DeclaredSchedule:
+    """A schedule that gives batches of another source between those of pairs. A project declares it by its name among
+    the keys of data sets: with `data.NAME`, unless that is null, the class is called with this value as NAME.
+
+    Attributes:
+        schedule: "module:class" of a `BatchSchedule` of `coca_lit.data.batch_schedule`.
+        keys: of data or model, such as "data.sound_every", whose last part names a further argument of the class.
+    """
+
+    schedule: str
+    keys: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Project:
     """What is known of a project without importing it.
 
@@ -176,6 +193,10 @@ class Project:
     def sample_steps(self) -> dict[str, DeclaredStep]:
         """The steps for samples of shards that it declares."""
         return {name: DeclaredStep(**step) for name, step in self.table("sample_steps").items()}
+
+    def batch_schedules(self) -> dict[str, DeclaredSchedule]:
+        """The batch schedules that it declares."""
+        return {name: DeclaredSchedule(**schedule) for name, schedule in self.table("batch_schedules").items()}
 
     def commands(self, tool: str) -> dict[str, dict[str, str]]:
         """What it adds to the command of a tool, see `commands_of`."""
@@ -235,6 +256,9 @@ def _read(entry: EntryPoint) -> Project:
     for name, step in manifest.get("sample_steps", {}).items():
         if step.keys() != {"step", "help"}:
             raise ValueError(f"{folder / MANIFEST}: '{name}' of [sample_steps] must have step and help")
+    for name, schedule in manifest.get("batch_schedules", {}).items():
+        if schedule.keys() != {"schedule", "keys"}:
+            raise ValueError(f"{folder / MANIFEST}: '{name}' of [batch_schedules] must have schedule and keys")
     for tool, commands in manifest.get("commands", {}).items():
         for word, command in commands.items():
             if command.keys() != {"run", "help"}:
@@ -259,7 +283,7 @@ def _check_names(project: Project, others: Mapping[str, Project]) -> None:
     if project.name in others:
         raise ValueError(f"the package '{others[project.name].distribution}' has a project of the same name")
     for other in others.values():
-        for kind in (*TABLES, "presets", "roots", "scores", "input_options", "sample_steps"):
+        for kind in (*TABLES, "presets", "roots", "scores", "input_options", "sample_steps", "batch_schedules"):
             twice = project.table(kind).keys() & other.table(kind).keys()
             if twice:
                 raise ValueError(f"'{min(twice)}' of its {kind} is also the name of one of the project '{other.name}'")
@@ -291,6 +315,26 @@ def input_options() -> dict[str, InputOption]:
 def sample_steps() -> dict[str, DeclaredStep]:
     """What all projects declare of steps for samples of shards, by the argument that asks for them."""
     return {name: step for project in projects() for name, step in project.sample_steps().items()}
+
+
+@functools.cache
+def batch_schedules() -> dict[str, DeclaredSchedule]:
+    """What all projects declare of batch schedules, by the key of data sets that asks for each."""
+    return {name: schedule for project in projects() for name, schedule in project.batch_schedules().items()}
+
+
+@functools.cache
+def schedule_keys(part: str) -> dict[str, str]:
+    """The keys in a part of a config, "data" or "model", that are arguments of batch schedules which projects declare:
+    name -> "module:class" of the schedule.
+    """
+    found: dict[str, str] = {}
+    for name, declared in batch_schedules().items():
+        for key in (f"data.{name}", *declared.keys):
+            owner, _, argument = key.rpartition(".")
+            if owner == part:
+                found[argument] = declared.schedule
+    return found
 
 
 def names_in(kind: str) -> list[str]:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from coca_lit.data.batch import Batch
+from coca_lit.data.batch_schedule import BatchSchedule
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import ConfigError, check_number
 from coca_lit.models import CoCa
@@ -23,7 +24,6 @@ from coca_lit.training.objectives import (
     Contrastive,
     Objective,
     Terms,
-    Texts,
     check_terms,
     named_objectives,
     terms_of,
@@ -46,9 +46,8 @@ class CoCaLit(L.LightningModule):
         warmup_steps: steps of linear warm-up before the cosine; the total comes from the trainer.
         contrastive_weight: factor of the contrastive loss; 0 skips it and freezes what only it trains.
         caption_weight: factor of the caption loss; 0 skips it and freezes what only it trains, the decoder.
-        text_weight: factor of the caption loss on batches of texts without images.
-        label_smoothing: in the caption loss of pairs and of texts, the share of every target that is spread over the
-            vocabulary in training; `objectives` have their own.
+        label_smoothing: in the caption loss, the share of every target that is spread over the vocabulary in training;
+            `objectives` have their own.
         freeze: further parts of the network to freeze, see `CoCa.freeze`; or a single one.
         grad_checkpointing: trade time for activation memory: none | cross_attention | blocks, see
             `CoCa.set_grad_checkpointing`.
@@ -58,7 +57,7 @@ class CoCaLit(L.LightningModule):
         objectives: further losses on pairs, {name of your choice: objective or function}; None leaves one out.
         cooldown_steps: replaces the cosine by a constant rate and a cooldown of this many steps, see
             `warmup_stable_decay`. 0: no cooldown, as for a trunk from which runs of several lengths branch.
-        texts: some batches are texts without images, which train the decoder even if `caption_weight` is 0.
+        batch_schedule: gives batches of another source between those of pairs, and what these are trained for.
 
     Attributes:
         loss_weights: of the "contrastive" and the "caption" loss; 0 for one that is skipped.
@@ -71,7 +70,6 @@ class CoCaLit(L.LightningModule):
         warmup_steps: int = 0,
         contrastive_weight: float = 1.0,
         caption_weight: float = 2.0,
-        text_weight: float = 1.0,
         label_smoothing: float = 0.0,
         freeze: Sequence[str] = (),
         grad_checkpointing: GradCheckpointing = "none",
@@ -79,7 +77,7 @@ class CoCaLit(L.LightningModule):
         micro_batch_size: int | None = None,
         objectives: Mapping[str, Callable[..., Any] | None] = MappingProxyType({}),
         cooldown_steps: int | None = None,
-        texts: bool = False,
+        batch_schedule: BatchSchedule | None = None,
     ) -> None:
         super().__init__()
         check_number("warmup_steps", warmup_steps, whole=True, at_least=0)
@@ -96,7 +94,9 @@ class CoCaLit(L.LightningModule):
         self.loss_weights = {"contrastive": contrastive_weight, "caption": caption_weight}
         losses = (Contrastive(contrastive_weight), Captions(caption_weight, label_smoothing))
         self.losses = nn.ModuleList(loss for loss in losses if any(loss.weights.values()))
-        self.losses.append(Texts(text_weight, label_smoothing))
+        self.batch_schedule = batch_schedule
+        if batch_schedule is not None:
+            self.losses.extend(batch_schedule.objectives)
         self.objectives = nn.ModuleDict(named_objectives(objectives or {}))
         if not any(self.loss_weights.values()) and not self.objectives:
             raise ValueError("no loss is left: contrastive_weight or caption_weight must be above 0")
@@ -104,8 +104,6 @@ class CoCaLit(L.LightningModule):
         for objective in self.every_objective:
             objective.build(net)
         training = without_replaced(self.every_objective)
-        if not texts or not text_weight:
-            training = [objective for objective in training if not isinstance(objective, Texts)]
         freeze_parts(net, freeze, {part for objective in training for part in objective.trained_parts(net)})
         if grad_checkpointing != "none":
             net.set_grad_checkpointing(grad_checkpointing)
@@ -136,7 +134,7 @@ class CoCaLit(L.LightningModule):
         """The weighted sum of the losses of a batch, a scalar.
 
         Raises:
-            ConfigError: texts train nothing of the network, since all that they reach is frozen.
+            ConfigError: the batch trains nothing, since all that its losses reach is frozen.
         """
         objectives = self.objectives_of(batch)
         if self.micro_batch_size is None:
@@ -152,8 +150,9 @@ class CoCaLit(L.LightningModule):
                 self.log_values("train", objective.measures, batch)
             scale = self.net.logit_scale.detach().exp()
             self.log("train/logit_scale", (scale.full_tensor() if isinstance(scale, DTensor) else scale).squeeze())
-        if not len(batch.images) and not loss.requires_grad:
-            raise ConfigError("data.text: all that texts reach is frozen; see model.freeze and lora.parts")
+        if not loss.requires_grad:
+            keys = " and ".join(objective.config_key for objective in objectives)
+            raise ConfigError(f"{keys}: all that it reaches is frozen; see model.freeze and lora.parts")
         return loss * (step_share(self.trainer, batch_idx) if self._trainer is not None else 1.0)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -105,7 +105,7 @@ def train(model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Ten
     torch.manual_seed(0)
     net = create_model("coca_tiny", **model).train()
     module = CoCaLit(net, AdamW(lr=0.0), **options)
-    options_of_ddp = ddp_options(texts=False, same_graph=True)
+    options_of_ddp = ddp_options(has_schedule=False, same_graph=True)
     step_module = DistributedDataParallel(Step(module), **options_of_ddp) if world_size() > 1 else Step(module)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
     for step in range(STEPS):

@@ -13,7 +13,6 @@ from coca_lit.data.datasets.captions import coco_folder_records
 from coca_lit.data.records import ImageFile
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.shard import MANIFEST
-from coca_lit.data.text_batches import read_texts
 from coca_lit.data.transforms import load_pixels
 from coca_lit.errors import DataError
 from coca_lit.reading import read_run_npz, read_run_yaml
@@ -47,7 +46,6 @@ READERS: dict[str, Callable[[Path], object]] = {
     "x.safetensors": lambda folder: ImageIndex.load(folder / "x.safetensors", None),
     "x.jpg": lambda folder: ImageFile(folder / "x.jpg")(),
     "x.png": lambda folder: load_pixels(ImageFile(folder / "x.png")),
-    "texts.jsonl": lambda folder: read_texts(str(folder / "texts.jsonl")),
 }
 
 

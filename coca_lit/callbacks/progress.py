@@ -237,7 +237,7 @@ class SourceCounts(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self._own.update(batch.extras.get("source", ()))
-        if (self._own or self._before) and _is_logged(trainer):  # a process may begin with texts alone
+        if (self._own or self._before) and _is_logged(trainer):  # it may begin with batches without any
             pl_module.log_dict({f"samples/{name}": float(count) for name, count in self.total().items()})
 
     def total(self) -> dict[str, int]:
@@ -254,7 +254,7 @@ class SourceCounts(L.Callback):
 
 
 def _samples(batch: Batch) -> int:
-    """Number of its samples, each with one or several images; texts alone are none."""
+    """Number of its samples, each with one or several images; a batch without images has none."""
     return len(batch.keys) if len(batch.images) else 0
 
 

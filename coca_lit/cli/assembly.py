@@ -12,10 +12,10 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from coca_lit import extensions
 from coca_lit.cli.runtime import best_precision
-from coca_lit.cli.schema import AUTO, read_signature, unresolved
+from coca_lit.cli.schema import AUTO, BATCH_SCHEDULE, read_signature, unresolved
 from coca_lit.errors import ConfigError, DataError, DataNotFoundError, error_context
-from coca_lit.extensions import where_to_get
 from coca_lit.machine import best_device, processors
 from coca_lit.runs.redaction import mask
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as L
 
     from coca_lit.callbacks import ScoreDuringTraining
+    from coca_lit.data.batch_schedule import BatchSchedule
     from coca_lit.data.datamodule import CaptionDataModule
     from coca_lit.evals import Evaluation, Settings
     from coca_lit.runs.resume import Start
@@ -50,6 +51,9 @@ def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None,
         raise ConfigError(f"{path} names nothing to build: set {path}._target_ to a class or a function")
     resolve_target(values["_target_"], path)
     taken = read_signature(values["_target_"]).arguments
+    if BATCH_SCHEDULE in taken:
+        others = extensions.schedule_keys(path).keys() - taken.keys()  # arguments of the schedule alone
+        values = {key: value for key, value in values.items() if key not in others}
     objects |= {key: value for key, value in (offered or {}).items() if key not in values and key in taken}
     node = OmegaConf.create(without_references(values))  # Hydra 1.4 would look up a changed copy of a node by its key
     for key in FUNCTIONS:  # Hydra would call these: `_partial_` keeps those that await arguments
@@ -81,7 +85,7 @@ def resolve_target(target: Any, path: str) -> Callable[..., Any]:
     try:
         found: Any = pkgutil.resolve_name(str(target))
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        raise ConfigError(f"{path}: there is no '{target}' ({error}){where_to_get(str(target))}") from error
+        raise ConfigError(f"{path}: there is no '{target}' ({error}){extensions.where_to_get(str(target))}") from error
     if not callable(found) or "." not in target:
         raise ConfigError(f"{path}: '{target}' is a {type(found).__name__}, not a class or a function")
     return found
@@ -98,11 +102,33 @@ def build_data(cfg: DictConfig, tokenizer: "Tokenizer") -> "CaptionDataModule":
     """The training data, found; raises `DataError` if they are not there."""
     from coca_lit.data.datamodule import CaptionDataModule
 
+    offered = {"tokenizer": tokenizer, BATCH_SCHEDULE: build_schedule(cfg)}
     with data_place(cfg):
-        data = build(cfg.data, "data", offered={"tokenizer": tokenizer})
+        data = build(cfg.data, "data", offered)
         if isinstance(data, CaptionDataModule):  # one of your own downloads in one process of a machine, by Lightning
             data.prepare_data()
     return data
+
+
+def build_schedule(cfg: DictConfig) -> "BatchSchedule | None":
+    """What gives batches of another source, a new object in each call: `data.batch_schedule`, or what a key of the data
+    asks for that a project declares; None if there is none.
+    """
+    if BATCH_SCHEDULE not in read_signature(cfg.data.get("_target_")).arguments:  # of a DataModule of your own
+        return None
+    for name, declared in extensions.batch_schedules().items():
+        if cfg.data.get(name) is None:
+            continue
+        arguments: dict[str, Any] = {}
+        for key in (f"data.{name}", *declared.keys):
+            value = OmegaConf.select(cfg, key)
+            if value is not None:
+                arguments[key.rpartition(".")[2]] = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+        with error_context(f"data.{name}"):
+            schedule: BatchSchedule = extensions.load(declared.schedule)(**arguments)
+        return schedule
+    node = cfg.data.get(BATCH_SCHEDULE)
+    return build(node, f"data.{BATCH_SCHEDULE}") if node is not None else None
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from coca_lit import extensions
-from coca_lit.cli.assembly import build, data_place
-from coca_lit.cli.schema import AUTO, leaves, unresolved, written
+from coca_lit.cli.assembly import build, build_schedule, data_place
+from coca_lit.cli.schema import AUTO, BATCH_SCHEDULE, leaves, unresolved, written
 from coca_lit.errors import ConfigError, error_context
 
 if TYPE_CHECKING:
@@ -151,8 +151,8 @@ def with_facts(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]", where
 
 def make_module(cfg: DictConfig, model: DictConfig, **objects: Any) -> "CoCaLit":
     """What the node `model` describes, with all that it takes from the data and the trainer of the config."""
-    texts = {"texts": cfg.data.get("text") is not None}
-    return build(model, "model", texts, micro_batch_size=cfg.trainer.micro_batch_size, **objects)
+    offered = {BATCH_SCHEDULE: build_schedule(cfg)}
+    return build(model, "model", offered, micro_batch_size=cfg.trainer.micro_batch_size, **objects)
 
 
 def add_adapters(cfg: DictConfig, module: "CoCaLit") -> None:

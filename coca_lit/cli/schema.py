@@ -11,10 +11,11 @@ import yaml
 from omegaconf import OmegaConf
 
 from coca_lit.errors import NO_SUGGESTION, ConfigError, suggest
-from coca_lit.extensions import DeclaredArguments, names_in
+from coca_lit.extensions import DeclaredArguments, names_in, schedule_keys
 
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # that `instantiate` reads itself
 NUMBERS = (int, float, bool)
+BATCH_SCHEDULE = "batch_schedule"  # the argument to which keys of projects belong
 AUTO = "auto"  # a recipe chooses the value, see `coca_lit.training.recipe`
 ELSEWHERE = {  # keys that a run sets from others
     "trainer.callbacks": "set callbacks.NAME instead",
@@ -45,11 +46,35 @@ class Signature(NamedTuple):
 UNKNOWN = Signature({}, True)
 
 
-def argument_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of all constructors in a part of a config, by key, as plain values."""
-    signature = read_signature(node.get("_target_"))
+def argument_defaults(node: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The defaults of all constructors in a part of a config, by key, as plain values.
+
+    Args:
+        path: key of the part, with a full stop at its end; empty for the whole config.
+    """
+    signature = signature_at(node, path)
     defaults = {name: a.default for name, a in signature.arguments.items() if a.default is not ...}
-    return defaults | {key: argument_defaults(child) for key, child in node.items() if isinstance(child, dict)}
+    for key, child in node.items():
+        if isinstance(child, dict):
+            defaults[key] = argument_defaults(child, f"{path}{key}.")
+    return defaults
+
+
+def signature_at(node: Mapping[str, Any], path: str) -> Signature:
+    """The signature of the target of a node, with the keys that projects declare for a batch schedule if it takes one.
+
+    Args:
+        path: key of the node, with a full stop at its end.
+    """
+    signature = read_signature(node.get("_target_"))
+    if BATCH_SCHEDULE not in signature.arguments:
+        return signature
+    further: dict[str, Argument] = {}
+    for name, schedule in schedule_keys(path.removesuffix(".")).items():
+        further[name] = Argument()
+        if name in node:  # only then the project is imported
+            further[name] = read_signature(schedule).arguments.get(name, Argument())
+    return Signature(further | signature.arguments, signature.takes_any)
 
 
 @functools.cache
@@ -205,7 +230,7 @@ def _walk(node: Mapping[str, Any], shipped: Mapping[str, Any], path: str = "") -
     """
     # Parts such as callbacks: any name, for something to build.
     is_parts = {type(value) for value in shipped.values()} in ({dict}, {dict, type(None)})
-    known, takes_any = _known(node, shipped)
+    known, takes_any = _known(node, shipped, path)
     for key, value in node.items():
         name = f"{path}{key}"
         before = shipped.get(key)
@@ -220,14 +245,14 @@ def _walk(node: Mapping[str, Any], shipped: Mapping[str, Any], path: str = "") -
                 yield from _walk(child, inner, f"{name}.")
 
 
-def _known(node: Mapping[str, Any], shipped: Mapping[str, Any]) -> tuple[dict[str, Argument], bool]:
+def _known(node: Mapping[str, Any], shipped: Mapping[str, Any], path: str) -> tuple[dict[str, Argument], bool]:
     """What may stand in a node: the arguments of its target, and what is shipped beside them for somebody else, such as
     `trainer.micro_batch_size`; and whether anything else may, too.
     """
     listed = {key: Argument(type(value), value) for key, value in shipped.items()}
     if "_target_" not in node:
         return listed, not shipped
-    signature = read_signature(node["_target_"])
+    signature = signature_at(node, path)
     before = read_signature(shipped.get("_target_"))
     beside = {key: listed[key] for key in listed.keys() - before.arguments.keys()} if before.arguments else {}
     if {"records", "settings"} <= signature.arguments.keys():  # a function as evaluation
@@ -239,7 +264,7 @@ def _names(node: Any, path: str = "") -> list[str]:
     """All keys of a config, and those that its constructors take."""
     if not isinstance(node, dict):
         return []
-    own = dict.fromkeys([*node, *read_signature(node.get("_target_")).arguments])
+    own = dict.fromkeys([*node, *signature_at(node, path).arguments])
     return [name for key in own for name in (f"{path}{key}", *_names(node.get(key), f"{path}{key}."))]
 
 

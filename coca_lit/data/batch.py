@@ -14,8 +14,8 @@ from coca_lit.models.packing import to_device
 
 
 class Batch(NamedTuple):
-    """B captioned images, or questions with an answer, or texts alone. With n images per sample, `images` has n * B
-    rows, with the images of a sample next to each other.
+    """B captioned images, or questions with an answer, or what else a `BatchSchedule` gives. With n images per sample,
+    `images` has n * B rows, with the images of a sample next to each other.
 
     `extras` holds what only some objectives and callbacks read, by name: tensors of B rows, or lists of B values, such
     as texts. The readers of data fill in
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     """
 
     images: Images  # (B, 3, H, W) uint8, channels last in memory as decoders return them, normalised on the device;
-    # or an `Input`; (0, 3, H, W) for texts alone; cached features of the image encoder are (B, S, C) fp16
+    # or an `Input`; (0, 3, H, W) in a batch without images; cached features of the image encoder are (B, S, C) fp16
     tokens: Tensor  # (B, L) int64, padded to the longest caption of the batch
     lengths: Tensor  # (B,) int64, number of real tokens including start and end; on the host, see `to`
     keys: list[str]  # sample ids, for error reports

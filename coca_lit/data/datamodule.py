@@ -6,13 +6,14 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Required, TypedDict, Unpack, cast
+from typing import Any, ClassVar, Required, TypedDict, Unpack, cast
 
 from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.utils.data import DataLoader
 
 from coca_lit.data.batch import Batch
+from coca_lit.data.batch_schedule import BatchSchedule
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index, TrainingExamples
 from coca_lit.data.loader import (
     Schedule,
@@ -31,9 +32,6 @@ from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError, whole_number
 from coca_lit.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from coca_lit.data.text_batches import TextBatches
-
 
 class LoaderArguments(TypedDict, total=False):
     """What every DataModule takes; `CaptionDataModule` explains it and has the defaults."""
@@ -44,9 +42,8 @@ class LoaderArguments(TypedDict, total=False):
     num_workers: int
     seed: int
     captions: int
-    text: str | Sequence[str] | None
-    text_every: int
     patches: Sequence[int]
+    batch_schedule: BatchSchedule | None
 
 
 class SharedArguments(LoaderArguments, total=False):
@@ -73,17 +70,15 @@ class CaptionDataModule(LightningDataModule):
         num_workers: processes that load and decode, per training process; 0 loads in the training process.
         seed: of order and augmentation.
         captions: of each image in a batch, drawn anew in every epoch; those after the first are in `Batch.extras`.
-        text: files of texts without images, see `read_texts`; None for none.
-        text_every: every N-th batch has texts without images; 1 for all.
         patches: for a model that takes images of any shape: budgets of patches of an image, one of which is drawn for
             each batch, see `coca_lit.data.any_shape.PatchSchedule`; empty: always the model's own.
+        batch_schedule: gives batches of another source between those of captioned images; None for none.
 
     Attributes:
         whole_images: for training too: nothing is cropped.
     """
 
     whole_images: ClassVar[bool] = False
-    texts: "TextBatches | None" = None
 
     def __init__(
         self,
@@ -93,25 +88,22 @@ class CaptionDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         captions: int = 1,
-        text: str | Sequence[str] | None = None,
-        text_every: int = 2,
         patches: Sequence[int] = (),
+        batch_schedule: BatchSchedule | None = None,
     ) -> None:
         super().__init__()
         self.batch_size = batch_size = whole_number("batch_size", batch_size)
         per_rank(batch_size, world=1)
         self.image_size = image_size = whole_number("image_size", image_size, at_least=1)
         self.num_workers = whole_number("num_workers", num_workers, at_least=0)
-        self.text_every = whole_number("text_every", text_every, at_least=1)
         self.captions = whole_number("captions", captions, at_least=1)
         self.tokenizer, self.seed = tokenizer, seed
         self.patches = tuple(patches)
         self._loader: weakref.ref[TrainLoader] | None = None
         self._passes = 0
-        if text is not None:
-            from coca_lit.data.text_batches import TextBatches
-
-            self.texts = TextBatches(text, tokenizer, batch_size, image_size, seed)
+        self.batch_schedule = batch_schedule
+        if batch_schedule is not None:
+            batch_schedule.begin(tokenizer, batch_size, image_size, seed)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -120,9 +112,9 @@ class CaptionDataModule(LightningDataModule):
 
     @property
     def batches_per_epoch(self) -> int:
-        """Global batches in an epoch, captioned images and texts alone."""
+        """Global batches in an epoch, those of `batch_schedule` included."""
         pairs = self.steps_per_epoch
-        return pairs if self.texts is None else self.texts.steps(pairs, self.text_every)
+        return pairs if self.batch_schedule is None else self.batch_schedule.steps(pairs)
 
     def training_examples(self) -> TrainingExamples:
         """The captioned images of the training."""
@@ -146,13 +138,11 @@ class CaptionDataModule(LightningDataModule):
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        if self.texts is None:
-            return {}
-        return {"texts": len(self.texts.texts), "digest of texts": self.texts.digest}
+        return {} if self.batch_schedule is None else self.batch_schedule.state_dict()
 
     def changed_since(self, state: Mapping[str, Any]) -> str:
         """What changed by itself since `state_dict` returned this state, in words; nothing if nothing did."""
-        return _change("texts", state, CaptionDataModule.state_dict(self))
+        return "" if self.batch_schedule is None else self.batch_schedule.changed_since(state)
 
     def schedule(self, samples: int) -> Schedule:
         """The batches of an epoch of that many samples."""
@@ -186,8 +176,8 @@ class CaptionDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Finds the training data, or raises `DataError`: called before anything slow begins."""
         _ = self.steps_per_epoch
-        if self.texts is not None:
-            _ = self.texts.texts
+        if self.batch_schedule is not None:
+            self.batch_schedule.prepare()
 
     def train_dataloader(self) -> TrainLoader:
         """From where the trainer is: at the first batch the loader asks `position`, and then opens `_batches_from`."""
@@ -195,10 +185,11 @@ class CaptionDataModule(LightningDataModule):
         per_rank(self.batch_size, world)
         self._examples = self.training_examples()
         batches: Callable[[int, int], Iterable[Batch]] = self._batches_from
-        if self.texts is not None:
-            of = (batches, self.steps_per_epoch, self.text_every)
-            batches = partial(self.texts.between, *of, rank=rank, world=world)
-        loader = TrainLoader(steps, batches, self.position, self.endless and self.texts is None)
+        endless = self.endless
+        if self.batch_schedule is not None:
+            batches = partial(self.batch_schedule.batches, batches, self.steps_per_epoch, rank, world)
+            endless = False
+        loader = TrainLoader(steps, batches, self.position, endless)
         if strategy := getattr(self.trainer, "strategy", None):
             loader.device = strategy.root_device
         # Weak, as the loader holds this module: left in a cycle, its workers would end only when the collector comes,
@@ -288,7 +279,7 @@ class RecordsDataModule(CaptionDataModule):
         return {"records": len(self.train_records), "ids": stable_seed(*(record.id for record in self.train_records))}
 
     def changed_since(self, state: Mapping[str, Any]) -> str:
-        return _change("records", state, self._counted()) or super().changed_since(state)
+        return described_change("records", state, self._counted()) or super().changed_since(state)
 
     def setup(self, stage: str) -> None:
         """Encodes what is to be cached and is not yet: now the network exists, still whole on every process."""
@@ -346,7 +337,7 @@ class RecordsDataModule(CaptionDataModule):
         return validation_loader(dataset, self.batch_size, *self.rank_and_world(), num_workers=self.num_workers)
 
 
-def _change(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def described_change(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """In words, whether another number of `what` is there than before, or others."""
     if all(before.get(name, value) == value for name, value in now.items()):
         return ""

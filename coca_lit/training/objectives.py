@@ -1,8 +1,8 @@
 """Objectives: what a batch is trained for. Each maps what one forward pass has computed to named loss terms.
 
-`Contrastive` and `Captions` are CoCa's own, `Texts` is the caption loss of batches that are texts alone. Further ones
-join by name, `model.objectives.NAME._target_=my_parts.mine`: a function (net, batch) -> {name: term}, or an
-`Objective`. For captioning only, set `model.contrastive_weight=0`.
+`Contrastive` and `Captions` are CoCa's own. Further ones join by name, `model.objectives.NAME._target_=my_parts.mine`:
+a function (net, batch) -> {name: term}, or an `Objective`. A `BatchSchedule` brings those of its batches. For
+captioning only, set `model.contrastive_weight=0`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -182,28 +182,6 @@ class Captions(Objective):
 
     def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, Tensor]:
         return {"caption": predicted(out, self.label_smoothing if self.training else 0.0)}
-
-
-class Texts(Objective):
-    """The caption loss of texts without images, for which the decoder is a language model."""
-
-    trains = ("decoder",)
-    works_with_micro_batches = True  # texts are not split
-    works_sharded = True
-    averages_tokens = True
-    reads_captions = False
-    config_key = "data.text"
-
-    def __init__(self, weight: float, label_smoothing: float = 0.0) -> None:
-        super().__init__(text=weight)
-        self.label_smoothing = label_smoothing
-
-    def takes(self, batch: Batch) -> bool:
-        return len(batch.images) == 0
-
-    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
-        out = net.captions_of(None, batch.tokens, batch.lengths)
-        return {"text": predicted(out, self.label_smoothing if self.training else 0.0)}
 
 
 def predicted(out: CoCaOutput, smoothing: float = 0.0) -> Tensor:

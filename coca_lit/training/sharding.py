@@ -135,7 +135,7 @@ def shard(net: CoCa, mesh: DeviceMesh, half: bool = False) -> None:
     for group in blocks(net):
         fully_shard(group, mesh=mesh, mp_policy=policy)
     fully_shard(net, mesh=mesh)
-    register_fsdp_forward_method(net, "captions_of")  # of texts alone
+    register_fsdp_forward_method(net, "captions_of")  # which objectives call
     check_sharded(net)
 
 

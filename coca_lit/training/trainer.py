@@ -22,7 +22,7 @@ from coca_lit.models.kernels.process import Fp32Matmul
 from coca_lit.runs.checkpoint_io import save
 from coca_lit.runs.launch import launched_devices, launched_processes, under_srun
 from coca_lit.training.lightning_fixes import callbacks_of, is_sharded, set_ddp_options
-from coca_lit.training.objectives import Objective, Texts, without_replaced
+from coca_lit.training.objectives import Objective, without_replaced
 from coca_lit.training.optim import Grouped
 from coca_lit.weights.sharded import REST, is_folder, nested, read_tensors
 
@@ -97,7 +97,7 @@ def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
     """
     objectives = without_replaced(module.every_objective)
     size = module.micro_batch_size
-    texts = getattr(data, "texts", None) is not None  # a user's DataModule may know nothing of texts
+    has_schedule = getattr(data, "batch_schedule", None) is not None  # a user's DataModule may know of none
     if trainer.gradient_clip_algorithm not in (None, "norm"):
         raise ConfigError("trainer.gradient_clip_algorithm must be norm or null: the global norm is clipped")
     with error_context("trainer"):
@@ -105,7 +105,7 @@ def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
         check_number("limit_train_batches", trainer.limit_train_batches, above=0)
         if trainer.gradient_clip_val is not None:  # a negative norm would turn the gradients around
             check_number("gradient_clip_val", trainer.gradient_clip_val, at_least=0)
-    check_together(features(trainer, module.net, objectives, size, texts))
+    check_together(features(trainer, module.net, objectives, size))
     planned = trainer.num_devices * trainer.num_nodes  # under DDP, `world_size` is that of the launcher
     launched = launched_processes()
     if launched > planned:
@@ -138,7 +138,7 @@ def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
     for objective in objectives:
         objective.take_data(data)
     varies = trainer.accumulate_grad_batches > 1 or size is not None or bool(module.objectives)
-    set_ddp_options(trainer, ddp_options(texts, same_graph=not varies))
+    set_ddp_options(trainer, ddp_options(has_schedule, same_graph=not varies))
 
 
 def _check_interval(trainer: L.Trainer, data: CaptionDataModule) -> None:
@@ -156,18 +156,18 @@ def _check_interval(trainer: L.Trainer, data: CaptionDataModule) -> None:
         )
 
 
-def ddp_options(texts: bool, same_graph: bool) -> dict[str, bool]:
+def ddp_options(has_schedule: bool, same_graph: bool) -> dict[str, bool]:
     """Arguments of DistributedDataParallel: gradients live in the buffers that are sent.
 
     Args:
-        texts: some batches are texts alone. They use no image half, for whose gradients it would wait for ever unless
-            it looks which parameters a step has used.
+        has_schedule: some batches are of another source, and may use other parameters. Each step looks which ones were
+            used, as it would wait for ever for the gradients of the others.
         same_graph: every step is forward and backward of the same parts, so it need not look for the end of each.
     """
     return {
         "gradient_as_bucket_view": True,
-        "find_unused_parameters": texts,
-        "static_graph": same_graph and not texts,
+        "find_unused_parameters": has_schedule,
+        "static_graph": same_graph and not has_schedule,
     }
 
 
@@ -192,8 +192,6 @@ FP16 = "fp16"
 AVERAGES = "averages"
 LORA = "lora"
 NEEDS_WHOLE_WEIGHTS, NEEDS_WHOLE_BATCH = "needs_whole_weights", "needs_whole_batch"  # objectives
-TEXTS = "texts"
-NO_DECODER = "no_decoder"
 ACCUMULATION = "accumulation"
 TOKEN_MEANS = "token_means"
 # Two features that do not go together, and what to do instead.
@@ -204,18 +202,16 @@ TABLE = (
     (MICRO_BATCHES, FP16, "its loss scale comes after the gradients; use trainer.precision=bf16-mixed"),
     (MICRO_BATCHES, NEEDS_WHOLE_BATCH, "take a smaller batch"),
     (ACCUMULATION, TOKEN_MEANS, "use trainer.micro_batch_size, which averages over the tokens of the whole batch"),
-    (TEXTS, NO_DECODER, "texts train the decoder, so give the model one or set data.text=null"),
 )
 
 
 def features(
-    trainer: L.Trainer, net: CoCa, objectives: Sequence[Objective], micro_batch_size: int | None, texts: bool
+    trainer: L.Trainer, net: CoCa, objectives: Sequence[Objective], micro_batch_size: int | None
 ) -> dict[str, str]:
     """The features of a run, each with the key by which it was chosen.
 
     Args:
         objectives: those that train.
-        texts: some batches are texts alone.
     """
     found = {
         SHARDED: ("trainer=fsdp", is_sharded(trainer)),
@@ -224,13 +220,9 @@ def features(
         AVERAGES: ("ema", bool(callbacks_of(trainer, WeightAveraging))),
         LORA: ("lora", any(map(is_parametrized, net.modules()))),
         ACCUMULATION: ("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches > 1),
-        TEXTS: ("data.text", texts),
-        NO_DECODER: ("model.net.decoder_layers=0", net.decoder is None),
     }
     named = {feature: key for feature, (key, present) in found.items() if present}
     for objective in objectives:
-        if isinstance(objective, Texts) and not texts:
-            continue
         key = objective.config_key
         if not objective.works_sharded:
             named.setdefault(NEEDS_WHOLE_WEIGHTS, key)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from coca_lit.data.datasets.annotations import read_karpathy, read_references, read_results
 from coca_lit.data.datasets.captions import coco_folder_records
 from coca_lit.data.datasets.classification import read_classes
-from coca_lit.data.text_batches import read_texts
 from coca_lit.errors import DataError
 from helpers.fuzzing import bounded, damaged, forged, fuzz
 
@@ -56,11 +55,9 @@ def test_forged_annotations(folder, data):
         (data.draw(st.sampled_from([KARPATHY, COCO])), lambda: read_references(path, "val")),
         (RESULTS, lambda: read_results(path)),
         ({"classes": {"a": "dog"}, "templates": ["a photo of a {}."]}, lambda: read_classes(path)),
-        ({"text": "a dog"}, lambda: read_texts(str(folder / "texts.jsonl"))),
     ):
         content = data.draw(forged(document))
         path.write_bytes(content)
-        (folder / "texts.jsonl").write_bytes(content)
         with bounded():
             reader()
     packed = folder / "captions.json.gz"

@@ -21,7 +21,6 @@ from coca_lit.callbacks import Checkpoints, NonFiniteGuard
 from coca_lit.cli.assembly import plain
 from coca_lit.cli.schema import argument_defaults
 from coca_lit.data.batch import Batch
-from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import CheckpointError, ConfigError, TrainingError
 from coca_lit.runs import checkpoint_io
 from coca_lit.runs.checkpoint_io import inspect, newest_valid
@@ -55,9 +54,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 BY_STEPS = ("scoring.every_n_steps=2", "callbacks.checkpoint.best=scenes/t2i_median_rank", "scoring.quick=3")
-# Every third batch is one of texts: its row has no loss of pairs, and no measure of the objective.
-TEXTS_AND_OBJECTIVE = (
-    *("data.text={texts}", "data.text_every=3"),
+DRAWN_OBJECTIVE = (
     "model.objectives.drawn={_target_: helpers.objectives.DrawnTargets}",
 )
 ACCUMULATION = ("trainer.accumulate_grad_batches=2", "model.caption_weight=0")
@@ -69,17 +66,14 @@ OF_ANY_SHAPE = (*NAFLEX, "data.batch_size=2", *ACCUMULATION)  # batches of two a
     ("data", "workers", "extra"),
     [
         ("indexed", 2, EMA_AND_ACCUMULATION),
-        *slow(("map", 0, (*BY_STEPS, *TEXTS_AND_OBJECTIVE)), ("patches", 2, OF_ANY_SHAPE)),
+        *slow(("map", 0, (*BY_STEPS, *DRAWN_OBJECTIVE)), ("patches", 2, OF_ANY_SHAPE)),
     ],
 )
 def test_killed_twice_in_an_epoch(
     tmp_path: Path, request: pytest.FixtureRequest, data: str, workers: int, extra: tuple[str, ...]
 ) -> None:
-    """Batch 3 is within an accumulation of two, 5 after the validation within the epoch, 12 the very last, of texts."""
+    """Batch 3 is within an accumulation of two, 5 after the validation within the epoch, 12 the very last."""
     source = MAP if data == "map" else request.getfixturevalue("shards")
-    texts = tmp_path / "texts.txt"  # of TEXTS_AND_OBJECTIVE
-    texts.write_text("".join(f"{record.captions[0]}\n" for record in scene_records("val", count=5)))
-    extra = tuple(word.replace("{texts}", str(texts)) for word in extra)
     overrides = (*source, f"data.num_workers={workers}", "callbacks.checkpoint.every_n_steps=1", *extra)
     assert train(tmp_path / "whole", *overrides) == 0
     for batches in {"map": (5, 12), "indexed": (3,), "patches": (3, 5)}[data]:
@@ -87,13 +81,9 @@ def test_killed_twice_in_an_epoch(
     assert train(tmp_path / "killed", *overrides) == 0
     assert_same(tmp_path / "whole", tmp_path / "killed")
     if data == "map":
-        steps = [row for row in rows(tmp_path / "whole") if row["train/text_loss"] or row["train/drawn_loss"]]
-        of_texts = [bool(row["train/text_loss"]) for row in steps]
-        assert of_texts == [False, False, True] * (len(steps) // 3)
-        for row, text in zip(steps, of_texts, strict=True):
-            assert [bool(row[f"train/{name}"]) for name in ("drawn_loss", "target", "contrastive_loss")] == [
-                not text
-            ] * 3
+        steps = [row for row in rows(tmp_path / "whole") if row["train/drawn_loss"]]
+        assert len(steps) == 12
+        assert all(row["train/target"] and row["train/contrastive_loss"] for row in steps)
 
 
 @pytest.mark.slow

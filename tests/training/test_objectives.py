@@ -12,7 +12,7 @@ from coca_lit.data.datamodule import ScenesDataModule
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, CoCaOutput, create_model
-from coca_lit.training.objectives import Captions, Function, Objective, Texts, terms_of
+from coca_lit.training.objectives import Captions, Function, Objective, terms_of
 from coca_lit.training.optim import AdamW
 from helpers.objectives import DrawnTargets, OwnCaptions, check_means
 
@@ -206,7 +206,6 @@ def test_objectives_that_cannot_join_are_refused(objectives: dict[str, Any], sai
     ("objective", "term", "over_tokens"),
     [
         (Captions(1.0), "caption", True),
-        (Texts(1.0), "text", True),
         (OwnCaptions(), "own_captions", True),
         (Function(lambda net, batch: {"mine": net.encode_image(batch.images).square().mean()}), "mine", False),
     ],
@@ -221,5 +220,5 @@ def test_objectives_know_whether_two_batches_have_the_mean_of_both(
 
 def test_a_training_without_captions_averages_no_tokens() -> None:
     module = CoCaLit(create_model("coca_tiny"), OPTIMIZER, caption_weight=0.0)
-    averages = [objective.averages_tokens for objective in module.every_objective if not isinstance(objective, Texts)]
+    averages = [objective.averages_tokens for objective in module.every_objective]
     assert averages == [False]

@@ -22,10 +22,8 @@ from coca_lit.training.trainer import (
     MICRO_BATCHES,
     NEEDS_WHOLE_BATCH,
     NEEDS_WHOLE_WEIGHTS,
-    NO_DECODER,
     SHARDED,
     TABLE,
-    TEXTS,
     TOKEN_MEANS,
     check_together,
     features,
@@ -46,8 +44,6 @@ CHOICES = {
     LORA: ("lora.rank=2",),
     NEEDS_WHOLE_WEIGHTS: (OWN_PASS,),
     NEEDS_WHOLE_BATCH: (OWN_PASS,),
-    TEXTS: ("data.text={folder}/texts.txt",),
-    NO_DECODER: ("+model.net.decoder_layers=0",),
     ACCUMULATION: ("trainer.accumulate_grad_batches=2",),
     TOKEN_MEANS: ("model.contrastive_weight=0",),
 }
@@ -57,7 +53,6 @@ PAIRS = (  # stated here too, so that a row that the table loses is missed
     (SHARDED, NEEDS_WHOLE_WEIGHTS),
     (MICRO_BATCHES, FP16),
     (MICRO_BATCHES, NEEDS_WHOLE_BATCH),
-    (TEXTS, NO_DECODER),
     (ACCUMULATION, TOKEN_MEANS),
 )
 
@@ -68,9 +63,7 @@ def test_the_table_has_all_pairs() -> None:
 
 @pytest.mark.parametrize("row", [pair for pair in PAIRS if FP16 not in pair], ids="-".join)
 def test_every_row_is_refused_by_its_keys(tmp_path: Path, row: tuple[str, str]) -> None:
-    (tmp_path / "texts.txt").write_text("a ring\n" * 100)
     words = [word for feature in row for word in CHOICES[feature]]
-    words = [word.replace("{folder}", str(tmp_path)) for word in words]
     with pytest.raises(ConfigError, match="does not work with"):
         run(tmp_path / "run", *TINY, *words)
     assert not (tmp_path / "run" / "config.yaml").exists()
@@ -79,7 +72,7 @@ def test_every_row_is_refused_by_its_keys(tmp_path: Path, row: tuple[str, str]) 
 def test_features_are_found_by_what_was_built(tmp_path: Path) -> None:
     cfg = compose(*TINY, "ema=0.9", "lora.rank=2", OWN_PASS, "+model.objectives.b=null", f"output_dir={tmp_path}")
     module, trainer = build_module(cfg), build_trainer(cfg, ScoreDuringTraining([], Settings(tmp_path)))
-    found = features(trainer, module.net, [*module.objectives.values()], None, texts=False)
+    found = features(trainer, module.net, [*module.objectives.values()], None)
     whole = dict.fromkeys((NEEDS_WHOLE_WEIGHTS, NEEDS_WHOLE_BATCH, TOKEN_MEANS), "model.objectives.a")
     assert found == {AVERAGES: "ema", LORA: "lora"} | whole
     check_together(found)
@@ -88,7 +81,7 @@ def test_features_are_found_by_what_was_built(tmp_path: Path) -> None:
 def test_fp16_and_micro_batches() -> None:
     """A CPU computes in bf16 instead."""
     trainer: Any = SimpleNamespace(strategy=None, precision="16-mixed", callbacks=[], accumulate_grad_batches=1)
-    found = features(trainer, create_model("coca_tiny"), [], 4, texts=False)
+    found = features(trainer, create_model("coca_tiny"), [], 4)
     with pytest.raises(ConfigError, match=r"trainer.micro_batch_size .*trainer.precision=16-mixed"):
         check_together(found)
 
@@ -145,7 +138,7 @@ def test_averages_that_would_miss_scores_and_checkpoints_are_refused(tmp_path: P
 def test_an_objective_says_what_it_needs_of_weights_and_data(tmp_path: Path) -> None:
     cfg = compose(*TINY, DRAWN, f"output_dir={tmp_path}")
     module, trainer = build_module(cfg), build_trainer(cfg, ScoreDuringTraining([], Settings(tmp_path)))
-    found = features(trainer, module.net, module.every_objective, None, texts=False)
+    found = features(trainer, module.net, module.every_objective, None)
     assert found[NEEDS_WHOLE_WEIGHTS] == "model.objectives.drawn"
     with pytest.raises(ConfigError, match=r"drawn .*LightningDataModule"):
         prepare(trainer, module, L.LightningDataModule())

@@ -54,8 +54,9 @@ def run(cfg: DictConfig) -> None:
         print(f"Not counted, so the run needs more: {' and '.join(left_out)}.")
     if source is None and cfg.init_from not in (None, "required"):
         print(f"Of the preset, not of init_from={cfg.init_from}: image encoder, pooler and vocabulary.")
-    if cfg.data.get("text") is not None:
-        print("Not counted: data.text, whose batches are steps of their own.")
+    if module.batch_schedule is not None:
+        keys = " and ".join(objective.config_key for objective in module.batch_schedule.objectives)
+        print(f"Not counted: {keys}, whose batches are steps of their own.")
 
 
 def estimate(cfg: DictConfig, settings: "Settings", module: "CoCaLit") -> "tuple[Model, Cost, Recipe]":

@@ -321,13 +321,11 @@ def test_a_plan_says_what_it_does_not_count(
     assert capsys.readouterr().out == (f"Not counted, so the run needs more: {said}.\n" if said else "")
 
 
-def test_a_plan_says_that_batches_of_texts_are_not_counted(
+def test_a_plan_of_given_weights_counts_the_preset(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli, "estimate", lambda *_: (None, None, None))
     monkeypatch.setattr("coca_lit.tools.plan.estimate.print_plan", lambda *_: None)
-    cli.run(compose("plan", ["data.text=texts.txt"]))
-    assert capsys.readouterr().out == "Not counted: data.text, whose batches are steps of their own.\n"
     cli.run(compose("plan", ["init_from=outputs/mine"]))
     assert "not of init_from=outputs/mine: image encoder" in capsys.readouterr().out
 

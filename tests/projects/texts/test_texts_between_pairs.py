@@ -1,6 +1,7 @@
-"""Training on texts between pairs: what it trains, and that ranks do not matter."""
+"""Training on texts between pairs: what it trains, and that neither ranks nor interruptions matter."""
 
 import itertools
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,24 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from coca_lit.cli.command import compose as compose_command
 from coca_lit.cli.module import build_module
 from coca_lit.data.batch import Batch
 from coca_lit.data.scenes.render import scene_training_captions
-from coca_lit.data.text_batches import TextBatches
 from coca_lit.distributed import rank, world_size
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import create_model
+from coca_lit.projects.texts.batches import TextBatches, TextsBetweenPairs
+from coca_lit.projects.texts.objective import TextLoss
 from coca_lit.tokenizer import get_tokenizer
+from coca_lit.tools.plan import command as plan
 from coca_lit.training.optim import AdamW
 from coca_lit.training.trainer import ddp_options
 from coca_lit.weights.load import load_model
+from helpers.objectives import check_means
+from helpers.resuming import MAP, Die, assert_same, rows
+from helpers.resuming import train as train_apart
 from helpers.running import compose, run
 from helpers.steps import ENCODER, PAIRS, Step, own_batch
 
@@ -64,10 +71,10 @@ def train(kinds: str, file: str, options: dict[str, Any]) -> dict[str, Tensor]:
     """Weights after a step on each of the given kinds of batches, p for pairs and t for texts."""
     torch.manual_seed(0)
     net = create_model("coca_tiny", **ENCODER).train()
-    module = CoCaLit(net, AdamW(lr=0.0), **options)
+    module = CoCaLit(net, AdamW(lr=0.0), batch_schedule=TextsBetweenPairs(file), **options)
     step: Any = Step(module)
     if world_size() > 1:
-        step = DistributedDataParallel(step, **ddp_options(texts=True, same_graph=True))
+        step = DistributedDataParallel(step, **ddp_options(has_schedule=True, same_graph=True))
     batches = TextBatches(file, net.tokenizer, PAIRS, net.image_size)
     trainable = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=0.1, momentum=0.9, weight_decay=0.01)  # moves what has a gradient of 0
@@ -114,6 +121,25 @@ def test_the_loss_of_texts_trains_the_decoder_without_a_caption_loss(text_weight
     assert decoder.vocabulary.weight.requires_grad == trains
 
 
+def test_two_batches_of_texts_do_not_have_the_mean_of_both() -> None:
+    check_means(TextLoss(1.0), "text", over_tokens=True)
+
+
+def test_texts_need_a_decoder(tmp_path: Path, texts: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.text does not work with model\.net\.decoder_layers=0"):
+        run(tmp_path / "run", *SHORT[:-1], "+model.net.decoder_layers=0", texts)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_plan_says_that_batches_of_texts_are_not_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "estimate", lambda *_: (None, None, None))
+    monkeypatch.setattr("coca_lit.tools.plan.estimate.print_plan", lambda *_: None)
+    plan.run(compose_command("plan", ["data.text=texts.txt"]))
+    assert capsys.readouterr().out == "Not counted: data.text, whose batches are steps of their own.\n"
+
+
 def test_texts_that_train_nothing_are_refused(texts: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.text"):
         train("t", texts.removeprefix("data.text="), {"freeze": ["text", "decoder"]})
@@ -123,3 +149,18 @@ def test_micro_batches_are_for_pairs(texts: str) -> None:
     """Batches of texts go through whole, with the same result."""
     file = texts.removeprefix("data.text=")
     torch.testing.assert_close(train("ptp", file, {"micro_batch_size": 2}), train("ptp", file, {}), atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_killed_within_an_epoch_and_at_the_end(tmp_path: Path, texts: str) -> None:
+    """Batch 5 is of pairs, after the validation within the epoch, 12 the very last, of texts."""
+    overrides = (*MAP, texts, "data.text_every=3", "callbacks.checkpoint.every_n_steps=1")
+    assert train_apart(tmp_path / "whole", *overrides) == 0
+    for batches in (5, 12):
+        assert train_apart(tmp_path / "killed", *overrides, watch=Die(batches)) == -signal.SIGKILL
+    assert train_apart(tmp_path / "killed", *overrides) == 0
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+    steps = [row for row in rows(tmp_path / "whole") if row["train/text_loss"] or row["train/contrastive_loss"]]
+    of_texts = [bool(row["train/text_loss"]) for row in steps]
+    assert of_texts == [False, False, True] * (len(steps) // 3)
+    assert [bool(row["train/contrastive_loss"]) for row in steps] == [not text for text in of_texts]

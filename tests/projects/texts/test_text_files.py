@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from coca_lit.data.datamodule import ScenesDataModule
-from coca_lit.data.text_batches import TextBatches, read_texts
 from coca_lit.errors import DataError
 from coca_lit.models.presets import VOCABULARIES
+from coca_lit.projects.texts.batches import TextBatches, TextsBetweenPairs
+from coca_lit.projects.texts.files import read_texts
 from coca_lit.tokenizer import WordTokenizer
 from helpers.scene_files import write_data_set
 
@@ -92,7 +93,7 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(file: Path) -> None
 
 @pytest.mark.parametrize(("every", "kinds"), [(1, "tt"), (2, "ptptptpt"), (3, "pptppt"), (9, "pppp")])
 def test_texts_come_at_every_nth_step(file: Path, every: int, kinds: str) -> None:
-    data = ScenesDataModule(**SMALL, train_count=16, text=str(file), text_every=every)
+    data = ScenesDataModule(**SMALL, train_count=16, batch_schedule=TextsBetweenPairs(str(file), every))
     loader = data.train_dataloader()
     batches = list(loader)
     assert "".join("p" if len(batch.images) else "t" for batch in batches) == kinds
@@ -103,7 +104,7 @@ def test_texts_come_at_every_nth_step(file: Path, every: int, kinds: str) -> Non
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_a_resumed_run_sees_the_same_batches(file: Path, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = ScenesDataModule(**SMALL, train_count=16, text=str(file), text_every=every)
+    data = ScenesDataModule(**SMALL, train_count=16, batch_schedule=TextsBetweenPairs(str(file), every))
     for epoch in (0, 1):
         monkeypatch.setattr(data, "position", lambda epoch=epoch: (epoch, 0))
         whole = list(data.train_dataloader())

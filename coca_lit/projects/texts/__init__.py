@@ -1,0 +1,1 @@
+"""Training on texts alone between the pairs of an image and a text."""
