@@ -19,7 +19,7 @@ from coca_lit.cli.schema import read_signature, written
 from coca_lit.models.generation.options import OPTIONS, describe
 
 OBJECTS = {
-    *("net", "optimizer", "tokenizer", "micro_batch_size", "texts", "output_dir", "identity", "classifier"),
+    *("net", "optimizer", "tokenizer", "micro_batch_size", "batch_schedule", "output_dir", "identity", "classifier"),
     *("kwargs", "imports"),
 }
 INTRODUCTION = """\
@@ -86,6 +86,11 @@ def _rows(path: str, node: dict[str, Any]) -> list[Row]:
     if node["_target_"] == "coca_lit.models.create_model":  # which hands its arguments on
         further, words = _constructor("coca_lit.models.config.CoCaConfig")
         defaults, meanings = defaults | further, words | meanings
+    if "batch_schedule" in defaults:
+        for name, schedule in extensions.schedule_keys(path).items():
+            further, words = _constructor(schedule)
+            defaults.setdefault(name, None if further[name] is ... else further[name])
+            meanings.setdefault(name, words[name])
     names = [name for name in defaults if name not in OBJECTS or (name == "tokenizer" and path == "model.net")]
     return [Row(f"{path}.{name}", node.get(name, defaults[name]), meanings.get(name, "")) for name in names]
 

@@ -18,7 +18,7 @@ Positional = str | Sequence[str]  # one key that takes all words as a list, or k
 
 _TEXT_KEYS = re.compile(
     r"(?:name|data_dir|init_from|init_parts\..*|checkpoint|interpolate_with|ckpt_path|output|output_dir|index|images"
-    r"|query|spice_jars|roots\..*|data\.(?:text|selection)|data\.records\.(?:images|classes)"
+    r"|query|spice_jars|roots\..*|data\.selection|data\.records\.(?:images|classes)"
     r"|.*\.(?:root|shards|cache_dir|clip_score_model))"
 )
 _RANGE = r"\{\d+\.\.\d+\}"

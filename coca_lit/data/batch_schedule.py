@@ -17,7 +17,7 @@ class BatchSchedule:
     needs only the trainer's position. A project declares the keys that ask for a schedule, see `coca_lit.extensions`.
 
     Attributes:
-        objectives: what the batches of the other source are trained for. They take no batches of pairs.
+        objectives: what the batches of the other source are trained for. Those of pairs take all batches with images.
     """
 
     objectives: Sequence["Objective"] = ()

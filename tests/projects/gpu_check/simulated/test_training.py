@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from recorded_runs import on_gpu, recorded_steps
 from simulated_gpu import Recorder, SimulatedGpu
 from subjects import TINY, weights
 
@@ -16,27 +16,11 @@ from coca_lit.data.loader import TrainLoader
 from helpers.running import run, watched, without_java
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-GPU = ("trainer.accelerator=gpu", "trainer.devices=1")
-
-
-def on_gpu(folder: Path, *overrides: str) -> dict[str, float]:
-    with SimulatedGpu():
-        return run(folder, *TINY, *GPU, *overrides)
 
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
-    """What happens in each step of a training, its callbacks and the arrival of its batch included."""
-    found: list[Recorder] = []
-    advance = _TrainingEpochLoop.advance
-
-    def recorded(loop: Any, *arguments: Any) -> None:
-        with Recorder() as recorder:
-            advance(loop, *arguments)
-        found.append(recorder)
-
-    monkeypatch.setattr(_TrainingEpochLoop, "advance", recorded)
-    return found
+    return recorded_steps(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +73,6 @@ def test_averaged_weights_are_those_of_the_cpu(tmp_path: Path) -> None:
     run(tmp_path / "cpu", *TINY, "ema=0.9")
     on_gpu(tmp_path / "gpu", "ema=0.9", "trainer.precision=32-true")
     torch.testing.assert_close(weights(tmp_path / "gpu"), weights(tmp_path / "cpu"), atol=2e-4, rtol=0)
-
-
-def test_texts_between_pairs(tmp_path: Path, steps: list[Recorder]) -> None:
-    (tmp_path / "texts.txt").write_text("\n".join(["a red circle and a blue square"] * 20))
-    on_gpu(tmp_path / "run", f"data.text={tmp_path}/texts.txt")
-    for step in steps[1:-1]:
-        assert not step.waits, dict(step.waits)
 
 
 def test_a_batch_is_sent_before_the_one_before_it_is_computed() -> None:
