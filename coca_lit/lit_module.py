@@ -152,7 +152,7 @@ class CoCaLit(L.LightningModule):
             self.log("train/logit_scale", (scale.full_tensor() if isinstance(scale, DTensor) else scale).squeeze())
         if not loss.requires_grad:
             keys = " and ".join(objective.config_key for objective in objectives)
-            raise ConfigError(f"{keys}: all that it reaches is frozen; see model.freeze and lora.parts")
+            raise ConfigError(f"{keys}: all parameters that it reaches are frozen; see model.freeze and lora.parts")
         return loss * (step_share(self.trainer, batch_idx) if self._trainer is not None else 1.0)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -24,6 +24,7 @@ ELSEWHERE = {  # keys that a run sets from others
     "trainer.plugins": "choose trainer.precision and trainer.strategy",
     "trainer.overfit_batches": "set data.train_count, or another small training set, and as many trainer.max_epochs",
     "model.micro_batch_size": "set trainer.micro_batch_size instead",
+    "model.batch_schedule": "set data.batch_schedule instead",
 }
 
 

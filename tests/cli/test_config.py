@@ -293,7 +293,12 @@ for word, said in {MISTAKES!r}:
     "overrides",
     [
         ("trainer.max_steps=-1", "callbacks.checkpoint.every_minutes=0.5", "trainer.gradient_clip_val=null"),
-        ("init_parts.image_encoder=efficientnet_lite0", "data.text=null", "trainer.devices=2", "trainer.max_epochs=-1"),
+        (
+            "init_parts.image_encoder=efficientnet_lite0",
+            "data.batch_schedule=null",
+            "trainer.devices=2",
+            "trainer.max_epochs=-1",
+        ),
         ("experiment=pretrain_b32", "data.shards=s3://bucket/{0..3}.tar", "evals=[]", "data.epoch_samples=1e6"),
         ("scoring.every_n_epochs=null", "scoring.every_n_steps=100", "lora.alpha=0.5"),
         ("trainer=cpu", "trainer.devices=[0,1]", "trainer.max_time=00:01:00:00"),

@@ -22,7 +22,7 @@ def test_no_secret_in_what_a_run_prints_and_writes(tmp_path, monkeypatch):
         *("trainer=smoke", "name=x", "++model.net.image_encoder_args.token=typed-3"),
         "++model.net.image_encoder_args.note=${oc.env:HF_TOKEN}",
         "++model.net.image_encoder_args.deep={api_key:typed-4,password:${oc.env:WANDB_API_KEY}}",
-        "+data.text=https://me:typed-5@host/x",
+        "data.cache_dir=https://me:typed-5@host/x",
     )
     printed = train_py(*arguments, "--cfg", "job", "--resolve", cwd=tmp_path, **secrets)
     shown = yaml.safe_load(printed.stdout)
