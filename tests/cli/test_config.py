@@ -214,6 +214,7 @@ def test_wrong_option_is_one_sentence(refused: Callable[..., str], override: str
         ("trainer.enable_checkpointing", "callbacks.checkpoint=null"),
         ("trainer.plugins", "trainer.precision"),
         ("model.micro_batch_size", "set trainer.micro_batch_size"),
+        ("model.batch_schedule", "set data.batch_schedule"),
         ("trainer.overfit_batches", "set data.train_count"),
     ],
 )
