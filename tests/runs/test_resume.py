@@ -54,9 +54,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 BY_STEPS = ("scoring.every_n_steps=2", "callbacks.checkpoint.best=scenes/t2i_median_rank", "scoring.quick=3")
-DRAWN_OBJECTIVE = (
-    "model.objectives.drawn={_target_: helpers.objectives.DrawnTargets}",
-)
+DRAWN_OBJECTIVE = ("model.objectives.drawn={_target_: helpers.objectives.DrawnTargets}",)
 ACCUMULATION = ("trainer.accumulate_grad_batches=2", "model.caption_weight=0")
 EMA_AND_ACCUMULATION = ("ema=0.9", *ACCUMULATION)
 OF_ANY_SHAPE = (*NAFLEX, "data.batch_size=2", *ACCUMULATION)  # batches of two and of four images
