@@ -120,12 +120,16 @@ class Arriving:
 class StepExchange:
     """What all ranks have to know of every step, in one collective: numbers from the host and numbers on the device.
     A GPU would idle until the host has read the result, so on GPUs the host reads the result of the step before.
+
+    In each step, in this order: `Checkpoints` calls `tell` (stop? save? best?) before the optimizer step,
+    `NonFiniteGuard` calls `exchange` with its numbers of the device, and `Checkpoints` calls `heard` when the next
+    batch begins. Without a guard, `heard` exchanges the told numbers itself.
     """
 
     def __init__(self) -> None:
-        self.start()
+        self.reset()
 
-    def start(self) -> None:
+    def reset(self) -> None:
         """Discards numbers that were reported but not yet read."""
         self._told: list[float] = []
         self._arriving: deque[Arriving] = deque()
@@ -151,7 +155,7 @@ class StepExchange:
         """The maximum over ranks of each number that was told, the same on every rank; nothing if none has arrived."""
         if world_size() == 1:
             return self._told
-        if self._told:  # nobody had numbers of the device
+        if self._told:  # no guard has exchanged them
             self.exchange(_sendable([]))
         under_way = 1 if dist.get_backend() == "nccl" else 0
         return self._arriving.popleft().read() if len(self._arriving) > under_way else []

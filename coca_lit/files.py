@@ -250,7 +250,7 @@ class Waiting(Generic[T]):
         self._warned = False
 
 
-def try_waiting() -> None:
+def retry_waiting_rows() -> None:
     """Another try for all rows that wait."""
     for waiting in list(_all_waiting):
         waiting.flush()
@@ -258,7 +258,7 @@ def try_waiting() -> None:
 
 def write_waiting() -> None:
     """Writes all rows that still wait; raises `DataError` if some of them cannot be written."""
-    try_waiting()
+    retry_waiting_rows()
     for waiting in list(_all_waiting):
         if waiting.rows:
             raise DataError(f"cannot write {waiting.path}, for which {len(waiting.rows)} rows wait")

@@ -18,7 +18,13 @@ from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import ConfigError, check_number
 from coca_lit.models import CoCa
 from coca_lit.models.trainable import GradCheckpointing
-from coca_lit.training.lightning_fixes import clip_gradients, forget_last_step, is_logged_step, is_sharded, step_share
+from coca_lit.training.lightning_fixes import (
+    accumulation_factor,
+    clear_logged_values,
+    clip_gradients,
+    is_logged_step,
+    is_sharded,
+)
 from coca_lit.training.objectives import (
     Captions,
     Contrastive,
@@ -128,7 +134,7 @@ class CoCaLit(L.LightningModule):
         return [objective for objective in found if not objective.replaces]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        forget_last_step(self.trainer)
+        clear_logged_values(self.trainer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The weighted sum of the losses of a batch, a scalar.
@@ -153,7 +159,7 @@ class CoCaLit(L.LightningModule):
         if not loss.requires_grad:
             keys = " and ".join(objective.config_key for objective in objectives)
             raise ConfigError(f"{keys}: all parameters that it reaches are frozen; see model.freeze and lora.parts")
-        return loss * (step_share(self.trainer, batch_idx) if self._trainer is not None else 1.0)
+        return loss * (accumulation_factor(self.trainer, batch_idx) if self._trainer is not None else 1.0)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.log_terms("val", terms_of(self.net, self.objectives_of(batch), batch), batch)

@@ -75,7 +75,7 @@ def test_collectives_on_two_ranks(on_ranks) -> None:
 
 
 def steps_told() -> dict[str, Any]:
-    step_exchange.start()
+    step_exchange.reset()
     told = []
     for step in range(3):
         step_exchange.tell([step * rank(), -rank()])

@@ -21,11 +21,11 @@ import torch
 from coca_lit.callbacks.averaging import scored_weights
 from coca_lit.callbacks.best import BEST, EARLIER_BEST, BestCheckpoint
 from coca_lit.callbacks.progress import samples_seen
-from coca_lit.callbacks.resumed import announce, keep_settings, limits, workers
+from coca_lit.callbacks.resumed import announce, apply_settings, limits, workers
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import max_over_ranks, print_rank_zero, rank, stable_seed, step_exchange, world_size
 from coca_lit.errors import DataError, TrainingError, check_number
-from coca_lit.files import atomic_link, remove, try_waiting
+from coca_lit.files import atomic_link, remove, retry_waiting_rows
 from coca_lit.models import kernels
 from coca_lit.runs.resume import LAST, RUN_KEY
 from coca_lit.runs.run_folder import CHECKPOINTS, inode, step_files
@@ -75,7 +75,7 @@ class TrainingState:
         unlinked: the last checkpoint, until it has its links.
         score: the score `best` of the weights at hand, on every rank; None where it was not computed.
         due_at: when the next checkpoint is due, by the monotonic clock.
-        run_folder: the inode of the run folder, if there was one.
+        folder_inode: of the run folder, if there was one.
     """
 
     phase: Phase = "training"
@@ -83,7 +83,7 @@ class TrainingState:
     unlinked: Unlinked | None = None
     score: float | None = None
     due_at: float = math.inf
-    run_folder: int | None = None
+    folder_inode: int | None = None
 
 
 class Checkpoints(L.Callback):
@@ -130,7 +130,7 @@ class Checkpoints(L.Callback):
         self.signals = Signals()
         self.state = TrainingState()
         self._trained = False  # in this process
-        self._between_steps = False  # while a checkpoint of ours is written
+        self._saving = False  # while a checkpoint of ours is written
         self._resumed: dict[str, Any] = {}  # what `on_save_checkpoint` kept in the checkpoint that the run resumes from
 
     # When
@@ -138,9 +138,9 @@ class Checkpoints(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.signals.listen()
         lightning_fixes.leave_sigterm_to_us(trainer)
-        step_exchange.start()
+        step_exchange.reset()
         step = trainer.global_step
-        self.state = TrainingState(run_folder=inode(self.folder.parent))  # also where it trains once more
+        self.state = TrainingState(folder_inode=inode(self.folder.parent))  # also where it trains once more
         self.state.saved = (step, "training")  # there is nothing to save before the first step
         self._trained = True
         self._set_clock()
@@ -148,7 +148,7 @@ class Checkpoints(L.Callback):
             self.best.forget_after(step)
         if self._resumed:
             announce(trainer, self._resumed)
-            keep_settings(trainer, getattr(pl_module, "configured", ()))
+            apply_settings(trainer, getattr(pl_module, "configured", ()))
         if self._resumed.get("validating"):
             lightning_fixes.repeat_validation(trainer)
             self.state.saved = None  # the next checkpoint of this step will know that the validation is over
@@ -168,16 +168,16 @@ class Checkpoints(L.Callback):
         self._link()
         # One decision for all ranks. That of a score is about the weights at hand: it cannot come a step later.
         at_once = world_size() == 1 or self.state.score is not None
-        stop, late, better = max_over_ranks(self._flags()) if at_once else step_exchange.heard() or (0, 0, 0)
+        stop, due, better = max_over_ranks(self._flags()) if at_once else step_exchange.heard() or (0, 0, 0)
         if at_once:
-            step_exchange.start()  # what is under way is known by now, and would delay all that comes after it
+            step_exchange.reset()  # this decision includes the numbers that are under way
         if stop:
-            self.signals.in_time()
+            self.signals.cancel_requeue()
         step = trainer.global_step
         by_steps = self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0
-        if stop or late or by_steps or better or batch_idx == 0:
+        if stop or due or by_steps or better or batch_idx == 0:  # the last: after every epoch
             self._save(trainer, pl_module)
-            step_exchange.start()  # who was late is not any more
+            step_exchange.reset()  # flags from before this checkpoint would ask for another one
         self.state.score = None
         if stop:
             self._stop(trainer, int(stop))
@@ -189,8 +189,8 @@ class Checkpoints(L.Callback):
 
     def _flags(self) -> list[int]:
         """What this rank asks for: to stop, to save since it is time, to keep the weights as the best."""
-        late = time.monotonic() >= self.state.due_at
-        return [self.signals.received, int(late), int(rank() == 0 and self._is_best(self.state.score))]
+        due = time.monotonic() >= self.state.due_at
+        return [self.signals.received, int(due), int(rank() == 0 and self._is_best(self.state.score))]
 
     def _stop(self, trainer: L.Trainer, number: int) -> None:
         step = trainer.global_step
@@ -212,7 +212,7 @@ class Checkpoints(L.Callback):
             return
         (stop,) = max_over_ranks([self.signals.received])
         if stop:
-            self.signals.in_time()
+            self.signals.cancel_requeue()
             self._save(trainer, pl_module)
             self._stop(trainer, int(stop))
 
@@ -221,7 +221,7 @@ class Checkpoints(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.state.phase = "finished"
-        self.signals.in_time()
+        self.signals.cancel_requeue()
         self._save(trainer, pl_module)
         self._finish_saving(trainer)
         self.signals.nothing_to_save = True
@@ -248,19 +248,20 @@ class Checkpoints(L.Callback):
         step = trainer.global_step
         if self.state.saved == (step, self.state.phase):
             return
-        if rank() == 0 and self.state.run_folder not in (None, inode(self.folder.parent)):
+        if rank() == 0 and self.state.folder_inode not in (None, inode(self.folder.parent)):
             raise TrainingError(
                 f"the run folder {self.folder.parent} was moved or deleted while the run wrote to it: the run ends; "
                 "it can be resumed where its checkpoints are"
             )
-        try_waiting()  # a run that resumes from here does not make the rows of earlier steps again
-        # Within a validation the module holds the averaged weights; they change places with the trained ones.
+        retry_waiting_rows()  # a run that resumes from here does not make the rows of earlier steps again
+        # Within a validation Lightning has put the averaged weights into the module: exchanged once more, the trained
+        # ones are saved, with the average beside them.
         with scored_weights(trainer, pl_module) if self.state.phase == "validating" else nullcontext():
-            self._between_steps = True
+            self._saving = True
             try:
                 trainer.save_checkpoint(self._path(step))
             finally:
-                self._between_steps = False
+                self._saving = False
         self.state.saved = (step, self.state.phase)
         self._set_clock()
         self._link()  # the one before, which is written now
@@ -348,7 +349,7 @@ class Checkpoints(L.Callback):
             "validating": validating,
             **samples_seen(trainer),
         }
-        if self._between_steps:  # Lightning knows the position of those that its own callbacks take
+        if self._saving:  # Lightning knows the position of those that its own callbacks take
             lightning_fixes.set_position(trainer, checkpoint, validating, finished)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

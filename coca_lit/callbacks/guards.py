@@ -89,8 +89,8 @@ class NonFiniteGuard(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Between backward and the step; without gradients the optimizer touches nothing."""
-        self._judge()  # the step before
+        """Between backward and the step: finds out whether the gradients of all ranks are finite."""
+        self._settle_last_step()  # the step before
         if self._loss is None:
             return
         scaled = trainer.precision == "16-mixed"
@@ -105,7 +105,7 @@ class NonFiniteGuard(L.Callback):
                 optimizer.found_inf = bad  # type: ignore[attr-defined]  # as the loss scaler of fp16 tells it
             for buffer, before in self._statistics:  # the forward pass has updated it already
                 buffer.copy_(torch.where(bad > 0, before, buffer))
-        elif self._judge():
+        elif self._settle_last_step():
             for buffer, before in self._statistics:
                 buffer.copy_(before)
             for group in optimizer.param_groups:
@@ -118,8 +118,10 @@ class NonFiniteGuard(L.Callback):
                 f"{self.path}: try a lower learning rate, fp32 (trainer.precision=32-true), or look at those samples"
             )
 
-    def _judge(self) -> bool:
-        """Counts the last step if its gradient was not finite, and returns whether that is so; notes its loss."""
+    def _settle_last_step(self) -> bool:
+        """Reads the numbers of the last step, on all ranks: reports a spike of its loss, and counts it if its gradient
+        was not finite, which is returned.
+        """
         if self._measured is None:
             return False
         (step, keys, numbers), self._measured = self._measured, None
@@ -158,13 +160,13 @@ class NonFiniteGuard(L.Callback):
             self._waiting.add(json.dumps({"step": step, "reason": reason, **numbers, "keys": everything}))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._judge()
+        self._settle_last_step()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._waiting.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        self._judge()
+        self._settle_last_step()
         counts = {name: getattr(self, name) for name in ("skipped", "in_a_row", "spikes")}
         return {**counts, "losses": list(self._losses)}
 

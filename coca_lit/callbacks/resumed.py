@@ -34,9 +34,10 @@ def announce(trainer: L.Trainer, before: dict[str, Any]) -> None:
         print_rank_zero(f"note: {' and '.join(changed)}: every batch holds the same samples as before")
 
 
-def keep_settings(trainer: L.Trainer, configured: Sequence[dict[str, Any]]) -> None:
-    """Gives the groups of a restored optimizer the settings of this run in place of the checkpoint's, and the learning
-    rate that its schedule has at this step; where nothing was changed that changes nothing.
+def apply_settings(trainer: L.Trainer, configured: Sequence[dict[str, Any]]) -> None:
+    """Gives the groups of a restored optimizer the settings of this run's config in place of the checkpoint's, and the
+    learning rate that its schedule has at this step. They differ only with an explicit `ckpt_path`: `auto` refuses a
+    config that has changed.
 
     Args:
         configured: the settings of each group; empty for a module that is not `CoCaLit`, whose groups stay as they

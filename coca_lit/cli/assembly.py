@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from coca_lit.data.batch_schedule import BatchSchedule
     from coca_lit.data.datamodule import CaptionDataModule
     from coca_lit.evals import Evaluation, Settings
-    from coca_lit.runs.resume import Start
+    from coca_lit.runs.resume import ResumePoint
     from coca_lit.tokenizer import Tokenizer
 
 WHEN = ("every_n_epochs", "every_n_steps", "quick")  # keys of `scoring` that the callback takes
@@ -244,7 +244,7 @@ def build_scoring(cfg: DictConfig, evals: "list[Evaluation]") -> "ScoreDuringTra
 
 
 def build_trainer(
-    cfg: DictConfig, scoring: "ScoreDuringTraining", start: "Start | None" = None, splits: bool = True
+    cfg: DictConfig, scoring: "ScoreDuringTraining", start: "ResumePoint | None" = None, splits: bool = True
 ) -> "L.Trainer":
     """The trainer with its callbacks, `scoring` among them, loggers, strategy and precision.
 

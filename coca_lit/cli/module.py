@@ -16,7 +16,7 @@ from coca_lit.errors import ConfigError, error_context
 if TYPE_CHECKING:
     from coca_lit.lit_module import CoCaLit
     from coca_lit.models import CoCa, DualEncoder
-    from coca_lit.runs.resume import Start
+    from coca_lit.runs.resume import ResumePoint
     from coca_lit.training.objectives import Objective
 
 REQUIRED = "required"  # `init_from` of an experiment that trains a model further
@@ -34,7 +34,7 @@ def load_source(cfg: DictConfig) -> "DualEncoder | None":
         return load_dual_encoder(cfg.init_from)
 
 
-def build_module(cfg: DictConfig, start: "Start | None" = None, source: "DualEncoder | None" = None) -> "CoCaLit":
+def build_module(cfg: DictConfig, start: "ResumePoint | None" = None, source: "DualEncoder | None" = None) -> "CoCaLit":
     """The LightningModule with its network, started from given weights if there are any.
 
     Args:
@@ -79,7 +79,7 @@ def build_module(cfg: DictConfig, start: "Start | None" = None, source: "DualEnc
     return module
 
 
-def check_kept(module: "CoCaLit", start: "Start") -> None:
+def check_kept(module: "CoCaLit", start: "ResumePoint") -> None:
     """Raises `ConfigError` if an objective means something else than the one that the checkpoint keeps."""
     from coca_lit.weights import OBJECTIVES_KEY
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from coca_lit.data.datamodule import CaptionDataModule
     from coca_lit.lit_module import CoCaLit
     from coca_lit.models import CoCa, DualEncoder
-    from coca_lit.runs.resume import Start
+    from coca_lit.runs.resume import ResumePoint
 
 
 class Beginning(NamedTuple):
@@ -43,10 +43,11 @@ class Beginning(NamedTuple):
         ckpt_path: the key of this name; a job that its scheduler started again resumes from its newest checkpoint,
             whatever its command names.
         strict: whether to refuse a config or data that have changed since the checkpoint, instead of printing a note.
-        source: the model in `init_from`, which a run that resumes does not read.
+        source: the model in `init_from`; None for a run that goes on in its own folder. A run that starts from the
+            checkpoint of another run needs it for its recipe alone.
     """
 
-    checkpoint: "Start | None"
+    checkpoint: "ResumePoint | None"
     ckpt_path: str | None
     strict: bool
     source: "DualEncoder | None"
@@ -71,13 +72,14 @@ def run(cfg: DictConfig) -> dict[str, float]:
     with in_use(folder):
         set_up_process(cfg)
         beginning = find_beginning(cfg)
-        cfg = completed(cfg, beginning)
+        cfg = fill_config(cfg, beginning)
+        check_unchanged(cfg, beginning)
         results = finished_scores(cfg, beginning.checkpoint)
         if results is not None:
             return results
         parts = build_run(cfg, beginning)
         # Not before: a run that cannot start leaves nothing behind.
-        resumed = is_resumed(cfg, beginning.checkpoint)
+        resumed = continues_own_folder(cfg, beginning.checkpoint)
         before = beginning.checkpoint.run if beginning.checkpoint is not None and resumed else None
         start_run_folder(cfg, before, **chosen_experiment())
         fit(cfg, parts, beginning.checkpoint)
@@ -98,35 +100,38 @@ def set_up_process(cfg: DictConfig) -> None:
 
 def find_beginning(cfg: DictConfig) -> Beginning:
     """The checkpoint that the run resumes from, or the model that it starts from."""
-    from coca_lit.runs.resume import find_checkpoint, forget_jobs, is_requeued
+    from coca_lit.runs.resume import find_checkpoint, forget_earlier_jobs, is_requeued
 
     folder = Path(cfg.output_dir)
-    forget_jobs(folder)
+    forget_earlier_jobs(folder)
     ckpt_path = NEWEST if is_requeued(folder) else cfg.ckpt_path
     checkpoint = find_checkpoint(folder, ckpt_path, is_first_process())
-    source = None if is_resumed(cfg, checkpoint) else load_source(cfg)
+    source = None if continues_own_folder(cfg, checkpoint) else load_source(cfg)
     return Beginning(checkpoint, ckpt_path, cfg.ckpt_path == NEWEST, source)
 
 
-def is_resumed(cfg: DictConfig, checkpoint: "Start | None") -> bool:
+def continues_own_folder(cfg: DictConfig, checkpoint: "ResumePoint | None") -> bool:
     """Whether the run continues in its own folder; it may also start from a checkpoint of another run."""
     return checkpoint is not None and checkpoint.lies_in(Path(cfg.output_dir))
 
 
-def completed(cfg: DictConfig, beginning: Beginning) -> DictConfig:
-    """The config with the values that its recipe chooses, compared with the config of the checkpoint."""
-    from coca_lit.runs.resume import check_same_run, identity_of
-
+def fill_config(cfg: DictConfig, beginning: Beginning) -> DictConfig:
+    """The config with the checkpoint that the run resumes from, and the values that its recipe chooses."""
     cfg = cfg.copy()
     cfg.ckpt_path = beginning.ckpt_path
-    cfg = with_recipe(cfg, beginning.source, is_resumed(cfg, beginning.checkpoint))
+    return with_recipe(cfg, beginning.source, continues_own_folder(cfg, beginning.checkpoint))
+
+
+def check_unchanged(cfg: DictConfig, beginning: Beginning) -> None:
+    """Compares the config with that of the checkpoint; see `check_same_run`."""
+    from coca_lit.runs.resume import check_same_run, identity_of
+
     if beginning.checkpoint is not None and is_first_process():
         identity = identity_of(plain(cfg))
         check_same_run(beginning.checkpoint, identity, beginning.strict, argument_defaults(identity))
-    return cfg
 
 
-def finished_scores(cfg: DictConfig, checkpoint: "Start | None") -> dict[str, float] | None:
+def finished_scores(cfg: DictConfig, checkpoint: "ResumePoint | None") -> dict[str, float] | None:
     """The scores of a run that has nothing left to do, printed; None for any other run."""
     from coca_lit.runs.results import read_conditions, read_draws
     from coca_lit.runs.resume import finished_results
@@ -187,7 +192,7 @@ def check_parts(module: "CoCaLit", data: "CaptionDataModule", scoring: "ScoreDur
         check_data(data, module.net, generate, read_captions, of_pairs)
 
 
-def fit(cfg: DictConfig, parts: RunParts, checkpoint: "Start | None") -> None:
+def fit(cfg: DictConfig, parts: RunParts, checkpoint: "ResumePoint | None") -> None:
     """Trains. A signal ends the process here, with everything saved."""
     from coca_lit.data.prefetch import worker_errors
     from coca_lit.runs.resume import resume_command
@@ -252,7 +257,7 @@ def chosen_experiment() -> dict[str, str]:
     return {"experiment": choices["experiment"]} if choices.get("experiment") else {}
 
 
-def resume_data(data: "CaptionDataModule", start: "Start", strict: bool) -> None:
+def resume_data(data: "CaptionDataModule", start: "ResumePoint", strict: bool) -> None:
     """Has the data read as when the checkpoint was written, before anything asks for their length: Lightning does so
     once more, under some strategies after that.
 

@@ -35,7 +35,7 @@ def save(checkpoint: dict[str, Any], target: Path) -> None:
     Raises:
         CheckpointError: the content could never be loaded again, because something in it is code.
     """
-    if is_folder(target):  # of the same step, whose tensors are what they were
+    if is_folder(target):  # it has the tensors of this step already: only the rest is written again
         flat(checkpoint)
         target = target / REST
     try:

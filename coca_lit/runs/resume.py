@@ -38,13 +38,14 @@ from coca_lit.weights.sharded import is_checkpoint
 RUN_KEY = "coca_lit_run"  # under which our checkpoints keep what resuming needs: see `coca_lit.callbacks.checkpoint`
 LOOPS = "loops"  # where Lightning's checkpoints keep how far a training has come
 LAST = "last.ckpt"
-# Keys that decide what is computed, and among them those that only decide where and how fast.
+# Keys that decide what is computed: a run that resumes has them as before.
 IDENTITY = (
     *("seed", "image_size", "vocabulary", "ema", "lora", "init_from", "init_parts"),
     *("model", "data", "trainer", "callbacks"),
 )
 CALLBACK_KEYS = ("step_seeds", "non_finite_guard")
 TRAINER_KEYS = ("accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
+# Keys among them that only decide where and how fast.
 FREE = (
     *("data.num_workers", "data.root", "data.records.root", "data.max_bad_fraction", "data.store_patience"),
     *("data.cache_dir", "data.cache_gb"),
@@ -53,7 +54,7 @@ FREE = (
 )
 
 
-class Start(NamedTuple):
+class ResumePoint(NamedTuple):
     """The checkpoint that a run resumes from, read once.
 
     Attributes:
@@ -81,10 +82,11 @@ def identity_of(config: dict[str, Any]) -> dict[str, Any]:
     return part
 
 
-def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) -> Start | None:
+def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) -> ResumePoint | None:
     """The checkpoint to resume from, None for a fresh start.
 
-    Only the first process of a run compares checksums; all others rely on the link `last.ckpt` that it leaves.
+    Only the first process of a run compares checksums. The others read the settings of the newest checkpoint that they
+    can read; which file `last.ckpt` names is decided when `fit` loads it.
 
     Args:
         folder: the run folder.
@@ -106,7 +108,7 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
                 f"ckpt_path: no training can resume from '{ckpt_path}', which is none of Lightning's checkpoints: "
                 f"init_from={ckpt_path} takes its weights"
             )
-        return Start(path, content)
+        return ResumePoint(path, content)
     last = folder / CHECKPOINTS / LAST
     if not step_files(last.parent):
         return None
@@ -114,18 +116,18 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
         path, content = newest_valid(last.parent)
         if not last.exists() or last.resolve() != path.resolve():
             atomic_link(last, path)
-        return Start(last, content)
+        return ResumePoint(last, content)
     # The first process may be about to replace the link, which then points to a damaged file or to none.
     for path in (last, *step_files(last.parent)):
         with suppress(CheckpointError):
-            return Start(last, inspect(path, checksums=False))
+            return ResumePoint(last, inspect(path, checksums=False))
     raise CheckpointError(f"none of the checkpoints in {last.parent} can be read")
 
 
 def is_requeued(folder: Path) -> bool:
-    """Whether SLURM or torchrun has started this job again, and the run has checkpoints of its earlier starts:
-    `ckpt_path`, which the job repeats, was obeyed then. All processes of a machine find the same: the first one notes
-    the job after it has moved away what the run does not resume from.
+    """Whether SLURM or torchrun has started this job again, and the run has checkpoints of its earlier starts. The
+    command still has its `ckpt_path`, which was used at the first start: now the newest checkpoint counts. All
+    processes find the same, since the first one records the job only after it has moved away earlier checkpoints.
     """
     jobs = restarted()
     if not jobs or not step_files(folder / CHECKPOINTS):
@@ -137,8 +139,8 @@ def is_requeued(folder: Path) -> bool:
     return isinstance(begun_by, dict) and any(name in begun_by and begun_by[name] == os.environ[name] for name in jobs)
 
 
-def forget_jobs(folder: Path) -> None:
-    """At the first start of a job: an earlier one of its name was another, as torchrun's names are used again."""
+def forget_earlier_jobs(folder: Path) -> None:
+    """At the first start of a job: drops what earlier jobs of the same id recorded, as torchrun uses ids again."""
     if restarted() or not is_first_process() or not is_of_run(folder):
         return
     known = read_json(folder / ENVIRONMENT, dict)
@@ -147,7 +149,7 @@ def forget_jobs(folder: Path) -> None:
 
 
 def check_same_run(
-    start: Start, identity: dict[str, Any], strict: bool, defaults: Mapping[str, Any] = MappingProxyType({})
+    start: ResumePoint, identity: dict[str, Any], strict: bool, defaults: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
     """Compares the config that a checkpoint was written with and that of the run that is about to resume from it.
 
@@ -176,7 +178,7 @@ def check_same_run(
     print_rank_zero(f"note: {changed}")
 
 
-def is_same_run(cfg: DictConfig, start: Start | None) -> bool:
+def is_same_run(cfg: DictConfig, start: ResumePoint | None) -> bool:
     """Whether this is the run that the folder holds: it goes on at its checkpoint, or begins again with the same config
     because it died before its first one.
     """
@@ -185,7 +187,7 @@ def is_same_run(cfg: DictConfig, start: Start | None) -> bool:
     return cfg.ckpt_path == NEWEST and (start is not None or unchanged)
 
 
-def finished_results(cfg: DictConfig, start: Start) -> dict[str, float] | None:
+def finished_results(cfg: DictConfig, start: ResumePoint) -> dict[str, float] | None:
     """The scores of a run that is finished and was scored as `cfg` asks for; None if there is something left to do.
 
     A full disk may have cost the last checkpoint, and a kill the report: then there is.

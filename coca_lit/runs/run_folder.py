@@ -223,7 +223,7 @@ def start_run_folder(cfg: DictConfig, resumed: Mapping[str, Any] | None = None, 
     """Writes `config.yaml` and `environment.json`. Of an earlier run all files are archived, or its logs are rewound.
 
     Args:
-        resumed: what the checkpoint in this folder from which the run resumes says about it, see `Start.run`.
+        resumed: what the checkpoint in this folder from which the run resumes says about it, see `ResumePoint.run`.
         facts: for `environment.json`.
 
     Raises:

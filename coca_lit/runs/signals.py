@@ -97,7 +97,7 @@ class Signals:
 
     def release(self) -> None:
         """Restores the handlers."""
-        self.in_time()
+        self.cancel_requeue()
         self._handle({n: other if other is not None else signal.SIG_DFL for n, other in self._others.items()})
 
     def _handle(self, handlers: dict[int, Any]) -> None:
@@ -108,7 +108,7 @@ class Signals:
     def answer(self, trainer: "L.Trainer", number: int) -> None:
         """Requeues or exits once all is saved, on all ranks at the same step. Returns if the run may continue."""
         self.received = 0
-        self.in_time()
+        self.cancel_requeue()
         other = self._others[number]
         if callable(other) and other is not requeue_once and number not in _EXIT_CODES:
             other(number, None)  # submitit: its preemption signal requeues and exits
@@ -151,7 +151,7 @@ class Signals:
             self._requeued = True  # meanwhile the other thread does not ask
             self._requeued = requeue()
 
-    def in_time(self) -> None:
+    def cancel_requeue(self) -> None:
         """Called when a step has ended, before what may take long is saved: then `answer` requeues."""
         if self._late is not None:
             self._late.cancel()

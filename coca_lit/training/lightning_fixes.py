@@ -43,9 +43,9 @@ def accumulates(trainer: L.Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
-def step_share(trainer: L.Trainer, batch_idx: int) -> float:
-    """By what the loss of a batch is to be multiplied so that a step has the mean over its batches: Lightning divides
-    by `accumulate_grad_batches`, also where an epoch ends with fewer. No issue is known.
+def accumulation_factor(trainer: L.Trainer, batch_idx: int) -> float:
+    """The factor of the loss of a batch with which a step has the mean over its batches: Lightning divides by
+    `accumulate_grad_batches`, also where an epoch ends with fewer. No issue is known.
     """
     count = trainer.accumulate_grad_batches
     batches = trainer.num_training_batches
@@ -72,7 +72,7 @@ def is_between_steps(trainer: L.Trainer) -> bool:
 # Logs
 
 
-def forget_last_step(trainer: L.Trainer) -> None:
+def clear_logged_values(trainer: L.Trainer) -> None:
     """Drops the values that earlier steps of the epoch logged, which Lightning repeats in every row: a row holds what
     its own step measured, and is the same whether the run was resumed in between or not. No issue is known.
     """

@@ -11,7 +11,7 @@ from coca_lit.cli.module import build_module, with_vocabulary
 from coca_lit.data.batch import Batch
 from coca_lit.errors import ConfigError
 from coca_lit.models import create_model
-from coca_lit.runs.resume import Start
+from coca_lit.runs.resume import ResumePoint
 from coca_lit.tokenizer import frequent_words
 from coca_lit.tools.export.open_clip import write_open_clip
 from coca_lit.training.gradient_caching import predicted_tokens
@@ -48,7 +48,9 @@ def test_a_vocabulary_does_not_replace_a_tokenizer_that_is_given(tmp_path: Path)
 
 def test_a_resumed_run_keeps_the_words_of_its_checkpoint(capsys: pytest.CaptureFixture) -> None:
     """The words of captions that have changed since have the same number, and other ids. So no captions are read."""
-    start = Start(Path("last.ckpt"), {MODEL_KEY: asdict(create_model("coca_tiny", tokenizer=["a", "dog"]).config)})
+    start = ResumePoint(
+        Path("last.ckpt"), {MODEL_KEY: asdict(create_model("coca_tiny", tokenizer=["a", "dog"]).config)}
+    )
     cfg = compose(*TINY, "vocabulary=1", "data.train_count=8")
     assert build_module(cfg, start).net.tokenizer.spec == ["a", "dog"]
     assert "vocabulary:" not in capsys.readouterr().out

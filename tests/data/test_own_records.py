@@ -17,7 +17,7 @@ from coca_lit.data import ImageFile, Record
 from coca_lit.data.datamodule import CaptionDataModule, RecordsDataModule
 from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.errors import DataError
-from coca_lit.runs.resume import Start
+from coca_lit.runs.resume import ResumePoint
 from coca_lit.tokenizer import WordTokenizer
 
 TOKENIZER = WordTokenizer(["a", "red", "green", "image"])
@@ -74,9 +74,9 @@ def test_a_run_goes_on_with_the_records_that_it_began_with(root: Path, count: in
     shared = {"tokenizer": TOKENIZER, "batch_size": 2, "image_size": 8, "val_split": None}
     records = my_records("train", str(root))
     state = RecordsDataModule({"train": records}, **shared).state_dict()
-    start = Start(root / "step_1.ckpt", {"RecordsDataModule": state})
+    start = ResumePoint(root / "step_1.ckpt", {"RecordsDataModule": state})
     resume_data(RecordsDataModule({"train": records}, **shared), start, strict=True)
-    resume_data(RecordsDataModule({"train": records}, **shared), Start(start.path, {}), strict=True)
+    resume_data(RecordsDataModule({"train": records}, **shared), ResumePoint(start.path, {}), strict=True)
     changed = [records[i % 5]._replace(id=f"new {i}") for i in range(count)]
     with pytest.raises(DataError, match=f"^the run began with 5 records .*, and now there are {others}: restore"):
         resume_data(RecordsDataModule({"train": changed}, **shared), start, strict=True)
@@ -90,7 +90,7 @@ def test_a_run_goes_on_with_the_texts_that_it_began_with(root: Path, tmp_path: P
             {"train": my_records("train", str(root))}, text=[str(tmp_path / "texts.txt")], **shared
         )
 
-    start = Start(root / "step_1.ckpt", {"RecordsDataModule": data("a dog", "a cat").state_dict()})
+    start = ResumePoint(root / "step_1.ckpt", {"RecordsDataModule": data("a dog", "a cat").state_dict()})
     resume_data(data("a dog", "a cat"), start, strict=True)
     for texts, others in (("a dog", "a cow"), "others"), (("a dog", "a cat", "a cow"), "3"):
         with pytest.raises(

@@ -27,7 +27,7 @@ from coca_lit.runs.checkpoint_io import inspect, newest_valid
 from coca_lit.runs.results import Found, finish_run
 from coca_lit.runs.resume import (
     RUN_KEY,
-    Start,
+    ResumePoint,
     check_same_run,
     find_checkpoint,
     finished_results,
@@ -399,8 +399,8 @@ def save(folder: Path, step: int, **run: Any) -> Path:
     return path
 
 
-def start_at(path: Path) -> Start:
-    return Start(path, inspect(path))
+def start_at(path: Path) -> ResumePoint:
+    return ResumePoint(path, inspect(path))
 
 
 def test_a_disk_that_keeps_half_of_a_checkpoint_costs_that_one(

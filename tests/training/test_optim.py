@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from coca_lit.callbacks.resumed import keep_settings
+from coca_lit.callbacks.resumed import apply_settings
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa
@@ -269,12 +269,12 @@ def test_a_resumed_optimizer_has_the_arguments_of_this_run(tiny_model: Build) ->
     trainer: Any = SimpleNamespace(
         optimizers=[now["optimizer"]], lr_scheduler_configs=[SimpleNamespace(**now["lr_scheduler"])]
     )
-    keep_settings(trainer, module.configured)
+    apply_settings(trainer, module.configured)
     assert {group["momentum"] for group in now["optimizer"].param_groups} == {0.8}
     schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(before["optimizer"], 2)  # of a subclass
     trainer.lr_scheduler_configs = [SimpleNamespace(scheduler=schedule)]
     trainer.optimizers = [before["optimizer"]]
-    keep_settings(trainer, module.configured)
+    apply_settings(trainer, module.configured)
     assert {group["momentum"] for group in before["optimizer"].param_groups} == {0.7}
 
 

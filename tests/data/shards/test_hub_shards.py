@@ -16,7 +16,7 @@ from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.remote.store import StoreError, at_commit
 from coca_lit.errors import DataError
-from coca_lit.runs.resume import Start
+from coca_lit.runs.resume import ResumePoint
 from coca_lit.tokenizer import WordTokenizer
 from coca_lit.tools.prepare.scenes import export_scenes
 from helpers.hub_server import Hub, Repository
@@ -122,7 +122,7 @@ def test_a_resumed_run_knows_its_commit_before_lightning_restores_it(
     """Which comes after the length of an epoch was asked for where the network is sharded."""
     others = {"tokenizer": WordTokenizer(["a"]), "batch_size": 4, "cache_dir": str(tmp_path)}
     pattern = "hf://datasets/org/set/train/*.tar"
-    start = Start(tmp_path, {"LAIONDataModule": LAIONDataModule(pattern, None, **others).state_dict()})
+    start = ResumePoint(tmp_path, {"LAIONDataModule": LAIONDataModule(pattern, None, **others).state_dict()})
     move(hub, files)
     fsspec.get_filesystem_class("hf").clear_instance_cache()  # as in another process
     data = LAIONDataModule(pattern, None, **others)

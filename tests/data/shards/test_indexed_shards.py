@@ -27,7 +27,7 @@ from coca_lit.data.shards.scan import read_shard
 from coca_lit.data.shards.shard import ManifestEntry, Shard, sha256_of, write_manifest
 from coca_lit.data.shards.tar import tar_members
 from coca_lit.errors import DataError
-from coca_lit.runs.resume import Start
+from coca_lit.runs.resume import ResumePoint
 from helpers.epochs import epoch_batches
 from helpers.forking import FORKSERVER
 from helpers.shards import TOKENIZER, contents, members, spoil, write_shards, write_tar
@@ -262,9 +262,11 @@ def test_a_run_goes_on_with_the_shards_that_it_began_with(folder, tmp_path, caps
     write_shards(tmp_path / "more", 1, 2)
     sources = {"a": str(folder), "b": str(tmp_path / "more")}
     before = laion(sources, tmp_path)
-    start = Start(tmp_path / "step_1.ckpt", {"LAIONDataModule": before.state_dict()})
+    start = ResumePoint(tmp_path / "step_1.ckpt", {"LAIONDataModule": before.state_dict()})
     resume_data(laion(sources, tmp_path, num_workers=2), start, strict=True)
-    resume_data(laion(sources, tmp_path), Start(start.path, {"LAIONDataModule": {}}), strict=True)  # of older versions
+    resume_data(
+        laion(sources, tmp_path), ResumePoint(start.path, {"LAIONDataModule": {}}), strict=True
+    )  # of older versions
     write_shards(tmp_path / "more", 2, 2)
     changed = "the run began with 1 shards and 2 samples of 'b', and now there are 2 shards and 4 samples"
     with pytest.raises(DataError, match=rf"^{changed}: restore them, .* ckpt_path={start.path} "):
@@ -278,7 +280,7 @@ def test_a_shard_that_was_replaced_is_noted(tmp_path, capsys, manifest):
     (path,) = write_shards(tmp_path, 1, 4)
     if manifest:
         write_manifest(tmp_path, {path.name: ManifestEntry(4, path.stat().st_size, sha256_of(path))})
-    start = Start(tmp_path / "step_1.ckpt", {"LAIONDataModule": laion(tmp_path, tmp_path).state_dict()})
+    start = ResumePoint(tmp_path / "step_1.ckpt", {"LAIONDataModule": laion(tmp_path, tmp_path).state_dict()})
     resume_data(laion(tmp_path, tmp_path), start, strict=True)
     assert not capsys.readouterr().out
     os.utime(path, (1, 1))  # of a copy with the same content, which a manifest shows

@@ -26,7 +26,7 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.projects.reasoning.classifiers import AnswerClassifier, StateClassifier
 from coca_lit.projects.reasoning.scene_data import SceneQuestionsDataModule, SceneStatementsDataModule
 from coca_lit.projects.reasoning.scene_statements import LABELS, TRUTHS, comparison_records, entailment_records
-from coca_lit.runs.resume import Start
+from coca_lit.runs.resume import ResumePoint
 from coca_lit.training.optim import AdamW
 from coca_lit.weights import OBJECTIVES_KEY
 from coca_lit.weights.load import load_model
@@ -324,7 +324,7 @@ def test_classes_in_another_order_do_not_resume() -> None:
     own = build_module(cfg).objectives["labels"].classes
     assert sorted(own) == sorted(classes)
     for before in (own, own[::-1]):
-        start = Start(Path("last.ckpt"), {OBJECTIVES_KEY: {"labels": {"classes": before}, "gone": {}}})
+        start = ResumePoint(Path("last.ckpt"), {OBJECTIVES_KEY: {"labels": {"classes": before}, "gone": {}}})
         refused = pytest.raises(ConfigError, match=r"model\.objectives\.labels: the data have other classes")
         with nullcontext() if before == own else refused:
             build_module(cfg, start)
