@@ -99,7 +99,7 @@ def _constructor(name: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Arguments of a class or function with their defaults (`...` for none, or one that is no plain value), and what
     the docstrings, of base classes too, say about each.
     """
-    declared = extensions.input_options() | extensions.sample_steps()
+    declared = extensions.input_options() | extensions.sample_steps() | extensions.batch_sizes()
     meanings = {option: meaning.help for option, meaning in declared.items()} | _said(name)
     return {key: argument.default for key, argument in read_signature(name).arguments.items()}, meanings
 

@@ -24,6 +24,8 @@ what it adds. Both are read without importing the project, whose code is importe
     notes = { step = "my_package.notes:reading", help = "folder of notes on the samples" }
     [batch_schedules]              # keys of data sets that ask for batches of another source, see `DeclaredSchedule`
     sounds = { schedule = "my_package.sounds:SoundsBetween", keys = ["data.sound_every", "model.sound_weight"] }
+    [batch_sizes]                  # keys of data sets that plan sizes of batches, see `coca_lit.data.loader.Schedule`
+    sizes = { schedule = "my_package.batches:BySize", help = "sizes of batches, one of which is drawn for each" }
     [scores]                       # last parts of names of scores; with "%" at its end, tables print it times 100
     right = { title = "right answers, %", share = true }  # or lower_is_better = true
     [commands.data]                # `coca-data count …` calls run(["count", …]); an option is declared as "--count"
@@ -75,6 +77,7 @@ KEYS = (
     "input_options",
     "sample_steps",
     "batch_schedules",
+    "batch_sizes",
     "commands",
     *TABLES,
 )
@@ -93,6 +96,7 @@ class DeclaredArguments:
 
 INPUT_OPTIONS = DeclaredArguments("input_options")
 SAMPLE_STEPS = DeclaredArguments("sample_steps")
+BATCH_SIZES = DeclaredArguments("batch_sizes")
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,26 @@ class DeclaredSchedule:
 
 
 @dataclass(frozen=True)
+class DeclaredSizes:
+    """A plan of the sizes of batches, where the argument of its name is given.
+
+    Attributes:
+        schedule: "module:class" of a `Schedule` of `coca_lit.data.loader`.
+    """
+
+    schedule: str
+    help: str
+
+
+DECLARATIONS = {
+    "input_options": InputOption,
+    "sample_steps": DeclaredStep,
+    "batch_schedules": DeclaredSchedule,
+    "batch_sizes": DeclaredSizes,
+}
+
+
+@dataclass(frozen=True)
 class Project:
     """What is known of a project without importing it.
 
@@ -197,6 +221,10 @@ class Project:
     def batch_schedules(self) -> dict[str, DeclaredSchedule]:
         """The batch schedules that it declares."""
         return {name: DeclaredSchedule(**schedule) for name, schedule in self.table("batch_schedules").items()}
+
+    def batch_sizes(self) -> dict[str, DeclaredSizes]:
+        """The plans of sizes of batches that it declares."""
+        return {name: DeclaredSizes(**sizes) for name, sizes in self.table("batch_sizes").items()}
 
     def commands(self, tool: str) -> dict[str, dict[str, str]]:
         """What it adds to the command of a tool, see `commands_of`."""
@@ -250,15 +278,12 @@ def _read(entry: EntryPoint) -> Project:
         check_names(f"{folder / MANIFEST}: scores.{name}", meaning, [field.name for field in fields(Score)])
         if "title" not in meaning:
             raise ValueError(f"{folder / MANIFEST}: '{name}' of [scores] lacks a title")
-    for name, option in manifest.get("input_options", {}).items():
-        if option.keys() != {"reader", "default", "help"}:
-            raise ValueError(f"{folder / MANIFEST}: '{name}' of [input_options] must have reader, default and help")
-    for name, step in manifest.get("sample_steps", {}).items():
-        if step.keys() != {"step", "help"}:
-            raise ValueError(f"{folder / MANIFEST}: '{name}' of [sample_steps] must have step and help")
-    for name, schedule in manifest.get("batch_schedules", {}).items():
-        if schedule.keys() != {"schedule", "keys"}:
-            raise ValueError(f"{folder / MANIFEST}: '{name}' of [batch_schedules] must have schedule and keys")
+    for kind, declaration in DECLARATIONS.items():
+        keys = [field.name for field in fields(declaration)]
+        for name, given in manifest.get(kind, {}).items():
+            if given.keys() != set(keys):
+                needed = f"{', '.join(keys[:-1])} and {keys[-1]}"
+                raise ValueError(f"{folder / MANIFEST}: '{name}' of [{kind}] must have {needed}")
     for tool, commands in manifest.get("commands", {}).items():
         for word, command in commands.items():
             if command.keys() != {"run", "help"}:
@@ -283,7 +308,7 @@ def _check_names(project: Project, others: Mapping[str, Project]) -> None:
     if project.name in others:
         raise ValueError(f"the package '{others[project.name].distribution}' has a project of the same name")
     for other in others.values():
-        for kind in (*TABLES, "presets", "roots", "scores", "input_options", "sample_steps", "batch_schedules"):
+        for kind in (*TABLES, "presets", "roots", "scores", *DECLARATIONS):
             twice = project.table(kind).keys() & other.table(kind).keys()
             if twice:
                 raise ValueError(f"'{min(twice)}' of its {kind} is also the name of one of the project '{other.name}'")
@@ -335,6 +360,12 @@ def schedule_keys(part: str) -> dict[str, str]:
             if owner == part:
                 found[argument] = declared.schedule
     return found
+
+
+@functools.cache
+def batch_sizes() -> dict[str, DeclaredSizes]:
+    """What all projects declare of plans of sizes of batches, by the argument of data sets that chooses one."""
+    return {name: sizes for project in projects() for name, sizes in project.batch_sizes().items()}
 
 
 def names_in(kind: str) -> list[str]:

@@ -19,6 +19,8 @@ counted = { title = "things counted, %", share = true }
 missed = { title = "things missed", lower_is_better = true }
 [sample_steps]
 ledger = { step = "outsider.idea.tower:counted", help = "folder of counts" }
+[batch_sizes]
+growing = { schedule = "outsider.idea.tower:Growing", help = "sizes of batches" }
 [commands.data]
 count = { run = "outsider.idea.tower:count", help = "count things" }
 """
@@ -59,6 +61,15 @@ def train(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_names_are_known_without_an_import(site: Path) -> None:
     program = "print(extensions.declared('text_towers')['counting'], 'outsider' in sys.modules)"
     assert python(site, program).stdout == "outsider.idea.tower:Tower False\n"
+
+
+def test_arguments_that_plan_sizes_of_batches_are_known_without_an_import(site: Path) -> None:
+    program = """
+from coca_lit.cli.schema import read_signature
+for name in ("shards.laion.LAIONDataModule", "datamodule.ScenesDataModule", "datamodule.RecordsDataModule"):
+    print("growing" in read_signature(f"coca_lit.data.{name}").arguments, "outsider" in sys.modules)
+"""
+    assert python(site, program).stdout.splitlines() == ["True False"] * 3
 
 
 def test_arguments_of_steps_for_samples_are_known_without_an_import(site: Path) -> None:
@@ -172,6 +183,7 @@ for words in (["count", "a"], ["a", "count"], ["a", "--draw", "b"], ["--draw=b"]
         ("about = 'x'\n[commands.data]\na = {run = 'b:c'}", "'a' of [commands.data] must have run and help"),
         ("about = 'x'\n[commands.data]\ncount = {run = 'b:c', help = 'd'}", "its command 'count' is also one of the"),
         ("about = 'x'\n[sample_steps]\na = {step = 'b:c'}", "'a' of [sample_steps] must have step and help"),
+        ("about = 'x'\n[batch_sizes]\na = {help = 'b'}", "'a' of [batch_sizes] must have schedule and help"),
         ("about = 'x'\n[sample_steps]\nledger = {step = 'b:c', help = 'd'}", "'ledger' of its sample_steps is also"),
         (None, "project.toml"),
     ],

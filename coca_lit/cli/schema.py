@@ -112,7 +112,7 @@ def _signature(target: Callable[..., Any]) -> Signature:
         takes_any = False
         for source in others.__metadata__:
             if isinstance(source, DeclaredArguments):
-                shared |= {name: Argument() for name in names_in(source.kind)}  # of modules that are not imported yet
+                shared |= {name: Argument(source) for name in names_in(source.kind)}  # of modules not imported yet
             elif isinstance(source, str):  # the arguments of a class, which gets other defaults
                 further = read_signature(source)
                 shared |= {name: Argument(argument.annotation) for name, argument in further.arguments.items()}
@@ -121,7 +121,8 @@ def _signature(target: Callable[..., Any]) -> Signature:
                 shared |= _fields(source, inherited)
         return Signature(arguments | shared | arguments, takes_any)  # its own first
     if get_origin(others) is Unpack:
-        return Signature(arguments | _fields(get_args(others)[0], inherited) | arguments, False)
+        declared = {name: a for name, a in inherited.items() if isinstance(a.annotation, DeclaredArguments)}
+        return Signature(arguments | _fields(get_args(others)[0], inherited) | declared | arguments, False)
     return Signature(arguments | inherited | arguments, True)
 
 

@@ -6,12 +6,13 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar, Required, TypedDict, Unpack, cast
+from typing import Annotated, Any, ClassVar, Required, TypedDict, Unpack, cast
 
 from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.utils.data import DataLoader
 
+from coca_lit import extensions
 from coca_lit.data.batch import Batch
 from coca_lit.data.batch_schedule import BatchSchedule
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index, TrainingExamples
@@ -27,9 +28,10 @@ from coca_lit.data.mixture import Source
 from coca_lit.data.records import Record, drawn, trainable
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.sources import ImageSource, TrainTransform, Transform
-from coca_lit.data.transforms import RandomCrop, build_transform, random_box, whole, whole_box
+from coca_lit.data.transforms import RandomCrop, build_transform, whole
 from coca_lit.distributed import stable_seed
-from coca_lit.errors import DataError, whole_number
+from coca_lit.errors import DataError, check_names, whole_number
+from coca_lit.models.inputs import InputKind
 from coca_lit.tokenizer import Tokenizer
 
 
@@ -42,7 +44,6 @@ class LoaderArguments(TypedDict, total=False):
     num_workers: int
     seed: int
     captions: int
-    patches: Sequence[int]
     batch_schedule: BatchSchedule | None
 
 
@@ -70,9 +71,9 @@ class CaptionDataModule(LightningDataModule):
         num_workers: processes that load and decode, per training process; 0 loads in the training process.
         seed: of order and augmentation.
         captions: of each image in a batch, drawn anew in every epoch; those after the first are in `Batch.extras`.
-        patches: for a model that takes images of any shape: budgets of patches of an image, one of which is drawn for
-            each batch, see `coca_lit.data.any_shape.PatchSchedule`; empty: always the model's own.
         batch_schedule: gives batches of another source between those of captioned images; None for none.
+        planned: the value of a `Schedule` that a project declares, by its name; without one, or with an empty value,
+            all batches have `batch_size` samples.
 
     Attributes:
         whole_images: for training too: nothing is cropped.
@@ -88,17 +89,28 @@ class CaptionDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         captions: int = 1,
-        patches: Sequence[int] = (),
         batch_schedule: BatchSchedule | None = None,
+        **planned: Annotated[Any, extensions.BATCH_SIZES],
     ) -> None:
         super().__init__()
+        declared = extensions.batch_sizes()
+        check_names(type(self).__name__, planned, [*LoaderArguments.__annotations__, *declared])
+        keys = [name for name, value in planned.items() if value]
+        if len(keys) > 1:
+            raise ValueError(f"{' and '.join(keys)} plan batches in different ways: leave one of them out")
+        self._schedule_class: type[Schedule] = Schedule
+        self._schedule_key = ""
+        self._schedule_value: Any = None
+        if keys:
+            self._schedule_key = keys[0]
+            self._schedule_value = planned[keys[0]]
+            self._schedule_class = extensions.load(declared[keys[0]].schedule)
         self.batch_size = batch_size = whole_number("batch_size", batch_size)
         per_rank(batch_size, world=1)
         self.image_size = image_size = whole_number("image_size", image_size, at_least=1)
         self.num_workers = whole_number("num_workers", num_workers, at_least=0)
         self.captions = whole_number("captions", captions, at_least=1)
         self.tokenizer, self.seed = tokenizer, seed
-        self.patches = tuple(patches)
         self._loader: weakref.ref[TrainLoader] | None = None
         self._passes = 0
         self.batch_schedule = batch_schedule
@@ -146,21 +158,20 @@ class CaptionDataModule(LightningDataModule):
 
     def schedule(self, samples: int) -> Schedule:
         """The batches of an epoch of that many samples."""
-        if not self.patches:
-            return Schedule(samples, self.batch_size)
-        from coca_lit.data.any_shape import PatchSchedule
+        return self._schedule_class(samples, self.batch_size, self._schedule_value, self.seed)
 
-        return PatchSchedule(samples, self.batch_size, self.patches, self.seed)
+    @property
+    def largest_batch(self) -> int:
+        """Samples of the largest batch."""
+        return self._schedule_class.largest(self.batch_size, self._schedule_value)
 
     def train_transform(self) -> TrainTransform:
-        expected = self.preprocessing
-        if "patch_size" in expected:
-            from coca_lit.data.any_shape import CropToPatches
-
-            box = whole_box if self.whole_images else random_box
-            return CropToPatches(expected["patch_size"], expected["max_patches"], box)
-        if self.patches:
-            raise DataError("data.patches needs a model that takes images of any shape, such as …-naflex_ViT-B-32")
+        kind: InputKind | None = self.preprocessing.get("input_kind")
+        needed = self._schedule_class.input_kind
+        if needed is not None and not isinstance(kind, needed):
+            raise DataError(f"data.{self._schedule_key} needs a model that takes {needed.what}")
+        if kind is not None:
+            return partial(kind.augmented, whole=self.whole_images)
         return whole if self.whole_images else RandomCrop(self.image_size)
 
     def plain_transform(self) -> Transform:

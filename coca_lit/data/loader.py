@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, count, islice
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from coca_lit.data.mixture import Source, counts_after, weighted_round_robin
 from coca_lit.data.prefetch import ahead_of, worker_options
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
+from coca_lit.models.inputs import InputKind
 
 
 class TrainLoader:
@@ -105,11 +106,20 @@ class Planned(NamedTuple):
 class Schedule:
     """The sizes of all batches, here `batch_size` samples each.
 
+    A project declares another one in the table `batch_sizes` of its `project.toml`; its name is a key of data modules.
+
     Args:
         samples: of an epoch, at most.
+        value: of that key.
+        seed: of what is drawn.
+
+    Attributes:
+        input_kind: for which it draws a budget for each batch; None if it draws none.
     """
 
-    def __init__(self, samples: int, batch_size: int) -> None:
+    input_kind: ClassVar[type[InputKind] | None] = None
+
+    def __init__(self, samples: int, batch_size: int, value: Any = None, seed: int = 0) -> None:
         self.batch_size = batch_size
         self.samples = samples - samples % batch_size  # of an epoch
 
@@ -120,6 +130,11 @@ class Schedule:
     def at(self, number: int) -> Planned:
         """Batch `number`, counted over all epochs."""
         return Planned(number * self.batch_size, self.batch_size)
+
+    @staticmethod
+    def largest(batch_size: int, value: Any) -> int:
+        """Samples of the largest batch."""
+        return batch_size
 
 
 @dataclass(eq=False)

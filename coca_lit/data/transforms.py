@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from torchvision.transforms.functional import pil_to_tensor, resize
 from coca_lit.data.pixels import in_rgb, orientation_of, upright
 from coca_lit.data.sources import ImageSource, TrainTransform, Transform, as_tensor
 from coca_lit.errors import DataError
-from coca_lit.models.inputs import Images, Interpolation, Patches, ResizeMode, patch_grid, preprocessing
+from coca_lit.models.inputs import Images, InputKind, Interpolation, ResizeMode, preprocessing
 
 SCALE = (0.9, 1.0)  # of the image's area
 RATIO = (3 / 4, 4 / 3)  # width to height
@@ -133,43 +134,27 @@ def build_transform(
     size: int = 224,
     interpolation: Interpolation = "bicubic",
     resize_mode: ResizeMode = "shortest",
-    patch_size: int | None = None,
-    max_patches: int | None = None,
+    input_kind: InputKind | None = None,
 ) -> Transform:
-    """For evaluation: photo -> (3, size, size), or `Patches`. `build_transform(**model.preprocessing)` is that of a
+    """For evaluation: photo -> (3, size, size), or an `Input`. `build_transform(**model.preprocessing)` is that of a
     model.
 
     Args:
         resize_mode: shortest: the shorter side becomes `size`, and the centre is kept. longest: the longer side becomes
             `size`, and the rest is black. squash: both sides become `size`.
-        patch_size, max_patches: the whole photo in its own shape, in at most `max_patches` patches; `size` and
-            `resize_mode` then have no effect.
+        input_kind: what the image encoder takes in place of squares; `size` and `resize_mode` then have no effect.
     """
     if size < 1:
         raise ValueError(f"the image size must be at least 1 pixel, not {size}")
     preprocessing(size, interpolation, resize_mode)
     mode = InterpolationMode(interpolation)
-    if patch_size is not None and max_patches is not None:
-        return Compose([_to_rgb, ToPatches(patch_size, max_patches, mode)])
+    if input_kind is not None:
+        return Compose([_to_rgb, partial(input_kind.transformed, interpolation=interpolation)])
     if resize_mode == "longest":
         return Compose([_to_rgb, Letterbox(size, mode)])
     if resize_mode == "squash":
         return Compose([_to_rgb, Resize((size, size), interpolation=mode), PILToTensor()])
     return Compose([_to_rgb, Resize(size, interpolation=mode), CenterCrop(size), PILToTensor()])
-
-
-class ToPatches:
-    """The whole photo in its own shape, see `patch_grid`."""
-
-    def __init__(self, patch_size: int, max_patches: int, interpolation: InterpolationMode) -> None:
-        self.patch_size, self.max_patches, self.interpolation = patch_size, max_patches, interpolation
-
-    def __repr__(self) -> str:
-        return f"ToPatches({self.patch_size}, {self.max_patches}, {self.interpolation})"
-
-    def __call__(self, image: Image.Image) -> Patches:
-        height_width = patch_grid(image.height, image.width, self.patch_size, self.max_patches)
-        return Patches.of(pil_to_tensor(resize(image, list(height_width), self.interpolation)), self.patch_size)
 
 
 class Letterbox:

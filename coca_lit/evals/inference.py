@@ -190,8 +190,8 @@ def _pixels(transform: Transform, records: Sequence[Record]) -> Images:
 def image_batches(
     model: DualEncoder, records: Sequence[Record], batch_size: int, num_workers: int
 ) -> Iterator[tuple[list[int], Images]]:
-    """This rank's positions in `records` and their pixels (B, 3, H, W), of clips (B, F, 3, H, W), or `Patches`, on the
-    model's device; of records with n images (n · B, 3, H, W).
+    """This rank's positions in `records` and their pixels (B, 3, H, W), or an `Input`, on the model's device; of
+    records with n images n · B of them.
     """
     own = range(rank(), len(records), world_size())
     every = cast(Dataset[Record], records)

@@ -134,7 +134,8 @@ class CoCa(Trainable):
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = nn.Parameter(torch.empty(1)) if config.contrastive == "siglip" else None
         self.preprocessing: Preprocessing = preprocessing(config.image_size, config.interpolation, config.resize_mode)
-        self.preprocessing.update(self.image_encoder.preprocessing)  # type: ignore[typeddict-item]
+        if self.image_encoder.input_kind is not None:
+            self.preprocessing["input_kind"] = self.image_encoder.input_kind
         self.objectives: dict[str, Any] = {}
         self.init_parameters()
 

@@ -24,15 +24,14 @@ class CoCaConfig:
     in every checkpoint.
 
     Args:
-        image_encoder: name of a timm model or of an encoder registered with `register_image_encoder`, such as "naflex"
-            for images of any shape, see `NaFlexEncoder`.
+        image_encoder: name of a timm model, of an encoder of a project, or of one registered with
+            `register_image_encoder`.
         image_encoder_args: its arguments (depth, embed_dim, …; for a vision transformer `patch_drop_rate`, the share of
             patches that each training step leaves out).
-        image_size: side of the square input in pixels. Images of any shape have as many patches as that square.
+        image_size: side of the square input in pixels; an encoder of another kind of input says what it means there.
         embed_dim: width of the common space and of the image tokens.
         pooler: single, see `SinglePooling`; parallel | cascade, see `TwoPoolers`; openclip_parallel | openclip_cascade,
-            see `OpenClipPooling`; masked_parallel | masked_cascade, of naflex, see `MaskedPooling`; or one of a project
-            or registered with `register_pooler`.
+            see `OpenClipPooling`; or one of a project or registered with `register_pooler`.
         pooler_args: further arguments of the pooler.
         pooler_queries: learned queries of the (generative) pooler.
         pooler_heads: attention heads of the poolers.

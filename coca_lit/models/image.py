@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import timm
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coca_lit.errors import check_number
 from coca_lit.models import kernels
 from coca_lit.models.convolutional import FrozenStages, as_tokens, frozen_stages, use_global_batch_norms
-from coca_lit.models.inputs import Images, Input, expect_batch, expect_pixels
+from coca_lit.models.inputs import Images, Input, InputKind, expect_batch, expect_pixels
 from coca_lit.models.registry import IMAGE_ENCODERS, check_architecture
 
 CLIP_NORMALISATION = {
@@ -65,9 +65,14 @@ class ImageEncoder(nn.Module):
         name: of a timm model or a registered encoder.
         image_size: side of the square input in pixels.
         arguments: for timm or the factory.
+
+    Attributes:
+        input_kind: what a subclass takes in place of squares of pixels.
+        token_kind: the class of what a subclass returns in place of a tensor.
     """
 
-    takes_patches = False  # rather than images of one shape
+    input_kind: InputKind | None = None
+    token_kind: ClassVar[type[Input] | None] = None
 
     def __init__(self, name: str, image_size: int, **arguments: Any) -> None:
         super().__init__()
@@ -78,11 +83,6 @@ class ImageEncoder(nn.Module):
         self.width: int = trunk.width if name in IMAGE_ENCODERS else trunk.head_hidden_size
         normalisation = getattr(trunk, "pretrained_cfg", CLIP_NORMALISATION)
         self.normalise = Normalise(*(getattr(trunk, key, normalisation[key]) for key in ("mean", "std")))
-
-    @property
-    def preprocessing(self) -> dict[str, int]:
-        """What the image transform needs besides the size."""
-        return {}
 
     @property
     def prefix_tokens(self) -> int:

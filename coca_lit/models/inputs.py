@@ -1,21 +1,20 @@
-"""What a model takes for an image: its pixels, the patches of one of any shape, or the frames of a clip.
+"""What a model takes for an image: its pixels, or another kind of input.
 
 How an image becomes the pixels that a model was trained on, `Preprocessing`, travels with the weights.
 """
 
-import math
+import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NotRequired, Self, TypedDict, cast, get_args
+from typing import Any, ClassVar, Literal, NotRequired, Self, TypedDict, cast, get_args
 
 import torch
-import torch.nn.functional as F
-from timm.data.naflex_transforms import get_image_size_for_seq
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from coca_lit.errors import DataError, check_choice
-from coca_lit.models.packing import to_device
 
 Interpolation = Literal["bicubic", "bilinear"]
 ResizeMode = Literal["shortest", "longest", "squash"]
@@ -28,19 +27,14 @@ class Preprocessing(TypedDict):
     size: int
     interpolation: Interpolation
     resize_mode: ResizeMode
-    patch_size: NotRequired[int]  # of a model for images of any shape
-    max_patches: NotRequired[int]
+    input_kind: NotRequired["InputKind"]  # of an image encoder that takes no squares
 
 
 def largest_shape(preprocessing: Preprocessing) -> tuple[int, int]:
-    """Height and width of the largest image that a model takes; of any shape, one as near to a square as the number of
-    its patches allows.
-    """
-    if "max_patches" not in preprocessing:
-        return preprocessing["size"], preprocessing["size"]
-    most, side = preprocessing["max_patches"], preprocessing["patch_size"]
-    rows = next(n for n in range(math.isqrt(most), 0, -1) if most % n == 0)
-    return rows * side, most // rows * side
+    """Height and width of the largest image that a model takes."""
+    if "input_kind" in preprocessing:
+        return preprocessing["input_kind"].largest_shape
+    return preprocessing["size"], preprocessing["size"]
 
 
 def expect_pixels(images: Tensor) -> None:
@@ -72,9 +66,11 @@ class Input:
 
     Attributes:
         rows: (B, …), of one image without B.
+        poolers: of an encoder's output that is no tensor: names of the poolers that take it.
     """
 
     rows: Tensor
+    poolers: ClassVar[Sequence[str]] = ()
 
     @classmethod
     def stack(cls, images: Sequence[Self]) -> Self:
@@ -144,85 +140,33 @@ class Input:
         return self.rows[:, 0]
 
 
-@dataclass(frozen=True, eq=False)
-class Patches(Input):
-    """An image of any shape, or with a dimension B in front of all tensors a batch of them, cut into square patches.
+class InputKind(ABC):
+    """What an image encoder takes in place of squares (3, S, S): how a picture becomes an `Input`. It holds plain
+    values, as data workers get it, too.
 
     Attributes:
-        rows: (B, N, P·P·3) uint8, or normalised floats: the patches row by row, padded at the end. Within a patch the
-            channel changes fastest, then x.
-        grids: (B, 2), height and width in patches. On the host, as lengths of texts: positions and masks follow from
-            them, and to read them from a GPU the host would wait for it.
+        what: it takes, for people.
     """
 
-    grids: Tensor
+    what: ClassVar[str]
 
-    @classmethod
-    def stack(cls, images: Sequence[Self]) -> Self:
-        """Padded to the longest image."""
-        longest = max(len(image) for image in images)
-        rows = [F.pad(image.rows, (0, 0, 0, longest - len(image))) for image in images]
-        return cls(torch.stack(rows), torch.stack([image.grids for image in images]))
+    @property
+    @abstractmethod
+    def largest_shape(self) -> tuple[int, int]:
+        """Height and width in pixels of an image with as many tokens as any has."""
 
-    @classmethod
-    def of(cls, pixels: Tensor, patch_size: int) -> Self:
-        """pixels (…, 3, H, W), of an image or a batch, -> their patches.
+    @abstractmethod
+    def transformed(self, picture: Image.Image, interpolation: Interpolation) -> Input:
+        """What the encoder gets of a picture in RGB in an evaluation."""
 
-        Raises:
-            ValueError: a side is no multiple of the patch size.
+    @abstractmethod
+    def augmented(self, pixels: Tensor, rng: random.Random, budget: int | None = None, whole: bool = False) -> Input:
+        """What it gets of pixels (3, H, W) uint8 in training.
+
+        Args:
+            budget: tokens of the image at most, where a schedule drew a number for the batch.
+            whole: nothing is cropped.
         """
-        height, width = pixels.shape[-2:]
-        if height % patch_size or width % patch_size:
-            raise ValueError(
-                f"images must have sides that are multiples of {patch_size} pixels, got {height} x {width}"
-            )
-        grid = (height // patch_size, width // patch_size)
-        cells = pixels.unflatten(-2, (grid[0], patch_size)).unflatten(-1, (grid[1], patch_size))  # (…, 3, h, P, w, P)
-        rows = cells.movedim(-5, -1).transpose(-4, -3).flatten(-5, -4).flatten(-3)
-        return cls(rows, torch.tensor(grid).expand(*pixels.shape[:-3], 2))
-
-    @property
-    def counts(self) -> Tensor:
-        """(B,), patches of each image."""
-        return self.grids.prod(dim=-1)
-
-    @property
-    def valid(self) -> Tensor:
-        """(B, N) on the host, False where there is padding."""
-        return torch.arange(self.rows.shape[-2]) < self.counts[..., None]
-
-    @property
-    def coords(self) -> Tensor:
-        """(B, N, 2) on the host, (y, x) of each patch, 0 where there is padding."""
-        places, width = torch.arange(self.rows.shape[-2]), self.grids[..., 1, None]
-        coords = torch.stack([places // width, places % width], dim=-1)
-        return coords.masked_fill(~self.valid[..., None], 0)
-
-    def key_mask(self, prefix: int = 0) -> Tensor | None:
-        """(B, 1, 1, prefix + N) on the device, False where there is padding; None if there is none."""
-        valid = self.valid
-        if bool(valid.all()):
-            return None
-        mask = F.pad(valid, (prefix, 0), value=True)[:, None, None]
-        return to_device(mask, self.rows.device)
-
-    def picture(self) -> Tensor:
-        """The opposite of `of`."""
-        height, width = self.grids.tolist()
-        side = round((self.rows.shape[-1] / 3) ** 0.5)
-        cells = self.rows[: height * width].unflatten(-1, (side, side, 3)).unflatten(0, (height, width))
-        return cells.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)
-
-    def token_grid(self) -> tuple[int, int]:
-        height, width = self.grids.tolist()
-        return height, width
-
-    def __getitem__(self, index: int | slice | Sequence[int] | None) -> Self:
-        return replace(self, rows=self.rows[index], grids=self.grids[index])
-
-
-class EncodedPatches(Patches):
-    """The same after an image encoder: `rows` are tokens (B, N, width)."""
 
 
 Images = Tensor | Input
@@ -240,14 +184,6 @@ def stack_images(images: Sequence[Images]) -> Images:
     if issubclass(kind, Input):
         return kind.stack(cast(Sequence[Input], images))
     return torch.stack(cast(Sequence[Tensor], images))  # type: ignore[arg-type]
-
-
-def patch_grid(height: int, width: int, patch_size: int, max_patches: int) -> tuple[int, int]:
-    """The height and width in pixels, multiples of the patch size, to which OpenCLIP resizes an image directly: the
-    largest of at most `max_patches` patches that has its aspect ratio, up to a patch; sides grow 100 times at most.
-    """
-    _, size = get_image_size_for_seq((height, width), patch_size, max_patches)
-    return size
 
 
 def joined(encoded: Images, pooling: Any = None) -> Tensor:

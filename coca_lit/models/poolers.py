@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from coca_lit.models.image import ImageEncoder
 from coca_lit.models.init import init_attention
-from coca_lit.models.inputs import EncodedPatches, FramePooling, Input
+from coca_lit.models.inputs import FramePooling, Input
 from coca_lit.models.layers import CrossAttention, KeysValues
 from coca_lit.models.registry import POOLERS
 
@@ -77,7 +77,7 @@ class Pooling(nn.Module, ABC):
     Attributes:
         vector_width, token_width: of the contrastive vector and of the decoder's tokens.
         projected: whether `CoCa.image_projection` follows the vector.
-        takes_patches: whether the image encoder is one for images of any shape.
+        token_kind: the class of what it takes from the image encoder in place of a tensor.
         left_out: leading tokens of an image, such as a class token, that are not used.
         frame_pooling, frame_positions: how clips are pooled, and the learned positions (F, 1, C) of their frames, see
             `CoCa`, which sets both.
@@ -86,7 +86,7 @@ class Pooling(nn.Module, ABC):
     vector_width: int
     token_width: int
     projected = True
-    takes_patches = False
+    token_kind: ClassVar[type[Input] | None] = None
     left_out = 0
     frame_pooling: FramePooling = "tokens"
     frame_positions: nn.Parameter | None
@@ -113,7 +113,7 @@ class Pooling(nn.Module, ABC):
 
     @abstractmethod
     def pool(self, tokens: Any, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Tokens of the image encoder, (B, S, C) or `EncodedPatches`, -> contrastive vector (B, E) and decoder tokens
+        """Tokens of the image encoder, (B, S, C) or of `token_kind`, -> contrastive vector (B, E) and decoder tokens
         (B, Q, E), None where switched off.
         """
 
@@ -173,10 +173,8 @@ class TwoPoolers(Pooling):
         self.generative.init_parameters()
         self.contrastive.init_parameters()
 
-    def pool(
-        self, tokens: Tensor | EncodedPatches, contrastive: bool, captioning: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        context, mask = self._context(tokens)
+    def pool(self, tokens: Any, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:
+        context, mask = self.context(tokens)
         image_tokens = self.generative(context, mask=mask) if captioning or not self.parallel else None
         vector = None
         if contrastive:
@@ -184,14 +182,13 @@ class TwoPoolers(Pooling):
             vector = vector[:, 0]
         return vector, (image_tokens if captioning else None)
 
-    def attention(self, tokens: Tensor | EncodedPatches) -> Tensor:
-        context, mask = self._context(tokens)
+    def attention(self, tokens: Any) -> Tensor:
+        context, mask = self.context(tokens)
         return self.generative.weights(context, mask=mask)
 
-    def _context(self, tokens: Tensor | EncodedPatches) -> tuple[Tensor, Tensor | None]:
-        """Image tokens (B, S, C), and a mask of those that are no padding; None if none is."""
-        rows, mask = (tokens.rows, tokens.key_mask()) if isinstance(tokens, EncodedPatches) else (tokens, None)
-        return self.norm(rows), mask
+    def context(self, tokens: Any) -> tuple[Tensor, Tensor | None]:
+        """What both poolers may attend to: image tokens (B, S, C), and a mask as of `CrossAttention`, None for all."""
+        return self.norm(tokens), None
 
 
 class ParallelPooling(TwoPoolers):
@@ -204,7 +201,7 @@ class CascadePooling(TwoPoolers):
 
 class OpenClipPooling(TwoPoolers):
     """The two poolers of OpenCLIP 4: the image tokens are normed once, and nothing follows either pooler, neither norm
-    nor projection. Padding is never looked at.
+    nor projection.
     """
 
     projected = False
@@ -239,33 +236,14 @@ class OpenClipCascadePooling(OpenClipPooling):
     parallel = False
 
 
-class MaskedPooling(OpenClipPooling):
-    """The same for images of any shape. In OpenCLIP these poolers are siblings of timm's encoder, not parts of it, and
-    their queries start smaller.
-    """
-
-    takes_patches = True
-
-    def init_parameters(self) -> None:
-        super().init_parameters()
-        for pooler in (self.generative, self.contrastive):
-            nn.init.normal_(pooler.query, std=pooler.query.shape[1] ** -0.5)
-
-
-class MaskedParallelPooling(MaskedPooling):
-    parallel = True
-
-
-class MaskedCascadePooling(MaskedPooling):
-    parallel = False
-
-
 def build_pooling(name: str, sizes: PoolingSizes, **arguments: Any) -> Pooling:
     """The pooling of this name; raises `ValueError` if there is none, or if it does not go with the image encoder."""
     pooling = cast(Pooling, POOLERS.build(name, {"sizes": sizes}, arguments))
-    if sizes.encoder.takes_patches != pooling.takes_patches:
-        raise ValueError(
-            f"poolers masked_parallel and masked_cascade belong to naflex, got {name} with"
-            f" {type(sizes.encoder).__name__}"
-        )
-    return pooling
+    encoder = sizes.encoder
+    if pooling.token_kind is encoder.token_kind:
+        return pooling
+    encoder_name = type(encoder).__name__
+    if encoder.token_kind is None:
+        raise ValueError(f"the pooler {name} belongs to another image encoder than {encoder_name}: set another one")
+    fitting = " or ".join(encoder.token_kind.poolers)
+    raise ValueError(f"the image encoder {encoder_name} needs the pooler {fitting}, got {name}")

@@ -58,24 +58,9 @@ def _paper(image_encoder: str, width: int, heads: int, layers: int) -> dict[str,
     }
 
 
-# OpenCLIP 4's for images of any shape, with GPT-2's byte pairs.
-_NAFLEX: dict[str, Any] = _B32 | {
-    "image_encoder": "naflex",
-    "image_encoder_args": {"patch_size": 32, "pre_norm": True, "pos_embed_grid_size": [8, 8]},
-    "image_size": 256,
-    "pooler": "masked_parallel",
-    "pooler_queries": 128,
-    "tokenizer": "r50k",
-    "context_length": 128,
-    "text_tower": "modern",
-    "text_tower_args": {"pool": "mean", "qk_norm": True},
-    "decoder_args": {"qk_norm": True},
-}
-
 PRESETS: dict[str, dict[str, Any]] = {
     "coca_vit_b32": _B32,
     "coca_vit_l14": _L14,
-    "coca2_moderntext_naflex_vit_b32": _NAFLEX,
     "clip_vit_b32": _B32 | {"decoder_layers": 0, "pooler_queries": 1},
     "coca_base": _paper("vit_base_patch16_clip_224", 768, 12, 12),
     "coca_large": _paper("vit_large_patch14_clip_224", 1024, 16, 12),

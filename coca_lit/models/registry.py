@@ -39,15 +39,13 @@ class Registry:
     Args:
         kind: what the factories make, for messages.
         own: where CoCa's own factories are, "module:class", by name. Checkpoints store their names alone.
-        declared: where further ones are that are imported when they are asked for.
         table: the table of `project.toml` in which projects declare others, see `coca_lit.extensions`.
     """
 
-    def __init__(self, kind: str, own: Mapping[str, str], declared: Mapping[str, str], table: str) -> None:
+    def __init__(self, kind: str, own: Mapping[str, str], table: str) -> None:
         self.kind = kind
         self.table = table
         self._own = own
-        self._declared = declared
         self._factories: dict[str, Factory] = {}
         self._registrars: dict[str, str] = {}  # the modules that registered them
 
@@ -77,7 +75,7 @@ class Registry:
         """
         module, _, name = spec.rpartition(":")
         if name not in self._factories:
-            place = self._own.get(name) or self._declared.get(name) or extensions.declared(self.table).get(name)
+            place = self._own.get(name) or extensions.declared(self.table).get(name)
             if place is not None:
                 self._factories[name] = pkgutil.resolve_name(place)
         factory = self._factories.get(name)
@@ -92,7 +90,7 @@ class Registry:
             if known is factory:
                 return name
         place = ":".join(_origin(factory))
-        places = {**self._own, **self._declared, **extensions.declared(self.table)}
+        places = {**self._own, **extensions.declared(self.table)}
         return next((name for name, known in places.items() if known == place), None)
 
     def _registrar(self, name: str, factory: Factory) -> str:
@@ -140,9 +138,7 @@ class Registry:
             raise ValueError(f"there is no {self.kind} '{name}'{missing}")
         if module:
             raise ValueError(f"the {self.kind} '{name}' is registered by '{module}': pass imports=['{module}']")
-        names = list(
-            dict.fromkeys([*self._own, *self._declared, *extensions.declared(self.table), *self._factories, *known])
-        )
+        names = list(dict.fromkeys([*self._own, *extensions.declared(self.table), *self._factories, *known]))
         close = difflib.get_close_matches(name, names, n=5) or names[:5]
         raise ValueError(f"there is no {self.kind} '{name}'; similar names: {', '.join(close)}")
 
@@ -204,9 +200,7 @@ def import_modules(modules: Iterable[str]) -> None:
             ) from error
 
 
-IMAGE_ENCODERS = Registry(
-    "image encoder", {}, {"naflex": "coca_lit.models.variants.naflex:NaFlexEncoder"}, "image_encoders"
-)
+IMAGE_ENCODERS = Registry("image encoder", {}, "image_encoders")
 POOLERS = Registry(
     "pooler",
     {
@@ -215,14 +209,11 @@ POOLERS = Registry(
         "cascade": "coca_lit.models.poolers:CascadePooling",
         "openclip_parallel": "coca_lit.models.poolers:OpenClipParallelPooling",
         "openclip_cascade": "coca_lit.models.poolers:OpenClipCascadePooling",
-        "masked_parallel": "coca_lit.models.poolers:MaskedParallelPooling",
-        "masked_cascade": "coca_lit.models.poolers:MaskedCascadePooling",
     },
-    {},
     "poolers",
 )
-TEXT_TOWERS = Registry("text tower", {}, {}, "text_towers")
-OBJECTIVES = Registry("objective", {}, {}, "objectives")  # those that are kept with the model
+TEXT_TOWERS = Registry("text tower", {}, "text_towers")
+OBJECTIVES = Registry("objective", {}, "objectives")  # those that are kept with the model
 register_image_encoder = IMAGE_ENCODERS.register
 register_objective = OBJECTIVES.register
 register_pooler = POOLERS.register

@@ -139,8 +139,8 @@ class _Cached:
         tensors = [getattr(out, name) for out in outs]
         if not isinstance(tensors[0], Tensor):
             raise ConfigError(
-                f"trainer.micro_batch_size does not work with an objective that needs '{name}' of clips, or of images "
-                "of any shape"
+                f"trainer.micro_batch_size does not work with an objective that needs '{name}' of another kind of "
+                "input than images of one shape"
             )
         self._sizes = None if name in SHARED else [len(tensor) for tensor in tensors]
         self.whole: Tensor = tensors[0].detach() if name in SHARED else torch.cat(tensors)

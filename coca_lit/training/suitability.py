@@ -73,7 +73,8 @@ def check_data(
             f"scoring.generate.max_length={max(lengths)}, and later generate.max_length={max(lengths)} for coca-caption"
         )
     if records and not records[0].question:  # an image has several
-        check_images(drawn(records, ALIKE), net.image_size, net.image_encoder.takes_patches)
+        takes_squares = net.image_encoder.input_kind is None
+        check_images(drawn(records, ALIKE), net.image_size, takes_squares)
 
 
 def check_captions(captions: Sequence[str], tokenizer: Tokenizer) -> None:
@@ -98,11 +99,11 @@ def check_captions(captions: Sequence[str], tokenizer: Tokenizer) -> None:
         )
 
 
-def check_images(records: Sequence[Record], image_size: int, any_shape: bool = False) -> None:
+def check_images(records: Sequence[Record], image_size: int, takes_squares: bool = True) -> None:
     """Raises `DataError` if all images are equal; warns if they are far smaller than the model's input.
 
     Args:
-        any_shape: the model takes images as they are, so none is too small.
+        takes_squares: of that size; else no image is too small.
     """
     readable = _readable(records)
     images = list(islice(readable, IMAGES))
@@ -110,7 +111,7 @@ def check_images(records: Sequence[Record], image_size: int, any_shape: bool = F
         count = len(records)
         raise DataError(f"{count} of {count} training images are the same image: check which files the data name")
     side = median(min(image.size) for image in images) if images else image_size
-    if not any_shape and FAR * side < image_size:
+    if takes_squares and FAR * side < image_size:
         _warn(
             f"half of the images have at most {side:.0f} pixels on their shorter side, and the model takes "
             f"{image_size}: set image_size={side:.0f}, or use larger images",

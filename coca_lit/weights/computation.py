@@ -33,7 +33,7 @@ _TRAINING = (
 )
 _SIZES = (
     *("image_size", "img_size", "grid_size", "num_patches", "size", "input_resolution"),
-    *("feat_size", "seq_len", "max_patches", "context_length", "most_rows"),
+    *("feat_size", "seq_len", "context_length", "most_rows"),
 )
 _CONSTANT = 16  # numbers in a buffer; larger ones are tables that follow from the sizes
 _REGULARISERS = (nn.Identity, nn.Dropout)
@@ -56,7 +56,7 @@ def facts(model: nn.Module) -> dict[str, Any]:
             elif isinstance(value, tuple) and all(isinstance(part, bool | int | float | str) for part in value):
                 found[prefix + name] = list(value)
             elif isinstance(value, dict) and name == "preprocessing":
-                found |= {prefix + key: part for key, part in value.items() if key not in _SIZES}
+                found |= {prefix + key: part for key, part in value.items() if isinstance(part, str)}
     stored = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         if name not in stored and buffer.numel() <= _CONSTANT:
@@ -175,7 +175,7 @@ def merge(given: Mapping[str, Any], preset: Mapping[str, Any], theirs: Mapping[s
         elif name not in chosen:
             found[name] = value
         elif name == "pooler":
-            _check_equal(name, POOLERS.spec(chosen[name]), value, where)
+            _check_equal(name, POOLERS.spec(chosen[name]), POOLERS.spec(value), where)
         elif name not in ("image_encoder", "text_tower", *CHOSEN):
             _check_equal(name, chosen[name], value, where)
     return found

@@ -61,7 +61,7 @@ def copy_weights(source: DualEncoder, model: CoCa, path: str | Path, adapted: Se
     """
     if not is_same(source.tokenizer.spec, model.tokenizer.spec):
         raise ValueError(f"{path} has another vocabulary: its token ids mean other words")
-    if source.image_size != model.image_size and not source.image_encoder.takes_patches:
+    if source.image_size != model.image_size and source.image_encoder.input_kind is None:
         print_rank_zero(f"{path} was trained on images of {source.image_size} px, this model takes {model.image_size}")
         source.set_image_size(model.image_size)
     towers_only = isinstance(source, CLIP) or (source.decoder is None and model.decoder is not None)

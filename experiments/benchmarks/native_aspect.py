@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from coca_lit.data.any_shape import CropToPatches
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
-from coca_lit.models.inputs import Images, Patches, stack_images
+from coca_lit.models.inputs import Images, stack_images
+from coca_lit.projects.naflex.inputs import AnyShape, Patches
 from experiments.benchmarks.harness import interleaved, ratio
 from experiments.benchmarks.record import record
 
@@ -48,9 +48,9 @@ def main() -> None:
 
 
 def photos(count: int, budget: int) -> Patches:
-    crop, rng = CropToPatches(32, budget), random.Random(0)
+    kind, rng = AnyShape(32, budget), random.Random(0)
     pixels = (torch.randint(0, 256, (3, *SHAPES[i % len(SHAPES)]), dtype=torch.uint8) for i in range(count))
-    images = stack_images([crop(image, rng) for image in pixels])
+    images = stack_images([kind.augmented(image, rng) for image in pixels])
     assert isinstance(images, Patches)
     return images
 

@@ -289,6 +289,22 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "projects/coca2/test_modern_text.py -k alone",
         ),
     ],
+    "projects/naflex/batches.py": [
+        (
+            "budget_rounded",
+            "max(budgets) // budget",
+            "round(max(budgets) / budget)",
+            "projects/naflex/test_patches.py -k schedule",
+        ),
+    ],
+    "projects/naflex/inputs.py": [
+        (
+            "crop_budget",
+            "budget or self.max_patches)",
+            "budget or 4 * self.max_patches)",
+            "projects/naflex/test_patches.py -k timm",
+        ),
+    ],
     "projects/mammut/text.py": [
         (
             "mammut_depth",
@@ -553,26 +569,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "data/bad_samples.py": [
         ("lost_samples", "count = max(1, expected - read)", "count = 1", "data/test_data_faults.py -k lost_shard"),
     ],
-    "data/any_shape.py": [
-        (
-            "budget_rounded",
-            "max(budgets) // budget",
-            "round(max(budgets) / budget)",
-            "data/test_patches.py -k schedule",
-        ),
-        (
-            "crop_budget",
-            "budget or self.max_patches)",
-            "budget or 4 * self.max_patches)",
-            "data/test_patches.py -k timm",
-        ),
-    ],
     "data/transforms.py": [
         (
             "fallback_aspect",
             "w, h = width, height  # none fits",
             "w, h, aspect = width, height, 1.0  # none fits",
-            "data/test_patches.py -k timm",
+            "projects/naflex/test_patches.py -k timm",
         ),
     ],
     "data/shards/tar.py": [

@@ -78,7 +78,7 @@ class SelfDistillation(Objective):
         self.temperature, self.sharp = temperature, sharp
 
     def build(self, net: CoCa) -> None:
-        if net.image_encoder.takes_patches:
+        if net.image_encoder.token_kind is not None:
             raise ValueError("self-distillation crops square images: it does not work with images of any shape")
         self.trains = ["image_encoder"]
         width = net.image_encoder.width

@@ -20,7 +20,7 @@ from coca_lit.models import create_model
 from coca_lit.runs.run_folder import start_run_folder
 from coca_lit.tools.prepare.scenes import export_scenes
 from coca_lit.weights.load import load_model, save_model
-from helpers.running import CONFIGS, NAFLEX, TINY, compose, logged, results, run, train_py, without_java
+from helpers.running import CONFIGS, TINY, compose, logged, results, run, train_py, without_java
 from helpers.scene_files import write_data_set
 from helpers.scored_runs import (
     CAPTION,
@@ -200,7 +200,6 @@ def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("experiment", "extra"),
     [
-        ("pretrain_coca2_naflex_b32", NAFLEX),
         ("flickr8k_frozen", FEW_PHOTOS),
     ],
 )

@@ -3,7 +3,7 @@
 import multiprocessing
 import random
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from multiprocessing.synchronize import Event
 from typing import Any
 
@@ -13,17 +13,18 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from coca_lit.data.any_shape import PatchSchedule
+from coca_lit import extensions
 from coca_lit.data.batch import Batch, Example, collate
+from coca_lit.data.datamodule import RecordsDataModule
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index
-from coca_lit.data.loader import Schedule, ShuffledBatches, TrainLoader, training_loader, validation_loader
-from coca_lit.data.mixture import Source
+from coca_lit.data.loader import Planned, Schedule, TrainLoader, training_loader, validation_loader
 from coca_lit.data.prefetch import worker_errors
 from coca_lit.data.records import Record
 from coca_lit.data.transforms import RandomCrop, build_transform
 from coca_lit.errors import DataError
+from coca_lit.extensions import DeclaredSizes
 from coca_lit.tokenizer import WordTokenizer
-from helpers.epochs import epoch_batches, open_epoch
+from helpers.epochs import check_order_of_epochs, of_epoch, open_epoch
 
 TOKENIZER = WordTokenizer(["a", "b", "c", "dog"])
 
@@ -106,22 +107,47 @@ def test_captions_repeat_where_an_image_has_too_few():
     assert [TOKENIZER.decode(row) for row in (example.tokens, *example.further_tokens)] == ["a", "a b", "a", "a b"]
 
 
-def of_epoch(samples: int, schedule: Schedule, seed: int, epoch: int, **more: Any) -> list[list[Index]]:
-    start, stop = epoch * len(schedule), (epoch + 1) * len(schedule)
-    return list(ShuffledBatches([Source("", samples)], schedule, seed, start, stop, by_epoch=True, **more))
+class Uneven(Schedule):
+    """Batches of 2 and of 4 samples in turn, with budgets of 4 and 2."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__(samples, 2)
+        self.samples = samples - samples % 6
+
+    def __len__(self) -> int:
+        return self.samples // 6 * 2
+
+    def at(self, number: int) -> Planned:
+        turn, second = divmod(number, 2)
+        return Planned(6 * turn + 2 * second, 2 + 2 * second, 4 - 2 * second)
+
+
+class Drawn(Uneven):
+    """The same, chosen by an argument of a data set."""
+
+    def __init__(self, samples: int, batch_size: int, value: Any, seed: int) -> None:
+        super().__init__(samples)
+        self.given = (batch_size, value, seed)
+
+
+def test_a_declared_argument_chooses_the_schedule(records, monkeypatch):
+    declared = DeclaredSizes(f"{__name__}:Drawn", "sizes")
+    monkeypatch.setattr(extensions, "batch_sizes", lambda: {"growing": declared, "shrinking": declared})
+    build = partial(RecordsDataModule, {"train": records}, tokenizer=TOKENIZER, batch_size=2, seed=7)
+    data = build(growing=[4, 2])
+    assert data.schedule(23).given == (2, [4, 2], 7)
+    assert data.steps_per_epoch == 6
+    assert type(build(growing=[]).schedule(23)) is Schedule
+    with pytest.raises(ValueError, match="growing and shrinking plan batches"):
+        build(growing=[4], shrinking=[2])
+    with pytest.raises(ValueError, match=r"'growin'.*'growing'"):
+        build(growin=[4])
 
 
 @pytest.mark.parametrize("together", [1, 4])
-@pytest.mark.parametrize("schedule", [Schedule(52, 6), PatchSchedule(52, 2, (4, 8, 16), seed=3)])
+@pytest.mark.parametrize("schedule", [Schedule(52, 6), Uneven(52)])
 def test_an_epoch_is_one_permutation_cut_into_batches(schedule, together):
-    for epoch in (0, 1, 7):
-        expected = epoch_batches(52, schedule, 3, epoch, together=together)
-        assert of_epoch(52, schedule, 3, epoch, together=together) == expected
-        halves = [epoch_batches(52, schedule, 3, epoch, rank=rank, world=2) for rank in range(2)]
-        assert [of_epoch(52, schedule, 3, epoch, rank=rank, world=2) for rank in range(2)] == halves
-    start, endless = 2 * len(schedule) + 3, [*epoch_batches(52, schedule, 3, 2, 3), *epoch_batches(52, schedule, 3, 3)]
-    batches = ShuffledBatches([Source("", 52)], schedule, 3, start, None, by_epoch=True)
-    assert list(islice(batches, len(endless))) == endless
+    check_order_of_epochs(52, schedule, together)
 
 
 def test_an_epoch_holds_every_sample_once_in_a_new_order():

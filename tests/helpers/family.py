@@ -72,7 +72,7 @@ def check_preset(name: str) -> None:
     """It runs when it is made small, and is built again from its config."""
     small = {"embed_dim": 32, "pooler_heads": 4, "text_width": 32, "text_heads": 4, "text_layers": 1}
     arguments = preset(name)
-    if arguments["image_encoder"].startswith(("vit_", "naflex")):
+    if not arguments["image_encoder"].startswith(("resnet", "tf_efficientnet")):
         vit = {"embed_dim": 32, "depth": 1, "num_heads": 2}
         small["image_encoder_args"] = arguments.get("image_encoder_args", {}) | vit
     model = create_model(name, **small, decoder_layers=min(1, arguments.get("decoder_layers", 1))).eval()

@@ -104,35 +104,6 @@ def vision_tokens(s: State, image: Tensor, heads: int) -> Tensor:
     return x
 
 
-def naflex_tokens(s: State, image: Tensor, heads: int) -> Tensor:
-    """image (3, H, W) -> tokens (N, W) of timm's NaFlexVit: patches channel last, registers in front and dropped at the
-    end, LayerScale, eps 1e-6 everywhere, positions resized to the grid.
-    """
-    side = math.isqrt(s["visual.trunk.embeds.proj.weight"].shape[1] // 3)
-    height, width = image.shape[1] // side, image.shape[2] // side
-    rows = [
-        image[:, y * side : (y + 1) * side, x * side : (x + 1) * side].permute(1, 2, 0).flatten()
-        for y in range(height)
-        for x in range(width)
-    ]
-    positions = s["visual.trunk.embeds.pos_embed"].permute(0, 3, 1, 2).float()
-    positions = torch.nn.functional.interpolate(
-        positions, (height, width), mode="bicubic", align_corners=False, antialias=True
-    )
-    if (height, width) == tuple(s["visual.trunk.embeds.pos_embed"].shape[1:3]):
-        positions = s["visual.trunk.embeds.pos_embed"].permute(0, 3, 1, 2)
-    x = linear(s, "visual.trunk.embeds.proj", torch.stack(rows)) + positions[0].flatten(1).T
-    registers = s["visual.trunk.embeds.reg_token"][0]
-    x = layer_norm(s, "visual.trunk.norm_pre", torch.cat([registers, x]), eps=1e-6)
-    for i in range(depth(s, "visual.trunk.blocks.")):
-        name = f"visual.trunk.blocks.{i}"
-        q, k, v = linear(s, f"{name}.attn.qkv", layer_norm(s, f"{name}.norm1", x, eps=1e-6)).chunk(3, -1)
-        x = x + linear(s, f"{name}.attn.proj", attention(q, k, v, heads)) * s[f"{name}.ls1.gamma"]
-        hidden = gelu(linear(s, f"{name}.mlp.fc1", layer_norm(s, f"{name}.norm2", x, eps=1e-6)))
-        x = x + linear(s, f"{name}.mlp.fc2", hidden) * s[f"{name}.ls2.gamma"]
-    return x[len(registers) :]
-
-
 def pool_queries(s: State, name: str, context: Tensor, heads: int) -> Tensor:
     query, normed = layer_norm(s, f"{name}.ln_q", s[f"{name}.query"]), layer_norm(s, f"{name}.ln_k", context)
     return multi_head(s, f"{name}.attn", query, normed, heads)

@@ -30,12 +30,6 @@ TINY = (
     *("trainer=smoke", "model.net.name=coca_tiny", "image_size=32", "scoring.images=8"),
     *("++model.net.text_layers=1", "++model.net.decoder_layers=1"),
 )
-# Makes of `coca_tiny` a model for images of any shape, and fills batches by a budget of patches.
-NAFLEX = (
-    *("++model.net.image_encoder=naflex", "+model.net.pooler=masked_cascade", "+model.net.text_tower=modern"),
-    "++model.net.image_encoder_args={patch_size:8,pos_embed_grid_size:[3,3],embed_dim:24,depth:1,num_heads:2}",
-    "+data.patches=[16,8]",
-)
 
 
 def compose(*overrides: str) -> DictConfig:

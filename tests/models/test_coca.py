@@ -20,7 +20,7 @@ from helpers.family import check_preset
 from helpers.slow import slow
 
 OWN_POOLERS = ("single", "parallel", "cascade", "openclip_parallel", "openclip_cascade")
-POOLERS = (*OWN_POOLERS, *(name for name in names_in("poolers") if not REGISTRY.get(name).takes_patches))
+POOLERS = (*OWN_POOLERS, *(name for name in names_in("poolers") if REGISTRY.get(name).token_kind is None))
 TEXT_TOWERS = names_in("text_towers")
 CLS_MASKS: tuple[ClsMask, ...] = get_args(ClsMask)
 TINY_VIT = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}

@@ -40,7 +40,7 @@ from coca_lit.runs.signals import requeue_once
 from coca_lit.tools.prepare.scenes import export_scenes
 from helpers.forking import Program
 from helpers.resuming import MAP, TINY, Die, Signal, assert_same, rows, state, train
-from helpers.running import NAFLEX, ROOT, compose, run, watched
+from helpers.running import ROOT, compose, run, watched
 from helpers.slow import slow
 from helpers.tokenizer_files import trained_file
 
@@ -57,14 +57,13 @@ BY_STEPS = ("scoring.every_n_steps=2", "callbacks.checkpoint.best=scenes/t2i_med
 DRAWN_OBJECTIVE = ("model.objectives.drawn={_target_: helpers.objectives.DrawnTargets}",)
 ACCUMULATION = ("trainer.accumulate_grad_batches=2", "model.caption_weight=0")
 EMA_AND_ACCUMULATION = ("ema=0.9", *ACCUMULATION)
-OF_ANY_SHAPE = (*NAFLEX, "data.batch_size=2", *ACCUMULATION)  # batches of two and of four images
 
 
 @pytest.mark.parametrize(
     ("data", "workers", "extra"),
     [
         ("indexed", 2, EMA_AND_ACCUMULATION),
-        *slow(("map", 0, (*BY_STEPS, *DRAWN_OBJECTIVE)), ("patches", 2, OF_ANY_SHAPE)),
+        *slow(("map", 0, (*BY_STEPS, *DRAWN_OBJECTIVE))),
     ],
 )
 def test_killed_twice_in_an_epoch(
@@ -74,7 +73,7 @@ def test_killed_twice_in_an_epoch(
     source = MAP if data == "map" else request.getfixturevalue("shards")
     overrides = (*source, f"data.num_workers={workers}", "callbacks.checkpoint.every_n_steps=1", *extra)
     assert train(tmp_path / "whole", *overrides) == 0
-    for batches in {"map": (5, 12), "indexed": (3,), "patches": (3, 5)}[data]:
+    for batches in {"map": (5, 12), "indexed": (3,)}[data]:
         assert train(tmp_path / "killed", *overrides, watch=Die(batches)) == -signal.SIGKILL
     assert train(tmp_path / "killed", *overrides) == 0
     assert_same(tmp_path / "whole", tmp_path / "killed")

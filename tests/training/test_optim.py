@@ -55,15 +55,6 @@ def test_matrices_decay_and_nothing_else(tiny_model: Build) -> None:
         assert name in split[0.0]
 
 
-def test_what_timm_lists_does_not_decay(tiny_model: Build) -> None:
-    """The register tokens of an encoder for images of any shape, whose names are not those of a plain one."""
-    sizes = {"patch_size": 8, "pos_embed_grid_size": [3, 3], "embed_dim": 24, "depth": 1, "num_heads": 2}
-    model = tiny_model(image_encoder="naflex", image_encoder_args=sizes, pooler="masked_cascade", text_tower="modern")
-    split = groups(model, AdamW(lr=1e-3)(model))
-    assert {f"image_encoder.trunk.embeds.{name}" for name in ("reg_token", "pos_embed")} <= split[0.0]
-    assert "image_encoder.trunk.embeds.proj.weight" in split[0.2]
-
-
 def test_frozen_parameters_are_left_out(tiny_model: Build) -> None:
     model = tiny_model()
     frozen = set(model.freeze("image_encoder", "text"))

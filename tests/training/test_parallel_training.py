@@ -18,9 +18,8 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.tools.export import command as export
 from coca_lit.training.sharding import check_sharded, shard, unsharded
 from coca_lit.weights.load import load_model
-from helpers.family import check_sharded_training
 from helpers.parallel import DDP, SHARDED, SHORT, UNSCORED, saved, train
-from helpers.running import NAFLEX, launched, results, run, without_java
+from helpers.running import launched, results, run, without_java
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 VIT = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
@@ -169,12 +168,6 @@ def test_openclips_recipe_for_mscoco_runs_on_two_ranks(on_ranks, tmp_path: Path)
     )
     on_ranks(2, train_recipe, tmp_path, *recipe, "data.train_count=24", *DDP)
     assert saved(tmp_path)["global_step"] == 3
-
-
-@pytest.mark.slow
-def test_a_model_for_any_shape_is_sharded(on_ranks, tmp_path: Path) -> None:
-    """Batches of patches have several sizes."""
-    check_sharded_training(on_ranks, tmp_path, *NAFLEX)
 
 
 def sharded_model() -> dict[str, Any]:

@@ -47,7 +47,7 @@ def test_long_captions(capsys: pytest.CaptureFixture[str]) -> None:
 def test_images(capsys: pytest.CaptureFixture[str]) -> None:
     different = [Record(i, partial(render, i, size=40), "a") for i in range(8)]
     check_images(different, 80)
-    check_images(different, 224, any_shape=True)
+    check_images(different, 224, takes_squares=False)
     assert said(capsys) == ""
     check_images(different, 81)
     assert "40 pixels" in said(capsys)

@@ -76,7 +76,9 @@ class LAIONDataModule(CaptionDataModule):
         cache_dir: str = "~/.cache/coca_lit/shards",
         cache_gb: float = 100,
         store_patience: float = 600.0,
-        **further: Annotated[Any, LoaderArguments, extensions.INPUT_OPTIONS, extensions.SAMPLE_STEPS],
+        **further: Annotated[
+            Any, LoaderArguments, extensions.BATCH_SIZES, extensions.INPUT_OPTIONS, extensions.SAMPLE_STEPS
+        ],
     ) -> None:
         options = {name: further.pop(name) for name in extensions.input_options() if name in further}
         self.reader = chosen_reader(options)
@@ -174,8 +176,7 @@ class LAIONDataModule(CaptionDataModule):
 
         windows = Windows(self.window, self.window_bytes, self.readers)
         needed = windows.cache_bytes(max(remote, default=0), len(self.shards))
-        most = self.batch_size * (max(self.patches) // min(self.patches) if self.patches else 1)  # samples of a batch
-        behind = self._behind * most
+        behind = self._behind * self.largest_batch
         counted = [(s.stamp().bytes / s.samples, s.samples) for s in shards if s.is_remote and s.samples]
         for each, samples in sorted(counted, reverse=True):  # at worst they are those with the largest samples
             needed += each * min(behind, samples)

@@ -139,8 +139,9 @@ class PoolerClassifier(Classifier):
         self.mixup = mixup
 
     def build(self, net: CoCa) -> None:
-        if net.image_encoder.takes_patches:
-            raise ValueError("the classifier takes images of one shape: use another image encoder than naflex")
+        if net.image_encoder.token_kind is not None:
+            encoder = type(net.image_encoder).__name__
+            raise ValueError(f"the classifier takes images of one shape: use another image encoder than {encoder}")
         width = net.image_encoder.width
         self.pooler = AttentionalPooler(width, width, 1, self.heads)
         self.pooler.init_parameters()

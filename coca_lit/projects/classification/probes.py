@@ -88,7 +88,7 @@ class ProbeScores(Evaluation):
         votes = votes - torch.arange(classes, device=votes.device) / (classes + 1)
         ways = {"knn/": votes, "linear/": asked.double() @ weights.T + biases}
         if self.pooler is not None and settings.full:
-            if not isinstance(model, CoCa) or model.image_encoder.takes_patches:
+            if not isinstance(model, CoCa) or model.image_encoder.token_kind is not None:
                 self.not_run[f"{self.name} pooler"] = "the probe takes a CoCa whose images have one shape"
             else:
                 probed = self.pooler.probe(model, self.training.records, labels, records, classes, settings.workers)

@@ -69,7 +69,7 @@ class SegmentationScores(Evaluation):
         return self.images.class_names
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        if not isinstance(model, CoCa) or model.image_encoder.takes_patches:
+        if not isinstance(model, CoCa) or model.image_encoder.token_kind is not None:
             self.not_run[f"{self.name} segmentation"] = "the probe takes a CoCa whose images have one shape"
             return {}
         known = grids(model, self.training.records, settings)  # (N, C, h, w)

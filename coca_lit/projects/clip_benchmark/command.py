@@ -36,7 +36,7 @@ def load_model(
     quick_gelu = True if model_name.endswith("-quickgelu") else None  # None: what the file says
     with error_context("--pretrained"):
         model: Any = load_dual_encoder(pretrained, quick_gelu).to(device)
-        if model.image_encoder.takes_patches:
+        if model.image_encoder.token_kind is not None:
             raise ValueError("CLIP_benchmark stacks images of one shape: use coca-evaluate evals=clip_benchmark")
     if model.decoder is not None and not isinstance(model.tokenizer, CLIPTokenizer):
         # CLIP_benchmark decodes all captions with CLIP's vocabulary, so they are given in its ids.

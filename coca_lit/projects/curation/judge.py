@@ -133,7 +133,7 @@ def _decoded(
 
 def _collate(items: list[tuple[_Pair, Images] | BadSample]) -> tuple[list[_Pair], Images, list[BadSample]]:
     good = [item for item in items if not isinstance(item, BadSample)]
-    pixels = stack_images([pixels for _, pixels in good]) if good else torch.empty(0)  # (B, 3, S, S), or patches
+    pixels = stack_images([pixels for _, pixels in good]) if good else torch.empty(0)  # (B, 3, S, S), or an `Input`
     return [pair for pair, _ in good], pixels, [item for item in items if isinstance(item, BadSample)]
 
 

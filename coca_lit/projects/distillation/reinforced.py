@@ -128,7 +128,7 @@ def replaying(folder: str, transform: TrainTransform, indexes: Sequence[TarIndex
             for two shards, or one of other teachers than those of the first.
     """
     if not isinstance(transform, RandomCrop):
-        raise DataError("data.teachers has square crops: it does not work with images of any shape")
+        raise DataError("data.teachers has square crops: it needs an image encoder that takes squares")
     shards: dict[Path, str] = {}  # by their file
     for index in indexes:
         shard = index.shard.name

@@ -69,12 +69,13 @@ def claim_outputs(shards: Sequence[Path], teaching: Teaching) -> None:
     """Records beside the files to come what makes them; all that is wrong with the teachers is told here.
 
     Raises:
-        ConfigError: there is no such teacher, or one takes images of any shape.
+        ConfigError: there is no such teacher, or one takes no square images.
         DataError: the folder has embeddings that are made otherwise.
     """
     for teacher in _teachers(teaching):
-        if "patch_size" in teacher.preprocessing:
-            raise ConfigError("a teacher takes images of any shape, and crops are square: choose another one")
+        if "input_kind" in teacher.preprocessing:
+            what = teacher.preprocessing["input_kind"].what
+            raise ConfigError(f"a teacher takes {what}, and crops are square: choose another one")
     for folder in sorted({teaching.output or shard.parent for shard in shards}):
         claim(folder / SETTINGS, _settings(teaching))
 

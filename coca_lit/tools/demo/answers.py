@@ -199,7 +199,7 @@ def _pictures_of_words(
 def seen_part(model: CoCa, photo: Image.Image) -> Image.Image:
     """What the model sees of a photo, at a resolution for people."""
     preprocessing = model.preprocessing
-    if "max_patches" in preprocessing:  # all of it
+    if "input_kind" in preprocessing:  # in place of a square
         seen = photo.convert("RGB")
         seen.thumbnail((EDGE, EDGE))
         return seen

@@ -62,9 +62,9 @@ def write_onnx(model: CoCa, folder: Path, reader: ImageReader = IMAGES) -> Expor
         reader: of the kind of input that the graphs take.
 
     Raises:
-        ValueError: a graph computes something else than the model, or the model takes images of any shape.
+        ValueError: a graph computes something else than the model, or the model takes no images of one shape.
     """
-    if model.image_encoder.takes_patches:
+    if model.image_encoder.input_kind is not None:
         raise ValueError("format=onnx has graphs for images of one shape: export format=safetensors or open_clip")
     graphs = graphs_of(model, reader)
     differences = {}

@@ -21,8 +21,6 @@ OWN = {
     "visual.attn_pool.query": "coca_lit.weights.open_clip.poolers:SinglePooler",
     "visual.attn_pool_contrastive.query": "coca_lit.weights.open_clip.poolers:TwoPoolers",
     "text.cls_emb": "coca_lit.weights.open_clip.text:ClassicText",
-    "visual.trunk.embeds.proj.weight": "coca_lit.weights.open_clip.naflex:NaFlexTransformer",
-    "attn_pool.query": "coca_lit.weights.open_clip.naflex:MaskedPoolers",
 }
 OTHER_TEXT_TOWERS = ("text.transformer.embeddings.", "text.transformer.encoder.", "text.transformer.shared.")
 _TOKENIZERS = {49408: "clip", 50260: "r50k"}  # by the size of the vocabulary

@@ -193,7 +193,7 @@ print(len(list(data.train_dataloader())), *sys.modules)
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     batches, *modules = done.stdout.split()
     assert batches == "4"
-    variants = {"any_shape", "encoded", "feature_cache", "shards.windows"}
+    variants = {"encoded", "feature_cache", "shards.windows"}
     assert not {f"coca_lit.data.{name}" for name in variants} & {*modules}
     assert not [name for name in modules if name.startswith(("coca_lit.data.shards.remote", "s3fs", "pyarrow"))]
 

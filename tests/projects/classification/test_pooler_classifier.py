@@ -12,6 +12,7 @@ from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, create_model
+from coca_lit.models.inputs import Input
 from coca_lit.projects.classification.classifier import PoolerClassifier
 from coca_lit.projects.classification.pooler_probe import ClassPooler
 from coca_lit.training.optim import AdamW
@@ -90,8 +91,8 @@ def test_layers_learn_at_rates_of_their_own() -> None:
 
 def test_images_of_any_shape_are_refused() -> None:
     net = create_model("coca_tiny")
-    net.image_encoder.takes_patches = True
-    with pytest.raises(ValueError, match="naflex"):
+    net.image_encoder.token_kind = Input
+    with pytest.raises(ValueError, match="than ImageEncoder"):
         PoolerClassifier(CLASSES).build(net)
 
 

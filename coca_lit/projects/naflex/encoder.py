@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from coca_lit.models.image import CLIP_NORMALISATION, ImageEncoder, is_raw
-from coca_lit.models.inputs import EncodedPatches, Patches, expect_batch, expect_pixels
+from coca_lit.models.inputs import expect_batch, expect_pixels
+from coca_lit.projects.naflex.inputs import AnyShape, EncodedPatches, Patches
 
 TIMM_NAME = "naflexvit_base_patch16_gap"
 DEFAULTS: dict[str, Any] = {
@@ -31,26 +32,23 @@ class NaFlexEncoder(ImageEncoder):
         arguments: of timm's NaFlexVit: patch_size, pos_embed_grid_size, pre_norm, embed_dim, depth, num_heads, ….
     """
 
-    takes_patches = True
+    token_kind = EncodedPatches
+    input_kind: AnyShape
 
     def __init__(self, image_size: int, max_patches: int | None = None, **arguments: Any) -> None:
         if arguments.get("patch_drop_rate"):
             raise ValueError("patch_drop_rate does not work with images of different numbers of patches: leave it out")
         given = {"pretrained_cfg_overlay": CLIP_NORMALISATION, "final_norm": False, "fc_norm": False, **arguments}
         super().__init__(TIMM_NAME, image_size, **given)
-        self.patch_size: int = self.trunk.embeds.patch_size[0]
+        patch_size: int = self.trunk.embeds.patch_size[0]
         if max_patches is None:
-            max_patches = (image_size // self.patch_size) ** 2
+            max_patches = (image_size // patch_size) ** 2
         if max_patches < 1:
             raise ValueError(
-                f"an image needs at least one patch: image_size is {image_size}, patch_size {self.patch_size},"
+                f"an image needs at least one patch: image_size is {image_size}, patch_size {patch_size},"
                 f" max_patches {max_patches}"
             )
-        self.max_patches = max_patches
-
-    @property
-    def preprocessing(self) -> dict[str, int]:
-        return {"patch_size": self.patch_size, "max_patches": self.max_patches}
+        self.input_kind = AnyShape(patch_size, max_patches)
 
     @property
     def prefix_tokens(self) -> int:
@@ -63,7 +61,8 @@ class NaFlexEncoder(ImageEncoder):
 
     def set_image_size(self, image_size: int) -> None:
         raise ValueError(
-            f"this model takes images of any shape, up to {self.max_patches} patches, so it has no image size to change"
+            f"this model takes images of any shape, up to {self.input_kind.max_patches} patches, so it has no image"
+            " size to change"
         )
 
     def frozen_part(self) -> Any:
@@ -81,7 +80,7 @@ class NaFlexEncoder(ImageEncoder):
         if not isinstance(images, Patches):
             expect_pixels(images)
             expect_batch(images)
-            images = Patches.of(images, self.patch_size)
+            images = Patches.of(images, self.input_kind.patch_size)
         if images.rows.ndim != 3:
             raise ValueError(
                 f"patches must have the shape (batch, patches, values), got {tuple(images.rows.shape)}: images[None] is"

@@ -5,6 +5,7 @@ without padding.
 from pathlib import Path
 from typing import Any
 
+import naflex_oracle
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +13,10 @@ from torch import Tensor
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.cost import forward_flops
-from coca_lit.models.inputs import Patches, stack_images
+from coca_lit.models.inputs import stack_images
+from coca_lit.projects.naflex.inputs import Patches
+from coca_lit.training.optim import AdamW
+from coca_lit.weights.computation import merge
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
 from helpers import open_clip_4, oracle
@@ -68,7 +72,7 @@ def test_it_equals_the_oracle(images: list[Tensor], kind: str, width: int) -> No
     out = model(batch_of(images), tokens)
     logits = []
     for i, (image, ids) in enumerate(zip(images, tokens.tolist(), strict=True)):
-        found = oracle.naflex_tokens(s, image.double(), 1)
+        found = naflex_oracle.tokens(s, image.double(), 1)
         vector, context = oracle.two_poolers(s, found, kind, 4, norm="pool_norm", where="")
         assert context.shape == (5, 32)
         same(out.image_features[i], oracle.unit(vector))
@@ -146,6 +150,13 @@ def test_the_norm_before_the_blocks_is_as_deep_as_the_embeddings(model: CoCa) ->
     assert model.image_encoder.depths() == expected
 
 
+def test_what_timm_lists_does_not_decay(model: CoCa) -> None:
+    """The register tokens, whose names are not those of a plain encoder."""
+    decays = {id(p): group["weight_decay"] for group in AdamW(lr=1e-3)(model).param_groups for p in group["params"]}
+    found = {name.removeprefix("trunk.embeds."): decays[id(p)] for name, p in model.image_encoder.named_parameters()}
+    assert (found["reg_token"], found["pos_embed"], found["proj.weight"]) == (0.0, 0.0, 0.2)
+
+
 @torch.no_grad()
 def test_captions_do_not_depend_on_the_other_images(images: list[Tensor], model: CoCa) -> None:
     """With a cache, greedy and by beams, with attention that adds up to 1."""
@@ -167,7 +178,7 @@ def test_files_go_both_ways(tmp_path: Path) -> None:
     encoder = SMALL["image_encoder_args"] | {"max_patches": 12}
     model, _, _ = make(image_encoder_args=encoder)
     check_files(model, tmp_path)
-    assert model.preprocessing["max_patches"] == 12
+    assert model.preprocessing["input_kind"].max_patches == 12
     with pytest.raises(ValueError, match="format=onnx"):
         pytest.importorskip("coca_lit.tools.export.onnx").write_onnx(model, tmp_path)
 
@@ -187,6 +198,13 @@ def test_a_config_that_asks_for_something_else(section: str, key: str, value: An
     config["model_cfg"][section][key] = value
     with pytest.raises(ValueError, match=message):
         from_open_clip(state, config)
+
+
+@pytest.mark.parametrize("named", ["masked_cascade", "coca_lit.models.poolers:masked_cascade"])
+def test_weights_may_name_the_pooler_in_any_way(named: str) -> None:
+    assert merge({"pooler": "masked_cascade"}, {}, {"pooler": named}, "x.ckpt") == {"pooler": "masked_cascade"}
+    with pytest.raises(ValueError, match=r"pooler is .*masked_parallel"):
+        merge({"pooler": "masked_parallel"}, {}, {"pooler": named}, "x.ckpt")
 
 
 def test_the_preset_is_that_of_open_clip() -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 from coca_lit.models.coca import CoCa
 from coca_lit.models.image import CLIP_NORMALISATION
-from coca_lit.models.poolers import MaskedCascadePooling, MaskedParallelPooling
 from coca_lit.models.registry import NORMALISATION
-from coca_lit.models.variants.naflex import DEFAULTS, TIMM_NAME, NaFlexEncoder
+from coca_lit.projects.naflex.encoder import DEFAULTS, TIMM_NAME, NaFlexEncoder
+from coca_lit.projects.naflex.poolers import MaskedCascadePooling, MaskedParallelPooling
 from coca_lit.weights.open_clip.config_keys import FILE, VISION_KEYS, Allowed, OpenClipConfig, count
 from coca_lit.weights.open_clip.parts import ImagePart, Renaming, Tensors, depth
 from coca_lit.weights.open_clip.poolers import QUERY_POOLER, TwoPoolers
@@ -92,7 +92,7 @@ class NaFlexTransformer(ImagePart):
         trunk: Any = encoder.trunk
         block = trunk.blocks[0]
         sizes = {
-            "patch_size": encoder.patch_size,
+            "patch_size": encoder.input_kind.patch_size,
             "embed_dim": encoder.width,
             "depth": len(trunk.blocks),
             "num_heads": block.attn.num_heads,
@@ -108,7 +108,7 @@ class NaFlexTransformer(ImagePart):
             "timm_pool": "avg",
             "timm_proj": "linear",
             "image_size": encoder.image_size,
-            "image_seq_len": encoder.max_patches,
+            "image_seq_len": encoder.input_kind.max_patches,
         }
 
     def obstacle(self, model: CoCa, version: str) -> str | None:

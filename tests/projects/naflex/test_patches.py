@@ -14,7 +14,6 @@ from PIL import Image
 from timm.data import naflex_transforms
 from torch._dynamo.utils import counters
 
-from coca_lit.data.any_shape import CropToPatches, PatchSchedule
 from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import RecordsDataModule
 from coca_lit.data.examples import CaptionDataset
@@ -23,18 +22,20 @@ from coca_lit.data.records import Record
 from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.shard import Shard
 from coca_lit.data.shards.windows import WindowedBatches, Windows
-from coca_lit.data.transforms import build_transform, random_box, whole_box
+from coca_lit.data.transforms import build_transform, random_box
 from coca_lit.errors import DataError
 from coca_lit.evals.inference import caption_images, embed_images, image_batches, log_likelihoods
 from coca_lit.evals.word_maps import word_map_samples
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
-from coca_lit.models.inputs import Patches, patch_grid, stack_images
+from coca_lit.models.inputs import largest_shape, preprocessing, stack_images
+from coca_lit.projects.naflex.batches import PatchSchedule
+from coca_lit.projects.naflex.inputs import AnyShape, Patches, patch_grid
 from coca_lit.tokenizer import WordTokenizer
 from coca_lit.tools.plan.trace import trace
 from coca_lit.training.optim import AdamW
-from helpers.epochs import open_epoch
+from helpers.epochs import check_order_of_epochs, open_epoch
 from helpers.shards import write_shards
 
 TOKENIZER = WordTokenizer(["a", "b", "c", "dog"])
@@ -74,8 +75,17 @@ def test_sizes_of_images(height: int, width: int, patch_size: int, budget: int, 
     assert patch_grid(height, width, patch_size, budget) == expected
 
 
+@pytest.mark.parametrize("patches", [1, 2, 7, 12, 36, 48, 100, 240, 256])
+def test_the_largest_shape_is_the_nearest_to_a_square_of_all_that_fill_the_patches(patches: int) -> None:
+    plain = preprocessing(30, "bicubic", "shortest")
+    shape = largest_shape({**plain, "input_kind": AnyShape(16, patches)})
+    whole = [(16 * a, 16 * b) for a in range(1, patches + 1) for b in range(a, patches + 1) if a * b == patches]
+    assert shape == min(whole, key=lambda sides: sides[1] - sides[0])
+    assert largest_shape(plain) == (30, 30)
+
+
 def test_evaluation_equals_timm() -> None:
-    transform = build_transform(patch_size=8, max_patches=20)
+    transform = build_transform(input_kind=AnyShape(8, 20))
     for record in RECORDS[::5]:
         patches = transform(record.image())
         resized = naflex_transforms.ResizeToSequence(8, 20)(record.image())
@@ -97,10 +107,10 @@ def test_training_crops_equal_timm() -> None:
             torch.empty(3, height, width), (0.9, 1.0), (3 / 4, 4 / 3), patch_h=8, patch_w=8, max_seq_len=20
         )
         assert random_box(height, width, random.Random(seed), width / height) == box
-        patches = CropToPatches(8, 64)(torch.zeros(3, height, width, dtype=torch.uint8), random.Random(seed), 20)
+        patches = AnyShape(8, 64).augmented(torch.zeros(3, height, width, dtype=torch.uint8), random.Random(seed), 20)
         assert tuple(patches.grids * 8) == size
     pixels = torch.randint(0, 256, (3, 16, 48), dtype=torch.uint8)
-    assert torch.equal(CropToPatches(8, 12, whole_box)(pixels, random.Random(0)).picture(), pixels)
+    assert torch.equal(AnyShape(8, 12).augmented(pixels, random.Random(0), whole=True).picture(), pixels)
 
 
 def test_a_batch_of_different_shapes() -> None:
@@ -138,6 +148,11 @@ def test_a_schedule_fills_batches() -> None:
         PatchSchedule(30, 4, [0], seed=0)
 
 
+@pytest.mark.parametrize("together", [1, 4])
+def test_an_epoch_is_one_permutation_cut_into_batches(together: int) -> None:
+    check_order_of_epochs(52, PatchSchedule(52, 2, (4, 8, 16), seed=3), together)
+
+
 def contents(batches: list[Batch]) -> list[tuple]:
     """By sample: ranks and workers change its place, never its content."""
     return [
@@ -148,8 +163,8 @@ def contents(batches: list[Batch]) -> list[tuple]:
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_batches_of_records_do_not_depend_on_ranks_workers_or_resuming() -> None:
-    dataset = CaptionDataset(RECORDS, CropToPatches(8, 99), TOKENIZER, seed=5)
-    open_at = partial(open_epoch, dataset, 2, 3, budgets=BUDGETS)
+    dataset = CaptionDataset(RECORDS, AnyShape(8, 99).augmented, TOKENIZER, seed=5)
+    open_at = partial(open_epoch, dataset, 2, 3, schedule=PatchSchedule(len(RECORDS), 2, BUDGETS, seed=5))
     whole = contents(list(open_at()))
     assert {len(batch) for batch in whole} == {2, 4, 8}
     for batch in open_at():

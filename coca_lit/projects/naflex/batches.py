@@ -1,37 +1,13 @@
-"""Training on images in their own aspect ratio: random crops of them as patches, and batches that hold about as many
-patches each.
-"""
+"""Batches of images of any shape that hold about as many patches each."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
-from torch import Tensor
-
 from coca_lit.data.loader import Planned, Schedule
-from coca_lit.data.transforms import Box, random_box, resized
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
-from coca_lit.models.inputs import Patches, patch_grid
-
-
-class CropToPatches:
-    """For training: a random part of the image, about in the image's own shape, as patches.
-
-    Args:
-        max_patches: where a call names no number.
-        box: (height, width, rng, aspect ratio) -> the part.
-    """
-
-    def __init__(self, patch_size: int, max_patches: int, box: Callable[..., Box] = random_box) -> None:
-        self.patch_size, self.max_patches, self.box = patch_size, max_patches, box
-
-    def __call__(self, pixels: Tensor, rng: random.Random, budget: int | None = None) -> Patches:
-        """pixels (3, H, W) uint8 -> at most `budget` patches."""
-        height, width = pixels.shape[1:]
-        box = self.box(height, width, rng, width / height)
-        size = patch_grid(box.height, box.width, self.patch_size, budget or self.max_patches)
-        return Patches.of(resized(pixels, box, size), self.patch_size)
+from coca_lit.projects.naflex.inputs import AnyShape
 
 
 class PatchSchedule(Schedule):
@@ -50,22 +26,30 @@ class PatchSchedule(Schedule):
         DataError: there are too few samples for a batch.
     """
 
+    input_kind = AnyShape
+
     def __init__(self, samples: int, batch_size: int, budgets: Sequence[int], seed: int) -> None:
         if not all(isinstance(budget, int) and budget > 0 for budget in budgets):
             raise ValueError(f"patches must be whole numbers of at least 1, got {list(budgets)}")
-        self.batch_size, self.seed, self.samples = batch_size, seed, 0
+        self.batch_size = batch_size
+        self.seed = seed
+        self.samples = 0
         self._drawn: list[tuple[int, int]] = []  # (size, budget) of each batch of an epoch
         self._epoch: tuple[int, list[Planned]] = (-1, [])
         rng = random.Random(stable_seed("patches", seed))
         while True:
             budget = rng.choice(budgets)
-            size = batch_size * (max(budgets) // budget)
+            size = batch_size * _times(budgets, budget)
             if self.samples + size > samples:
                 break
             self._drawn.append((size, budget))
             self.samples += size
         if not self._drawn:
             raise DataError(f"an epoch has {samples} samples, less than a batch of {size}: choose a smaller batch_size")
+
+    @staticmethod
+    def largest(batch_size: int, budgets: Sequence[int]) -> int:
+        return batch_size * _times(budgets, min(budgets))
 
     def __len__(self) -> int:
         return len(self._drawn)
@@ -79,3 +63,8 @@ class PatchSchedule(Schedule):
             planned = [Planned(first, size, budget) for first, (size, budget) in zip(starts, order, strict=False)]
             self._epoch = (epoch, planned)
         return self._epoch[1][step]
+
+
+def _times(budgets: Sequence[int], budget: int) -> int:
+    """How many images with this budget take the room of one with the largest."""
+    return max(budgets) // budget
