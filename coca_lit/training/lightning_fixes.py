@@ -1,14 +1,20 @@
-"""Where Lightning does otherwise than exact resuming and speed need, and what it does not tell: the only file that
-touches its private state. Numbers are issues of github.com/Lightning-AI/pytorch-lightning.
+"""Where Lightning does otherwise than exact resuming and speed need, and what it does not tell: nearly all that
+touches its private state (`_trainer` in `lit_module.py` and the exchange of averaged weights in
+`callbacks/averaging.py` do, too). Numbers are issues of github.com/Lightning-AI/pytorch-lightning.
 
 It is written for Lightning 2.6, to which pyproject.toml pins it; tests/runs compares killed and resumed runs with
 undisturbed ones bit by bit.
 """
 
+import signal
+import sys
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
 import lightning.pytorch as L
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -33,6 +39,34 @@ def is_sharded(trainer: L.Trainer) -> bool:
     lets pass. No other training imports that module.
     """
     return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+# Processes
+
+
+def say_which_rank_ended() -> None:
+    """Has Lightning say why it ends all processes with SIGKILL: one that it started has ended. It tells its log alone,
+    at a level that is not shown. No issue is known.
+    """
+    end_all: Callable[[_ChildProcessObserver], None] = _ChildProcessObserver._terminate_all
+    if hasattr(end_all, "__wrapped__"):
+        return
+
+    @wraps(end_all)
+    def end_all_and_say_why(observer: _ChildProcessObserver) -> None:
+        for rank, process in enumerate(observer._child_processes, start=1):
+            code = process.returncode
+            if code:
+                cause = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+                print(
+                    f"error: rank {rank} {cause}, so all ranks are ended; the same command resumes from the newest "
+                    "checkpoint",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        end_all(observer)
+
+    _ChildProcessObserver._terminate_all = end_all_and_say_why  # type: ignore[assignment,method-assign]
 
 
 # Which step this is
@@ -99,7 +133,7 @@ def leave_sigterm_to_us(trainer: L.Trainer) -> None:
     """Keeps Lightning from asking all ranks before every batch whether one got SIGTERM, which waits for the device
     (#21487): `Checkpoints` asks them too.
     """
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[assignment,method-assign]
 
 
 def set_ddp_options(trainer: L.Trainer, options: dict[str, bool]) -> None:

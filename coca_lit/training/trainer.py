@@ -21,7 +21,7 @@ from coca_lit.models import CoCa, kernels
 from coca_lit.models.kernels.process import Fp32Matmul
 from coca_lit.runs.checkpoint_io import save
 from coca_lit.runs.launch import launched_devices, launched_processes, under_srun
-from coca_lit.training.lightning_fixes import callbacks_of, is_sharded, set_ddp_options
+from coca_lit.training.lightning_fixes import callbacks_of, is_sharded, say_which_rank_ended, set_ddp_options
 from coca_lit.training.objectives import Objective, without_replaced
 from coca_lit.training.optim import Grouped
 from coca_lit.weights.sharded import REST, is_folder, nested, read_tensors
@@ -65,6 +65,7 @@ def trainer_parts(
             f"trainer.strategy={name} does not know how to shard the network: use trainer=ddp, or trainer=fsdp if the "
             "model does not fit one GPU"
         )
+    say_which_rank_ended()
     plugins: list[Any] = [SafeCheckpointIO()]
     if under_srun() and not TorchElasticEnvironment.detect():
         # `srun --ntasks=2` sets no number per node, without which Lightning refuses to start.
