@@ -50,7 +50,6 @@ class Sweep(NamedTuple):
     left_out: set[str]  # overrides that may differ within a sweep: where and how fast it runs
     objective: str | None
     report: str | None  # the function that reports the jobs
-    may_fail: bool  # whether the sweeper takes a failed job for a result
 
 
 _started: list[Sweep] = []  # those whose end is still to be told
@@ -101,7 +100,6 @@ class SweepCallback(Callback):
                 left_out=left_out,
                 objective=objective,
                 report=self.report,
-                may_fail="max_failure_rate" in config.hydra.sweeper,
             )
         )
 
@@ -223,7 +221,7 @@ def check_processes(count: int) -> None:
 
 def end_sweep() -> bool:
     """Reports the sweep that was started in this process, and returns whether there was one. Exits with an error if a
-    job failed that should not have, or if none succeeded.
+    job failed or did not end, whatever the sweeper: a scheduler sees it, and all others have run to their end.
     """
     if not _started:
         return False
@@ -241,7 +239,7 @@ def end_sweep() -> bool:
             reason = next(iter(reasons), "they did not end; the same command resumes them")
             sys.exit(f"error: none of the {len(rows)} jobs succeeded: {reason}")
     failed = [row for row in new if row["status"] == "failed"]
-    if failed and not sweep.may_fail:
+    if failed:
         sys.exit(f"error: {failed[0]['error']}")
     stopped = [row for row in new if row["status"] in ("stopped", "unfinished")]
     if stopped:

@@ -133,7 +133,7 @@ def leave_sigterm_to_us(trainer: L.Trainer) -> None:
     """Keeps Lightning from asking all ranks before every batch whether one got SIGTERM, which waits for the device
     (#21487): `Checkpoints` asks them too.
     """
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[assignment,method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def set_ddp_options(trainer: L.Trainer, options: dict[str, bool]) -> None:

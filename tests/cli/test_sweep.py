@@ -42,7 +42,7 @@ def test_the_end_of_a_sweep_is_one_sentence(
         (tmp_path / str(number)).mkdir()
         record = {"sweep": "this", "begun": number, "overrides": {"seed": str(number)}, "status": status}
         (tmp_path / str(number) / sweep.RECORD).write_text(json.dumps(record | ({"error": error} if error else {})))
-    begun = sweep.Sweep("this", tmp_path, {}, {"seed"}, set(), None, None, may_fail=False)
+    begun = sweep.Sweep("this", tmp_path, {}, {"seed"}, set(), None, None)
     monkeypatch.setattr(sweep, "_started", [begun])
     with pytest.raises(SystemExit) as end:
         sweep.end_sweep()

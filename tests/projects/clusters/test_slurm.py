@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -113,6 +114,9 @@ def test_jobs_of_a_sweep_of_which_one_is_killed(call: Call, tmp_path: Path) -> N
     assert [rows[rate]["status"] for rate in ("0.1", "109", "2", "0.3")] == ["ok", "failed", "failed", "ok"]
     assert "state FAILED, killed by SIGKILL" in rows["109"]["error"]
     assert rows["2"]["error"] == "no model survives 2.0"
+    numbers = {path.name.split("_")[0] for path in (tmp_path / "sweep").glob(".submitit/*/*.out")}
+    shown = "".join(call("scontrol", "show", "job", number).stdout for number in numbers)
+    assert sorted(re.findall(r"JobState=(\w+)", shown)) == ["COMPLETED", "COMPLETED", "FAILED", "FAILED"]
     assert len([*(tmp_path / "sweep" / "model.optimizer.lr=0.3").glob("rank[01].txt")]) == 2
 
 
