@@ -314,8 +314,10 @@ class SubmittedJob:
     def __call__(self) -> Any:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # submitit ignores it
         result = self.job()
-        if isinstance(result, JobReturn) and result.status is JobStatus.FAILED:  # so that SLURM sees it, too
-            raise RuntimeError(str(result._return_value))
+        if isinstance(result, JobReturn) and result.hydra_cfg is not None:
+            record = Path(result.hydra_cfg.hydra.runtime.output_dir) / RECORD
+            if record.exists() and read_json(record, dict)["status"] == "failed":
+                raise RuntimeError(f"the job failed, see {record}")  # so that SLURM sees it, too
         if self.requeued:  # SLURM's SIGTERM came before submitit had ended this process: what counts is the next start
             raise SystemExit(128 + signal.SIGTERM)
         return result
