@@ -107,8 +107,10 @@ def test_imports_of_the_package() -> None:
         names = list(imports(path))
         packages = {name.split(".")[0] for name in names}
         assert not packages & {"experiments", "tests", "helpers", "pytorch_lightning"}, path
-        assert all(name.startswith("lightning.pytorch") for name in names if name.split(".")[0] == "lightning"), path
         place = path.relative_to(ROOT / "coca_lit")
+        if place != Path("training/lightning_fixes.py"):  # which works around its private parts
+            own = [name for name in names if name.split(".")[0] == "lightning"]
+            assert all(name.startswith("lightning.pytorch") for name in own), path
         at_the_commands = place.parts[0] in ("cli", "projects") or place.name == "command.py"
         if not at_the_commands and str(place) not in READS_CONFIGS:
             assert not packages & {"hydra", "omegaconf"}, path

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 
-from coca_lit.cli.command import CONF
+from coca_lit.cli.command import compose
 from coca_lit.cli.train import resume_data
 from coca_lit.data import ImageFile, Record
 from coca_lit.data.datamodule import CaptionDataModule, RecordsDataModule
@@ -82,31 +81,13 @@ def test_a_run_goes_on_with_the_records_that_it_began_with(root: Path, count: in
         resume_data(RecordsDataModule({"train": changed}, **shared), start, strict=True)
 
 
-def test_a_run_goes_on_with_the_texts_that_it_began_with(root: Path, tmp_path: Path) -> None:
-    def data(*texts: str) -> RecordsDataModule:
-        (tmp_path / "texts.txt").write_text("\n".join(texts))
-        shared = {"tokenizer": TOKENIZER, "batch_size": 2, "image_size": 8, "val_split": None}
-        return RecordsDataModule(
-            {"train": my_records("train", str(root))}, text=[str(tmp_path / "texts.txt")], **shared
-        )
-
-    start = ResumePoint(root / "step_1.ckpt", {"RecordsDataModule": data("a dog", "a cat").state_dict()})
-    resume_data(data("a dog", "a cat"), start, strict=True)
-    for texts, others in (("a dog", "a cow"), "others"), (("a dog", "a cat", "a cow"), "3"):
-        with pytest.raises(
-            DataError, match=f"^the run began with 2 texts to train on, and now there are {others}: restore"
-        ):
-            resume_data(data(*texts), start, strict=True)
-
-
 def test_records_in_yaml(root: Path) -> None:
     (root / "conf" / "data").mkdir(parents=True)
     (root / "conf" / "data" / "mine.yaml").write_text(
         f"defaults: [records, _self_]\nrecords: {{_target_: {__name__}.my_records, root: '{root}'}}\nbatch_size: 5\n"
     )
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        search = f"hydra.searchpath=[file://{root}/conf]"
-        cfg = compose("train", [search, "data=mine", "evals=[]", "experiment=demo"], return_hydra_config=False)
+    search = f"hydra.searchpath=[file://{root}/conf]"
+    cfg = compose("train", [search, "data=mine", "evals=[]", "experiment=demo"])
     assert (cfg.data.batch_size, cfg.data.records.root, cfg.data.image_size) == (5, str(root), 32)
     data = instantiate(cfg.data, tokenizer=TOKENIZER, _convert_="all")
     (batch,) = data.train_dataloader()
@@ -127,8 +108,7 @@ def defaults(target: type) -> dict[str, object]:
 )
 @pytest.mark.slow
 def test_yaml_has_the_defaults_of_the_constructors(option: str, targets: list[type]) -> None:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        node = compose("train", [f"data={option}", "experiment=demo"]).data
+    node = compose("train", [f"data={option}", "experiment=demo"]).data
     known = {name: default for target in targets for name, default in defaults(target).items()}
     for name in node.keys() & known.keys() - {"image_size", "seed", "num_workers", "cache_dir", "epoch_samples"}:
         assert node[name] == known[name], name

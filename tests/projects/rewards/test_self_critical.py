@@ -254,7 +254,7 @@ def test_all_captions_and_whole_weights_are_needed() -> None:
     with pytest.raises(ConfigError, match=r"mine .*LightningDataModule .*training_captions"):
         objective.take_data(L.LightningDataModule())
     trainer = SimpleNamespace(strategy=None, precision="32-true", callbacks=[], accumulate_grad_batches=1)
-    found = features(trainer, network(), [objective], None, texts=False)
+    found = features(trainer, network(), [objective], None)
     assert found[NEEDS_WHOLE_WEIGHTS] == "model.objectives.mine"
     with pytest.raises(ConfigError, match=r"trainer=fsdp .*model\.objectives\.mine"):
         check_together(found | {SHARDED: "trainer=fsdp"})
