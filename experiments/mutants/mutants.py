@@ -371,7 +371,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "vqa_leave_one_out",
             "(same - (person == given)) / ENOUGH",
             "same / ENOUGH",
-            "projects/reasoning/test_answers.py -k accuracy",
+            "projects/reasoning/test_vqa_accuracy.py -k accuracy",
         ),
     ],
     "metrics/java/spice.py": [
