@@ -143,7 +143,7 @@ class DeclaredStep:
 
 @dataclass(frozen=True)
 class DeclaredSchedule:
-    """A schedule that gives batches of another source between those of pairs. A project declares it by its name among
+    """A schedule that gives batches of another source between batches of pairs. A project declares it by its name among
     the keys of data sets: with `data.NAME`, unless that is null, the class is called with this value as NAME.
 
     Attributes:
@@ -209,22 +209,6 @@ class Project:
     def scores(self) -> dict[str, Score]:
         """The names of scores that it declares."""
         return {name: Score(**meaning) for name, meaning in self.table("scores").items()}
-
-    def input_options(self) -> dict[str, InputOption]:
-        """The arguments of its readers that it declares."""
-        return {name: InputOption(**option) for name, option in self.table("input_options").items()}
-
-    def sample_steps(self) -> dict[str, DeclaredStep]:
-        """The steps for samples of shards that it declares."""
-        return {name: DeclaredStep(**step) for name, step in self.table("sample_steps").items()}
-
-    def batch_schedules(self) -> dict[str, DeclaredSchedule]:
-        """The batch schedules that it declares."""
-        return {name: DeclaredSchedule(**schedule) for name, schedule in self.table("batch_schedules").items()}
-
-    def batch_sizes(self) -> dict[str, DeclaredSizes]:
-        """The plans of sizes of batches that it declares."""
-        return {name: DeclaredSizes(**sizes) for name, sizes in self.table("batch_sizes").items()}
 
     def commands(self, tool: str) -> dict[str, dict[str, str]]:
         """What it adds to the command of a tool, see `commands_of`."""
@@ -331,21 +315,25 @@ def scores() -> dict[str, Score]:
 
 
 @functools.cache
+def _declarations(table: str) -> dict[str, Any]:
+    """What all projects declare in one of the tables of `DECLARATIONS`, by name."""
+    declaration = DECLARATIONS[table]
+    return {name: declaration(**values) for project in projects() for name, values in project.table(table).items()}
+
+
 def input_options() -> dict[str, InputOption]:
     """What all projects declare of arguments of readers of other kinds of input, by name."""
-    return {name: option for project in projects() for name, option in project.input_options().items()}
+    return _declarations("input_options")
 
 
-@functools.cache
 def sample_steps() -> dict[str, DeclaredStep]:
     """What all projects declare of steps for samples of shards, by the argument that asks for them."""
-    return {name: step for project in projects() for name, step in project.sample_steps().items()}
+    return _declarations("sample_steps")
 
 
-@functools.cache
 def batch_schedules() -> dict[str, DeclaredSchedule]:
     """What all projects declare of batch schedules, by the key of data sets that asks for each."""
-    return {name: schedule for project in projects() for name, schedule in project.batch_schedules().items()}
+    return _declarations("batch_schedules")
 
 
 @functools.cache
@@ -362,10 +350,9 @@ def schedule_keys(part: str) -> dict[str, str]:
     return found
 
 
-@functools.cache
 def batch_sizes() -> dict[str, DeclaredSizes]:
     """What all projects declare of plans of sizes of batches, by the argument of data sets that chooses one."""
-    return {name: sizes for project in projects() for name, sizes in project.batch_sizes().items()}
+    return _declarations("batch_sizes")
 
 
 def names_in(kind: str) -> list[str]:
