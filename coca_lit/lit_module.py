@@ -63,7 +63,7 @@ class CoCaLit(L.LightningModule):
         objectives: further losses on pairs, {name of your choice: objective or function}; None leaves one out.
         cooldown_steps: replaces the cosine by a constant rate and a cooldown of this many steps, see
             `warmup_stable_decay`. 0: no cooldown, as for a trunk from which runs of several lengths branch.
-        batch_schedule: gives batches of another source between those of pairs, and what these are trained for.
+        batch_schedule: gives batches of another source between batches of pairs, and says what they are trained for.
 
     Attributes:
         loss_weights: of the "contrastive" and the "caption" loss; 0 for one that is skipped.

@@ -62,8 +62,10 @@ class BestCheckpoint:
             return True
         return value < record.value if lower_is_better(self.score) else value > record.value
 
-    def keep(self, path: Path, step: int, value: float) -> None:
-        """Makes this checkpoint the best one. A full disk costs the link, not the training."""
+    def offer(self, path: Path, step: int, value: float) -> None:
+        """Makes this checkpoint the best one if it is better. A full disk costs the link, not the training."""
+        if not self.is_better(value):
+            return
         try:
             if self.record() is None and (self.folder / BEST).exists():  # by a score that does not compare
                 os.replace(self.folder / BEST, self.folder / EARLIER_BEST)

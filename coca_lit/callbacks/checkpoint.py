@@ -195,10 +195,8 @@ class Checkpoints(L.Callback):
     def _stop(self, trainer: L.Trainer, number: int) -> None:
         step = trainer.global_step
         self._finish_saving(trainer)
-        is_saved = (
-            self.state.saved == (step, self.state.phase) and self._path(step).exists()
-        )  # a full disk may have cost it
-        saved = f"saved {self._path(step)}" if is_saved else "nothing was saved"
+        is_on_disk = self._is_saved(step) and self._path(step).exists()  # a full disk may have cost it
+        saved = f"saved {self._path(step)}" if is_on_disk else "nothing was saved"
         print_rank_zero(f"stopping after step {step} on signal {number}: {saved}")
         self.signals.answer(trainer, number)
 
@@ -246,7 +244,7 @@ class Checkpoints(L.Callback):
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
-        if self.state.saved == (step, self.state.phase):
+        if self._is_saved(step):
             return
         if rank() == 0 and self.state.folder_inode not in (None, inode(self.folder.parent)):
             raise TrainingError(
@@ -268,6 +266,9 @@ class Checkpoints(L.Callback):
         self.state.unlinked = Unlinked(step, self.state.score)
         self._link()
 
+    def _is_saved(self, step: int) -> bool:
+        return self.state.saved == (step, self.state.phase)
+
     def _link(self) -> None:
         """Gives the last checkpoint its names once it exists: a sharded one is written in the background, and a
         full disk costs it. Removes all but the newest checkpoints and the best one.
@@ -281,8 +282,8 @@ class Checkpoints(L.Callback):
             atomic_link(self.folder / LAST, path)
         except DataError as error:  # a resumed run looks at the files, and links again
             log.warning("%s; training continues", error)
-        if self.best is not None and unlinked.score is not None and self.best.is_better(unlinked.score):
-            self.best.keep(path, unlinked.step, unlinked.score)
+        if self.best is not None and unlinked.score is not None:
+            self.best.offer(path, unlinked.step, unlinked.score)
         self._remove_old()
 
     def _remove_old(self) -> None:

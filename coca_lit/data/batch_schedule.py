@@ -1,4 +1,4 @@
-"""Batches of another source between those of the captioned images that a DataModule reads."""
+"""Batches of another source between the batches of captioned images that a DataModule reads."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any

@@ -71,7 +71,7 @@ class CaptionDataModule(LightningDataModule):
         num_workers: processes that load and decode, per training process; 0 loads in the training process.
         seed: of order and augmentation.
         captions: of each image in a batch, drawn anew in every epoch; those after the first are in `Batch.extras`.
-        batch_schedule: gives batches of another source between those of captioned images; None for none.
+        batch_schedule: gives batches of another source between the batches of captioned images; None for none.
         planned: the value of a `Schedule` that a project declares, by its name; without one, or with an empty value,
             all batches have `batch_size` samples.
 
@@ -124,7 +124,7 @@ class CaptionDataModule(LightningDataModule):
 
     @property
     def batches_per_epoch(self) -> int:
-        """Global batches in an epoch, those of `batch_schedule` included."""
+        """Global batches in an epoch, with the further ones of `batch_schedule`."""
         pairs = self.steps_per_epoch
         return pairs if self.batch_schedule is None else self.batch_schedule.steps(pairs)
 

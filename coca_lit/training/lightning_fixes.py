@@ -1,6 +1,6 @@
-"""Where Lightning does otherwise than exact resuming and speed need, and what it does not tell: nearly all that
-touches its private state (`_trainer` in `lit_module.py` and the exchange of averaged weights in
-`callbacks/averaging.py` do, too). Numbers are issues of github.com/Lightning-AI/pytorch-lightning.
+"""Where Lightning does otherwise than exact resuming and speed need, and what it does not tell. Its private state is
+used here, and besides in `lit_module.py` (`_trainer`) and `callbacks/averaging.py` (the exchange of weights). Numbers
+are issues of github.com/Lightning-AI/pytorch-lightning.
 
 It is written for Lightning 2.6, to which pyproject.toml pins it; tests/runs compares killed and resumed runs with
 undisturbed ones bit by bit.

@@ -1,7 +1,7 @@
 """Objectives: what a batch is trained for. Each maps what one forward pass has computed to named loss terms.
 
 `Contrastive` and `Captions` are CoCa's own. Further ones join by name, `model.objectives.NAME._target_=my_parts.mine`:
-a function (net, batch) -> {name: term}, or an `Objective`. A `BatchSchedule` brings those of its batches. For
+a function (net, batch) -> {name: term}, or an `Objective`. A `BatchSchedule` brings its own. For
 captioning only, set `model.contrastive_weight=0`.
 """
 

@@ -1,5 +1,5 @@
-"""Batches of another source between those of pairs: what a schedule of one's own is asked for, and the keys by which a
-project lets it be chosen.
+"""Batches of another source between batches of pairs: what a schedule of one's own is asked for, and the keys by which
+a project lets it be chosen.
 """
 
 import csv

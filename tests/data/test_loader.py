@@ -263,6 +263,9 @@ def leave_in_an_epoch(batches: list[list[Index]], began: Event) -> None:
     iterator = iter(training_loader(examples, batches, TOKENIZER.pad_id, num_workers=2))
     next(iterator)
     began.set()
+    # As at the exit of a command, which a forked process does not have: PyTorch then waits for no worker that may have
+    # ended with its lock.
+    torch.utils.data._utils._set_python_exit_flag()
     raise SystemExit(3)  # with the iterator alive, as in the traceback of an error
 
 

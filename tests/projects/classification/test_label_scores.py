@@ -1,42 +1,17 @@
 """Scores of labels equal scikit-learn's."""
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("sklearn")
 from sklearn.metrics import top_k_accuracy_score
-from torch import Tensor
 
 from coca_lit.data.records import Record
 from coca_lit.errors import DataError
 from coca_lit.evals import Settings
 from coca_lit.projects.classification.labels import LabelScores
-
-
-class Guess:
-    """Logits that are right in two thirds of the cases."""
-
-    def __init__(self, classes: Any) -> None:
-        self.classes = list(classes)
-
-    def logits(self, net: Any, records: Any, batch_size: int = 64, num_workers: int = 0) -> Tensor:
-        torch.manual_seed(1)
-        right = torch.tensor(
-            [
-                (self.classes * 2 + [record.captions[0]]).index(record.captions[0]) % len(self.classes)
-                for record in records
-            ]
-        )
-        return torch.randn(len(records), len(self.classes)) + torch.eye(len(self.classes))[right]
-
-
-def with_guess(classes: Any) -> Any:
-    """A model that has nothing but a classifier."""
-    return SimpleNamespace(objectives={"labels": Guess(classes)})
+from helpers.kept_classifiers import Guess, with_guess
 
 
 def test_top5_of_many_classes(tmp_path: Path) -> None:

@@ -3,44 +3,20 @@
 import json
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("sklearn")
 from sklearn.metrics import accuracy_score
-from torch import Tensor
 
 from coca_lit.errors import DataError
 from coca_lit.evals import Settings
 from coca_lit.projects.reasoning.accuracy import blind_answers
 from coca_lit.projects.reasoning.evaluations import StatementScores
 from coca_lit.projects.reasoning.scene_statements import LABELS, comparison_records, entailment_records
-
-
-class Guess:
-    """Logits that are right in two thirds of the cases."""
-
-    def __init__(self, classes: Any) -> None:
-        self.classes = list(classes)
-
-    def logits(self, net: Any, records: Any, batch_size: int = 64, num_workers: int = 0) -> Tensor:
-        torch.manual_seed(1)
-        right = torch.tensor(
-            [
-                (self.classes * 2 + [record.captions[0]]).index(record.captions[0]) % len(self.classes)
-                for record in records
-            ]
-        )
-        return torch.randn(len(records), len(self.classes)) + torch.eye(len(self.classes))[right]
-
-
-def with_guess(classes: Any) -> Any:
-    """A model that has nothing but a classifier."""
-    return SimpleNamespace(objectives={"labels": Guess(classes)})
+from helpers.kept_classifiers import Guess, with_guess
 
 
 def test_scores_are_shares_of_right_labels(tmp_path: Path) -> None:
