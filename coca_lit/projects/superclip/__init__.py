@@ -1,0 +1,1 @@
+"""The image vector also predicts which tokens its caption has (SuperCLIP)."""
