@@ -23,6 +23,7 @@ EXPERIMENTS = Path(__file__).resolve().parent
 READMES = (
     *(EXPERIMENTS.parent / "README.md", EXPERIMENTS.parent / "coca_lit" / "assets" / "photos" / "README.md"),
     *(EXPERIMENTS / "README.md", *sorted(EXPERIMENTS.glob("*/README.md"))),
+    *sorted(EXPERIMENTS.parent.glob("coca_lit/projects/*/README.md")),
 )
 MARK = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
 ABOUT = ("run", "seed", "seconds", "commit", "machine", "torch", "command")
