@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -83,32 +83,54 @@ def _frames(count: int) -> dict[str, tuple[str, bool]]:
     }
 
 
-def scene_facts(
-    records: Sequence[Record], written: Mapping[int | str, str]
-) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-    """Precision and recall of objects, attributes and relations: "object_precision", …; see
-    `coca_lit.evals.captions.Measure`.
+class Count(NamedTuple):
+    """Facts of one kind.
+
+    Attributes:
+        right: that the caption states and that are true.
+        stated: that the caption states.
+        true: that are true of the scene.
+    """
+
+    right: int
+    stated: int
+    true: int
+
+
+def count_facts(stated: Statement, true: Statement) -> dict[str, Count]:
+    """How many facts a caption has right, by kind: "object", "attribute" and "relation".
 
     Objects and attributes count as often as they are stated. A relation is true if some pair of neighbours, in that
     direction, is as both objects are described.
     """
-    rows: list[tuple[int, int, int]] = []
-    for record in records:
-        stated, true = statement(written[record.id]), statement(record.captions[0])
-        left, found = list(true.relations), 0
-        for first, second in stated.relations if stated.axis == true.axis else []:
-            fitting = [pair for pair in left if first.fits(pair[0]) and second.fits(pair[1])]
-            if fitting:
-                left.remove(fitting[0])
-                found += 1
-        rows += [
-            ((stated.objects & true.objects).total(), stated.objects.total(), true.objects.total()),
-            ((stated.attributes & true.attributes).total(), stated.attributes.total(), true.attributes.total()),
-            (found, len(stated.relations), len(true.relations)),
-        ]
-    table = np.array(rows, dtype=np.float64).reshape(-1, 3, 3)  # (images, kind of fact, true and stated or all)
+    remaining = list(true.relations)
+    right_relations = 0
+    for first, second in stated.relations if stated.axis == true.axis else []:
+        fitting = [pair for pair in remaining if first.fits(pair[0]) and second.fits(pair[1])]
+        if fitting:
+            remaining.remove(fitting[0])
+            right_relations += 1
+    return {
+        "object": _count(stated.objects, true.objects),
+        "attribute": _count(stated.attributes, true.attributes),
+        "relation": Count(right_relations, len(stated.relations), len(true.relations)),
+    }
+
+
+def _count(stated: Counter[Any], true: Counter[Any]) -> Count:
+    return Count((stated & true).total(), stated.total(), true.total())
+
+
+def scene_facts(
+    records: Sequence[Record], written: Mapping[int | str, str]
+) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    """Precision and recall of objects, attributes and relations: "object_precision", …; see
+    `coca_lit.evals.captions.Measure` and `count_facts`.
+    """
+    counts = [count_facts(statement(written[record.id]), statement(record.captions[0])) for record in records]
     parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
-    for i, fact in enumerate(("object", "attribute", "relation")):
-        both, said, there = table[:, i].T
-        parts |= {f"{fact}_precision": (both, said), f"{fact}_recall": (both, there)}
+    for kind in ("object", "attribute", "relation"):
+        table = np.array([count[kind] for count in counts], dtype=np.float64).reshape(-1, 3)
+        right, stated, true = table.T
+        parts |= {f"{kind}_precision": (right, stated), f"{kind}_recall": (right, true)}
     return parts
