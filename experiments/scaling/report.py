@@ -1,7 +1,8 @@
-"""Table of the scaling law: what was expected of the runs that were held out, and what was measured."""
+"""Tables: what the scaling law expected of the runs that were held out, and how often its intervals hold the truth."""
 
 from pathlib import Path
 
+from experiments.scaling import intervals
 from experiments.study import numbers, read_rows, with_about
 
 RESULTS = Path(__file__).with_name("results.csv")
@@ -10,9 +11,10 @@ COLUMNS = ("value", "expected", "low", "high")
 
 def tables() -> dict[str, str]:
     """From scaling.csv, which `coca-report --scaling` writes; the runs and where they ran are in results.csv."""
+    shown = intervals.tables()
     law, runs = read_rows(RESULTS.with_name("scaling.csv")), read_rows(RESULTS)
     if not (law and runs):
-        return {}
+        return shown
     header = ["run", "GFLOP", "expected", "95 % interval", "measured", "inside"]
     lines = []
     for row in (row for row in law if row["expected"]):
@@ -21,4 +23,4 @@ def tables() -> dict[str, str]:
         interval = f"[{low:.1f}, {high:.1f}]"
         name = f"{row['family']} {row['run']}".strip()
         lines.append([name, f"{float(row['GFLOP']):.3g}", f"{expected:.1f}", interval, f"{value:.1f}", inside])
-    return {"scaling": with_about(header, lines, runs)}
+    return shown | {"scaling": with_about(header, lines, runs)}

@@ -4,6 +4,10 @@ runs that it has not seen (Nezhurina et al. 2025, arXiv 2506.04598).
 The law of a score over the compute C is top - a · (C + b) ^ -c. The compute is that of 3 forward passes for each sample
 of the training. Only runs on the frontier count: no run of less compute scores higher. Runs of equal compute are seeds
 of one point.
+
+For given b and c the law is linear in top and a, so least squares have a closed form. Intervals are those of the
+profile likelihood (Bates and Watts 1988, section 6.1): what the laws say whose sum of squared residuals S is at most
+min S · (1 + t² / (n - 4)), with Student's t of n - 4 degrees of freedom.
 """
 
 import csv
@@ -28,7 +32,13 @@ from coca_lit.tools.report.runs import Run, obstacles
 Numbers = NDArray[np.float64]
 # Keys of a run that decide what a sample costs.
 NETWORK = ("model.net.", "image_size", "vocabulary", "init_from", "init_parts", "data.")
-DRAWS, LEAST = 400, 5  # of the bootstrap; points of different compute that four parameters need
+PARAMETERS = 4
+LEAST = PARAMETERS + 1  # points of different compute
+CONFIDENCE = 0.95
+EXPONENTS = (0.01, 10.0)
+CELLS = 100  # of the grid of b and c, along each
+ZOOMS = 4  # grids, each around what the one before did not exclude
+MARGIN = 5  # cells that are kept around it, since the best law may lie between two cells
 PUBLISHED = ("model", "downstream_dataset", "lr_scheduler", "epoch", "total_epochs", "gflops_total", "acc1")
 BENCHMARK = "imagenet1k"
 FAMILIES = {"mammut": "MaMMUT", "coca": "CoCa", "siglip": "SigLIP", "": "CLIP"}  # by a part of LAION's names
@@ -52,7 +62,43 @@ class Law(NamedTuple):
     unit: float  # GFLOP
 
     def __call__(self, compute: Numbers) -> Numbers:
-        return _curve(np.asarray(compute) / self.unit, *self[:4])
+        return np.asarray(self.top - self.a * (np.asarray(compute) / self.unit + self.b) ** -self.c)
+
+
+class Region(NamedTuple):
+    """The laws that the runs do not contradict, (K,) pairs of b and c with the best top and a."""
+
+    tops: Numbers
+    factors: Numbers  # a
+    offsets: Numbers  # b
+    exponents: Numbers  # c
+    slack: Numbers  # squared residuals that a law may have beyond those of its pair
+    basis_mean: Numbers
+    basis_spread: Numbers  # sum of squared deviations from the mean
+    runs: int  # that were fitted
+    unit: float  # GFLOP
+
+    def curve(self, compute: Numbers) -> tuple[Numbers, Numbers]:
+        """Lowest and highest value of the law at each compute (N,)."""
+        expected, leverage = self._at(compute)
+        return self._ends(expected, leverage)
+
+    def run(self, compute: float) -> tuple[float, float]:
+        """Lowest and highest score of another single run."""
+        expected, leverage = self._at(np.array([compute]))
+        low, high = self._ends(expected, 1 + leverage)
+        return float(low[0]), float(high[0])
+
+    def _at(self, compute: Numbers) -> tuple[Numbers, Numbers]:
+        """Values (K, N), and their variance in units of that of a run."""
+        basis = _basis(compute / self.unit, self.offsets, self.exponents)
+        deviation = basis - self.basis_mean[:, None]
+        leverage = 1 / self.runs + deviation**2 / self.basis_spread[:, None]
+        return self.tops[:, None] + self.factors[:, None] * basis, leverage
+
+    def _ends(self, expected: Numbers, variance: Numbers) -> tuple[Numbers, Numbers]:
+        reach = np.sqrt(self.slack[:, None] * variance)
+        return (expected - reach).min(axis=0), (expected + reach).max(axis=0)
 
 
 class Prediction(NamedTuple):
@@ -60,7 +106,7 @@ class Prediction(NamedTuple):
 
     point: Point
     expected: float
-    low: float  # 95 % interval of a single run
+    low: float  # 95 % interval of this single run
     high: float
 
 
@@ -70,7 +116,8 @@ class Scaling(NamedTuple):
     points: Sequence[Point]
     fitted: Sequence[Point]  # on the frontier, below the limit of compute
     law: Law
-    draws: Sequence[Law]  # of the bootstrap
+    region: Region
+    top: float  # that no score exceeds
     held_out: Sequence[Prediction]
 
 
@@ -79,7 +126,7 @@ class Scaling(NamedTuple):
 
 def fit_scaling(points: Sequence[Point], hold_out: float = 4.0, top: float = np.inf) -> Scaling:
     """Fits the law to the points with at most 1 / `hold_out` of the largest compute, and predicts the others on the
-    frontier of all. Intervals come from resampled points; intervals of predictions also from resampled residuals.
+    frontier of all.
 
     Args:
         hold_out: 1 fits all points.
@@ -96,21 +143,13 @@ def fit_scaling(points: Sequence[Point], hold_out: float = 4.0, top: float = np.
             f"there are {count}: train more lengths or sizes, or lower --hold-out"
         )
     compute, scores = (np.array([point[k] for point in fitted], dtype=float) for k in (1, 2))
-    law = _fit(compute, scores, top)
-    residuals = scores - law(compute)
-    rng = np.random.default_rng(0)
-    draws: list[Law] = []
-    while len(draws) < DRAWS:
-        chosen = rng.integers(len(fitted), size=len(fitted))
-        if len(set(compute[chosen])) >= LEAST - 1:
-            draws.append(_fit(compute[chosen], scores[chosen], top, start=law))
-    later = [point for point in frontier(points) if point.compute > limit]
+    law, region = fit(compute, scores, top)
     held_out = []
-    for point in later:
-        drawn = np.array([float(draw(np.array(point.compute))) for draw in draws]) + rng.choice(residuals, DRAWS)
-        low, high = np.quantile(np.minimum(drawn, top), (0.025, 0.975))  # residuals can lead beyond the best score
-        held_out.append(Prediction(point, float(law(np.array(point.compute))), float(low), float(high)))
-    return Scaling(points, fitted, law, draws, held_out)
+    for point in frontier(points):
+        if point.compute > limit:
+            low, high = np.minimum(region.run(point.compute), top)
+            held_out.append(Prediction(point, float(law(np.array(point.compute))), float(low), float(high)))
+    return Scaling(points, fitted, law, region, top, held_out)
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
@@ -131,28 +170,62 @@ def _curve(x: Numbers, top: float, a: float, b: float, c: float) -> Numbers:
     return np.asarray(top - a * (x + b) ** -c)
 
 
-def _fit(compute: Numbers, scores: Numbers, top: float, start: Law | None = None) -> Law:
-    """Least squares, from several starts if none is given."""
-    from scipy.optimize import least_squares
+def fit(compute: Numbers, scores: Numbers, top: float = np.inf) -> tuple[Law, Region]:
+    """The law of runs (n,), which does not exceed `top`, and those that the runs do not contradict, which may: a bound
+    on parameters would make their intervals too narrow.
+    """
+    from scipy.stats import t
 
-    unit = start.unit if start else float(np.exp(np.log(compute).mean()))
+    unit = float(np.exp(np.log(compute).mean()))
     x = compute / unit
-    span = max(float(np.ptp(scores)), 1e-6)
-    bounds = ([-np.inf, 0, 0, 1e-3], [top, np.inf, 1e3, 10])
-    highest = min(float(scores.max()) + 0.1 * span, top - 1e-9)
-    starts = [start[:4]] if start else [(highest, span, b, c) for b in (1e-2, 1.0) for c in (0.2, 0.5, 1.0)]
-    found = [
-        least_squares(
-            lambda p: _curve(x, *p) - scores,
-            np.clip(p, *np.add(bounds, [[1e-12], [-1e-12]])),
-            bounds=bounds,
-            ftol=1e-7,
-            xtol=1e-7,
-        )
-        for p in starts
-    ]
-    law_top, a, b, c = (float(value) for value in min(found, key=lambda one: one.cost).x)
-    return Law(law_top, a, b, c, unit)
+    freedom = len(x) - PARAMETERS
+    allowed = 1 + t.ppf((1 + CONFIDENCE) / 2, freedom) ** 2 / freedom
+    ranges = np.log([[x.min() / 100, 10 * x.max()], EXPONENTS])  # of b, which is as good as 0 at its smallest, and of c
+    for _ in range(ZOOMS):
+        axes = np.linspace(ranges[:, 0], ranges[:, 1], CELLS, axis=1)
+        pairs = np.stack([axis.ravel() for axis in np.meshgrid(*axes)])
+        offsets, exponents = np.exp(pairs)
+        basis = _basis(x, offsets, exponents)
+        tops, factors, squares = _least_squares(basis, scores, np.inf)
+        most = squares.min() * allowed
+        inside = squares <= most
+        margin = MARGIN * (axes[:, 1] - axes[:, 0])
+        lowest = np.maximum(pairs[:, inside].min(axis=1) - margin, ranges[:, 0])
+        highest = np.minimum(pairs[:, inside].max(axis=1) + margin, ranges[:, 1])
+        ranges = np.stack([lowest, highest], axis=1)
+    mean = basis.mean(axis=1)
+    spread = ((basis - mean[:, None]) ** 2).sum(axis=1)
+    region = Region(
+        tops=tops[inside],
+        factors=factors[inside],
+        offsets=offsets[inside],
+        exponents=exponents[inside],
+        slack=most - squares[inside],
+        basis_mean=mean[inside],
+        basis_spread=spread[inside],
+        runs=len(x),
+        unit=unit,
+    )
+    tops, factors, squares = _least_squares(basis, scores, top)
+    best = squares.argmin()
+    law = Law(float(tops[best]), float(factors[best]), float(offsets[best]), float(exponents[best]), unit)
+    return law, region
+
+
+def _basis(x: Numbers, offsets: Numbers, exponents: Numbers) -> Numbers:
+    """-(x + b) ^ -c, (K, n)"""
+    return np.asarray(-((x + offsets[:, None]) ** -exponents[:, None]))
+
+
+def _least_squares(basis: Numbers, scores: Numbers, top: float) -> tuple[Numbers, Numbers, Numbers]:
+    """For each row of the basis (K, n) the best top, which is at most `top`, the best a, and the sum of squares."""
+    mean = basis.mean(axis=1)
+    deviation = basis - mean[:, None]
+    slopes = np.maximum(deviation @ (scores - scores.mean()) / (deviation**2).sum(axis=1), 0)
+    tops = np.minimum(scores.mean() - slopes * mean, top)
+    below = scores - tops[:, None]
+    factors = np.maximum((basis * below).sum(axis=1) / (basis**2).sum(axis=1), 0)
+    return tops, factors, ((below - factors[:, None] * basis) ** 2).sum(axis=1)
 
 
 # Points
@@ -253,11 +326,13 @@ def _said(score: str, family: str, found: Scaling) -> list[str]:
         return f"{in_print_units(score, abs(value)):.1f}"  # without a changed sign
 
     sign = "+" if lower_is_better(score) else "-"
-    law, (low, high) = found.law, np.quantile([draw.c for draw in found.draws], (0.025, 0.975))
+    law = found.law
+    exponents = found.region.exponents
     title = " ".join(filter(None, (family, score_name(score))))
     lines = [
         f"{title}: {shown(law.top)} {sign} {shown(law.a)} (C / {law.unit:.3g} GFLOP + {law.b:.2g}) ^ -{law.c:.2f}, "
-        f"exponent [{low:.2f}, {high:.2f}], {len(found.fitted)} of {len(found.points)} runs are on the frontier"
+        f"exponent [{exponents.min():.2f}, {exponents.max():.2f}], {len(found.fitted)} of {len(found.points)} runs are "
+        "on the frontier"
     ]
     for point, expected, low, high in found.held_out:
         verdict = "inside" if low <= point.score <= high else "outside"
@@ -286,8 +361,7 @@ def _draw_law(axes: Axes, colour: str, family: str, found: Scaling, unit: float)
     """Scores in the unit of papers, without a changed sign."""
     computes = [point.compute for point in found.points]
     compute = np.geomspace(min(computes), max(computes), num=100)
-    curves = np.array([draw(compute) for draw in found.draws])
-    low_curve, high_curve = unit * np.abs(np.quantile(curves, (0.025, 0.975), axis=0))
+    low_curve, high_curve = unit * np.abs(np.minimum(found.region.curve(compute), found.top))
     axes.fill_between(compute, low_curve, high_curve, color=colour, alpha=0.15)
     label = f"{family} {len(found.fitted)} runs fitted".strip()
     axes.plot(compute, unit * np.abs(found.law(compute)), color=colour, label=label)
