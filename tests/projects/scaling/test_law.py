@@ -48,20 +48,21 @@ def test_a_score_that_falls_is_said_to_fall() -> None:
     assert re.search(r"median rank: 1\.0 \+ \d", line)
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     """95 % of single runs, of the law where they are, and of the exponent; `experiments/scaling` has more studies."""
     runs: list[bool] = []
     curve: list[bool] = []
     exponent: list[bool] = []
-    for seed in range(80):
+    for seed in range(200):
         found = fit_scaling(grid(0.01, seed), top=1.0)
         runs += [low <= point.score <= high for point, _, low, high in found.held_out]
         low, high = found.region.curve(COMPUTE[-2:])
         curve += [*(low <= TRUE(COMPUTE[-2:])) & (TRUE(COMPUTE[-2:]) <= high)]
         exponent.append(found.region.exponents.min() <= TRUE.c <= found.region.exponents.max())
-    assert len(runs) > 450
+    assert len(runs) > 1100
     for share in map(np.mean, (runs, curve, exponent)):
-        assert 0.93 < share < 0.99
+        assert 0.92 < share < 0.98
 
 
 def test_intervals_end_at_the_best_score() -> None:
