@@ -161,7 +161,7 @@ def build_image_encoder(name: str, image_size: int, **arguments: Any) -> ImageEn
     """The encoder of a timm model or of a registered name. What is registered makes a trunk, or is an `ImageEncoder`
     itself.
     """
-    check_architecture(name, arguments)
+    check_architecture(arguments)
     factory = IMAGE_ENCODERS.get(name)
     if isinstance(factory, type) and issubclass(factory, ImageEncoder):
         return cast(ImageEncoder, IMAGE_ENCODERS.build(name, {"image_size": image_size}, arguments))

@@ -83,7 +83,8 @@ class CrossAttention(nn.Module):
 
     def weights(self, x: Tensor, keys_values: KeysValues, mask: Tensor | None = None) -> Tensor:
         """How much each position of x (B, T, D) attends to each of the context: (B, H, T, S), rows add up to 1."""
-        q, k = split_heads(self.q(x), self.heads), keys_values[0]
+        q = split_heads(self.q(x), self.heads)
+        k = keys_values[0]
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1)
 

@@ -28,7 +28,8 @@ def log_likelihood(model: "CoCa", images: Images, tokens: Tensor, lengths: Tenso
         images: (B, 3, H, W) or tokens of the image encoder (B, S, C); T / B texts side by side for each.
     """
     expect_decoder(model.decoder)
-    lengths, texts = model.lengths_of(tokens, lengths), len(tokens) // max(len(images), 1)
+    lengths = model.lengths_of(tokens, lengths)
+    texts = len(tokens) // max(len(images), 1)
     if texts * len(images) != len(tokens):
         raise ValueError(f"every image needs as many texts: got {len(images)} images and {len(tokens)} texts")
     image_tokens = model.encode_image_tokens(images).repeat_interleave(texts, dim=0)
@@ -41,7 +42,8 @@ def log_likelihoods(out: "CoCaOutput", lengths: Tensor) -> tuple[Tensor, Tensor]
     Args:
         lengths: (T,) number of tokens of each text, on the host.
     """
-    logits, labels = out.logits.float(), out.labels
+    logits = out.logits.float()
+    labels = out.labels
     assert labels is not None  # there are logits
     losses = F.cross_entropy(logits, labels, reduction="none")  # (N,), 0 for words that the vocabulary lacks
     text = to_device(torch.arange(len(lengths)).repeat_interleave(lengths - 1), losses.device)  # (N,)
@@ -62,7 +64,8 @@ class ReadTexts:
 
     def __init__(self, model: "CoCa", tokens: Tensor, batch_size: int = 64) -> None:
         self.lengths = text_lengths(tokens, model.tokenizer.pad_id).cpu()
-        self._model, self._tokens = model, tokens
+        self._model = model
+        self._tokens = tokens
         self._states: dict[int, Tensor] = {}  # (length - 1, D) of each: the last token predicts nothing
         for numbers in self.lengths.argsort(stable=True).split(batch_size):
             longest = int(self.lengths[numbers].max())
@@ -78,12 +81,14 @@ class ReadTexts:
         Args:
             images: of `image_keys_values`.
         """
-        decoder, flat = expect_decoder(self._model.decoder), numbers.flatten()
+        decoder = expect_decoder(self._model.decoder)
+        flat = numbers.flatten()
         states = pad_sequence([self._states[number] for number in flat.tolist()], batch_first=True)  # (B · K, t, D)
         hidden = decoder.step(states, images, [KVCache(states.shape[1]) for _ in range(decoder.cached_layers)])
         labels = self._tokens[flat, 1 : states.shape[1] + 1]  # (B · K, t)
         counted = (torch.arange(states.shape[1]) < self.lengths[flat, None] - 1).to(labels.device)
-        if (unknown := self._model.tokenizer.unk_id) is not None:
+        unknown = self._model.tokenizer.unk_id
+        if unknown is not None:
             counted &= labels != unknown
         losses = F.cross_entropy(decoder.vocabulary(hidden[counted]).float(), labels[counted], reduction="none")
         totals = torch.zeros(counted.shape, device=losses.device).masked_scatter(counted, -losses).sum(dim=1)

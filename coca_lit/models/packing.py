@@ -96,7 +96,8 @@ class Layout:
         """The rows at which the boolean grid `where` (B, L), on the host, is True, text after text: (M, …)."""
         kept = self.pack_on_host(where)
         if self._rows is None:
-            kept, rows = kept.flatten(), rows.flatten(0, 1)
+            kept = kept.flatten()
+            rows = rows.flatten(0, 1)
         return rows if kept.all() else _Rows.apply(rows, to_device(kept.nonzero().squeeze(1), rows.device))
 
 

@@ -158,7 +158,10 @@ class TwoPoolers(Pooling):
 
     def __init__(self, sizes: PoolingSizes) -> None:
         super().__init__(sizes)
-        image_width, width, queries, heads = sizes.encoder.width, sizes.width, sizes.queries, sizes.heads
+        image_width = sizes.encoder.width
+        width = sizes.width
+        queries = sizes.queries
+        heads = sizes.heads
         self.vector_width = self.token_width = width
         self.norm = nn.Identity() if self.projected else nn.LayerNorm(image_width)
         self.generative = AttentionalPooler(image_width, width, queries, heads, self.projected)
@@ -216,7 +219,8 @@ class OpenClipPooling(TwoPoolers):
         for pooler in (self.generative, self.contrastive):
             nn.init.normal_(pooler.query, std=1.0)
             attention = pooler.attention
-            width, context_width = attention.q.in_features, attention.kv.in_features
+            width = attention.q.in_features
+            context_width = attention.kv.in_features
             rows = 3 * width if width == context_width else width
             for linear in (attention.q, attention.kv):
                 bound = (6 / (rows + linear.in_features)) ** 0.5

@@ -95,7 +95,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Sizes of LAION's scaling study (arXiv 2506.04598; configs of LAION-AI/open_clip_mammut): width and depth of the image
+# Sizes of LAION's scaling study (arXiv 2506.04598): width and depth of the image
 # tower, width and depth of the text side. B/16 has the larger text side.
 _SIZES = {
     "s": (384, 12, 384, 12),

@@ -18,17 +18,13 @@ from typing import Any, TypeVar
 from torch import nn
 
 from coca_lit import extensions
-from coca_lit.errors import check_names, suggest
+from coca_lit.errors import suggest
 
 Factory = Callable[..., nn.Module]
 Part = TypeVar("Part", bound=nn.Module)
-# Beginnings of what timm's constructors take besides an architecture: where weights are read from, and wrappers.
+# Beginnings of arguments of timm's constructors that say where weights are read from.
 READS_WEIGHTS = (
     *("pretrained", "checkpoint", "cache_dir", "url", "file", "hf_hub", "state_dict", "source", "custom_load"),
-)
-NOT_ARCHITECTURE = (
-    *READS_WEIGHTS,
-    *("pruned", "feature", "model_cfg", "kwargs_filter", "scriptable", "exportable", "no_jit", "device", "dtype"),
 )
 NORMALISATION = "pretrained_cfg_overlay"  # timm's name of what replaces mean and deviation of the pixels
 
@@ -155,21 +151,19 @@ def build_from(factory: Callable[..., Part], key: str, ours: Mapping[str, Any], 
         ValueError: it does not take a given argument, and the message suggests one; or it needs one that is not given.
     """
     parameters = inspect.signature(factory).parameters.values()
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in ours]
-    names = [parameter.name for parameter in named]
-    if not takes_any:
-        check_names(key, given, names)
-    for parameter in named:
-        if parameter.default is parameter.empty and parameter.name not in given:
-            raise ValueError(f"{key} lacks '{parameter.name}', without which it cannot be built")
     try:
         return factory(**ours, **given)
-    except TypeError as error:  # of a base class, to which it hands on what it does not know
+    except TypeError as error:  # its own, or a base class's to which it hands on what it does not know
         refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if refused is None or refused[1] not in given:
-            raise
-        raise ValueError(f"{key} has no argument '{refused[1]}'{suggest(refused[1], names)}") from error
+        if refused is not None and refused[1] in given:
+            names = [parameter.name for parameter in named]
+            known = f"{key} may hold {', '.join(names) or 'nothing'}"
+            raise ValueError(f"there is no '{key}.{refused[1]}'{suggest(refused[1], names)} {known}") from error
+        missing = [p.name for p in named if p.default is p.empty and p.name not in given]
+        if missing:
+            raise ValueError(f"{key}.{missing[0]} is missing, without which it cannot be built") from error
+        raise
 
 
 def _origin(factory: Factory) -> tuple[str, str]:
@@ -220,15 +214,13 @@ register_pooler = POOLERS.register
 register_text_tower = TEXT_TOWERS.register
 
 
-def check_architecture(name: str, arguments: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for an argument of an image encoder that is no part of an architecture. Checkpoints hold the
-    arguments, and may be a stranger's: none names a file or an address of weights, also where a registered encoder may
-    hand it on.
+def check_architecture(arguments: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for an argument of an image encoder that names a file or an address of weights: checkpoints
+    hold the arguments, and may be a stranger's.
     """
-    refused = READS_WEIGHTS if IMAGE_ENCODERS.is_guest(name) else NOT_ARCHITECTURE
     for key, value in arguments.items():
         overlay = key == NORMALISATION and isinstance(value, Mapping) and value.keys() <= {"mean", "std"}
-        if key.startswith(refused) and not overlay:
+        if key.startswith(READS_WEIGHTS) and not overlay:
             raise ValueError(
                 f"image_encoder_args.{key} is no part of an architecture; for weights of an image encoder see"
                 " init_parts.image_encoder"

@@ -381,7 +381,8 @@ class CrossDecoder(Decoder):
     def step(
         self, states: Tensor, keys_values: list[KeysValues], caches: Sequence[KVCache], mask: Tensor | None = None
     ) -> Tensor:
-        images, remaining = keys_values[0][0].shape[0], iter(keys_values)
+        images = keys_values[0][0].shape[0]
+        remaining = iter(keys_values)
         for (self_block, cross_block), cache in zip(self.blocks(), caches, strict=True):
             states = self_block(states, mask, cache)
             if cross_block is not None:
@@ -389,11 +390,13 @@ class CrossDecoder(Decoder):
         return self.norm(states)
 
     def attention(self, states: Tensor, image_tokens: Tensor) -> Tensor:
-        total, keys_values = states.new_zeros(()), iter(self.keys_values(image_tokens))
+        total = states.new_zeros(())
+        keys_values = iter(self.keys_values(image_tokens))
         for self_block, cross_block in self.blocks():
             states = self_block(states)
             if cross_block is not None:
-                queries, image = by_image(states, len(image_tokens)), next(keys_values)
+                queries = by_image(states, len(image_tokens))
+                image = next(keys_values)
                 total = total + cross_block.weights(queries, image).mean(dim=1)  # (B, R / B · T, S)
                 states = cross_block(queries, image).view_as(states)
         return total.view(*states.shape[:2], image_tokens.shape[1]) / len(self.cross_blocks)
@@ -411,7 +414,9 @@ class ClassicDecoder(CrossDecoder):
         if init_depth is not None:
             check_number("init_depth", init_depth, whole=True, at_least=1)
         self._init_depth = init_depth or 2 * layers
-        width, heads, dropout = sizes.width, sizes.heads, sizes.dropout
+        width = sizes.width
+        heads = sizes.heads
+        dropout = sizes.dropout
         self.self_blocks = nn.ModuleList(SelfBlock(width, heads, dropout) for _ in range(layers))
         self.cross_blocks = nn.ModuleList(CrossBlock(width, image_width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)

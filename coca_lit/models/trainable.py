@@ -41,13 +41,15 @@ class Trainable(nn.Module):
         Raises:
             ValueError: no parameter has such a name.
         """
-        own, every = list(self.named_parameters()), list(self.named_parameters(remove_duplicate=False))
+        own = list(self.named_parameters())
+        every = list(self.named_parameters(remove_duplicate=False))
         found = {
             name: {n for n, _ in own if _is_part(n, name)} or {n for n, _ in every if _is_part(n, name)}
             for name in names
         }
         parameters = [(n, p) for n, p in every if any(n in inside for inside in found.values())]
-        if unknown := [name for name, inside in found.items() if not inside]:
+        unknown = [name for name, inside in found.items() if not inside]
+        if unknown:
             parts = ", ".join(name for name, _ in self.named_children())
             raise ValueError(f"nothing in the model is called {', '.join(unknown)}; parts that can be frozen: {parts}")
         for _, parameter in parameters:

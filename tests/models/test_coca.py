@@ -430,7 +430,7 @@ def test_parameters_of_a_loss_are_those_without_gradient_when_it_is_off(
         ({"image_encoder_args": {"pretrained": True}}, r"image_encoder_args\.pretrained"),
         ({"decoder_args": {"init_depth": [torch.tensor(1)]}}, "decoder_args.*tensor"),
         ({"decoder_args": {"init_depth": 0}}, "init_depth.*0"),
-        ({"decoder_args": {"init_dept": 3}}, "decoder_args.*'init_dept'.*'init_depth'"),
+        ({"decoder_args": {"init_dept": 3}}, r"'decoder_args\.init_dept'.*'init_depth'"),
         ({"dropout": float("nan")}, "dropout.*nan"),
         ({"poler": "single"}, "'poler'.*'pooler'"),
     ],

@@ -58,7 +58,8 @@ class BeamSearch:
             active_prompts = Prompts(prompts.ids[active], prompts.lengths[active], start)
             candidates = self._candidates(opened, logits, active_prompts, position)
             more, now_done = self._close(opened, closed, candidates, active_prompts, position)
-            closed, done = _unless(done, closed, more), done | now_done
+            closed = _unless(done, closed, more)
+            done = done | now_done
             opened, source = self._extend(opened, candidates, position)
             if position == length - 1:
                 break
@@ -74,8 +75,10 @@ class BeamSearch:
                 if len(kept) == 0:
                     return result
                 decoding.select(rows[kept].flatten(), kept)
-                active, done = active[kept], done[kept]
-                opened, closed = _rows(opened, kept), _rows(closed, kept)
+                active = active[kept]
+                done = done[kept]
+                opened = _rows(opened, kept)
+                closed = _rows(closed, kept)
             logits = decoding.step(opened.ids[:, :, position].reshape(-1, 1))
         if self.scoring != "log_prob":
             counted = length if self.scoring == "openclip_legacy" else (length - prompts.lengths[active])[:, None]
@@ -99,14 +102,16 @@ class BeamSearch:
         # The best 2K of each caption first, then the best 2K of an image among these: no sort over K · V.
         best, tokens = scores.topk(min(2 * self.num_beams, scores.shape[1]))  # (B · K, C)
         chosen = log_probs.gather(1, tokens)
-        of_image, choices = (len(opened.ids), self.num_beams * tokens.shape[1]), tokens.shape[1]
+        of_image = (len(opened.ids), self.num_beams * tokens.shape[1])
+        choices = tokens.shape[1]
         tokens = tokens.view(of_image)  # (B, K · C)
         sums = (opened.scores.view(-1, 1) + best).view(of_image)
         likelihoods = (opened.log_probs.view(-1, 1) + chosen).view(of_image)
         sums, which = sums.topk(2 * self.num_beams)  # (B, 2K)
         # Where a prompt forces a token, all open captions take it, in order and at no cost.
         forced = prompts.ids[:, position, None]  # (B, 1)
-        free, order = forced == UNFORCED, torch.arange(2 * self.num_beams, device=forced.device) % self.num_beams
+        free = forced == UNFORCED
+        order = torch.arange(2 * self.num_beams, device=forced.device) % self.num_beams
         return Candidates(
             (which // choices).where(free, order),
             tokens.gather(1, which).where(free, forced),

@@ -128,7 +128,8 @@ def decode(
     An image leaves the batch when all of its captions have ended. A caption of the maximal length still ends with the
     end id.
     """
-    start, end_id = prompts.shortest, constraints.end_id
+    start = prompts.shortest
+    end_id = constraints.end_id
     forced = prompts.ids.repeat_interleave(count, dim=0)  # (R, L)
     rows, length = forced.shape
     ids = torch.full_like(forced, pad_id)
@@ -158,7 +159,9 @@ def decode(
             images = to_device(going_on.nonzero()[:, 0], ids.device)
             kept = to_device(going_on.repeat_interleave(count).nonzero()[:, 0], ids.device)
             decoding.select(kept, images)
-            active, unfinished, chosen = active[kept], unfinished[kept], chosen[kept]
+            active = active[kept]
+            unfinished = unfinished[kept]
+            chosen = chosen[kept]
         logits = decoding.step(chosen[:, None])
 
     written = caption_lengths(ids, end_id) - prompts.lengths.repeat_interleave(count)

@@ -115,7 +115,8 @@ Raises:
 
 
 def _search(model: "CoCa", decoding: Decoding, prompts: Prompts, options: Options, min_length: int) -> Hypotheses:
-    end_id, pad_id = model.tokenizer.eot_id, model.tokenizer.pad_id
+    end_id = model.tokenizer.eot_id
+    pad_id = model.tokenizer.pad_id
     constraints = Constraints(end_id, min_length, options.repetition_penalty, options.no_repeat_ngram)
     with kernels.packed_weights(model.text, expect_decoder(model.decoder)):
         if options.strategy == "beam":
@@ -140,7 +141,8 @@ def _order(
     lengths = caption_lengths(ids, model.tokenizer.eot_id)
     log_probs = sums / (lengths - prompts.lengths[:, None])  # (B, N)
     if options.cut_at:  # captions end before the first token that contains it
-        text, tokenizer = options.cut_at.encode(), model.tokenizer
+        text = options.cut_at.encode()
+        tokenizer = model.tokenizer
         stops = torch.tensor([i for i, token in enumerate(tokenizer.token_bytes) if text in token], device=ids.device)
         places = torch.arange(ids.shape[-1], device=ids.device)  # padding may be a token of the text
         written = (places >= prompts.lengths[:, None, None]) & (places < lengths[:, :, None])  # (B, N, L)

@@ -151,7 +151,8 @@ class Options(SimpleNamespace):
         Raises:
             ValueError: they do not fit the context or each other.
         """
-        least, most = self.min_length, self.max_length
+        least = self.min_length
+        most = self.max_length
         if least is None:
             least = OPEN_CLIP_MIN_LENGTH if self.scoring != "log_prob" else 0
         if most is None:
@@ -179,7 +180,8 @@ def complete(options: Mapping[str, Any]) -> Options:
             )
     given = {name: value for name, value in options.items() if value is not None}
     for name, value in given.items():
-        option, hint = OPTIONS[name], get_args(GenerateOptions.__annotations__[name])[0]
+        option = OPTIONS[name]
+        hint = get_args(GenerateOptions.__annotations__[name])[0]
         choices = [c for part in (hint, *get_args(hint)) if get_origin(part) is Literal for c in get_args(part)]
         if choices:
             check_choice(name, value, choices)
@@ -207,7 +209,8 @@ def check_shared(options: Mapping[str, Any]) -> None:
             hint = f"{suggest(name, known)} Its options: {', '.join(known)}"
             raise ValueError(f"generate has no option '{name}' for an evaluation{hint}")
     try:
-        if not isinstance(prompt := options.get("prompt", ""), str | None):
+        prompt = options.get("prompt", "")
+        if not isinstance(prompt, str | None):
             raise ValueError(f"prompt must be one text for all images, got {prompt!r}")
         complete(options)
     except ValueError as error:
@@ -217,7 +220,8 @@ def check_shared(options: Mapping[str, Any]) -> None:
 def _check_combination(options: Options, given: Mapping[str, Any]) -> None:
     strategy = options.strategy
     for name in given:
-        if (only := OPTIONS[name].strategy) is not None and only != strategy:
+        only = OPTIONS[name].strategy
+        if only is not None and only != strategy:
             raise ValueError(f"{name} is an option of strategy='{only}', but the strategy is '{strategy}'")
     if options.scoring != "log_prob" and strategy != "beam":
         raise ValueError(

@@ -45,7 +45,8 @@ class Decoding:
 
     def __init__(self, model: "CoCa", image_tokens: Tensor, max_length: int) -> None:
         """image_tokens (B, S, E) -> a state with one caption for each image."""
-        self._text, self._decoder = model.text, expect_decoder(model.decoder)
+        self._text = model.text
+        self._decoder = expect_decoder(model.decoder)
         self._image_keys_values = self._decoder.keys_values(image_tokens)
         self._text_caches = [KVCache(max_length) for _ in range(self._text.cached_layers)]
         self._decoder_caches = [KVCache(max_length) for _ in range(self._decoder.cached_layers)]
@@ -103,7 +104,8 @@ def encode_prompts(model: "DualEncoder", prompt: str | Sequence[str] | None, cou
         if isinstance(model.tokenizer, WordTokenizer):
             model.tokenizer.warn_of_unknown(prompts)
         rows = [ids[:-1] for ids in model.tokenizer.encode_batch(prompts)]
-        if empty := [i for i, ids in enumerate(rows) if len(ids) == 1]:
+        empty = [i for i, ids in enumerate(rows) if len(ids) == 1]
+        if empty:
             raise ValueError(f"prompt {empty[0]} has no words: give words, or no prompt at all (None)")
     longest = max(map(len, rows), default=1)
     if longest > max(max_length - 2, 1):  # the end and, after words, one more token

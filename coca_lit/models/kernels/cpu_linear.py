@@ -29,7 +29,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) -> (…, out)"""
-        if (packed := self.packed) is not None and x.dtype == torch.bfloat16 and is_inference(x):
+        packed = self.packed
+        if packed is not None and x.dtype == torch.bfloat16 and is_inference(x):
             return _onednn(x, packed, self.bias)
         return linear(x, self.weight, self.bias)
 

@@ -50,7 +50,8 @@ def self_attention(qkv: Tensor, heads: int, mask: Tensor | None = None, layout: 
     Returns:
         (B, T, H·W), or (N, H·W)
     """
-    if (lengths := _lengths_one_by_one(layout)) is not None:
+    lengths = _lengths_one_by_one(layout)
+    if lengths is not None:
         return attend_text_by_text(qkv, heads, lengths, _additive_masks(lengths, mask, qkv.dtype))
     if layout is not None and mask is None and goes_without_grid(qkv, layout):
         return attend_within(qkv, heads, layout)
@@ -133,7 +134,8 @@ class _SelfAttention(torch.autograd.Function):
     @custom_fwd(device_type="cpu")
     def forward(ctx: Any, qkv: Tensor, lengths: Sequence[int], masks: Sequence[Tensor] | None) -> Tensor:
         """qkv (N, 3, H, W) -> (N, H, W)"""
-        out, scale = torch.empty_like(qkv[:, 0]), qkv.shape[-1] ** -0.5
+        out = torch.empty_like(qkv[:, 0])
+        scale = qkv.shape[-1] ** -0.5
         kept = []
         for i, (rows, result) in enumerate(zip(qkv.split(lengths), out.split(lengths), strict=True)):
             q, k, v = rows.permute(1, 2, 0, 3)  # each (H, n, W)
@@ -142,7 +144,8 @@ class _SelfAttention(torch.autograd.Function):
             torch.bmm(p, v, out=result.transpose(0, 1))
             kept.append(p)
         ctx.save_for_backward(qkv, *kept)
-        ctx.lengths, ctx.scale = lengths, scale
+        ctx.lengths = lengths
+        ctx.scale = scale
         return out
 
     @staticmethod
@@ -183,8 +186,10 @@ class _CrossAttention(torch.autograd.Function):
     @custom_bwd(device_type="cpu")
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, context, kv, p = ctx.saved_tensors
-        lengths, scale = ctx.lengths, q.shape[2] ** -0.5
-        grad_kv, grad_context = torch.empty_like(kv), torch.empty_like(context)
+        lengths = ctx.lengths
+        scale = q.shape[2] ** -0.5
+        grad_kv = torch.empty_like(kv)
+        grad_context = torch.empty_like(context)
         _weight_gradient(grad_out, _weighted_sums(p, context, lengths), grad_kv[1])
         grad_sums = _by_head(grad_out, kv[1])  # (N, H, C)
         grad_p = torch.empty_like(p)
@@ -258,7 +263,8 @@ def _kernel() -> Any:
 def attend_within(qkv: Tensor, heads: int, layout: Layout) -> Tensor:
     """Causal attention within each text: qkv (N, 3·H·W) -> (N, H·W)."""
     q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)  # each (N, H, W)
-    ends, longest = layout.ends, layout.max_length
+    ends = layout.ends
+    longest = layout.max_length
     return _kernel()(q, k, v, ends, ends, longest, longest, window_size=(-1, 0)).flatten(1)
 
 

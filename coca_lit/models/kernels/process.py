@@ -38,7 +38,8 @@ def enabled() -> bool:
 def disabled() -> Iterator[None]:
     """Within, nothing but plain PyTorch computes. The library of fp32 products stays."""
     global _on
-    before, _on = _on, False
+    before = _on
+    _on = False
     try:
         yield
     finally:
@@ -148,7 +149,8 @@ def _is_exact() -> bool:
     """Whether oneDNN multiplies in fp32, found by one product of a millisecond."""
     before = fp32_matmul()
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(64, 512, generator=generator), torch.randn(512, 64, generator=generator)
+    x = torch.randn(64, 512, generator=generator)
+    weight = torch.randn(512, 64, generator=generator)
     exact = x.double() @ weight.double()
     _set_onednn(True)
     error = ((x @ weight).double() - exact).norm() / exact.norm()

@@ -40,8 +40,11 @@ class ShortAttention(nn.Module):
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
-        self.qkv, self.proj, self.proj_drop = attention.qkv, attention.proj, attention.proj_drop
+        self.num_heads = attention.num_heads
+        self.head_dim = attention.head_dim
+        self.qkv = attention.qkv
+        self.proj = attention.proj
+        self.proj_drop = attention.proj_drop
         self.attn_drop_rate = attention.attn_drop.p
         self.train(attention.training)
 
@@ -110,7 +113,8 @@ def _convolution(kind: type[nn.Conv2d], layer: nn.Module) -> nn.Module:
 
 def _take_over(fast: nn.Module, layer: nn.Module) -> nn.Module:
     """`fast` with the parameters of `layer`."""
-    fast.weight, fast.bias = layer.weight, layer.bias
+    fast.weight = layer.weight
+    fast.bias = layer.bias
     return fast.train(layer.training)
 
 

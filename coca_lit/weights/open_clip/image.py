@@ -86,7 +86,8 @@ class ClipTransformer(ImagePart):
 
     def keys(self, encoder: ImageEncoder) -> dict[str, Any]:
         trunk: Any = encoder.trunk
-        width, heads = trunk.embed_dim, trunk.blocks[0].attn.num_heads
+        width = trunk.embed_dim
+        heads = trunk.blocks[0].attn.num_heads
         return {
             "image_size": encoder.image_size,
             "layers": len(trunk.blocks),

@@ -148,7 +148,9 @@ class Parts(NamedTuple):
 
 def parts_in(theirs: Collection[str]) -> Parts:
     """The parts that the names of tensors in a file show."""
-    image, pooler, text = None, None, None
+    image = None
+    pooler = None
+    text = None
     for tensor, target in _known().items():
         if tensor in theirs:
             part = extensions.load(target)()

@@ -1,6 +1,6 @@
 """Attentional poolers in OpenCLIP's files: the single one of version 3.3, and the two of version 4."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import nn
@@ -55,7 +55,6 @@ class TwoPoolers(PoolerPart):
     )
     allowed = ALLOWED_TWO
     required = REQUIRED_TWO
-    models: ClassVar[Sequence[str]] = ("coca2_ViT-B-32",)
     ours = "openclip"  # our poolers are ours_parallel and ours_cascade
     theirs = "visual."  # where they stand in OpenCLIP
 

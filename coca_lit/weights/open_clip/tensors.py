@@ -146,7 +146,8 @@ def _load(
     model: CoCa | CLIP, theirs: Mapping[str, Tensor], names: Sequence[Renaming], transposed: Collection[str]
 ) -> None:
     """Fills a model with all of the tensors; raises ValueError if some are missing, left over or of the wrong shape."""
-    theirs, ours = _Tensors(theirs), {}
+    theirs = _Tensors(theirs)
+    ours: dict[str, Tensor] = {}
     attentions = _cross_attentions(model)
     for name, target in model.state_dict().items():
         if _is_packed(name, attentions):
@@ -160,7 +161,8 @@ def _load(
             shapes = f"{tuple(tensor.shape)} in the checkpoint, and '{name}' needs {tuple(target.shape)}"
             raise ValueError(f"'{there}' has the shape {shapes}")
         ours[name] = tensor.reshape(target.shape).to(target.dtype)
-    if unread := sorted(theirs.keys() - theirs.read):
+    unread = sorted(theirs.keys() - theirs.read)
+    if unread:
         kind = type(model).__name__
         raise ValueError(f"{len(unread)} tensors of the checkpoint have no place in {kind}, the first is '{unread[0]}'")
     model.load_state_dict(ours)
