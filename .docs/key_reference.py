@@ -85,7 +85,10 @@ def _rows(path: str, node: dict[str, Any]) -> list[Row]:
     defaults, meanings = _constructor(node["_target_"])
     if node["_target_"] == "coca_lit.models.create_model":  # which hands its arguments on
         further, words = _constructor("coca_lit.models.config.CoCaConfig")
-        defaults, meanings = defaults | further, words | meanings
+        options = extensions.model_options()
+        defaults = defaults | further | {option: of.default for option, of in options.items()}
+        del defaults["options"]  # which these are
+        meanings = words | meanings | {option: of.help for option, of in options.items()}
     if "batch_schedule" in defaults:
         for name, schedule in extensions.schedule_keys(path).items():
             further, words = _constructor(schedule)

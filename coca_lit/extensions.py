@@ -20,6 +20,8 @@ what it adds. Both are read without importing the project, whose code is importe
     ".gif" = "my_package.moving:Reader"
     [input_options]                # arguments of these readers, keys of commands and of shards
     pictures = { reader = "my_package.moving:Reader", default = 4, help = "that the model sees of a moving picture" }
+    [model_options]                # how models take such inputs: model.net.NAME, kept in checkpoints, see `ModelOption`
+    order = { apply = "my_package.moving:set_order", default = "kept", evaluation = true, help = "of pictures" }
     [sample_steps]                 # arguments of data=laion, see `StepFactory` of `coca_lit.data.shards.training`
     notes = { step = "my_package.notes:reading", help = "folder of notes on the samples" }
     [batch_schedules]              # keys of data sets that ask for batches of another source, see `DeclaredSchedule`
@@ -75,6 +77,7 @@ KEYS = (
     "presets",
     "scores",
     "input_options",
+    "model_options",
     "sample_steps",
     "batch_schedules",
     "batch_sizes",
@@ -95,6 +98,7 @@ class DeclaredArguments:
 
 
 INPUT_OPTIONS = DeclaredArguments("input_options")
+MODEL_OPTIONS = DeclaredArguments("model_options")
 SAMPLE_STEPS = DeclaredArguments("sample_steps")
 BATCH_SIZES = DeclaredArguments("batch_sizes")
 
@@ -126,6 +130,22 @@ class InputOption:
 
     reader: str
     default: Any
+    help: str
+
+
+@dataclass(frozen=True)
+class ModelOption:
+    """How a model takes another kind of input: an argument of every `CoCa`, which its checkpoints keep.
+
+    Attributes:
+        apply: "module:function" of a model and the value. It raises `ValueError` for a wrong value, and may add
+            parameters, see `coca_lit.models.poolers.Pooling.add_parameter`.
+        evaluation: whether it is also a key of coca-evaluate, which changes it in a trained model, a CLIP too.
+    """
+
+    apply: str
+    default: Any
+    evaluation: bool
     help: str
 
 
@@ -169,6 +189,7 @@ class DeclaredSizes:
 
 DECLARATIONS = {
     "input_options": InputOption,
+    "model_options": ModelOption,
     "sample_steps": DeclaredStep,
     "batch_schedules": DeclaredSchedule,
     "batch_sizes": DeclaredSizes,
@@ -324,6 +345,11 @@ def _declarations(table: str) -> dict[str, Any]:
 def input_options() -> dict[str, InputOption]:
     """What all projects declare of arguments of readers of other kinds of input, by name."""
     return _declarations("input_options")
+
+
+def model_options() -> dict[str, ModelOption]:
+    """What all projects declare of arguments of models for other kinds of input, by name."""
+    return _declarations("model_options")
 
 
 def sample_steps() -> dict[str, DeclaredStep]:

@@ -1,7 +1,6 @@
 """The only LightningModule: batch -> network -> weighted losses -> their sum, and the optimizer."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -244,4 +243,4 @@ class CoCaLit(L.LightningModule):
         if kept:
             checkpoint[OBJECTIVES_KEY] = kept
         # Plain values, so that the file explains itself and is safe to load.
-        checkpoint[MODEL_KEY] = asdict(self.net.config)
+        checkpoint[MODEL_KEY] = self.net.config.stored()

@@ -198,6 +198,8 @@ def _store_configs_of_projects() -> None:
     options = extensions.input_options()
     store.store("input_options", {name: option.default for name, option in options.items()})
     store.store("no_input_options", dict.fromkeys(options))
+    changeable = [name for name, option in extensions.model_options().items() if option.evaluation]
+    store.store("model_options", dict.fromkeys(changeable))
     store.store("groups_of_projects", {"defaults": [{name: None} for name in extensions.listed("groups")]})
     for name, target in extensions.declared("resolvers").items():
         OmegaConf.register_new_resolver(name, functools.partial(_call, target), replace=True)

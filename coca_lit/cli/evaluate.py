@@ -25,7 +25,7 @@ from coca_lit.cli.schema import part_of, written
 from coca_lit.cli.sweep import SWEEP_VARIABLE
 from coca_lit.cli.words import quote
 from coca_lit.errors import ConfigError, DataError, UserError, error_context
-from coca_lit.extensions import listed
+from coca_lit.extensions import listed, load, model_options
 from coca_lit.machine import is_first_process
 from coca_lit.reading import printable, read_run_yaml
 from coca_lit.runs.redaction import redact
@@ -293,12 +293,13 @@ def _load(cfg: DictConfig) -> "DualEncoder":
         with error_context("image_size"):
             model.set_image_size(cfg.image_size)
     cfg.image_size = model.image_size
-    if cfg.frame_pooling is not None:
-        with error_context("frame_pooling"):
-            if isinstance(model, CoCa):
-                model.set_frame_pooling(cfg.frame_pooling)
-            elif cfg.frame_pooling != "mean":
-                raise ValueError("a CLIP embeds a clip as the mean of its frames: leave it out")
+    for name, option in model_options().items():
+        if option.evaluation and cfg[name] is not None:
+            with error_context(name):
+                if isinstance(model, CoCa):
+                    model.set_option(name, cfg[name])
+                else:
+                    load(option.apply)(model, cfg[name])
     return model
 
 

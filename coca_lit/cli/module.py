@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -139,7 +138,7 @@ def with_facts(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]", where
     net = cast(dict[str, Any], OmegaConf.to_container(cfg.model.net, resolve=True))
     own = preset(net["name"])
     merged = merge(net, own, arguments_of(source), str(where))
-    without = asdict(CoCaConfig()) | own | {name: value for name, value in net.items() if value is not None}
+    without = CoCaConfig().stored() | own | {name: value for name, value in net.items() if value is not None}
     taken = [f"{name}={value}" for name, value in merged.items() if value != without.get(name)]
     if taken:
         print_rank_zero(f"as the weights in {where}: {', '.join(taken)}")
@@ -256,7 +255,7 @@ def with_recipe(cfg: DictConfig, source: "DualEncoder | None" = None, resumed: b
     if source is not None:
         if not isinstance(source, CoCa):
             raise ConfigError(f"init_from: this recipe takes a CoCa, and {cfg.init_from} is a CLIP")
-        arguments = asdict(source.config)
+        arguments = source.config.stored()
     node = cast(dict[str, Any], OmegaConf.to_container(cfg.data, resolve=True))
     known = {key: value for key, value in node.items() if value != AUTO}
     with data_place(cfg):

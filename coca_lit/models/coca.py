@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coca_lit import extensions
 from coca_lit.errors import suggest
 from coca_lit.models.config import CoCaConfig
 from coca_lit.models.generation.generate import write_captions
 from coca_lit.models.image import build_image_encoder
 from coca_lit.models.init import init_projection
-from coca_lit.models.inputs import FramePooling, Images, Preprocessing, preprocessing
+from coca_lit.models.inputs import Images, Preprocessing, preprocessing
 from coca_lit.models.likelihood import log_likelihood
 from coca_lit.models.packing import Layout, expect_to_fit, expect_tokens, text_lengths, to_device
 from coca_lit.models.poolers import PoolingSizes, build_pooling
@@ -73,7 +74,7 @@ class CoCa(Trainable):
 
     Args:
         config: see `CoCaConfig`.
-        arguments: its fields, which replace those of `config`, or its defaults.
+        arguments: others than in `config`, or than the defaults.
 
     Attributes:
         objectives: those that are kept with a trained network, by name, see `register_objective`. They are no part of
@@ -81,10 +82,12 @@ class CoCa(Trainable):
     """
 
     def __init__(
-        self, config: CoCaConfig | None = None, **arguments: Annotated[Any, "coca_lit.models.config.CoCaConfig"]
+        self,
+        config: CoCaConfig | None = None,
+        **arguments: Annotated[Any, "coca_lit.models.config.CoCaConfig", extensions.MODEL_OPTIONS],
     ) -> None:
         super().__init__()
-        config = replace(config or CoCaConfig(), **arguments)
+        config = (config or CoCaConfig()).changed(**arguments)
         self.tokenizer = get_tokenizer(config.tokenizer, config.context_length)
         self.config = replace(
             config,
@@ -105,10 +108,8 @@ class CoCa(Trainable):
             captions=config.decoder_layers > 0,
         )
         self.pooling = build_pooling(config.pooler, pooling_sizes, **(config.pooler_args or {}))
-        self.pooling.frame_pooling = config.frame_pooling
-        if config.frame_positions:
-            positions = torch.empty(config.frame_positions, 1, self.image_encoder.width)
-            self.pooling.frame_positions = nn.Parameter(positions)
+        for name, value in config.options.items():
+            self.set_option(name, value)
         self.image_projection: nn.Module = nn.Identity()
         if self.pooling.projected:
             self.image_projection = nn.Linear(self.pooling.vector_width, config.embed_dim, bias=False)
@@ -143,8 +144,8 @@ class CoCa(Trainable):
         """Overwrites all parameters with initial values."""
         self.image_encoder.init_parameters()
         self.pooling.init_parameters()
-        if self.pooling.frame_positions is not None:
-            nn.init.zeros_(self.pooling.frame_positions)  # a model of images starts as it is
+        for name in self.pooling.added:
+            nn.init.zeros_(getattr(self.pooling, name))  # a model of images starts as it is
         if isinstance(self.image_projection, nn.Linear):
             init_projection(self.image_projection)
         self.text.init_parameters()
@@ -166,10 +167,15 @@ class CoCa(Trainable):
         self.preprocessing["size"] = image_size
         self.config = replace(self.config, image_size=image_size)
 
-    def set_frame_pooling(self, frame_pooling: FramePooling) -> None:
-        """From now on clips are pooled that way."""
-        self.config = replace(self.config, frame_pooling=frame_pooling)
-        self.pooling.frame_pooling = frame_pooling
+    def set_option(self, name: str, value: Any) -> None:
+        """From now on another kind of input is taken that way, see `ModelOption`.
+
+        Raises:
+            ValueError: the value is wrong.
+        """
+        extensions.load(extensions.model_options()[name].apply)(self, value)
+        self.config = self.config.changed(**{name: value})
+        self.pooling.options = self.config.options
 
     @property
     def device(self) -> torch.device:

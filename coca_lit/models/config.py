@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, Self, get_args
 
+from coca_lit import extensions
 from coca_lit.errors import check_choice, check_number
-from coca_lit.models.inputs import FramePooling, Interpolation, ResizeMode
+from coca_lit.models.inputs import Interpolation, ResizeMode
 from coca_lit.models.text import ClsMask
 from coca_lit.tokenizer import CONTEXT_LENGTH
 
@@ -20,8 +21,7 @@ SIZES = (  # arguments that are whole numbers of at least 1
 
 @dataclass(frozen=True)
 class CoCaConfig:
-    """The arguments of `CoCa`, plain values that build the same network again. `dataclasses.asdict` of them is stored
-    in every checkpoint.
+    """The arguments of `CoCa`, plain values that build the same network again. Every checkpoint holds them (`stored`).
 
     Args:
         image_encoder: name of a timm model, of an encoder of a project, or of one registered with
@@ -49,11 +49,9 @@ class CoCaConfig:
         text_tower: name of a tower of a project, or registered with `register_text_tower`; None for `TextTower`.
         text_tower_args: arguments of a registered tower in addition to `TextTower`'s.
         decoder_args: further arguments of the decoder that goes with the text tower, see its `make_decoder`.
-        frame_pooling: of clips (B, F, 3, H, W). tokens: the poolers see the tokens of all frames (VideoCoCa, Yan et al.
-            2022, arXiv 2212.04979). mean: means over the frames of what they make of each (CoCa's zero-shot).
-        frame_positions: the number of frames for which each has a learned position, added to its tokens; 0 for none:
-            the order of frames then has no effect.
         interpolation, resize_mode: how images become `image_size`, see `build_transform`. They travel with the weights.
+        options: how other kinds of input are taken, by the names that projects declare, see `ModelOption`; only what
+            differs from the default. For `CoCa`, commands and checkpoints each is an argument like those above.
 
     Raises:
         ValueError: values that cannot work, or that a checkpoint could not store.
@@ -80,10 +78,9 @@ class CoCaConfig:
     text_tower: str | None = None
     text_tower_args: dict[str, Any] | None = None
     decoder_args: dict[str, Any] | None = None
-    frame_pooling: FramePooling = "tokens"
-    frame_positions: int = 0
     interpolation: Interpolation = "bicubic"
     resize_mode: ResizeMode = "shortest"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("image_encoder_args", "pooler_args", "text_tower_args", "decoder_args"):
@@ -96,7 +93,26 @@ class CoCaConfig:
             check_number(name, getattr(self, name), whole=True, at_least=1)
         check_number("decoder_layers", self.decoder_layers, whole=True, at_least=0)
         check_number("dropout", self.dropout, at_least=0, at_most=1)
-        check_number("frame_positions", self.frame_positions, whole=True, at_least=0)
         check_choice("contrastive", self.contrastive, get_args(Contrastive))
         check_choice("cls_mask", self.cls_mask, get_args(ClsMask))
-        check_choice("frame_pooling", self.frame_pooling, get_args(FramePooling))
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of all arguments, with the options that projects declare."""
+        return [name for name in cls.__dataclass_fields__ if name != "options"] + [*extensions.model_options()]
+
+    def changed(self, **arguments: Any) -> Self:
+        """With other values of some arguments, options included."""
+        options = dict(self.options)
+        for name, option in extensions.model_options().items():
+            if name in arguments:
+                options[name] = arguments.pop(name)
+                if options[name] == option.default:
+                    del options[name]
+        return replace(self, options=options, **arguments)
+
+    def stored(self) -> dict[str, Any]:
+        """All arguments by name, as a checkpoint holds them."""
+        arguments = asdict(self)
+        options = arguments.pop("options")
+        return arguments | options

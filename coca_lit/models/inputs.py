@@ -18,7 +18,6 @@ from coca_lit.errors import DataError, check_choice
 
 Interpolation = Literal["bicubic", "bilinear"]
 ResizeMode = Literal["shortest", "longest", "squash"]
-FramePooling = Literal["tokens", "mean"]
 
 
 class Preprocessing(TypedDict):

@@ -4,6 +4,7 @@ Another one is a subclass of `Pooling` under a name of its own, see `register_po
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from coca_lit.models.image import ImageEncoder
 from coca_lit.models.init import init_attention
-from coca_lit.models.inputs import FramePooling, Input
+from coca_lit.models.inputs import Input
 from coca_lit.models.layers import CrossAttention, KeysValues
 from coca_lit.models.registry import POOLERS
 
@@ -79,8 +80,8 @@ class Pooling(nn.Module, ABC):
         projected: whether `CoCa.image_projection` follows the vector.
         token_kind: the class of what it takes from the image encoder in place of a tensor.
         left_out: leading tokens of an image, such as a class token, that are not used.
-        frame_pooling, frame_positions: how clips are pooled, and the learned positions (F, 1, C) of their frames, see
-            `CoCa`, which sets both.
+        options: of other kinds of input, as in `CoCaConfig`; `CoCa` sets them.
+        added: names of the parameters that they have added.
     """
 
     vector_width: int
@@ -88,12 +89,21 @@ class Pooling(nn.Module, ABC):
     projected = True
     token_kind: ClassVar[type[Input] | None] = None
     left_out = 0
-    frame_pooling: FramePooling = "tokens"
-    frame_positions: nn.Parameter | None
 
     def __init__(self, sizes: PoolingSizes) -> None:
         super().__init__()
-        self.register_parameter("frame_positions", None)
+        self.options: Mapping[str, Any] = {}
+        self.added: list[str] = []
+
+    def add_parameter(self, name: str, *shape: int) -> None:
+        """Adds a learned tensor that only another kind of input reads. It starts at zero, so that a model of images
+        starts as it is.
+        """
+        self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        self.added.append(name)
+
+    def no_weight_decay(self) -> list[str]:
+        return self.added
 
     @abstractmethod
     def parts_of_loss(self, loss: str) -> list[str]:

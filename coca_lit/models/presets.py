@@ -6,7 +6,6 @@ Only `create_model` imports torch, so that a command refuses a misspelt name at 
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -144,7 +143,10 @@ STUDY: dict[str, dict[str, Any]] = {
 
 
 def create_model(
-    name: str, *, imports: Sequence[str] = (), **overrides: Annotated[Any, "coca_lit.models.config.CoCaConfig"]
+    name: str,
+    *,
+    imports: Sequence[str] = (),
+    **overrides: Annotated[Any, "coca_lit.models.config.CoCaConfig", extensions.MODEL_OPTIONS],
 ) -> "CoCa":
     """Builds the preset `name`, randomly initialised, with arguments of `CoCa` overridden.
 
@@ -164,7 +166,7 @@ def create_model(
     from coca_lit.models.registry import import_modules
     from coca_lit.tokenizer import BYTE_PAIRS, pack
 
-    check_names("CoCa", overrides, [field.name for field in fields(CoCaConfig)])
+    check_names("CoCa", overrides, CoCaConfig.names())
     given = {key: value for key, value in overrides.items() if value is not None}
     defaults = preset(name)
     arguments = defaults | given

@@ -21,7 +21,7 @@ from coca_lit.models import CoCa
 from coca_lit.models.coca import OUTPUTS
 
 # Learned positions, tokens and queries are no transformations: pulling them to zero has no meaning.
-NOT_DECAYED = ("pos_embed", "cls_token", "position_embedding", "cls_embedding", "query", "frame_positions")
+NOT_DECAYED = ("pos_embed", "cls_token", "position_embedding", "cls_embedding", "query")
 WHOLE = ("mars", "kron", "adamuon", "nvnovograd")  # of timm 1.0.28: operations that PyTorch lacks for sharded tensors
 FALLBACK = ("token_embedding.weight", "vocabulary.weight")  # tables of words, whose rows are no transformation either
 

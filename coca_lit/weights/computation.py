@@ -6,12 +6,12 @@ models compute alike, and a run that starts from weights takes these facts from 
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from coca_lit import extensions
 from coca_lit.errors import check_number
 from coca_lit.models.clip import CLIP, DualEncoder
 from coca_lit.models.coca import CoCa
@@ -25,10 +25,9 @@ ARGUMENTS = (
     *("cls_mask", "pooler", "pooler_args", "pooler_heads", "text_heads", "interpolation", "resize_mode"),
     *("image_encoder", "image_encoder_args", "text_tower", "text_tower_args", "decoder_args"),
 )
-CHOSEN = ("context_length", "frame_pooling")  # which may be chosen: `start` fits the position embeddings
-# Constants that matter in training alone or for clips, say how large an input is, or how fast the same is computed.
+# Constants that matter in training alone, say how large an input is, or how fast the same is computed.
 _TRAINING = (
-    *("training", "frame_pooling", "momentum", "inplace", "grad_checkpointing"),
+    *("training", "momentum", "inplace", "grad_checkpointing"),
     *("weight_init_mode", "fix_init", "fused_attn"),
 )
 _SIZES = (
@@ -68,7 +67,7 @@ def fingerprint(model: nn.Module) -> str:
     """The digest of a model: equal for the same architecture with the same weights, whatever file they came from.
     Results computed with other weights or other settings get another name and are never mixed.
     """
-    about = asdict(model.config) if isinstance(model, CoCa) else facts(model)
+    about = model.config.stored() if isinstance(model, CoCa) else facts(model)
     return digest(json.dumps(about, sort_keys=True), model.state_dict().items())
 
 
@@ -141,10 +140,10 @@ def arguments_of(source: DualEncoder | Mapping[str, Any]) -> dict[str, Any]:
             overlay = {key: [round(x, 8) for x in value.tolist()] for key, value in normalisation.items()}
             found["image_encoder_args"] = {"pretrained_cfg_overlay": overlay}
         return found
-    config = asdict(source.config) if isinstance(source, CoCa) else source
+    config = source.config.stored() if isinstance(source, CoCa) else source
     if not config:
         return {}
-    found = {name: config[name] for name in (*ARGUMENTS, *CHOSEN) if name in config}
+    found = {name: config[name] for name in (*ARGUMENTS, *_chosen()) if name in config}
     encoder = found.get("image_encoder_args") or {}
     found["image_encoder_args"] = {name: value for name, value in encoder.items() if "drop" not in name}
     return found
@@ -176,9 +175,14 @@ def merge(given: Mapping[str, Any], preset: Mapping[str, Any], theirs: Mapping[s
             found[name] = value
         elif name == "pooler":
             _check_equal(name, POOLERS.spec(chosen[name]), POOLERS.spec(value), where)
-        elif name not in ("image_encoder", "text_tower", *CHOSEN):
+        elif name not in ("image_encoder", "text_tower", *_chosen()):
             _check_equal(name, chosen[name], value, where)
     return found
+
+
+def _chosen() -> list[str]:
+    """Arguments that a model may have of its own: `start` fits the positions of texts."""
+    return ["context_length", *extensions.model_options()]
 
 
 def _check_equal(name: str, chosen: Any, value: Any, where: str) -> None:

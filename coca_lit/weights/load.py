@@ -8,7 +8,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -195,7 +194,7 @@ def save_model(model: CoCa, path: str | Path) -> None:
     """
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"'{path}' would be a safetensors file: give it a name that ends with .safetensors")
-    described = json.dumps(asdict(model.config), ensure_ascii=False)
+    described = json.dumps(model.config.stored(), ensure_ascii=False)
     size = len(described.encode())
     if size > MAX_CONFIG:
         raise ValueError(f"the model is described in {size:,} bytes, and {MAX_CONFIG:,} are read: use fewer words")

@@ -41,9 +41,9 @@ def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
 def add_lora(net: CoCa, rank: int = 8, alpha: float = 16.0, parts: Sequence[str] = PARTS) -> list[str]:
     """Freezes `parts` of the network but for low-rank updates of their matrices and convolution kernels, whose names it
-    returns. Other parts train as before, as do positions of frames, which a model of images lacks; frozen ones stay
-    frozen. A matrix that modules share, as with tied embeddings, gets no update, and trains as before if one of them is
-    in another part.
+    returns. Other parts train as before, as does what other kinds of input have added; frozen ones stay frozen. A
+    matrix that modules share, as with tied embeddings, gets no update, and trains as before if one of them is in
+    another part.
 
     Args:
         rank: r, of the updates; a run without LoRA has 0. Matrices with at most r rows or columns are not updated.
@@ -74,8 +74,9 @@ def add_lora(net: CoCa, rank: int = 8, alpha: float = 16.0, parts: Sequence[str]
     }
     if not matrices:
         raise ValueError(f"no matrix in {', '.join(parts)} is trained and has more than {rank} rows and columns")
+    added = {getattr(net.pooling, name) for name in net.pooling.added}
     for parameter, count in uses_inside.items():
-        if count == uses[parameter] and parameter is not net.pooling.frame_positions:
+        if count == uses[parameter] and parameter not in added:
             parameter.requires_grad_(False)
     net.freeze(*(name for name, module in inside.items() if isinstance(module, nn.modules.batchnorm._BatchNorm)))
     for module in matrices.values():

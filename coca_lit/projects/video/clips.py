@@ -19,7 +19,7 @@ from coca_lit.errors import DataError, whole_number
 from coca_lit.files import state_of
 from coca_lit.models.inputs import Images
 from coca_lit.projects.video.decoding import read_frames
-from coca_lit.projects.video.inputs import Clips
+from coca_lit.projects.video.inputs import Clips, frame_pooling_of
 from coca_lit.reading import open_regular
 
 ENDINGS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
@@ -55,7 +55,7 @@ class Clip(ImageSource):
         return _clip_of([super().blank(transform)] * self.count)
 
     def why_not_cached(self, net: Any) -> str | None:
-        by_frame = net.config.frame_pooling == "mean" or net.config.frame_positions or net.pooling.left_out
+        by_frame = frame_pooling_of(net.pooling) == "mean" or net.pooling.added or net.pooling.left_out
         if not by_frame and net.image_encoder.frozen_part() is net.image_encoder:
             return None
         return (
@@ -64,8 +64,8 @@ class Clip(ImageSource):
         )
 
     def conditions(self, model: Any) -> dict[str, Any]:
-        config = getattr(model, "config", None)  # a CLIP has none
-        return {"frames": self.count, "frame_pooling": "mean" if config is None else config.frame_pooling}
+        pooling = getattr(model, "pooling", None)  # a CLIP has none
+        return {"frames": self.count, "frame_pooling": "mean" if pooling is None else frame_pooling_of(pooling)}
 
 
 def _clip_of(frames: list[Images]) -> Clips:

@@ -2,13 +2,44 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
-from coca_lit.errors import ConfigError, DataError
+from coca_lit.errors import ConfigError, DataError, check_choice, check_number
+from coca_lit.models import CLIP, CoCa, DualEncoder
 from coca_lit.models.inputs import Input
+
+FramePooling = Literal["tokens", "mean"]
+
+
+def set_frame_pooling(model: DualEncoder, frame_pooling: FramePooling) -> None:
+    """The option `frame_pooling` of a model. tokens: the poolers see the tokens of all frames (VideoCoCa, Yan et al.
+    2022, arXiv 2212.04979). mean: means over the frames of what they make of each (CoCa's zero-shot).
+
+    Raises:
+        ValueError: there is no such way, or it is not a CLIP's.
+    """
+    check_choice("frame_pooling", frame_pooling, get_args(FramePooling))
+    if isinstance(model, CLIP) and frame_pooling != "mean":
+        raise ValueError("a CLIP embeds a clip as the mean of its frames: leave it out")
+
+
+def frame_pooling_of(pooling: Any) -> FramePooling:
+    """How a `Pooling` pools clips."""
+    found: FramePooling = pooling.options.get("frame_pooling", "tokens")
+    return found
+
+
+def add_frame_positions(model: CoCa, count: int) -> None:
+    """The option `frame_positions` of a model: a learned position (C,) for each of so many frames, added to its tokens.
+
+    Raises:
+        ValueError: it is no number of frames.
+    """
+    check_number("frame_positions", count, whole=True, at_least=0)
+    model.pooling.add_parameter("frame_positions", count, 1, model.image_encoder.width)
 
 
 class Clips(Input):
@@ -48,12 +79,14 @@ class EncodedFrames(Input):
     def pooled_by(self, pooling: Any, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:
         """Of the tokens of all frames together, or means of what `Pooling.pool` makes of each frame."""
         frames = self.rows
-        if pooling.frame_positions is not None:
-            count, known = frames.shape[1], len(pooling.frame_positions)
+        positions = getattr(pooling, "frame_positions", None)
+        if positions is not None:
+            count = frames.shape[1]
+            known = len(positions)
             if count != known:
                 raise DataError(f"the model has positions for {known} frames, got clips of {count}: set frames={known}")
-            frames = frames + pooling.frame_positions
-        if pooling.frame_pooling == "tokens":
+            frames = frames + positions
+        if frame_pooling_of(pooling) == "tokens":
             first = frames[:, 0, : pooling.left_out]
             kept = frames[:, :, pooling.left_out :].flatten(1, 2)
             return pooling.pool(torch.cat([first, kept], dim=1) if pooling.left_out else kept, contrastive, captioning)
@@ -62,7 +95,7 @@ class EncodedFrames(Input):
 
     def joined(self, pooling: Any = None) -> Tensor:
         """One frame after the other, (B, F · S, C)."""
-        if pooling is not None and pooling.frame_pooling == "mean":
+        if pooling is not None and frame_pooling_of(pooling) == "mean":
             raise ConfigError("here the tokens of all frames are seen at once: set frame_pooling=tokens")
         return self.rows.flatten(1, 2)
 

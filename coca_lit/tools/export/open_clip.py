@@ -26,7 +26,7 @@ NEEDS_LINE = (
     "Text features need the line about the mask in the code above: without it OpenCLIP computes them with the legacy"
     f" CLS mask, and they are other numbers. {ADVICE}"
 )
-MEAN = "OpenCLIP has no clips. The model pools the frames of one by itself: give coca-evaluate frame_pooling=mean."
+LOST_OPTION = "OpenCLIP has no such inputs, and the files do not hold {0}: give it to coca-evaluate."
 GENERATE = (
     "`model.generate` of OpenCLIP 3.3 needs transformers up to 4.56. coca_lit writes captions with these files"
     f' without it: `coca_lit.load_model("{{folder}}/{WEIGHTS}")`.'
@@ -85,7 +85,7 @@ def write_open_clip(model: CoCa, folder: Path, correct_cls_mask: bool = False, v
             'OpenCLIP takes id 0 for padding everywhere, also inside a run of punctuation such as "!#$", so the text'
             " features of such texts differ from coca_lit's.",
             *([GENERATE] if model.decoder is not None and version == "3.3" else []),
-            *([MEAN] if model.config.frame_pooling == "mean" else []),
+            *(LOST_OPTION.format(f"{name}={value}") for name, value in model.config.options.items()),
         ],
         warning=NEEDS_LINE if corrected else None,
     )

@@ -79,8 +79,8 @@ def _obstacle(
             f"it has the {name} pooler, and OpenCLIP has the single one, and with version=4 openclip_parallel and"
             " openclip_cascade"
         )
-    if config.frame_positions:
-        return "it has positions for the frames of clips, and OpenCLIP has none"
+    if model.pooling.added:
+        return f"it has {', '.join(model.pooling.added)} for another kind of input, and OpenCLIP has none"
     if text is None or type(model.text) not in text.kinds:
         return f"its text tower is a {type(model.text).__name__}, and OpenCLIP has none"
     if image is None:

@@ -23,6 +23,7 @@ from coca_lit.projects.video.clips import ClipReader
 from coca_lit.projects.video.inputs import Clips
 from coca_lit.tools.demo import command as demo
 from coca_lit.tools.export import command as export
+from coca_lit.tools.export.open_clip import write_open_clip
 from coca_lit.tools.plan import command as plan
 from coca_lit.tools.plan.trace import trace
 from coca_lit.tools.search.index import ImageIndex
@@ -53,6 +54,20 @@ def test_clips_stay_in_the_index_of_a_page(tmp_path: Path, tiny_model, monkeypat
     index.save(file)
     demo.run(compose("demo", ["checkpoint=tiny.safetensors", "images=photos"]))
     assert [len(shown[0][2]), len(ImageIndex.load(file, model))] == [3, 4]
+
+
+def test_how_frames_are_pooled_is_said_beside_files_of_open_clip(tmp_path: Path) -> None:
+    """OpenCLIP's config has no key for it."""
+    encoder = {
+        "image_encoder": "vit_base_patch32_clip_224",
+        "image_encoder_args": {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 1},
+    }
+    for pooling, said in (("tokens", False), ("mean", True)):
+        folder = tmp_path / pooling
+        folder.mkdir()
+        sizes = {"tokenizer": "clip", "cls_mask": "legacy", "context_length": 8}
+        model = create_model("coca_tiny", frame_pooling=pooling, **encoder, **sizes).eval()
+        assert any("frame_pooling=mean" in limit for limit in write_open_clip(model, folder).limits) is said
 
 
 def without_weights(**arguments: str) -> CoCa:
@@ -102,8 +117,8 @@ def test_graphs_of_clips(name: str, tmp_path: Path) -> None:
     model = create_model("coca_tiny", imports=["helpers.means_of_tokens"], **SIZES | MODELS[name]).eval()
     with torch.no_grad():
         model.decoder.vocabulary.weight[model.tokenizer.eot_id] *= 2
-        if model.pooling.frame_positions is not None:
-            model.pooling.frame_positions.normal_()
+        for name in model.pooling.added:
+            getattr(model.pooling, name).normal_()
     about = onnx.write_onnx(model, tmp_path, ClipReader(3))
     generator = torch.Generator().manual_seed(2)
     images = torch.randint(0, 256, (5, 3, 3, 32, 32), dtype=torch.uint8, generator=generator)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from coca_lit.cli.module import build_module
 from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import RecordsDataModule
 from coca_lit.data.records import Record
@@ -22,6 +23,8 @@ from coca_lit.projects.classification.classifier import PoolerClassifier
 from coca_lit.projects.video.clips import Clip
 from coca_lit.projects.video.inputs import Clips
 from coca_lit.projects.video.scenes import motion_records
+from coca_lit.weights.load import save_model
+from helpers.running import compose
 
 VIT = {
     "image_encoder": "vit_base_patch32_clip_224",
@@ -71,6 +74,17 @@ def test_scores_of_other_frames_cannot_be_compared(tmp_path: Path) -> None:
         found.append(evaluation.conditions["x/mine"])
     words = ["frame_pooling=tokens / frame_pooling=mean", "frames=4 / frames=8", ""]
     assert [obstacle(found[0], other) for other in found[1:]] == words
+
+
+@pytest.mark.parametrize(
+    ("words", "options"), [((), {"frame_pooling": "mean"}), (("+model.net.frame_pooling=tokens",), {})]
+)
+def test_frames_are_pooled_as_in_the_weights_unless_one_chooses(
+    words: tuple[str, ...], options: dict[str, str], tmp_path: Path, tiny_model: Any
+) -> None:
+    save_model(tiny_model(frame_pooling="mean"), tmp_path / "m.safetensors")
+    net = build_module(compose("data=scenes", f"init_from={tmp_path / 'm.safetensors'}", *words)).net
+    assert net.config.options == net.pooling.options == options
 
 
 def test_a_pooler_of_the_encoder_sees_all_frames_at_once() -> None:

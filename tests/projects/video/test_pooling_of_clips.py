@@ -8,7 +8,7 @@ from torch import Tensor
 from coca_lit.errors import DataError
 from coca_lit.models import CLIP, CoCa, create_model
 from coca_lit.projects.classification.classifier import PoolerClassifier
-from coca_lit.projects.video.inputs import Clips
+from coca_lit.projects.video.inputs import Clips, set_frame_pooling
 from coca_lit.weights.lora import add_lora
 from coca_lit.weights.start import copy_weights
 
@@ -112,11 +112,15 @@ def test_mean_tokens_leave_out_class_tokens() -> None:
 def test_the_way_can_be_changed_and_is_kept() -> None:
     model = build()
     before = both(model, clips())[0]
-    model.set_frame_pooling("mean")
-    assert CoCa(model.config).pooling.frame_pooling == "mean"
+    model.set_option("frame_pooling", "mean")
+    assert CoCa(model.config).pooling.options == {"frame_pooling": "mean"}
+    assert CoCa(**model.config.stored()).config == model.config
     assert not torch.allclose(before, both(model, clips())[0], atol=1e-4)
     with pytest.raises(ValueError, match="frame_pooling must be 'tokens' or 'mean', got 'sum'"):
-        model.set_frame_pooling("sum")
+        model.set_option("frame_pooling", "sum")
+    model.set_option("frame_pooling", "tokens")
+    assert torch.equal(before, both(model, clips())[0])
+    assert model.config == build().config
     with pytest.raises(ValueError, match="frame_positions"):
         build(frame_positions=-1)
 
@@ -159,6 +163,9 @@ def test_clip_means_class_tokens() -> None:
         vectors = [model.encode_image(images[:, i], normalize=False) for i in range(4)]
         torch.testing.assert_close(model.encode_image(Clips(images)), F.normalize(sum(vectors) / 4, dim=-1))
         assert torch.equal(model.encode_image(Clips(images[:, :1])), model.encode_image(images[:, 0]))
+    set_frame_pooling(model, "mean")
+    with pytest.raises(ValueError, match="a CLIP embeds a clip as the mean"):
+        set_frame_pooling(model, "tokens")
 
 
 def test_positions_of_frames_train_beside_lora() -> None:

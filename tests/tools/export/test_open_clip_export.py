@@ -244,13 +244,3 @@ def test_every_key_of_open_clip_is_known() -> None:
     }
     for section, allowed in known.items():
         assert {field.name for field in fields(section)} <= allowed.keys()
-
-
-def test_how_frames_are_pooled_is_said(tmp_path: Path) -> None:
-    """OpenCLIP's config has no key for it."""
-    for pooling, said in (("tokens", False), ("mean", True)):
-        (folder := tmp_path / pooling).mkdir()
-        assert (
-            any("frame_pooling=mean" in limit for limit in write_open_clip(small(frame_pooling=pooling), folder).limits)
-            is said
-        )
