@@ -10,7 +10,6 @@ Biases, norms and running statistics become fp16, single numbers stay. A tied vo
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -46,7 +45,7 @@ def save_quantised(model: CoCa, path: Path) -> None:
     state = unshared_copies(model.state_dict())
     if model.config.tied_embeddings:
         del state[PROJECTION]
-    save_tensors(quantised(state), path, {MODEL_KEY: json.dumps(asdict(model.config))})
+    save_tensors(quantised(state), path, {MODEL_KEY: json.dumps(model.config.stored())})
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """A vocabulary of the training captions, from the config to the checkpoint; unknown words and tied embeddings."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ def test_a_vocabulary_does_not_replace_a_tokenizer_that_is_given(tmp_path: Path)
 def test_a_resumed_run_keeps_the_words_of_its_checkpoint(capsys: pytest.CaptureFixture) -> None:
     """The words of captions that have changed since have the same number, and other ids. So no captions are read."""
     start = ResumePoint(
-        Path("last.ckpt"), {MODEL_KEY: asdict(create_model("coca_tiny", tokenizer=["a", "dog"]).config)}
+        Path("last.ckpt"), {MODEL_KEY: create_model("coca_tiny", tokenizer=["a", "dog"]).config.stored()}
     )
     cfg = compose(*TINY, "vocabulary=1", "data.train_count=8")
     assert build_module(cfg, start).net.tokenizer.spec == ["a", "dog"]

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ def check_preset(name: str) -> None:
     else:
         count = int(model.lengths_of(tokens).sum()) - 2  # all but the start of each text
         assert out.logits.shape == (count, model.tokenizer.vocab_size)
-    again = CoCa(**json.loads(json.dumps(asdict(model.config))))
+    again = CoCa(**json.loads(json.dumps(model.config.stored())))
     assert again.config == model.config
     assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
 

@@ -1,7 +1,6 @@
 """Checks of objectives that are kept with the model and classify."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,4 +67,4 @@ def check_that_files_keep(classifier: Any, net: CoCa, records: Sequence[Record],
 
 def checkpoint_of(net: CoCa, state: dict[str, Tensor], described: Any) -> dict[str, Any]:
     network = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
-    return {"state_dict": network | state, MODEL_KEY: asdict(net.config), OBJECTIVES_KEY: described}
+    return {"state_dict": network | state, MODEL_KEY: net.config.stored(), OBJECTIVES_KEY: described}

@@ -5,7 +5,6 @@ Source: `model_profile.csv` of LAION-AI/scaling-laws-for-comparison at commit 53
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -121,7 +120,7 @@ def check_preset_against_its_config(name: str, version: str, **overrides: Any) -
         preset = create_model(name, **small_sizes(config), **overrides)
         loaded = from_open_clip(to_open_clip(preset, version), config)  # to which its tensors fit
     asked, found = (
-        {key: value for key, value in asdict(model.config).items() if not key.startswith("image_encoder")}
+        {key: value for key, value in model.config.stored().items() if not key.startswith("image_encoder")}
         for model in (preset, loaded)
     )
     assert asked == found  # B/32 and L/14 have image encoders with a name of their own

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ def test_unusual_parts_train_and_are_read_again(tmp_path: Path) -> None:
     assert model.eval().image_encoder(images).min() == 0
     coca_lit.save_model(model, tmp_path / "model.safetensors")
     state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"state_dict": state, MODEL_KEY: asdict(model.config)}, tmp_path / "last.ckpt")
+    torch.save({"state_dict": state, MODEL_KEY: model.config.stored()}, tmp_path / "last.ckpt")
     for file in ("model.safetensors", "last.ckpt"):
         again = coca_lit.load_model(tmp_path / file).eval()
         assert torch.equal(again.encode_image(images), model.encode_image(images))
@@ -320,7 +320,7 @@ def test_reading_a_file_imports_nothing_by_itself(tmp_path: Path, kind: str) -> 
     model, path = guest().eval(), tmp_path / f"model.{kind}"
     if kind == "ckpt":
         state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
-        torch.save({"state_dict": state, "coca_lit_model": asdict(model.config)}, path)
+        torch.save({"state_dict": state, "coca_lit_model": model.config.stored()}, path)
     else:
         coca_lit.save_model(model, path)
     del sys.modules["their_package"]

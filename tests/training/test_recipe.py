@@ -2,7 +2,6 @@
 
 import sys
 from collections import Counter
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -85,7 +84,7 @@ def data_of(count: int) -> RecordsDataModule:
 
 
 def test_weights_bring_their_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = asdict(create_model("coca_tiny", pooler="cascade").config)
+    arguments = create_model("coca_tiny", pooler="cascade").config.stored()
     monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"coca_lit\[pretrained\]"):
         small_data(data_of(8), {}, None)
@@ -95,4 +94,4 @@ def test_weights_bring_their_architecture(monkeypatch: pytest.MonkeyPatch) -> No
     assert (chosen["image_size"], chosen["model.warmup_steps"], chosen["data.cached_augmentations"]) == (32, 0, 0)
     net = chosen["model.net"]
     rebuilt = create_model(**net, image_size=32)
-    assert asdict(rebuilt.config) == arguments
+    assert rebuilt.config.stored() == arguments

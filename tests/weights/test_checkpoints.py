@@ -1,7 +1,6 @@
 """Files in every supported form give the same model; files that are something else are refused without running them."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def training_checkpoint(model: CoCa, **extra: Any) -> dict[str, Any]:
         "epoch": 3,
         "state_dict": {**state, **extra},
         "optimizer_states": [{"state": {}}],
-        MODEL_KEY: asdict(model.config),
+        MODEL_KEY: model.config.stored(),
     }
 
 

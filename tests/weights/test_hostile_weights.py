@@ -4,7 +4,6 @@ import json
 import pickle
 import resource
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -60,7 +59,7 @@ def test_weights_that_name_other_files(tmp_path, target, key):
 def test_names_and_shapes_must_fit_the_description_before_memory_is_taken(tmp_path, forged):
     model = create_model("coca_tiny")
     state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"state_dict": state, MODEL_KEY: asdict(model.config) | forged}, tmp_path / "x.ckpt")
+    torch.save({"state_dict": state, MODEL_KEY: model.config.stored() | forged}, tmp_path / "x.ckpt")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"x\.ckpt' is damaged"):
         coca_lit.load_model(tmp_path / "x.ckpt")
@@ -75,7 +74,7 @@ def test_low_rank_updates_of_another_size(tmp_path):
     state[f"{inside}.original"] = state.pop(f"{name}.weight")
     state |= {f"{inside}.0.a": torch.zeros(1, 10**5), f"{inside}.0.b": torch.zeros(10**5, 1)}
     state[f"{inside}.0.scale"] = torch.zeros(())
-    torch.save({"state_dict": state, MODEL_KEY: asdict(model.config)}, tmp_path / "x.ckpt")
+    torch.save({"state_dict": state, MODEL_KEY: model.config.stored()}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=r"the low-rank update of 'text\.blocks\.0\.attention\.out' has another size"):
         coca_lit.load_model(tmp_path / "x.ckpt")
 
@@ -83,7 +82,7 @@ def test_low_rank_updates_of_another_size(tmp_path):
 def test_a_description_has_a_size_limit(tmp_path):
     model = create_model("coca_tiny")
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    text = json.dumps(asdict(model.config))[:-1] + ', "x": [' + "[]," * (2 * 10**6) + "[]]}"
+    text = json.dumps(model.config.stored())[:-1] + ', "x": [' + "[]," * (2 * 10**6) + "[]]}"
     save_file(state, tmp_path / "x.safetensors", {MODEL_KEY: text})
     with pytest.raises(ValueError, match="describes its model in more than 4,194,304 bytes"):
         coca_lit.load_model(tmp_path / "x.safetensors")
@@ -137,7 +136,7 @@ def saved(folder) -> dict[str, bytes]:
     model = create_model("coca_tiny").eval()
     save_model(model, folder / "model.safetensors")
     state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"state_dict": state, "coca_lit_model": asdict(model.config), "epoch": 1}, folder / "model.ckpt")
+    torch.save({"state_dict": state, "coca_lit_model": model.config.stored(), "epoch": 1}, folder / "model.ckpt")
     small = {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 1}
     sizes = {"image_size": 32, "embed_dim": 32, "pooler_queries": 3, "context_length": 10, "text_width": 32}
     layers = {"text_layers": 1, "text_heads": 1, "decoder_layers": 1, "cls_mask": "legacy"}

@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +39,7 @@ def write(model: CoCa, path: Path) -> None:
         save_model(model, path)
     else:
         state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
-        torch.save({"state_dict": state, MODEL_KEY: asdict(model.config)}, path)
+        torch.save({"state_dict": state, MODEL_KEY: model.config.stored()}, path)
 
 
 @pytest.mark.parametrize("name", [*slow("model.ckpt"), "model.safetensors"])
@@ -110,11 +110,11 @@ def test_files_without_a_digest_are_read(model: CoCa, tmp_path: Path) -> None:
     save_file(
         load_file(tmp_path / "new.safetensors"),
         tmp_path / "old.safetensors",
-        {MODEL_KEY: json.dumps(asdict(model.config))},
+        {MODEL_KEY: json.dumps(model.config.stored())},
     )
     assert load_model(tmp_path / "old.safetensors").config == model.config
     state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
-    content = {"state_dict": state, MODEL_KEY: asdict(model.config)}
+    content = {"state_dict": state, MODEL_KEY: model.config.stored()}
     torch.save(content, tmp_path / "legacy.ckpt", _use_new_zipfile_serialization=False)
     assert load_model(tmp_path / "legacy.ckpt").config == model.config
 

@@ -1,7 +1,6 @@
 """Low-rank adaptation: no change at first, nothing but A and B trains, and a file gives an ordinary model."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,7 @@ def test_whoever_reads_the_file_gets_the_sum(tiny_model: Build, tmp_path: Path, 
     names = add_lora(model, rank=3, alpha=6)
     disturb(model)
     state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"state_dict": state, MODEL_KEY: asdict(model.config)}, tmp_path / "last.ckpt")
+    torch.save({"state_dict": state, MODEL_KEY: model.config.stored()}, tmp_path / "last.ckpt")
     save_model(model, tmp_path / "model.safetensors")
     expected: tuple[Tensor, ...] = outputs(model)
     for file in ("last.ckpt", "model.safetensors"):
