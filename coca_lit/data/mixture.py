@@ -1,12 +1,10 @@
-"""Several sets of shards, several captions of an image or records of several sources, in given proportions."""
+"""Several sets of shards, or several captions of an image, in given proportions."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from coca_lit.data.records import Record
 from coca_lit.distributed import stable_seed
-from coca_lit.errors import DataError
 
 if TYPE_CHECKING:
     from coca_lit.data.shards.index import TarIndex
@@ -69,43 +67,3 @@ def check_weights(what: str, weights: Mapping[str, float]) -> dict[str, float]:
     if numbers != weights or not weights:
         raise ValueError(f"{what} must give each name a weight above 0, not {dict(weights)}")
     return numbers
-
-
-def weighted_records(
-    split: str, sources: Mapping[str, Callable[[str], Sequence[Record]]], weights: Mapping[str, float]
-) -> list[Record]:
-    """Records of several sources, such as captioned photos and classes as texts (the CoCa paper mixes ALIGN and JFT).
-
-    In "train" those of all sources, each source with the share of its weight: the one that is largest for its
-    weight once, the others as often as it takes, in whole passes and a random part of one. In other splits those of the
-    first source alone, so that validation does not depend on the weights.
-
-    Args:
-        sources: split -> records, by name.
-        weights: above 0, of each source. A repeated record has a crop and a caption of its own each time.
-
-    Raises:
-        DataError: a source has no weight, or no records.
-    """
-    try:
-        weights = check_weights("weights", weights)
-    except ValueError as error:
-        raise DataError(str(error)) from error
-    if weights.keys() != sources.keys() or not sources:
-        raise DataError(
-            f"weights are of {', '.join(weights)}, and sources {', '.join(sources)}: give each one a weight"
-        )
-    if split != "train":
-        return list(next(iter(sources.values()))(split))
-    found = {name: list(read(split)) for name, read in sources.items()}
-    empty = [name for name, records in found.items() if not records]
-    if empty:
-        raise DataError(f"the source {empty[0]} has no training records: check its folder")
-    per_weight = max(len(records) / weights[name] for name, records in found.items())
-    mixed: list[Record] = []
-    for name, records in found.items():
-        passes, rest = divmod(round(per_weight * weights[name]), len(records))
-        some = random.Random(stable_seed("weighted", name)).sample(records, rest)
-        for number, part in enumerate([*[records] * passes, some]):
-            mixed += [record._replace(id=f"{name}/{number}/{record.id}") for record in part]
-    return mixed

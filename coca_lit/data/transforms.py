@@ -60,10 +60,6 @@ def whole(pixels: Tensor, rng: random.Random, budget: int | None = None) -> Tens
     return pixels
 
 
-def whole_box(height: int, width: int, rng: random.Random, aspect: float = 1.0) -> Box:
-    return Box(0, 0, height, width)
-
-
 def random_box(height: int, width: int, rng: random.Random, aspect: float = 1.0) -> Box:
     """torchvision's `RandomResizedCrop.get_params` without a tensor for every number: most photos take several tries,
     as only a mild crop of about their own shape fits. The box has about the aspect ratio `aspect`, width to height.

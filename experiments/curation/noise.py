@@ -16,8 +16,9 @@ import pyarrow as pa
 from PIL import Image
 
 from coca_lit.data.scenes.render import scene_records
-from coca_lit.data.shards.selection import read_selection, write_selection
+from coca_lit.data.shards.selection import read_selection
 from coca_lit.data.shards.tar import tar_writer
+from coca_lit.projects.curation.choose import write_selection
 from coca_lit.runs.run_folder import environment
 from experiments.study import replace_rows
 

@@ -5,23 +5,16 @@ Training on shards with a selection equals training on copies of the shards that
 their file names, so that they can be moved. Only the keys of one shard at a time are in memory.
 """
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from coca_lit.data.shards.shard import Shard, sha256_of
 from coca_lit.errors import DataError
-from coca_lit.files import replacing
 from coca_lit.reading import open_parquet, printable
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 SHARD, KEY = COLUMNS = ("shard", "key")
-GROUP = 2**16  # samples in a row group that we write, the smallest part that is read
 
 
 @dataclass(frozen=True)
@@ -92,26 +85,3 @@ def read_selection(path: Path) -> Selection:
                 counts[name] += row["counts"]
                 groups.setdefault(name, []).append(group)
     return Selection(path, digest, dict(counts), groups)
-
-
-def write_selection(path: Path, batches: "Iterable[pa.RecordBatch]", about: Mapping[str, Any]) -> int:
-    """Writes rows (shard, key), sorted by shard; returns their number.
-
-    Args:
-        about: how they were chosen; kept in the metadata.
-
-    Raises:
-        DataError: nothing can be written there.
-    """
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    schema = pa.schema(
-        [(SHARD, pa.string()), (KEY, pa.string())], metadata={"coca_lit": json.dumps(about, ensure_ascii=True)}
-    )
-    rows = 0
-    with replacing(path) as temporary, parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        for batch in batches:
-            writer.write_table(pa.Table.from_batches([batch]).cast(schema), row_group_size=GROUP)
-            rows += batch.num_rows
-    return rows

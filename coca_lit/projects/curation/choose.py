@@ -5,7 +5,8 @@ The statements are plain SQL over the columns of the scores, see README.md; keys
 formulas of the user do. These see the columns and nothing else: DuckDB opens no file but the scores and the selection.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from coca_lit.data.shards.selection import COLUMNS, GROUP, read_selection, write_selection
+from coca_lit.data.shards.selection import COLUMNS, read_selection
 from coca_lit.errors import DataError
+from coca_lit.files import replacing
 from coca_lit.projects.curation.scores import ABOUT, check_current
 from coca_lit.reading import open_parquet, printable
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 FLAT = 200_000  # embeddings that are compared one by one; more are sorted into cells, of which the nearest are searched
 CELLS = 32  # that are searched
 BATCH = 1024  # embeddings that are searched for together
+GROUP = 2**16  # samples in a row group of a selection, the smallest part that is read
 _MISSING = "{} needs an optional package: pip install 'coca_lit[curate]'"
 
 
@@ -141,6 +144,28 @@ def dedup_scores(
         how["selection"] = str(selection) if selection else None
         rows = _batches(db, "SELECT shard, key FROM left_over ORDER BY shard, key", GROUP)
         return Chosen(write_selection(output, rows, how), total, how)
+
+
+def write_selection(path: Path, batches: "Iterable[pa.RecordBatch]", about: Mapping[str, Any]) -> int:
+    """Writes rows (shard, key), sorted by shard; returns their number.
+
+    Args:
+        about: how they were chosen; kept in the metadata.
+
+    Raises:
+        DataError: nothing can be written there.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    metadata = {"coca_lit": json.dumps(about, ensure_ascii=True)}
+    schema = pa.schema([(name, pa.string()) for name in COLUMNS], metadata=metadata)
+    rows = 0
+    with replacing(path) as temporary, parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for batch in batches:
+            writer.write_table(pa.Table.from_batches([batch]).cast(schema), row_group_size=GROUP)
+            rows += batch.num_rows
+    return rows
 
 
 def _check_output(output: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor, resize
 
-from coca_lit.data.transforms import random_box, resized, whole_box
+from coca_lit.data.transforms import Box, random_box, resized
 from coca_lit.models.inputs import Input, InputKind, Interpolation
 from coca_lit.models.packing import to_device
 
@@ -136,8 +136,7 @@ class AnyShape(InputKind):
     def augmented(self, pixels: Tensor, rng: random.Random, budget: int | None = None, whole: bool = False) -> Patches:
         """A random part of the image, about in the image's own shape, in at most `budget` patches."""
         height, width = pixels.shape[1:]
-        choose = whole_box if whole else random_box
-        box = choose(height, width, rng, width / height)
+        box = Box(0, 0, height, width) if whole else random_box(height, width, rng, width / height)
         size = patch_grid(box.height, box.width, self.patch_size, budget or self.max_patches)
         return Patches.of(resized(pixels, box, size), self.patch_size)
 

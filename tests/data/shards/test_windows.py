@@ -20,7 +20,6 @@ from coca_lit.data.mixture import Source, weighted_round_robin
 from coca_lit.data.shards.index import TarIndex, make_index
 from coca_lit.data.shards.laion import LAIONDataModule
 from coca_lit.data.shards.remote import shards as remote_shards
-from coca_lit.data.shards.selection import write_selection
 from coca_lit.data.shards.shard import Shard, Stamp
 from coca_lit.data.shards.windows import WindowedBatches, Windows
 from coca_lit.distributed import stable_seed
@@ -334,10 +333,11 @@ def test_the_cache_has_room_for_a_thin_shard(store, tmp_path):
     """Two batches of four wait: one sample of one shard, and seven of others, which have four each."""
     pytest.importorskip("pyarrow")
     import pyarrow as pa
+    from pyarrow import parquet
 
     chosen = [(f"{s:05d}.tar", f"{s}{i:04d}") for s in range(12) for i in range(4) if s or not i]
     table = dict(zip(("shard", "key"), map(list, zip(*chosen, strict=True)), strict=True))
-    write_selection(tmp_path / "kept.parquet", [pa.record_batch(table)], {})
+    parquet.write_table(pa.table(table), tmp_path / "kept.parquet")
     shards = 2 * 2 + 1 + 7 / 4  # for two readers four of them
     more = {"window_gb": 1e-12, "num_workers": 1, "selection": str(tmp_path / "kept.parquet")}
     laion(tmp_path, cache_gb=(shards + 0.1) * size_of(store[0]) / 1e9, **more).prepare_data()
