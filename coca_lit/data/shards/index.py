@@ -30,7 +30,6 @@ from coca_lit.data.shards.listing import REQUESTS
 from coca_lit.data.shards.sample import member_kinds, read_limit, suffix_of
 from coca_lit.data.shards.scan import read_fields
 from coca_lit.data.shards.shard import ChangedError, Shard, Stamp, index_name
-from coca_lit.data.shards.tar import MAX_MEMBER
 from coca_lit.errors import DataError
 from coca_lit.files import atomic_write, replacing
 from coca_lit.machine import processors
@@ -62,7 +61,8 @@ class TarIndex:
         return any(not fault.key for fault in self.faults)
 
     def key(self, i: int) -> str:
-        return self.keys[self.key_ends[i - 1] if i else 0 : self.key_ends[i]].tobytes().decode()
+        start = self.key_ends[i - 1] if i else 0
+        return self.keys[start : self.key_ends[i]].tobytes().decode(errors="replace")
 
     def read(self, i: int, suffixes: Sequence[str] = IMAGES.suffixes) -> dict[str, Any]:
         """The texts and the image of sample `i` as in `read_fields`; `LostShardError` if the shard is gone or
@@ -264,24 +264,17 @@ def write_index(index: TarIndex, path: Path) -> None:
 
 
 def _sound(index: TarIndex) -> bool:
-    """Whether all keys and places lie where they can."""
-    names = index.keys
-    ends = index.key_ends
-    places = index.places
-    if (names.dtype, ends.dtype, places.dtype) != (np.uint8, np.int64, np.int64) or names.ndim != 1:
+    """Whether all samples lie within the shard, and their names change no terminal."""
+    arrays = (index.keys, index.key_ends, index.places)
+    shape = (len(index.key_ends), len(member_kinds()), 2)
+    if tuple(array.dtype for array in arrays) != (np.uint8, np.int64, np.int64) or index.places.shape != shape:
         return False
-    if ends.ndim != 1 or places.shape != (len(ends), len(member_kinds()), 2):
-        return False
-    text = names.tobytes().decode()
-    starts = np.concatenate([[0], ends[:-1]])[: len(ends)]
-    if not (starts <= ends).all() or len(names) != (ends[-1] if len(ends) else 0):
-        return False
-    within_a_letter = (names[starts[starts < ends]] & 0xC0) == 0x80
-    offsets = places[..., 0]
-    sizes = places[..., 1]
-    inside = (offsets >= 0) & (sizes >= 0) & (sizes <= MAX_MEMBER) & (offsets <= index.stamp.bytes - sizes)
-    said = "".join(part for fault in index.faults for part in fault)
-    return bool(inside.all()) and not within_a_letter.any() and printable(text + said) == text + said
+    offsets = index.places[..., 0]
+    sizes = index.places[..., 1]
+    inside = (offsets >= 0) & (sizes >= 0) & (offsets <= index.stamp.bytes - sizes)
+    text = index.keys.tobytes().decode()
+    text += "".join(part for fault in index.faults for part in fault)
+    return bool(inside.all()) and printable(text) == text
 
 
 def index_path(shard: Shard, fallback_dir: Path) -> Path:

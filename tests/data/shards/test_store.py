@@ -168,7 +168,7 @@ def test_an_index_is_made_of_headers_whatever_fails(store, tmp_path, local, monk
     monkeypatch.setattr(object_store, "BLOCK", 512)
     expected = make_index(Shard(str(local / "00001.tar")), tmp_path)
     (shard,) = find_shards(f"{store.root}bucket/set/00001.tar", ShardCache(tmp_path / "cache", 10**6))
-    headers = RangeFile(shard.name, shard.stored.bytes)
+    headers = RangeFile(shard.name, shard.stored.bytes, patience=600)
     store.faults.extend(["", "", "reset", "", "cut", "internal"])
     assert make_index(shard, tmp_path, headers).places.tolist() == expected.places.tolist()
     assert headers.fetched < 0.7 * shard.stored.bytes
@@ -314,11 +314,9 @@ def test_the_end_of_patience_is_said_by_a_worker(store, tmp_path):
 
 @ON_ALL
 def test_what_no_waiting_mends_is_said_at_once(store, tmp_path):
-    nowhere = "shards not found" if store.scheme == "hf" else f"there is no bucket {store.root}nowhere"
-    with pytest.raises(DataNotFoundError, match=nowhere):
-        find_shards(f"{store.root}nowhere/set/*.tar")
-    with pytest.raises(DataNotFoundError, match="shards not found"):
-        find_shards(f"{store.root}bucket/other/*.tar")
+    for place in ("nowhere/set", "bucket/other"):
+        with pytest.raises(DataNotFoundError, match=f"shards not found .*{place}"):
+            find_shards(f"{store.root}{place}/*.tar")
     store.always = "forbidden"
     patience = 0 if store.scheme == "gs" else 600  # gcsfs has no class of its own for a refusal
     with pytest.raises(StoreError, match=r"bucket/set.*(credentials|Forbidden)"):
@@ -341,7 +339,7 @@ def test_a_lost_shard_is_counted_and_a_lost_bucket_stops_the_run(store, tmp_path
     other.shards = data.shards and {
         "": [replace(shard, cache=ShardCache(*other.cache)) for shard in data.shards[""]]
     }  # found before the bucket went
-    with pytest.raises(DataNotFoundError, match="s3://brief"):
+    with pytest.raises(DataError, match="no usable image in 100 tries"):
         batches(other)
 
 
@@ -407,7 +405,7 @@ def test_other_errors_are_raised_at_once():
         *(boto.NoCredentialsError(), boto.PartialCredentialsError(provider="env", cred_var="AWS_SECRET_ACCESS_KEY")),
     ):
         assert isinstance(asked(error, 600), object_store.DeniedError)
-    assert isinstance(asked(FileNotFoundError("x.tar"), 600), DataNotFoundError)
-    assert isinstance(asked(s3_error("NoSuchKey", 404), 600), DataNotFoundError)
+    assert isinstance(asked(FileNotFoundError("x.tar"), 600), FileNotFoundError)
+    assert isinstance(asked(s3_error("NoSuchKey", 404), 600), FileNotFoundError)
     assert "No space left" in str(asked(OSError(errno.ENOSPC, "No space left", "/cache/x"), 600))
     assert isinstance(asked(KeyError("a bug"), 600), KeyError)

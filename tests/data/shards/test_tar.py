@@ -46,7 +46,7 @@ def header(name: str, size: int) -> bytes:
         (header("9.jpg", 2**40), "claims 1,099,511,627,776 bytes", ["0", "1"]),
         (header("../9.jpg", 0), "leads out of the shard", ["0", "1", "2"]),
         (header("/9.jpg", 0), "leads out of the shard", ["0", "1", "2"]),
-        (header("9.jpg", -512), "claims -512 bytes, less than none", ["0", "1"]),
+        (header("9.jpg", -512), "claims -512 bytes, not 0 to", ["0", "1"]),
     ],
     ids=["sparse", "huge", "parent", "absolute", "negative"],
 )

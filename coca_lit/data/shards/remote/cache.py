@@ -51,7 +51,7 @@ class ShardCache(CacheSettings):
         Raises:
             CacheFullError: the cache is too small.
             ChangedError: the store has another file than was expected.
-            StoreError, DataNotFoundError, FileNotFoundError: as `ask`.
+            StoreError, FileNotFoundError: as `ask`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(url, expected)

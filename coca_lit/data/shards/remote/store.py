@@ -26,7 +26,7 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from coca_lit.data.shards.shard import ChangedError
-from coca_lit.errors import DataError, DataNotFoundError
+from coca_lit.errors import DataError
 from coca_lit.reading import printable
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,6 @@ T = TypeVar("T")
 
 VERSIONS = ("ETag", "etag", "blob_id", "Last-Modified", "created")  # what tells two versions of a file apart
 BLOCK = 2**19  # bytes that a store sends in about the time in which it answers a request
-PATIENCE = 600.0  # seconds
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between two attempts
 SILENCE = 10.0  # seconds without a byte until the first attempt is given up; twice as long at each further one
 PASSING = (408, 409, 425, 429)  # HTTP statuses below 500 after which a request may be repeated
@@ -66,7 +65,7 @@ class Stored(NamedTuple):
 class RangeFile(BufferedIOBase):
     """A remote file of which at least `BLOCK` bytes are read at a time, and what is skipped is not fetched."""
 
-    def __init__(self, url: str, size: int, patience: float = PATIENCE) -> None:
+    def __init__(self, url: str, size: int, patience: float) -> None:
         self._url = url
         self._size = size
         self._patience = patience
@@ -139,7 +138,7 @@ def read_range(store: Any, url: str, start: int, end: int) -> bytes:
     return content
 
 
-def at_commit(url: str, commits: dict[str, str], patience: float = PATIENCE) -> str:
+def at_commit(url: str, commits: dict[str, str], patience: float) -> str:
     """A URL of a data set on the Hub with the hash of a commit as its revision: a branch may move while a training
     lasts. Other URLs stay as they are.
 
@@ -178,7 +177,6 @@ def ask(url: str, patience: float, request: Callable[[Any], T]) -> T:
 
     Raises:
         StoreError: for `patience` seconds there was no answer, or the store refuses.
-        DataNotFoundError: there is no such bucket.
         FileNotFoundError: there is no such file.
     """
     failing_since = None
@@ -194,7 +192,7 @@ def ask(url: str, patience: float, request: Callable[[Any], T]) -> T:
         except ImportError as error:
             raise StoreError(f"{url} needs an optional package: pip install 'coca_lit[remote]' ({error})") from error
         except Exception as error:
-            final = _final(url, error, patience)
+            final = _final(url, error)
             if final is not None:
                 raise final from error
             now = time.monotonic()
@@ -221,7 +219,7 @@ def ask(url: str, patience: float, request: Callable[[Any], T]) -> T:
             return answer
 
 
-def _final(url: str, error: Exception, patience: float) -> Exception | None:
+def _final(url: str, error: Exception) -> Exception | None:
     """What to raise for an error that does not pass; None for one that may. The libraries of stores share no class of
     errors: those of Python other than `OSError` are mistakes of a program, all others may pass.
     """
@@ -231,32 +229,13 @@ def _final(url: str, error: Exception, patience: float) -> Exception | None:
     codes = (getattr(place, name, None) for place in places for name in ("status", "status_code", "code"))
     status = next((code for code in codes if isinstance(code, int)), 0)  # of HTTP
     if isinstance(error, FileNotFoundError) or status == 404:
-        return _missing(url, patience)
+        return FileNotFoundError(f"{url} does not exist")
     refused = 400 <= status < 500 and status not in PASSING
     without_credentials = type(error).__name__ in WITHOUT_CREDENTIALS
     if refused or without_credentials or isinstance(error, PermissionError | ValueError):
         return DeniedError(f"{url} cannot be read: check the address and the credentials ({_reason(error)})")
     passes = isinstance(error, OSError | EOFError) or type(error).__module__ != "builtins"
     return None if passes else error
-
-
-def _missing(url: str, patience: float) -> Exception:
-    """Whether it is the file or the whole bucket that is gone: a bucket is not one of many shards."""
-    bucket = "/".join(url.split("/")[:3])
-
-    def exists(store: Any) -> bool:
-        try:
-            store.ls(bucket, detail=True)  # `exists` would take any error for a no
-        except FileNotFoundError:
-            return False
-        except PermissionError:
-            pass
-        return True
-
-    _forget(url)
-    if url.startswith("hf://") or _is_web(url) or ask(bucket, patience, exists):
-        return FileNotFoundError(f"{url} does not exist")
-    return DataNotFoundError(f"{url}: there is no bucket {bucket}, or it cannot be seen with these credentials")
 
 
 def _is_web(url: str) -> bool:
