@@ -37,10 +37,11 @@ MAX_LOGIT_SCALE = math.log(100)  # the bound that CLIP puts on the temperature
 # What a forward pass can be asked for; labels come with "hidden".
 CONTRASTIVE = ("image_features", "text_features", "logit_scale", "logit_bias")
 CAPTION = ("hidden", "vocabulary")
-OUTPUTS = (*CONTRASTIVE, *CAPTION, "pooled", "image_tokens", "encoded", "text_states")
+OUTPUTS = (*CONTRASTIVE, *CAPTION, "pooled", "image_tokens", "encoded", "text_states", "further_text_features")
 POOLED = frozenset({"image_features", "pooled"})  # outputs that follow from the contrastive vector of an image
 READ = frozenset({"hidden", "image_tokens"})  # from the image tokens that the decoder attends to
-TEXT_OUTPUTS = frozenset({"hidden", "text_features", "text_states"})
+TEXT_OUTPUTS = frozenset({"hidden", "text_features", "text_states"})  # from the texts that the images come with
+TEXT_FEATURES = frozenset({"text_features", "further_text_features"})  # from the contrastive vector of a text
 
 
 class CoCaOutput(NamedTuple):
@@ -59,6 +60,7 @@ class CoCaOutput(NamedTuple):
     image_tokens: Tensor | None = None  # (B, Q, T), what the decoder attends to
     encoded: Images | None = None  # tokens of the image encoder; of images (B, S, C)
     text_states: Tensor | None = None  # (B, L, D), of the text tower at each token; 0 after the end of a text
+    further_text_features: Tensor | None = None  # (B, K - 1, E), unit length, of further captions of each image
     token_count: Tensor | None = None  # of a micro-batch: the labels of the whole batch on all ranks that count
 
     @property
@@ -189,6 +191,8 @@ class CoCa(Trainable):
         *,
         needs: Collection[str] = (*CONTRASTIVE, *CAPTION),
         prefix_lengths: Tensor | None = None,
+        further_tokens: Tensor | None = None,
+        further_lengths: Tensor | None = None,
     ) -> CoCaOutput:
         """What losses need of a batch of pairs. Only what is asked for is computed.
 
@@ -201,9 +205,11 @@ class CoCa(Trainable):
             needs: fields of the output, see `OUTPUTS`.
             prefix_lengths: (B,) leading tokens that are not predicted, at least 1 for the start; 1 by default. Also
                 on the host.
+            further_tokens: (B, K - 1, L) ids of further captions of each image, for "further_text_features" alone.
+            further_lengths: (B, K - 1), as `lengths`.
 
         Raises:
-            ValueError: there is no such output.
+            ValueError: there is no such output, or no further caption to make one of.
         """
         check_outputs(needs)
         if self.decoder is None:
@@ -218,6 +224,12 @@ class CoCa(Trainable):
                 out = out._replace(text_features=F.normalize(text_vector, dim=-1))
             if "text_states" in needs:
                 out = out._replace(text_states=_states_of_tokens(states, layout, tokens, lengths))
+        if "further_text_features" in needs:
+            if further_tokens is None:
+                raise ValueError("further_text_features need several captions of each image: set data.captions")
+            further_lengths = None if further_lengths is None else further_lengths.flatten()
+            features = self.encode_text(further_tokens.flatten(0, 1), further_lengths)
+            out = out._replace(further_text_features=features.unflatten(0, further_tokens.shape[:2]))
         pooled = not POOLED.isdisjoint(needs)
         read = not READ.isdisjoint(needs)
         if pooled or read or "encoded" in needs:
@@ -323,8 +335,8 @@ class CoCa(Trainable):
             parts += [f"pooling.{name}" for name in _children(self.pooling) if name not in unused]
         if "image_features" in needs and self.pooling.projected:
             parts.append("image_projection")
-        if not TEXT_OUTPUTS.isdisjoint(needs):
-            left_out = () if "text_features" in needs else self.text.contrastive_only
+        if not (TEXT_OUTPUTS | TEXT_FEATURES).isdisjoint(needs):
+            left_out = self.text.contrastive_only if TEXT_FEATURES.isdisjoint(needs) else ()
             parts += [f"text.{name}" for name in _children(self.text) if name not in left_out]
         if "logit_scale" in needs:
             parts.append("logit_scale")

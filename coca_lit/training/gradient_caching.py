@@ -29,7 +29,7 @@ from coca_lit.errors import ConfigError
 from coca_lit.losses.gradients import with_gradients
 from coca_lit.models import CoCa, CoCaOutput
 from coca_lit.models.packing import to_device
-from coca_lit.training.objectives import Objective, Terms, needs_of
+from coca_lit.training.objectives import Objective, Terms, forward_pass, needs_of
 
 ALWAYS = ("logit_scale", "logit_bias")  # outputs that cost nothing
 SHARED = (*ALWAYS, "vocabulary")  # outputs that all micro-batches have in common
@@ -201,9 +201,8 @@ def check_norms(net: CoCa) -> None:
 
 def _forward(net: CoCa, part: MicroBatch, needs: Sequence[str]) -> CoCaOutput:
     # The decoder draws its random numbers after the towers, so these draw the same ones with and without it.
-    batch = part.batch
     with seeded(part.seed, net.device):
-        return net(batch.images, batch.tokens, batch.lengths, needs=needs, prefix_lengths=batch.prefix_lengths)
+        return forward_pass(net, part.batch, needs)
 
 
 @contextmanager

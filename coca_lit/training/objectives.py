@@ -238,11 +238,24 @@ def needs_of(objectives: Iterable[Objective]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for objective in objectives for name in objective.needs))
 
 
+def forward_pass(net: CoCa, batch: Batch, needs: Sequence[str]) -> CoCaOutput:
+    """What objectives need of a batch."""
+    return net(
+        batch.images,
+        batch.tokens,
+        batch.lengths,
+        needs=needs,
+        prefix_lengths=batch.prefix_lengths,
+        further_tokens=batch.extras.get("further_tokens"),
+        further_lengths=batch.extras.get("further_lengths"),
+    )
+
+
 def terms_of(net: CoCa, objectives: Sequence[Objective], batch: Batch) -> Terms:
     """The terms of a batch, with one forward pass for all objectives that need something of it."""
-    terms, out = Terms(), None
-    if needs := needs_of(objectives):
-        out = net(batch.images, batch.tokens, batch.lengths, needs=needs, prefix_lengths=batch.prefix_lengths)
+    terms = Terms()
+    needs = needs_of(objectives)
+    out = forward_pass(net, batch, needs) if needs else None
     for objective in objectives:
         terms.add(objective, objective(net, batch, out) if objective.needs else objective(net, batch))
     return terms
@@ -252,6 +265,20 @@ def without_replaced(objectives: Sequence[Objective]) -> list[Objective]:
     """Those that train together: without the ones whose terms another one replaces."""
     replaced = {term for objective in objectives for term in objective.replaces}
     return [objective for objective in objectives if replaced.isdisjoint(objective.weights)]
+
+
+def check_captions(objectives: Sequence[Objective], captions: int) -> None:
+    """Raises `ConfigError` if an objective needs several captions of each image and gets one, or if the data give
+    several and none reads them. One with a pass of its own may read them in the batch.
+    """
+    reading = [objective for objective in objectives if "further_text_features" in objective.needs]
+    if reading and captions == 1:
+        raise ConfigError(f"{reading[0].config_key} needs several captions of each image: set data.captions=2 or more")
+    if captions > 1 and not reading and all(objective.needs for objective in objectives):
+        raise ConfigError(
+            f"data.captions={captions}: no objective reads the further captions; one that needs 'further_text_features'"
+            " does"
+        )
 
 
 def named_objectives(objectives: Mapping[str, Callable[..., Any] | None]) -> dict[str, Objective]:

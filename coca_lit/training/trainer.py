@@ -22,7 +22,7 @@ from coca_lit.models.kernels.process import Fp32Matmul
 from coca_lit.runs.checkpoint_io import save
 from coca_lit.runs.launch import launched_devices, launched_processes, under_srun
 from coca_lit.training.lightning_fixes import callbacks_of, is_sharded, say_which_rank_ended, set_ddp_options
-from coca_lit.training.objectives import Objective, without_replaced
+from coca_lit.training.objectives import Objective, check_captions, without_replaced
 from coca_lit.training.optim import Grouped
 from coca_lit.weights.sharded import REST, is_folder, nested, read_tensors
 
@@ -136,6 +136,7 @@ def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
         except Exception as error:  # anything may be among them
             what = f"{name}: save_hyperparameters() keeps what no checkpoint may hold ({why_unreadable(error)})"
             raise ConfigError(f"{what}: leave it out, or name it in ignore=[…]") from error
+    check_captions(objectives, getattr(data, "captions", 1))
     for objective in objectives:
         objective.take_data(data)
     varies = trainer.accumulate_grad_batches > 1 or size is not None or bool(module.objectives)

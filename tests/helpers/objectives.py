@@ -13,6 +13,7 @@ from coca_lit.data.records import Record
 from coca_lit.errors import ConfigError
 from coca_lit.evals import Evaluation, Settings
 from coca_lit.evals.inference import rows_of
+from coca_lit.losses import contrastive_term
 from coca_lit.models import CoCa, CoCaOutput, create_model, register_objective
 from coca_lit.models.coca import CAPTION
 from coca_lit.training.objectives import Objective, predicted, terms_of
@@ -87,6 +88,19 @@ class LikeliestWords(Evaluation):
         words = rows_of(model, records, likeliest).argmax(dim=1).tolist()
         texts = [model.tokenizer.encode(record.captions[0]) for record in records]
         return {"right": sum(word in text for word, text in zip(words, texts, strict=True)) / len(records)}
+
+
+class FurtherTexts(Objective):
+    """The contrastive loss of each image and the mean of its further captions."""
+
+    needs = ("image_features", "further_text_features", "logit_scale")
+
+    def __init__(self) -> None:
+        super().__init__(further=1.0)
+
+    def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, Tensor]:
+        texts = F.normalize(out.further_text_features.mean(dim=1), dim=-1)
+        return {"further": contrastive_term(out.image_features, texts, out.logit_scale, None)}
 
 
 class OwnCaptions(Objective):

@@ -43,6 +43,18 @@ def own_batch(model: nn.Module, step: int) -> Batch:
     return Batch(images[own], tokens[own, : lengths[own].max()], lengths[own], [""] * share)
 
 
+def with_further_captions(model: nn.Module, step: int) -> Batch:
+    """`own_batch` with two further captions of each image."""
+    generator = torch.Generator().manual_seed(100 + step)
+    tokens = torch.randint(4, model.tokenizer.vocab_size, (PAIRS, 2, 18), generator=generator)
+    lengths = torch.randint(3, 19, (PAIRS, 2), generator=generator)
+    tokens[torch.arange(18) >= lengths[..., None]] = model.tokenizer.pad_id
+    share = PAIRS // world_size()
+    own = slice(rank() * share, (rank() + 1) * share)
+    extras = {"further_tokens": tokens[own], "further_lengths": lengths[own]}
+    return own_batch(model, step)._replace(extras=extras)
+
+
 def trained_with(
     objective: Objective,
     batch: Callable[[nn.Module, int], Batch],

@@ -20,9 +20,10 @@ from coca_lit.models.coca import CAPTION, CONTRASTIVE
 from coca_lit.training.gradient_caching import cached_loss, micro_batches, seeded
 from coca_lit.training.objectives import Captions, Contrastive, Objective
 from coca_lit.training.optim import AdamW
+from helpers.objectives import FurtherTexts
 from helpers.running import run
 from helpers.slow import slow
-from helpers.steps import ENCODER, Step, own_batch
+from helpers.steps import ENCODER, Step, own_batch, trained_with, with_further_captions
 
 WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
 
@@ -203,13 +204,15 @@ def spread(output: Tensor) -> Tensor:
         ("encoded", {}),
         ("text_states", {}),
         ("text_states", {"cls_mask": "legacy"}),
+        ("further_text_features", {}),
+        ("further_text_features", {"cls_mask": "legacy"}),
         ("hidden", {}),
     ],
 )
 def test_a_term_of_one_output_is_the_only_loss(output: str, model: dict[str, Any], size: int | None) -> None:
     """What the term does not depend on is frozen, and everything else gets the gradient of the whole batch."""
     net = build(**model).double()
-    batch = own_batch(net, 0)
+    batch = with_further_captions(net, 0)
     spread(one_output(net, batch, output)).backward()
     expected = gradients(net)
     net.zero_grad()
@@ -227,6 +230,9 @@ def one_output(net: CoCa, batch: Batch, output: str) -> Tensor:
         return net.encode_image(images)
     if output == "text_features":
         return net.encode_text(tokens, lengths)
+    if output == "further_text_features":
+        rows = zip(batch.extras["further_tokens"], batch.extras["further_lengths"], strict=True)
+        return torch.stack([net.encode_text(*captions) for captions in rows])
     if output == "pooled":
         return net.pooling(net.image_encoder(images))[0]
     if output == "image_tokens":
@@ -266,6 +272,19 @@ def test_parameters_of_a_term_of_features_get_the_gradient_of_the_whole_batch() 
         found.append({name: p.grad for name, p in module.objectives.named_parameters()})
     assert found[0]["mapped.map.weight"].abs().sum() > 0
     torch.testing.assert_close(found[1], found[0], atol=1e-10, rtol=0)
+
+
+def trained_on_further_captions(size: int | None) -> dict[str, Tensor]:
+    return trained_with(FurtherTexts(), with_further_captions, 1.0, size)
+
+
+def test_further_captions_on_two_ranks_and_in_micro_batches(on_ranks) -> None:
+    expected = trained_on_further_captions(None)
+    without = trained_with(Mapped(), with_further_captions, 1.0, None)
+    assert (without["text.norm.weight"] - expected["text.norm.weight"]).abs().max() > 1e-4
+    on_two_ranks = [*on_ranks(2, trained_on_further_captions, None), *on_ranks(2, trained_on_further_captions, 1)]
+    for found in [trained_on_further_captions(2), *on_two_ranks]:
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
 
 VIT = (

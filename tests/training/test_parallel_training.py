@@ -18,6 +18,7 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.tools.export import command as export
 from coca_lit.training.sharding import check_sharded, shard, unsharded
 from coca_lit.weights.load import load_model
+from helpers.family import check_sharded_training
 from helpers.parallel import DDP, SHARDED, SHORT, UNSCORED, saved, train
 from helpers.running import launched, results, run, without_java
 
@@ -74,6 +75,21 @@ def test_sharded_training_equals_one_process(sharded, one_process: Path, tmp_pat
     longer = saved(tmp_path)
     for name in ("on", "on_from_one"):
         torch.testing.assert_close(saved(folder / name)["state_dict"], longer["state_dict"], atol=4e-6, rtol=0)
+
+
+FURTHER = ("data.captions=3", "+model.objectives.further._target_=helpers.objectives.FurtherTexts")
+
+
+@pytest.mark.slow
+def test_further_captions_in_sharded_training(on_ranks, tmp_path: Path) -> None:
+    check_sharded_training(on_ranks, tmp_path, *FURTHER)
+
+
+def test_further_captions_and_an_objective_that_reads_them_belong_together(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"objectives\.further .*data\.captions=2"):
+        train(tmp_path, FURTHER[1])
+    with pytest.raises(ConfigError, match=r"data\.captions=3: no objective reads"):
+        train(tmp_path, FURTHER[0])
 
 
 def gradients(bf16: bool, sharded: bool) -> dict[str, torch.Tensor]:

@@ -74,6 +74,7 @@ def estimate(cfg: DictConfig, settings: "Settings", module: "CoCaLit") -> "tuple
 
     from coca_lit.tools.plan.estimate import measure
     from coca_lit.tools.plan.trace import cost, on_gpu
+    from coca_lit.training.objectives import check_captions
 
     with error_context("data"):  # which a training would build
         check_number("batch_size", cfg.data.batch_size, whole=True, at_least=1)
@@ -88,13 +89,15 @@ def estimate(cfg: DictConfig, settings: "Settings", module: "CoCaLit") -> "tuple
         )
     precision = read_precision(cfg)
     autocast = AUTOCAST.get(precision)
+    captions = cfg.data.get("captions", 1)
+    check_captions(module.every_objective, captions)
     if precision.endswith("-true") and precision.startswith(("bf16", "16")):
         module.net.to(torch.bfloat16)
     model = measure(module.net, objectives)
     half = not precision.startswith(("32", "64"))
     mixed = getattr(torch, autocast) if autocast else None
     try:
-        spent = cost(module.net, weights, tokens, mixed, objectives, reader_of(cfg))
+        spent = cost(module.net, weights, tokens, mixed, objectives, reader_of(cfg), captions)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ConfigError(
             f"a plan has no values of tensors, and something reads them ({error}); an objective that does sets "

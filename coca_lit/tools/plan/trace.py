@@ -28,7 +28,7 @@ from coca_lit.losses.caption import CHUNK, GPU_CHUNK
 from coca_lit.models import CoCa, kernels
 from coca_lit.models.coca import CAPTION, CONTRASTIVE
 from coca_lit.models.inputs import largest_shape
-from coca_lit.training.objectives import Objective, needs_of, predicted
+from coca_lit.training.objectives import Objective, forward_pass, needs_of, predicted
 
 BATCHES = (64, 128)  # the difference of their peaks is the memory per sample; both exceed a chunk of the losses
 PARTS = {  # part of the plan -> modules of the network
@@ -65,6 +65,7 @@ def cost(
     autocast: torch.dtype | None,
     objectives: Sequence[Objective] = (),
     reader: ImageReader = IMAGES,
+    captions: int = 1,
 ) -> Cost:
     """The cost of a sample in a large batch.
 
@@ -75,9 +76,12 @@ def cost(
         autocast: type of mixed precision; None computes in the type of the weights.
         objectives: further ones that can be counted; their texts are as long as captions.
         reader: of the kind of input.
+        captions: of each image.
     """
     few, many = BATCHES
-    low, high = (trace(net, weights, caption_tokens, autocast, batch, objectives, reader) for batch in BATCHES)
+    low, high = (
+        trace(net, weights, caption_tokens, autocast, batch, objectives, reader, captions) for batch in BATCHES
+    )
     slope = (high.peak - low.peak) / (many - few)
     forward = {part: flops / few for part, flops in low.forward.items()}
     return Cost(forward, low.total / few, slope, max(low.peak - few * slope, 0.0), low.operations)
@@ -121,6 +125,7 @@ def trace(
     batch: int,
     objectives: Sequence[Objective] = (),
     reader: ImageReader = IMAGES,
+    captions: int = 1,
 ) -> Step:
     """A step with `batch` samples. Its FLOPs are without the contrastive logits, which grow with the global batch.
     Arguments as for `cost`.
@@ -133,7 +138,7 @@ def trace(
         if end_of in ("network", "objectives"):
             modules.update({name: sum(found.values()) for name, found in counter.get_flop_counts().items()})
 
-    step = _Step(net, weights, objectives, reader)
+    step = _Step(net, weights, objectives, reader, captions)
     inputs = _inputs(step, caption_tokens, batch)
     grads = [p.grad for p in step.parameters() if p.grad is not None]
     # In this order: the counter of FLOPs hands on the parts of an operation in its place.
@@ -160,10 +165,16 @@ class _Step(nn.Module):
     """The losses of a training step. One module, so that the counter of FLOPs knows the names of its parts."""
 
     def __init__(
-        self, net: CoCa, weights: Mapping[str, float], objectives: Sequence[Objective], reader: ImageReader
+        self,
+        net: CoCa,
+        weights: Mapping[str, float],
+        objectives: Sequence[Objective],
+        reader: ImageReader,
+        captions: int,
     ) -> None:
         super().__init__()
         self.reader = reader
+        self.captions = captions
         self.net = net
         self.weights = weights
         self.objectives = nn.ModuleList(objectives)
@@ -173,14 +184,20 @@ class _Step(nn.Module):
     def forward(self, images: Tensor, tokens: Tensor, lengths: Tensor, mark: Callable[[str], None]) -> Tensor:
         """`mark` is called at the end of the network and of each loss, computed or not."""
         terms: list[Tensor] = []
-        needs = {*needs_of(self.shared)}
+        needs = [*needs_of(self.shared)]
         if self.weights["contrastive"]:
-            needs.update(CONTRASTIVE)
+            needs += CONTRASTIVE
         if self.weights["caption"]:
-            needs.update(CAPTION)
+            needs += CAPTION
         given = self.reader.batch(images)
         batch = Batch(given[: len(tokens)], tokens, lengths, [])
-        out = self.net(batch.images, tokens, lengths, needs=needs) if needs else None
+        if self.captions > 1:
+            shape = (len(tokens), self.captions - 1)
+            further_tokens = tokens[:, None].expand(*shape, -1)
+            batch = batch._replace(
+                extras={"further_tokens": further_tokens, "further_lengths": lengths[:, None].expand(shape)}
+            )
+        out = forward_pass(self.net, batch, needs) if needs else None
         mark("network")
         if out is not None and self.weights["caption"] and out.hidden is not None:
             terms.append(predicted(out))

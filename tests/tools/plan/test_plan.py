@@ -25,6 +25,7 @@ from coca_lit.tools.plan.estimate import Model, Recipe, flops, largest_batch, la
 from coca_lit.tools.plan.trace import Cost, cost, trace
 from coca_lit.training.objectives import Objective, terms_of
 from helpers.family import check_planned_flops
+from helpers.objectives import FurtherTexts
 from helpers.slow import slow
 
 WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
@@ -167,6 +168,14 @@ def test_less_work_costs_less() -> None:
     no_caption = trace(without_weights(), {"contrastive": 1.0, "caption": 0.0}, TOKENS, None, 64)
     assert "decoder" not in no_caption.forward
     assert no_caption.total < plain.total
+
+
+def test_further_captions_cost_the_text_tower_as_much_as_the_first() -> None:
+    contrastive = {"contrastive": 1.0, "caption": 0.0}
+    first = trace(without_weights(), contrastive, TOKENS, None, 64).forward
+    all_three = trace(without_weights(), contrastive, TOKENS, None, 64, [FurtherTexts()], captions=3).forward
+    assert all_three["text tower"] == 3 * first["text tower"]
+    assert all_three["image encoder"] == first["image encoder"]
 
 
 @pytest.mark.slow
