@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,7 +27,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -50,7 +56,7 @@ from coca_lit.runs.launch import (
     run_id,
 )
 from coca_lit.runs.redaction import masked_yaml, redact
-from coca_lit.runs.run_folder import CHECKPOINTS, NEWEST, restarted
+from coca_lit.runs.run_folder import CHECKPOINTS, NEWEST, begin_at, restarted
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # In a checkout the configs lie beside the package, in a wheel inside it.
@@ -59,6 +65,7 @@ CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path
 WEIGHTS = ("checkpoint", "interpolate_with", "init_from", "ckpt_path", "init_parts.image_encoder")
 NAMES = ("auto", "required", "builtin", "photos", "efficientnet_lite0", "efficientnet_lite2")
 SEARCH_PATH = "hydra.searchpath="
+KINDS = ("captions", "retrieval", "labels", "answers")  # of evaluations, by what a data set says of its images
 _KEY = re.compile(r"(?!hydra\.)[A-Za-z_][\w-]*(\.[\w-]+)*", re.ASCII)
 
 OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
@@ -87,25 +94,28 @@ def command(config: str, function: Callable[[DictConfig], Any], positional: Posi
 def job_command(
     config: str,
     function: Callable[[DictConfig], Any],
-    completed: Callable[[list[str]], list[str]] | None = None,
+    add_overrides: Callable[[list[str]], list[str]] | None = None,
 ) -> None:
     """As `command`, but Hydra makes the run folder and calls the function; for each job of a sweep, where its launcher
     starts it.
 
     Args:
-        completed: adds overrides that follow from the given ones.
+        add_overrides: returns the given overrides and those that follow from them.
     """
+    began = time.time()
     with _as_command(config):
         options, words = parse(sys.argv[1:])
         if _answered(config, options, words):
             return
-        words = completed(words) if completed is not None else words
+        if add_overrides is not None:
+            words = add_overrides(words)
         overrides = _overrides(config, words)
         known = (_shipped(config), options_of(config, "", words))
         failures: list[Exception] = []
 
         @functools.wraps(function)
         def job(cfg: DictConfig) -> Any:
+            begin_at(time.time() if options.multirun else began)
             try:
                 with job_record():
                     _check(cfg, *known)
@@ -119,7 +129,7 @@ def job_command(
                     print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
                 return None
 
-        with _hydra(config) as machine:
+        with _hydra(config, words) as machine:
             try:
                 (machine.multirun if options.multirun else machine.run)(config, job, overrides)
             except HydraException:  # some of them are an OSError, too
@@ -176,20 +186,38 @@ def _answered(config: str, options: argparse.Namespace, words: Sequence[str]) ->
 
 
 @contextmanager
-def _hydra(job: str = "app") -> Iterator[Any]:
-    """Hydra on our configs. It reads them as UTF-8, and does not say which one is something else."""
-    _store_configs_of_projects()
-    with hydra.initialize_config_dir(str(CONF), job_name=job, version_base="1.3"):
-        try:
+def _hydra(config: str = "train", words: Sequence[str] = ()) -> Iterator[Any]:
+    """Hydra on our configs. What it says of a file that it cannot read or find becomes a sentence of ours.
+
+    Args:
+        config: the command's.
+        words: overrides, of which one may name a user's own folder.
+    """
+    _store_configs()
+    try:
+        with hydra.initialize_config_dir(str(CONF), job_name=config, version_base="1.3"):
             yield GlobalHydra.instance().hydra
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"a config is no text in UTF-8 ({error}): save it as UTF-8") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"a config is no text in UTF-8 ({error}): save it as UTF-8") from error
+    except MissingConfigException as error:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        raise ConfigError(_no_such_option(config, group, option, words)) from error
+    except ConfigCompositionException as error:
+        lacks_package = re.match(r"In 'experiment/(.+)': Could not override '\w+@experiment\.", str(error))
+        if lacks_package:
+            file = f"experiment/{lacks_package[1]}.yaml"
+            raise ConfigError(f"the first line of {file} must be: # @package _global_") from error
+        same_name = re.match(r"'(.+)' is validated against ConfigStore schema", str(error))
+        if same_name:
+            raise ConfigError(f"{same_name[1]}.yaml has the name of an option of coca_lit: choose another") from error
+        raise
 
 
 @functools.cache
-def _store_configs_of_projects() -> None:
+def _store_configs() -> None:
     """Gives Hydra what our configs take from all projects: the folders of their data sets, their evaluations and config
-    groups, the options of their kinds of input, and the functions that their configs call.
+    groups, the options of their kinds of input, and the functions that their configs call. And for each data set the
+    option `evals=NAME`: its evaluations NAME_KIND, unless a file says which they are.
     """
     store = ConfigStore.instance()
     store.store("roots_of_projects", extensions.declared("roots"), package="roots")
@@ -201,8 +229,18 @@ def _store_configs_of_projects() -> None:
     changeable = [name for name, option in extensions.model_options().items() if option.evaluation]
     store.store("model_options", dict.fromkeys(changeable))
     store.store("groups_of_projects", {"defaults": [{name: None} for name in extensions.listed("groups")]})
+    evals = _files("evals")
+    for name in _files("data") - evals:
+        of_data = [f"{name}_{kind}" for kind in KINDS if f"{name}_{kind}" in evals]
+        if of_data:
+            store.store(name, {"defaults": of_data}, group="evals")
     for name, target in extensions.declared("resolvers").items():
         OmegaConf.register_new_resolver(name, functools.partial(_call, target), replace=True)
+
+
+def _files(group: str) -> set[str]:
+    """The names of the files of a config group, ours and those of projects."""
+    return {file.stem for folder in (CONF, *extensions.config_folders()) for file in (folder / group).glob("*.yaml")}
 
 
 def input_help() -> str:
@@ -235,7 +273,7 @@ def compose(config: str, words: Sequence[str] = (), with_hydra: bool = False) ->
         with_hydra: with Hydra's own part.
     """
     overrides = _overrides(config, words)
-    with _hydra():
+    with _hydra(config, words):
         cfg = hydra.compose(config, overrides, return_hydra_config=with_hydra)
     _check(cfg, _shipped(config), options_of(config, "", words))
     return cfg
@@ -340,13 +378,6 @@ def explain(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         key, _, value = (override := error.override.removeprefix("++")).partition("=")
         return f"'{override}' is not in Hydra's grammar; put the value in quotes: {key}='\"{value}\"'"
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        folders = [CONF, *extensions.config_folders()]
-        files = [path.stem for folder in folders for path in (folder / group).glob("*.yaml")]
-        found = error.options or sorted(files)  # of a list: none
-        options = [option for option in found if not option.startswith("_")]
-        return f"'{group}' has no option '{option}'{suggest(option, options)} The options: {', '.join(options)}"
     if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark) is not None:
         return f"'{mark.name}', line {mark.line + 1}: {error.problem}"
     if isinstance(error, HydraException | yaml.YAMLError):
@@ -363,9 +394,21 @@ def explain(error: Exception) -> str:
 # The configs in `conf` and in a user's own folders: their groups, options and help
 
 
+def _no_such_option(config: str, group: str, option: str, words: Sequence[str]) -> str:
+    """What is wrong with the name of an option of a config group."""
+    missing = f"'{group}' has no option '{option}'"
+    if group == "evals" and option in options_of(config, "data", words):
+        return f"no evaluations go with data={option}: add evals=[], or a file evals/{option}.yaml that lists them"
+    unnamed = [file.parents[2] for file in PACKAGE.glob(f"projects/*/conf/{group}/{option}.yaml")]
+    if unnamed:
+        return f"{missing}: the folder {unnamed[0]} has it, but pyproject.toml has no entry point of that folder"
+    options = options_of(config, group, words)
+    return f"{missing}{suggest(option, options)} The options: {', '.join(options)}"
+
+
 def is_shipped(group: str, option: str) -> bool:
     """Whether an option of a config group is ours or that of a project, and not the user's own."""
-    return any((folder / group / f"{option}.yaml").is_file() for folder in (CONF, *extensions.config_folders()))
+    return option in _files(group)
 
 
 def options_of(config: str, group: str = "", words: Sequence[str] = ()) -> tuple[str, ...]:
@@ -385,8 +428,10 @@ def _options(config: str, group: str, search: tuple[str, ...]) -> tuple[str, ...
 
 
 def _template(config: str) -> str:
+    """The template of the help, with the name of the command as it was typed."""
     with _hydra():  # unchecked: the constructors are not imported for the help
-        return str(hydra.compose(config, return_hydra_config=True).hydra.help.template)
+        template = str(hydra.compose(config, return_hydra_config=True).hydra.help.template)
+    return template if sys.argv[0].endswith(".py") else template.replace("python train.py", "coca-train")
 
 
 def _filled_help(config: str, words: Sequence[str]) -> str:

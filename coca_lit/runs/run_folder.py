@@ -52,6 +52,7 @@ JOBS = "jobs"  # in `environment.json`: in which the run was begun or resumed la
 # What names a job that SLURM or torchrun may start again, with the same command: how often it did.
 RESTARTS = {"SLURM_JOB_ID": "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID": "TORCHELASTIC_RESTART_COUNT"}
 PATIENCE = 30.0  # seconds for the workers of a killed process to notice that it is gone
+_began: float | None = None
 
 
 def step_files(folder: Path) -> list[Path]:
@@ -76,18 +77,23 @@ def add_facts(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
+def begin_at(seconds: float) -> None:
+    """Notes when the command, or a job of its sweep, began: `environment` says so, and the run counts from there."""
+    global _began
+    _began = seconds
+
+
 def environment() -> dict[str, Any]:
     """What a number depends on: command, commit, machine, versions; and the job, if any."""
-    packages = ("torch", "lightning", "timm", "hydra-core")
-    return {
-        "command": command(),
-        "commit": commit(),
-        "machine": machine(),
-        **({JOBS: jobs} if (jobs := {name: os.environ[name] for name in RESTARTS if name in os.environ}) else {}),
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-        "started": time.time(),
-    }
+    known: dict[str, Any] = {"command": command(), "commit": commit(), "machine": machine()}
+    jobs = {name: os.environ[name] for name in RESTARTS if name in os.environ}
+    if jobs:
+        known[JOBS] = jobs
+    known["python"] = platform.python_version()
+    for package in ("torch", "lightning", "timm", "hydra-core"):
+        known[package] = version(package)
+    known["started"] = _began if _began is not None else time.time()
+    return known
 
 
 def command(words: Sequence[str] | None = None) -> str:

@@ -225,7 +225,10 @@ def test_help_of_evaluations_lists_them_and_no_other_group(
     command.job_command("evaluate", lambda cfg: None)
     shown = capsys.readouterr().out
     names = re.findall(r"[\w]+", shown.partition("\nevals: ")[2].partition("\nSingle values")[0])
-    assert sorted(names) == sorted(file.stem for folder in CONFIGS for file in folder.glob("evals/[!_]*.yaml"))
+    files = {file.stem for folder in CONFIGS for file in folder.glob("evals/[!_]*.yaml")}
+    data = {file.stem for folder in CONFIGS for file in folder.glob("data/[!_]*.yaml")}
+    assert {"mscoco", "my_photos"} <= data - files  # which need none
+    assert sorted(names) == sorted(files | data)
     assert "logger: " not in shown
 
 
@@ -247,3 +250,14 @@ def test_examples_of_help_compose(command: str, positional: str | tuple[str, ...
         named = cfg.get("checkpoint")
         assert named is None or named.endswith(".ckpt") or named in ("outputs/my_run", "photos") or released(named)
         assert named is not None or command != "export"
+
+
+@pytest.mark.parametrize(("program", "typed"), [("/bin/coca-train", "coca-train"), ("train.py", "python train.py")])
+def test_the_help_names_the_command_that_was_typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], program: str, typed: str
+) -> None:
+    monkeypatch.setattr("sys.argv", [program, "--help"])
+    command.job_command("train", lambda cfg: None)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(f"  {typed} ") for line in lines) == 8
+    assert not any("python train.py" in line for line in lines if typed == "coca-train")

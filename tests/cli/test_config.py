@@ -206,6 +206,46 @@ def test_wrong_option_is_one_sentence(refused: Callable[..., str], override: str
     assert re.search(said, refused(override))
 
 
+def test_an_experiment_that_lies_in_its_group_is_told_where_it_belongs(
+    refused: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("defaults: [override /data: mscoco]\ndata: {batch_size: 2}\n")
+    said = refused("--config-dir", str(tmp_path), "experiment=mine")
+    assert said == "the first line of experiment/mine.yaml must be: # @package _global_"
+
+
+def test_a_project_without_an_entry_point_is_named(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "projects" / "mine" / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "new_idea.yaml").touch()
+    monkeypatch.setattr(command, "PACKAGE", tmp_path)
+    said = refused("experiment=new_idea")
+    assert said.startswith("'experiment' has no option 'new_idea': the folder ")
+    assert f"{tmp_path}/projects/mine has it, but pyproject.toml has no entry point of that folder" in said
+
+
+@pytest.mark.parametrize(
+    ("data", "kinds"),
+    [
+        ("mscoco", {"captions", "retrieval"}),
+        ("nocaps", {"captions"}),
+    ],
+)
+def test_a_data_set_goes_with_the_evaluations_of_its_name(data: str, kinds: set[str]) -> None:
+    names = {f"{data}_{kind}" for kind in kinds}
+    assert command.compose("evaluate", ["checkpoint=x", f"evals={data}"]).evals.keys() == names
+
+
+def test_a_file_of_the_name_of_an_option_without_one(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "evals").mkdir()
+    (tmp_path / "evals" / "mscoco.yaml").write_text("defaults: [mscoco_captions]\n")
+    said = refused("--config-dir", str(tmp_path), "evals=mscoco")
+    assert said == "evals/mscoco.yaml has the name of an option of coca_lit: choose another"
+
+
 @pytest.mark.parametrize(
     ("key", "right"),
     [
@@ -325,6 +365,11 @@ def test_outputs_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     [
         ("--config-dir", {"modle": {}}, "there is no key 'modle'; did you mean 'model'?"),
         ("hydra.searchpath", {"seed": "abc"}, "seed must be a whole number, got abc"),
+        (
+            "--config-dir",
+            {"defaults": [{"override /data": "our"}]},
+            "no evaluations go with data=our: add evals=[], or a file evals/our.yaml that lists them",
+        ),
         (
             "--config-dir",
             {"defaults": [{"override /dta": "laion"}]},

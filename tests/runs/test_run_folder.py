@@ -111,6 +111,14 @@ def test_only_the_first_process_holds_it(tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
+def test_a_run_counts_from_the_start_of_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "_began", None)
+    now = time.time()
+    assert now <= run_folder.environment()["started"] <= time.time()
+    run_folder.begin_at(now - 20)
+    assert run_folder.environment()["started"] == now - 20
+
+
 def test_facts_are_added_to_those_that_are_known(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text('{"commit": "abc", "samples": 1}')
     expected = {"commit": "abc", "samples": 2, "seconds": 3}

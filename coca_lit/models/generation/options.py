@@ -129,12 +129,30 @@ def value_type(name: str) -> type:
     return next((kind for kind in (int, float) if kind in kinds), str)
 
 
-def describe(name: str) -> str:
-    """The help of an option, with its strategy and default."""
+def describe(name: str, default: Any = None) -> str:
+    """The help of an option, with its strategy and default.
+
+    Args:
+        default: in place of that of `CoCa.generate`.
+    """
     option = OPTIONS[name]
     only = f"{option.strategy}: " if option.strategy else ""
-    default = "" if option.default is None else f" (default {option.default})"
-    return f"{only}{option.help}{default}"
+    default = default or option.default
+    return f"{only}{option.help}" if default is None else f"{only}{option.help} (default {default})"
+
+
+def as_run(options: Mapping[str, Any]) -> str:
+    """The options as generation will use them, such as "strategy=beam num_beams=2 length_penalty=1.0": those of the
+    strategy, and others that differ from their defaults.
+    """
+    words = []
+    chosen = complete(options)
+    for name, value in vars(chosen).items():
+        option = OPTIONS[name]
+        of_strategy = name == "strategy" or option.strategy == chosen.strategy
+        if value is not None and option.key and (value != option.default or of_strategy):
+            words.append(f"{name}={value}")
+    return " ".join(words)
 
 
 class Options(SimpleNamespace):

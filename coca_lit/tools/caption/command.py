@@ -24,7 +24,7 @@ from coca_lit.cli.runtime import chosen_dtype, configure_libraries
 from coca_lit.errors import ConfigError, DataError, error_context
 from coca_lit.files import claim
 from coca_lit.machine import processors, workers_start_at_once
-from coca_lit.models.generation.options import OPTIONS, complete, describe
+from coca_lit.models.generation.options import OPTIONS, as_run, complete, describe
 from coca_lit.runs.run_folder import in_use
 from coca_lit.tools.checkpoint import chosen_checkpoint
 from coca_lit.tools.engines import Engine, Machine, Work
@@ -37,9 +37,13 @@ if TYPE_CHECKING:
     from coca_lit.tools.caption.inputs import Unit
 
 
+DEFAULTS = {"strategy": "beam"}  # where commands differ from `CoCa.generate`
+
+
 def generate_help() -> str:
     """A line for each option of `generate`, for `coca-caption --help`."""
-    return "\n".join(f"    {name:20}{describe(name)}" for name, option in OPTIONS.items() if option.key)
+    names = [name for name, option in OPTIONS.items() if option.key]
+    return "\n".join(f"    {name:20}{describe(name, DEFAULTS.get(name))}" for name in names)
 
 
 # The keys of `generate`, for Hydra; None stands for the default of `CoCa.generate`.
@@ -78,6 +82,8 @@ def run(cfg: DictConfig) -> None:
         _choose_precision(cfg)
         model, digest = _load(chosen_checkpoint(cfg.checkpoint), cfg.precision, device)
         options = _options(cfg, model)
+        if rank() == 0:
+            print(f"generate: {as_run(options)}", file=sys.stderr)
         workers = decoders(cfg.num_workers)
         writer = open_writer(cfg.output, units, _settings(cfg, digest))
         totals = caption_units(model, units, writer, options, cfg.batch_size, workers, cfg.seed)
@@ -100,7 +106,7 @@ def _run_on(engine: Engine, cfg: DictConfig, units: "Sequence[Unit]") -> None:
     start = time.monotonic()
     _choose_precision(cfg)
     model, digest = _load(cfg.checkpoint, "fp32", "cpu")  # what is wrong is told here, before any job starts
-    _options(cfg, model)
+    print(f"generate: {as_run(_options(cfg, model))}", file=sys.stderr)
     writer = open_writer(cfg.output, units, _settings(cfg, digest))
     del model
     work = Work(engine, "captioning")
@@ -177,7 +183,7 @@ def _options(cfg: DictConfig, model: "CoCa") -> dict[str, Any]:
 def _given(cfg: DictConfig) -> dict[str, Any]:
     """The options of `generate` that are not null, with the strategy of commands where no other is asked for."""
     options = {str(key): value for key, value in cfg.generate.items() if value is not None}
-    return options if options.keys() & {"strategy", "preset"} else {"strategy": "beam"} | options
+    return options if options.keys() & {"strategy", "preset"} else DEFAULTS | options
 
 
 def _settings(cfg: DictConfig, digest: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import coca_lit.models
 from coca_lit.cli.command import compose
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.generation.decode import Sampling, caption_lengths, keep_top_k, keep_top_p
-from coca_lit.models.generation.options import OPTIONS, describe
+from coca_lit.models.generation.options import OPTIONS, as_run, describe
 from coca_lit.tools.caption.command import generate_help
 from helpers import naive
 from helpers.generating import LENGTH, make_images, make_model, starts
@@ -214,7 +214,23 @@ def test_every_option_is_documented_and_a_key_of_the_command() -> None:
     for name, option in OPTIONS.items():
         assert f"{name}: {describe(name)}" in CoCa.generate.__doc__
         assert option.help
-    assert all(describe(name) in generate_help() for name in keys)
+    assert all(describe(name) in generate_help() for name in keys if name != "strategy")
+    assert "(default beam)" in generate_help()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "strategy=greedy"),
+        ({"strategy": "beam", "min_length": 5}, "strategy=beam num_beams=2 min_length=5 length_penalty=1.0"),
+        (
+            {"preset": "mobileclip2"},
+            "strategy=sample preset=mobileclip2 temperature=1.0 top_p=0.9 min_length=5 cut_at=.",
+        ),
+    ],
+)
+def test_options_are_told_as_they_will_be_used(options: dict[str, Any], said: str) -> None:
+    assert as_run(options) == said
 
 
 TYPED = """

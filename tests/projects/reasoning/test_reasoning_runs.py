@@ -126,3 +126,8 @@ def test_finetuning_asks_for_a_model(name: str) -> None:
 
 def test_the_evaluations_find_the_photos_of_the_run(tmp_path: Path) -> None:
     check_evaluations_follow(tmp_path, "snli_ve", "images", str(tmp_path))
+
+
+@pytest.mark.parametrize(("data", "evaluation"), [("vqa", "vqa_answers"), ("nlvr2", "nlvr2_labels")])
+def test_a_data_set_goes_with_the_evaluation_of_its_name(data: str, evaluation: str) -> None:
+    assert compose("train", [f"data={data}"]).evals.keys() == {evaluation}
