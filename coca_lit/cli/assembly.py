@@ -288,11 +288,6 @@ def build_trainer(
         trainer: L.Trainer = build(node, "trainer", defaults, **parts)
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
-    if trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
-        raise ConfigError(
-            "trainer.max_epochs or trainer.max_steps must be set: the learning rate needs a length; trainer.max_time "
-            "may end it earlier"
-        )
     if start is not None and start.run:
         done = {"max_steps": start.run["step"], "max_epochs": begun_epochs(start.content)}
         for limit, count in done.items():

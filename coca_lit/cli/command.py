@@ -9,7 +9,6 @@ import argparse
 import functools
 import gc
 import itertools
-import os
 import re
 import signal
 import sys
@@ -37,14 +36,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit import __version__, extensions
-from coca_lit.cli.schema import AUTO, MissingValueError, check, check_complete, check_first_keys, targets, unresolved
+from coca_lit.cli.early import check_data_folder, check_length, check_values, check_weights, resumes
+from coca_lit.cli.schema import MissingValueError, check, check_first_keys, targets, unresolved
 from coca_lit.cli.sweep import end_sweep, job_record, sweep_score
 from coca_lit.cli.words import Positional, parse, quote
-from coca_lit.errors import ConfigError, UserError, error_context, suggest
+from coca_lit.errors import ConfigError, UserError, suggest
 from coca_lit.machine import is_first_process, set_up_environment
-from coca_lit.models.generation.options import check_shared
-from coca_lit.models.presets import preset
-from coca_lit.reading import printable, printable_lines
+from coca_lit.reading import printable_lines
 from coca_lit.runs.launch import (
     announce,
     import_from_current_folder,
@@ -56,14 +54,11 @@ from coca_lit.runs.launch import (
     run_id,
 )
 from coca_lit.runs.redaction import masked_yaml, redact
-from coca_lit.runs.run_folder import CHECKPOINTS, NEWEST, begin_at, restarted
+from coca_lit.runs.run_folder import begin_at
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # In a checkout the configs lie beside the package, in a wheel inside it.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
-# Keys that name a file with weights, unless it is a released model, or one that a part of the network knows.
-WEIGHTS = ("checkpoint", "interpolate_with", "init_from", "ckpt_path", "init_parts.image_encoder")
-NAMES = ("auto", "required", "builtin", "photos", "efficientnet_lite0", "efficientnet_lite2")
 SEARCH_PATH = "hydra.searchpath="
 KINDS = ("captions", "retrieval", "labels", "answers")  # of evaluations, by what a data set says of its images
 _KEY = re.compile(r"(?!hydra\.)[A-Za-z_][\w-]*(\.[\w-]+)*", re.ASCII)
@@ -86,8 +81,8 @@ def command(config: str, function: Callable[[DictConfig], Any], positional: Posi
             return
         if options.multirun:
             raise ConfigError(f"coca-{config} has no sweeps")
-        cfg = compose(config, words)
-        _prepare(config, cfg)
+        cfg = _composed(config, words)
+        _check(config, cfg, _shipped(config), options_of(config, "", words))
         function(cfg)
 
 
@@ -118,8 +113,7 @@ def job_command(
             begin_at(time.time() if options.multirun else began)
             try:
                 with job_record():
-                    _check(cfg, *known)
-                    _prepare(config, cfg)
+                    _check(config, cfg, *known)
                     return sweep_score(function(cfg), cfg)
             except Exception as error:  # Hydra would print all overrides before it, secrets included
                 failures.append(error)
@@ -267,16 +261,24 @@ def _with_search_path(words: Sequence[str]) -> list[str]:
 
 
 def compose(config: str, words: Sequence[str] = (), with_hydra: bool = False) -> DictConfig:
-    """The config that a command gets from `conf/{config}.yaml` and these overrides, checked.
+    """The config that a command gets from `conf/{config}.yaml` and these overrides, whose keys are checked.
 
     Args:
         with_hydra: with Hydra's own part.
     """
+    cfg = _composed(config, words, with_hydra)
+    shipped = _shipped(config)
+    groups = options_of(config, "", words)
+    check_first_keys(_without_hydra(cfg), shipped, groups)
+    with _imports():
+        _check_arguments(cfg, shipped, groups)
+    return cfg
+
+
+def _composed(config: str, words: Sequence[str], with_hydra: bool = False) -> DictConfig:
     overrides = _overrides(config, words)
     with _hydra(config, words):
-        cfg = hydra.compose(config, overrides, return_hydra_config=with_hydra)
-    _check(cfg, _shipped(config), options_of(config, "", words))
-    return cfg
+        return hydra.compose(config, overrides, return_hydra_config=with_hydra)
 
 
 def _overrides(config: str, words: Sequence[str]) -> list[str]:
@@ -302,14 +304,41 @@ def _shipped(config: str) -> dict[str, Any]:
         return unresolved(hydra.compose(config))
 
 
-def _check(cfg: DictConfig, shipped: dict[str, Any], groups: Sequence[str]) -> None:
-    """Compares what Hydra composed with what the constructors and the config as shipped know."""
-    node = {key: value for key, value in unresolved(cfg).items() if key != "hydra"}
-    check_first_keys(node, shipped, groups)
+def _check(config: str, cfg: DictConfig, shipped: dict[str, Any], groups: Sequence[str]) -> None:
+    """Says what is missing or wrong in a config, what is known soonest first, and imports what it wants imported."""
+    check_first_keys(_without_hydra(cfg), shipped, groups)
+    check_values(cfg)
+    with _imports():
+        if config == "train":
+            check_length(cfg.trainer)
+            if not resumes(cfg):
+                check_weights(cfg)
+            check_data_folder(cfg)
+        elif config != "plan":  # which reads no files
+            check_weights(cfg)
+        _check_arguments(cfg, shipped, groups)
+    if config != "plan" and "torch" not in sys.modules:
+        gc.disable()  # until `configure_libraries`
+    if cfg.imports:
+        from coca_lit.models.registry import import_modules
+
+        try:
+            import_modules(cfg.imports)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def _without_hydra(cfg: DictConfig) -> dict[str, Any]:
+    """A config as plain values, without Hydra's own part."""
+    return {key: value for key, value in unresolved(cfg).items() if key != "hydra"}
+
+
+def _check_arguments(cfg: DictConfig, shipped: dict[str, Any], groups: Sequence[str]) -> None:
+    """Compares a config with what its constructors and the config as shipped know."""
+    node = _without_hydra(cfg)
     named = node["imports"] if isinstance(node.get("imports"), list) else []
     import_from_current_folder([*named, *targets(node)])
-    with _imports():
-        check(node, shipped, groups)
+    check(node, shipped, groups)
 
 
 @contextmanager
@@ -324,44 +353,6 @@ def _imports() -> Iterator[None]:
         if first:
             gc.freeze()  # what has been imported stays
             gc.enable()
-
-
-def _prepare(config: str, cfg: DictConfig) -> None:
-    """Says what is missing or wrong in a checked config, weights included unless the command reads none, before the
-    seconds that PyTorch takes to be imported; and imports what the config wants imported.
-    """
-    if config != "plan" and "torch" not in sys.modules:
-        gc.disable()  # until `configure_libraries`: a third of these seconds would go into looking for garbage
-    check_complete(unresolved(cfg))
-    name = OmegaConf.select(cfg, "name", throw_on_resolution_failure=False)
-    if isinstance(name, str) and printable(name) != name:  # it is printed, and names a folder
-        raise ConfigError(f"name: '{printable(name)}' has characters that control a terminal: choose another")
-    generate = OmegaConf.select(cfg, "scoring.generate")
-    if generate:
-        with error_context("scoring"):
-            check_shared(generate)
-    net = OmegaConf.select(cfg, "model.net")
-    if isinstance(net, DictConfig) and net.get("_target_") == "coca_lit.models.create_model" and net.name != AUTO:
-        with error_context("model.net.name"):
-            preset(net.name)
-    # A run that goes on has its weights: the file that it began with may be gone.
-    resumes = config == "train" and (cfg.ckpt_path == NEWEST or bool(restarted()))  # which obeyed `ckpt_path` before
-    resumes = resumes and any(Path(cfg.output_dir, CHECKPOINTS).glob("step_*"))
-    of_projects = [f"init_parts.{name}" for name in extensions.declared("init_parts")]
-    for key in (*WEIGHTS, *of_projects) if config != "plan" and not resumes else ():
-        file = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
-        if isinstance(file, str) and file not in NAMES and not os.path.exists(os.path.expanduser(file)):
-            from coca_lit.weights.hub import PREFIX, hint, released
-
-            if not file.startswith(PREFIX) and released(file) is None:
-                raise ConfigError(f"{key}: there is no checkpoint '{file}'{hint(file)}")
-    if cfg.imports:
-        from coca_lit.models.registry import import_modules
-
-        try:
-            import_modules(cfg.imports)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
 
 
 def _remove_empty(folder: Path) -> None:

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from coca_lit.cli import command
 from coca_lit.cli.assembly import build, build_data, build_evals, build_scoring, build_trainer
+from coca_lit.cli.early import check_length
 from coca_lit.cli.module import build_module
 from coca_lit.cli.schema import argument_defaults, check
 from coca_lit.errors import ConfigError
@@ -294,6 +295,7 @@ def test_a_training_needs_a_length_besides_its_time(tmp_path: Path, epochs: str)
         f"output_dir={tmp_path}", "trainer=cpu", "+trainer.max_time=00:00:01:00", f"trainer.max_epochs={epochs}"
     )
     with pytest.raises(ConfigError, match=r"^trainer.max_epochs or trainer.max_steps must be set: "):
-        build_trainer(cfg, build_scoring(cfg, []))
+        check_length(cfg.trainer)
     cfg.trainer.max_steps = 3
+    check_length(cfg.trainer)
     assert build_trainer(cfg, build_scoring(cfg, [])).max_steps == 3

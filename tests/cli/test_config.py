@@ -179,6 +179,41 @@ def test_a_misspelt_key_is_refused_before_constructors_are_imported() -> None:
     assert done.stdout == "there is no key 'sede'; did you mean 'seed'? False\n", done.stderr
 
 
+WRONG_VALUES = [  # and what is said of them, and whether PyTorch's packages are imported for it: Lightning's never
+    (["data.batch_size=0"], "data.batch_size must be at least 1, got 0", False),
+    (["data.num_workers=-1"], "data.num_workers must be at least 0, got -1", False),
+    (["trainer.max_epochs=-3"], "trainer.max_epochs must be at least -1, got -3", False),
+    (["trainer.max_epochs=-1"], "trainer.max_epochs or trainer.max_steps must be set", False),
+    (["init_from=/nowhere.pt"], "init_from: there is no checkpoint '/nowhere.pt'", False),
+    (["data=mscoco", "data.root=/nowhere"], "MS-COCO captions not found .*set data.root=PLACE", True),
+    (["experiment=my_photos", "data.root=/nowhere"], "the folder of photos not found .*set data.root=PLACE", True),
+    (["data=laion", "evals=[]", "data.shards=/nowhere/{0..3}.tar"], "4 of 4 shards .*set data.shards=PLACE", True),
+]
+
+
+@pytest.mark.slow
+def test_values_are_refused_before_lightning_is_imported(tmp_path: Path) -> None:
+    program = f"""
+import re, sys
+from coca_lit.cli import train_command
+for words, said, needs_torch in {WRONG_VALUES!r}:
+    sys.argv = ["train.py", *words]
+    try:
+        train_command()
+    except SystemExit as error:
+        assert re.match(f"error: {{said}}", str(error)), error
+    assert needs_torch or "torch" not in sys.modules, words
+    assert "lightning" not in sys.modules, words
+print("all refused")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.endswith("all refused\n"), done.stderr
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize(
     "override",
     [
