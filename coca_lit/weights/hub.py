@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from socket import gaierror
 from types import MappingProxyType
@@ -35,7 +34,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import get_session, tqdm, validate_repo_id
+from huggingface_hub.utils import get_session, validate_repo_id
 
 from coca_lit.errors import CheckpointError, suggest
 from coca_lit.weights.sharded import is_checkpoint
@@ -60,9 +59,7 @@ RELEASED = ASSETS / "released_models.json"
 PHOTOS = "photos"  # the small model that comes with the package
 WITHOUT_HUB = f"name a local file, or '{PHOTOS}', the small model that comes with coca_lit"
 PHOTOS_WEIGHTS = ASSETS / PHOTOS / "model.safetensors"
-MAX_FILES = 10_000  # of a folder on the Hub
 MAX_CONFIG = 4 * 2**20  # bytes of JSON that describe a model
-MAX_WEIGHTS = 50_000_000_000  # bytes of a file; the largest model of the scaling study with its optimizer has 20 GB
 PATIENCE = 5.0  # seconds for the Hub to answer at all
 
 
@@ -108,9 +105,9 @@ def list_models(pattern: str = "*") -> list[str]:
         folder = path.rpartition("/")[0]
         with _hub_errors(f"{org}/{repo}"):
             _expect_name(f"{org}/{repo}")
-            found = _listed(f"{org}/{repo}", folder, None)
+            files, folders = _listed(f"{org}/{repo}", folder, None)
         start = "/".join(filter(None, (f"{PREFIX}{org}/{repo}", folder)))
-        names = (f"{start}/{name}" for name, size in found.items() if size is None or name.endswith(FILE_SUFFIXES))
+        names = [f"{start}/{name}" for name in (*folders, *files) if name in folders or name.endswith(FILE_SUFFIXES)]
     key = re.sub(r"(\[[^]]*\])|-", lambda found: found[1] or "_", pattern.lower())  # in [0-9] it is no part of a name
     return sorted(name for name in names if fnmatchcase(_key(name), key))
 
@@ -241,25 +238,25 @@ def download(
         _expect_name(repo)
         offline = not _reachable()
         try:
-            sizes = _cached(repo, folder, revision) if offline else _listed(repo, folder, revision)
+            names = _cached(repo, folder, revision) if offline else _listed(repo, folder, revision)[0]
         except HfHubHTTPError as error:
             status = error.response.status_code if error.response is not None else 0
-            sizes = _cached(repo, folder, revision) if status == 429 or status >= 500 else {}
+            names = _cached(repo, folder, revision)
             named = {wanted, f"{wanted}.pt"} if wanted else {*WEIGHTS}  # of epochs the last may be missing
-            if not sizes.keys() & named:
+            if not (status == 429 or status >= 500) or names.isdisjoint(named):
                 raise
             offline = True
             _say(repo, f"{constants.ENDPOINT} answered {status}, so what was fetched before is taken")
-        weights = {name for name, size in sizes.items() if size is not None and name.endswith(FILE_SUFFIXES)}
-        if offline and not (f"{wanted}.pt" in weights or wanted in weights if wanted else weights):
+        weights = {name for name in names if name.endswith(FILE_SUFFIXES)}
+        if offline and (weights.isdisjoint((wanted, f"{wanted}.pt")) if wanted else not weights):
             raise LocalEntryNotFoundError("no weights in the cache")
         name = choose(weights, wanted, f"{repo}/{folder}".rstrip("/"))
         # Also asked for where it is not listed: the cache then knows that there is none.
-        config = next((name for name in CONFIGS if name in sizes), OPEN_CLIP_CONFIG)
+        config = next((name for name in CONFIGS if name in names), OPEN_CLIP_CONFIG)
         commit = revision
         inside = f"{folder}/" if folder else ""
         try:
-            found = _fetch(repo, inside + config, revision, offline, sizes.get(config), MAX_CONFIG)
+            found = Path(hf_hub_download(repo, inside + config, revision=revision, local_files_only=offline))
             commit = found.parents[inside.count("/")].name  # a push in between changes nothing
         except LocalEntryNotFoundError:
             known = try_to_load_from_cache(repo, inside + config, revision=revision)
@@ -268,37 +265,9 @@ def download(
         except EntryNotFoundError:
             pass
         cached = try_to_load_from_cache(repo, inside + name, revision=commit)
-        file = _fetch(repo, inside + name, commit, offline, sizes[name], MAX_WEIGHTS)
+        file = Path(hf_hub_download(repo, inside + name, revision=commit, local_files_only=offline))
         _verify(file, repo, sha256.get(name), fresh=not isinstance(cached, str))
         return file
-
-
-def _fetch(repo: str, path: str, revision: str | None, offline: bool, listed: int | None, most: int) -> Path:
-    """A file of a repository in the local cache.
-
-    Args:
-        listed: its size by the repository's list; a file that is not listed is not there.
-        most: bytes that it may have.
-
-    Raises:
-        CheckpointError: it is larger than that, or more arrives than is listed.
-    """
-    size = most if listed is None else listed
-    if size > most:
-        raise CheckpointError(f"'{path}' of {repo} has {size:,} bytes, more than the {most:,} that a file may have")
-
-    class Bounded(tqdm):
-        """Sees what arrives before it is written, also where no size is announced."""
-
-        received: float = 0
-
-        def update(self, n: float | None = 1) -> bool | None:
-            self.received += n or 0
-            if self.received > size:
-                raise CheckpointError(f"more arrives of '{path}' of {repo} than its {size:,} bytes: it was removed")
-            return super().update(n)
-
-    return Path(hf_hub_download(repo, path, revision=revision, local_files_only=offline, tqdm_class=Bounded))
 
 
 def choose(names: Iterable[str], wanted: str, where: str) -> str:
@@ -330,27 +299,29 @@ def choose(names: Iterable[str], wanted: str, where: str) -> str:
     raise CheckpointError(f"'{where}' holds no weights that can be read; expected one of {', '.join(WEIGHTS)}")
 
 
-def _listed(repo: str, folder: str, revision: str | None) -> dict[str, int | None]:
-    """Files in a folder of a repository on the Hub with their sizes in bytes, and folders with None, of its first
-    `MAX_FILES` entries.
-    """
+def _listed(repo: str, folder: str, revision: str | None) -> tuple[set[str], set[str]]:
+    """The names of files and of folders in a folder of a repository on the Hub."""
     inside = f"{folder}/" if folder else ""
     try:
-        entries = list(islice(HfApi().list_repo_tree(repo, folder or None, revision=revision), MAX_FILES))
+        entries = list(HfApi().list_repo_tree(repo, folder or None, revision=revision))
     except EntryNotFoundError as error:
         raise CheckpointError(f"'{repo}' has no folder '{folder}'") from error
-    sizes = {entry.path: entry.size if isinstance(entry, RepoFile) else None for entry in entries}
-    found = {path.removeprefix(inside): size for path, size in sizes.items() if path.startswith(inside)}
-    return {name: size for name, size in found.items() if not re.search(r"[/\\]", name)}
+    files: set[str] = set()
+    folders: set[str] = set()
+    for entry in entries:
+        if re.fullmatch(rf"{re.escape(inside)}[^/\\]+", entry.path):
+            kind = files if isinstance(entry, RepoFile) else folders
+            kind.add(entry.path.removeprefix(inside))
+    return files, folders
 
 
-def _cached(repo: str, folder: str, revision: str | None) -> dict[str, int | None]:
-    """Files in a folder of a repository that are in the local cache, with their sizes in bytes."""
+def _cached(repo: str, folder: str, revision: str | None) -> set[str]:
+    """The names of files in a folder of a repository that are in the local cache."""
     place = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
     ref = place / "refs" / (revision or constants.DEFAULT_REVISION)
     commit = ref.read_text() if ref.is_file() else str(revision)
     files = (place / "snapshots" / commit / folder).glob("*")
-    return {path.name: path.stat().st_size for path in files if path.is_file()}
+    return {path.name for path in files if path.is_file()}
 
 
 def _verify(file: Path, repo: str, known: str | None, fresh: bool) -> None:

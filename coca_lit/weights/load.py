@@ -7,7 +7,6 @@ stored beside its weights, whose names and shapes must fit it, and modules named
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -218,20 +217,14 @@ def _own_model(path: Path, state: Mapping[str, Tensor], config: Any) -> CoCa:
     arguments = architecture(config, path)
     try:
         tensors = merged(state)
-        model = None
-        try:
-            shapes = without_memory(lambda: CoCa(**arguments)).state_dict()
-        except (NotImplementedError, RuntimeError, TypeError) as error:
-            if "meta" not in str(error) or not of_guests(arguments):
-                raise
-            model = CoCa(**arguments)  # a constructor from outside needs the values of tensors, as many do
-            shapes = model.state_dict()
-        reason = misfit(shapes, tensors)
+        guests = of_guests(arguments)
+        # A constructor from outside may need the values of tensors, and derive from them what no file holds.
+        model = CoCa(**arguments) if guests else without_memory(lambda: CoCa(**arguments))
+        reason = misfit(model.state_dict(), tensors)
         if reason:
             raise RuntimeError(reason)  # PyTorch's own message lists all tensors
-        if model is None:
-            # A part from outside may derive what no file holds from its first values.
-            with nullcontext() if of_guests(arguments) else Uninitialised():
+        if not guests:
+            with Uninitialised():
                 model = CoCa(**arguments)
         model.load_state_dict(tensors)
     except ValueError as error:  # of the constructor

@@ -140,9 +140,9 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         (
             "attention_map_queries",
             "            states = self_block(states)\n            if cross_block is not None:\n"
-            "                queries, image = by_image(states,",
+            "                queries = by_image(states,",
             "            before, states = states, self_block(states)\n            if cross_block is not None:\n"
-            "                queries, image = by_image(before,",
+            "                queries = by_image(before,",
             "models/test_attention_weights.py",
         ),
         (

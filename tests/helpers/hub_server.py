@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import threading
-from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,8 +58,6 @@ class Hub(ThreadingHTTPServer):
         breaks: connections that storage will break in the middle of the content.
         tampered: whether storage sends other bytes than were stored.
         lies: by how many bytes the announced size of a large file is wrong.
-        listed: sizes that folders show in place of the true ones, by path.
-        endless: whether files come without a size and never end; `sent` counts the bytes.
         requests: what was asked, in order.
     """
 
@@ -73,9 +70,6 @@ class Hub(ThreadingHTTPServer):
         self.breaks = 0
         self.tampered = False
         self.lies = 0
-        self.listed: dict[str, int] = {}
-        self.endless = False
-        self.sent = 0
         self.requests: list[Request] = []
 
     @property
@@ -220,20 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
         """What the list of a folder has of a file, or of a folder in it."""
         if content is None:
             return {"type": "directory", "path": path, "oid": _sha1(path.encode())}
-        size = self.server.listed.get(path, len(content))
-        return {"type": "file", "path": path, "size": size, "oid": _sha1(content)}
-
-    def _send_endlessly(self) -> None:
-        """In chunks, until the client hangs up; at most 256 MB."""
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        self.close_connection = True
-        if self.command == "HEAD":
-            return
-        with suppress(OSError):
-            while self.server.sent < 256 * 2**20:
-                self.wfile.write(b"10000\r\n" + bytes(2**16) + b"\r\n")
-                self.server.sent += 2**16
+        return {"type": "file", "path": path, "size": len(content), "oid": _sha1(content)}
 
     def _create(self, asked: dict[str, Any]) -> None:
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
@@ -280,9 +261,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for key, value in (headers or {}).items():
             self.send_header(key, value)
-        if self.server.endless and status == 200 and isinstance(content, bytes):
-            self._send_endlessly()
-            return
         if not isinstance(content, bytes):
             self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -420,33 +420,6 @@ def test_a_file_of_another_size_than_announced_is_refused(
     assert names_in(cache) == set()
 
 
-@pytest.mark.parametrize(("name", "most"), [("open_clip_config.json", "4,194,304"), (SAFE, "50,000,000,000")])
-def test_a_file_that_is_too_large_is_not_asked_for(
-    hub: Hub, cache: Path, files: dict[str, bytes], name: str, most: str
-) -> None:
-    hub.repositories[B32] = Repository(files)
-    hub.listed[name] = 10**15
-    with pytest.raises(CheckpointError, match=rf"^'{name}' of {B32} has 1,000,000,000,000,000 bytes.*{most}"):
-        locate(f"hf-hub:{B32}")
-    assert not hub.asked_for("GET", name)
-    assert_nothing_left(cache)
-
-
-@pytest.mark.parametrize("config", [True, False])
-def test_no_more_than_the_listed_size_is_taken(
-    hub: Hub, cache: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, config: bool
-) -> None:
-    """From a server that announces no size and never stops."""
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 2**16)
-    hub.repositories[B32] = Repository(files if config else {SAFE: files[SAFE]})
-    hub.endless = True
-    name, size = ("open_clip_config.json", len(files["open_clip_config.json"])) if config else (SAFE, len(files[SAFE]))
-    with pytest.raises(CheckpointError, match=rf"^more arrives of '{name}' of {B32} than its {size:,} bytes"):
-        locate(f"hf-hub:{B32}")
-    assert hub.sent < size + 32 * 2**20  # what is in the buffers of the connection
-    assert_nothing_left(cache)
-
-
 def test_a_released_file_has_its_hash(hub: Hub, files: dict[str, bytes], model: CoCa) -> None:
     """The Hub serves another file than the released one under its name, and says so in good faith."""
     hub.repositories[L14] = Repository({name: files[name] for name in (BIN, "open_clip_config.json")})

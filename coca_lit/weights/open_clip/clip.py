@@ -7,7 +7,7 @@ from torch import Tensor
 
 from coca_lit.weights.open_clip.config_keys import DECODER_KEYS, TEXT_KEYS, count, model_section, read_config
 from coca_lit.weights.open_clip.image import ClipTransformer
-from coca_lit.weights.open_clip.parts import OTHER_TEXT_TOWERS, Renaming, Tensors, depth, tokenizer_of
+from coca_lit.weights.open_clip.parts import Renaming, Tensors, depth, tokenizer_of
 from coca_lit.weights.open_clip.poolers import SinglePooler
 from coca_lit.weights.open_clip.text import SELF_BLOCK
 
@@ -23,15 +23,6 @@ NAMES = (
     Renaming("logit_scale", "logit_scale"),
 )
 TRANSPOSED = ("visual.proj", "text_projection")
-_KIND = "with CLIP's own text transformer (ViT-B-32, ViT-L-14, ViT-H-14, …)"
-_OTHER_TOWERS = {
-    "visual.layer1.": "its image tower is a ResNet",
-    "visual.trunk.": "its image tower is one of timm's",
-    "visual.head.": "its image tower is not a CLIP vision transformer",
-    "visual.attn_pool.": "its image tower pools by attention, and its text tower does not end in a CLS token",
-    "text.blocks.": "its text tower is OpenCLIP 4's modern one",
-    **dict.fromkeys(OTHER_TEXT_TOWERS, "its text tower is a Hugging Face model"),
-}
 _ALLOWED = {
     "vision_cfg": {
         **IMAGE.allowed["vision_cfg"],
@@ -44,14 +35,7 @@ _ALLOWED = {
 
 
 def at_the_root(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a CLIP with its text tower at the root.
-
-    Raises:
-        ValueError: it has other towers than `CLIP`.
-    """
-    for prefix, reason in _OTHER_TOWERS.items():
-        if any(name.startswith(prefix) for name in tensors):
-            raise ValueError(f"this OpenCLIP CLIP cannot be read: {reason}; supported are vision transformers {_KIND}")
+    """The tensors of a CLIP with its text tower at the root."""
     return {name.removeprefix("text."): tensor for name, tensor in tensors.items() if name != "attn_mask"}
 
 
@@ -63,7 +47,8 @@ def clip_sizes(theirs: Tensors) -> dict[str, Any]:
     """
     for needed in ("visual.conv1.weight", "visual.proj", "visual.ln_pre.weight", "token_embedding.weight"):
         if needed not in theirs:
-            raise ValueError(f"this is not an OpenCLIP CLIP with a vision transformer {_KIND}: no tensor '{needed}'")
+            kind = "with a vision transformer and CLIP's own text transformer (ViT-B-32, ViT-L-14, ViT-H-14, …)"
+            raise ValueError(f"this is not an OpenCLIP CLIP {kind}: it has no tensor '{needed}'")
     vocab_size, text_width = theirs["token_embedding.weight"].shape
     if tokenizer_of(vocab_size) != "clip":
         raise ValueError(f"the checkpoint has a vocabulary of {vocab_size} tokens; of a CLIP only 49408 can be read")

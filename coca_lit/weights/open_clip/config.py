@@ -59,50 +59,52 @@ def described_parts(model: CoCa, version: str) -> tuple[ImagePart, PoolerPart, T
     Raises:
         ValueError: it cannot; the message says why.
     """
-    parts = parts_of(model)
-    image, pooler, text = parts
-    reason = _obstacle(model, image, pooler, text, version)
-    if reason is None and image is not None and pooler is not None and text is not None:
-        return image, pooler, text
+    image, pooler, text = parts_of(model)
+    reason: str | None = None
+    if model.tokenizer.open_clip_version is None:
+        reason = "it has a tokenizer of its own, and OpenCLIP's CoCa reads byte pairs: safetensors and onnx take it"
+    elif pooler is None or type(model.pooling) not in pooler.kinds:
+        reason = (
+            f"it has the {model.config.pooler.rpartition(':')[2]} pooler, and OpenCLIP has the single one, and with"
+            " version=4 openclip_parallel and openclip_cascade"
+        )
+    elif model.pooling.added:
+        reason = f"it has {', '.join(model.pooling.added)} for another kind of input, and OpenCLIP has none"
+    elif text is None or type(model.text) not in text.kinds:
+        reason = f"its text tower is a {type(model.text).__name__}, and OpenCLIP has none"
+    elif image is None:
+        reason = f"its image encoder is {model.config.image_encoder}, and OpenCLIP has none"
+    else:
+        reason = (
+            pooler.obstacle(model, version)
+            or text.obstacle(model, version)
+            or _other_version(model, (image, pooler, text), version)
+            or image.obstacle(model, version)
+            or _other_widths(model)
+        )
+        if reason is None:
+            return image, pooler, text
     raise ValueError(f"OpenCLIP cannot build this model: {reason}")
 
 
-def _obstacle(
-    model: CoCa, image: ImagePart | None, pooler: PoolerPart | None, text: TextPart | None, version: str
-) -> str | None:
-    config = model.config
-    if model.tokenizer.open_clip_version is None:
-        return "it has a tokenizer of its own, and OpenCLIP's CoCa reads byte pairs: safetensors and onnx take it"
-    if pooler is None or type(model.pooling) not in pooler.kinds:
-        name = config.pooler.rpartition(":")[2]
-        return (
-            f"it has the {name} pooler, and OpenCLIP has the single one, and with version=4 openclip_parallel and"
-            " openclip_cascade"
-        )
-    if model.pooling.added:
-        return f"it has {', '.join(model.pooling.added)} for another kind of input, and OpenCLIP has none"
-    if text is None or type(model.text) not in text.kinds:
-        return f"its text tower is a {type(model.text).__name__}, and OpenCLIP has none"
-    if image is None:
-        return f"its image encoder is {config.image_encoder}, and OpenCLIP has none"
-    for part in (pooler, text):
-        reason = part.obstacle(model, version)
-        if reason is not None:
-            return reason
-    newest = max(image.since, pooler.since, text.since, model.tokenizer.open_clip_version)
-    if version == "3.3" and newest == "4":
+def _other_version(model: CoCa, parts: tuple[ImagePart, PoolerPart, TextPart], version: str) -> str | None:
+    """Why this version of OpenCLIP cannot build the model, if another one can."""
+    versions = parts[2].versions
+    if version == "3.3" and "4" in (model.tokenizer.open_clip_version, *(part.since for part in parts)):
         return "its pooler, tokenizer, image encoder or text tower needs OpenCLIP 4: export it with version=4"
-    if version not in text.versions:
-        return f"version must be {' or '.join(text.versions)}, got {version}"
-    reason = image.obstacle(model, version)
-    if reason is not None:
-        return reason
-    if model.decoder is not None and config.embed_dim != config.text_width:
-        return (
-            f"OpenCLIP's decoder reads image tokens of its own width, and this one reads tokens of {config.embed_dim}"
-            f" with a width of {config.text_width}"
-        )
+    if version not in versions:
+        return f"version must be {' or '.join(versions)}, got {version}"
     return None
+
+
+def _other_widths(model: CoCa) -> str | None:
+    config = model.config
+    if model.decoder is None or config.embed_dim == config.text_width:
+        return None
+    return (
+        f"OpenCLIP's decoder reads image tokens of its own width, and this one reads tokens of {config.embed_dim}"
+        f" with a width of {config.text_width}"
+    )
 
 
 def coca_arguments(theirs: Tensors, config: Any) -> dict[str, Any]:

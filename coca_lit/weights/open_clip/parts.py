@@ -6,8 +6,8 @@ a tensor that shows it in a file.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor, nn
 
@@ -139,25 +139,26 @@ class TextPart(Part):
 
 
 class Parts(NamedTuple):
-    """Those of a model or a file; None for one that nobody describes."""
+    """The parts of a model or a file; None for one that nobody describes."""
 
-    image: ImagePart | None
-    pooler: PoolerPart | None
-    text: TextPart | None
+    image: ImagePart | None = None
+    pooler: PoolerPart | None = None
+    text: TextPart | None = None
+
+    @classmethod
+    def of(cls, parts: Iterable[Part | None]) -> Self:
+        """Of several of a kind the last one counts."""
+        found: dict[str, Any] = {}
+        for part in parts:
+            for name, kind in (("image", ImagePart), ("pooler", PoolerPart), ("text", TextPart)):
+                if isinstance(part, kind):
+                    found[name] = part
+        return cls(**found)
 
 
 def parts_in(theirs: Collection[str]) -> Parts:
     """The parts that the names of tensors in a file show."""
-    image = None
-    pooler = None
-    text = None
-    for tensor, target in _known().items():
-        if tensor in theirs:
-            part = extensions.load(target)()
-            image = part if isinstance(part, ImagePart) else image
-            pooler = part if isinstance(part, PoolerPart) else pooler
-            text = part if isinstance(part, TextPart) else text
-    return Parts(image, pooler, text)
+    return Parts.of(extensions.load(target)() for tensor, target in _known().items() if tensor in theirs)
 
 
 def _known() -> dict[str, str]:
@@ -221,12 +222,7 @@ def tokenizer_of(vocab_size: int) -> str:
 
 def parts_of(model: CoCa) -> Parts:
     """The descriptions of the parts of a model, by their classes or the nearest base classes."""
-    image, pooler, text = (_part_of(type(part)) for part in (model.image_encoder, model.pooling, model.text))
-    return Parts(
-        image if isinstance(image, ImagePart) else None,
-        pooler if isinstance(pooler, PoolerPart) else None,
-        text if isinstance(text, TextPart) else None,
-    )
+    return Parts.of(_part_of(type(part)) for part in (model.image_encoder, model.pooling, model.text))
 
 
 def _part_of(module: type[nn.Module]) -> Part | None:
