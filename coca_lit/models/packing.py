@@ -44,7 +44,9 @@ class Layout:
     ) -> None:
         self.device = lengths.device if device is None else device
         self.batch_size = lengths.shape[0]
-        self.max_length = max_length if max_length is not None else int(lengths.max()) if self.batch_size else 0
+        if max_length is None:
+            max_length = int(lengths.max()) if self.batch_size else 0
+        self.max_length = max_length
         self.positions = torch.arange(self.max_length)
         self.mask = self.positions < lengths[:, None]
         if packed is None:

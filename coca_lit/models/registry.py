@@ -227,13 +227,7 @@ def check_architecture(arguments: Mapping[str, Any]) -> None:
             )
 
 
-def of_guests(arguments: Mapping[str, Any]) -> list[str]:
-    """The arguments that go to parts from outside, which alone know what they mean."""
-    guests = []
-    if IMAGE_ENCODERS.is_guest(arguments.get("image_encoder", "")):
-        guests.append("image_encoder_args")
-    if POOLERS.is_guest(arguments.get("pooler", "")):
-        guests.append("pooler_args")
-    if TEXT_TOWERS.is_guest(arguments.get("text_tower") or ""):
-        guests += ["text_tower_args", "decoder_args"]
-    return guests
+def has_guests(arguments: Mapping[str, Any]) -> bool:
+    """Whether a model with these arguments has parts from outside."""
+    registries = {"image_encoder": IMAGE_ENCODERS, "pooler": POOLERS, "text_tower": TEXT_TOWERS}
+    return any(registry.is_guest(arguments.get(part) or "") for part, registry in registries.items())

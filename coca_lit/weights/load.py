@@ -17,7 +17,7 @@ from torch import Tensor
 from coca_lit.errors import DataError, why_unreadable
 from coca_lit.models import CLIP, CoCa, DualEncoder
 from coca_lit.models.init import Uninitialised
-from coca_lit.models.registry import import_modules, of_guests
+from coca_lit.models.registry import has_guests, import_modules
 from coca_lit.reading import parse_json, read_json
 from coca_lit.weights import MODEL_KEY, OBJECTIVES_KEY
 from coca_lit.weights.computation import misfit
@@ -217,7 +217,7 @@ def _own_model(path: Path, state: Mapping[str, Tensor], config: Any) -> CoCa:
     arguments = architecture(config, path)
     try:
         tensors = merged(state)
-        guests = of_guests(arguments)
+        guests = has_guests(arguments)
         # A constructor from outside may need the values of tensors, and derive from them what no file holds.
         model = CoCa(**arguments) if guests else without_memory(lambda: CoCa(**arguments))
         reason = misfit(model.state_dict(), tensors)

@@ -56,22 +56,22 @@ def add_lora(net: CoCa, rank: int = 8, alpha: float = 16.0, parts: Sequence[str]
     check_number("rank", rank, whole=True, at_least=1)
     check_number("alpha", alpha, above=0)
     parts = [parts] if isinstance(parts, str) else parts
-    inside = {n: m for n, m in net.named_modules() if any(f"{n}.".startswith(f"{part}.") for part in parts)}
+    prefixes = tuple(f"{part}." for part in parts)
+    inside = {name: module for name, module in net.named_modules() if f"{name}.".startswith(prefixes)}
     unknown = [part for part in parts if part not in inside]
     if unknown:
         known = ", ".join(name for name, module in net.named_children() if [*module.parameters()])
         raise ValueError(f"parts: nothing in the model is called {', '.join(unknown)}; its parts: {known}")
     named = [*net.named_parameters(remove_duplicate=False)]
     uses: Counter[Tensor] = Counter(parameter for _, parameter in named)
-    uses_inside = Counter(p for name, p in named if name.startswith(tuple(f"{part}." for part in parts)))
-    matrices = {
-        name: module
-        for name, module in inside.items()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-        and module.weight.requires_grad
-        and uses[module.weight] == 1  # else the other modules that share it would not have the update
-        and rank < min(len(module.weight), module.weight[0].numel())
-    }
+    uses_inside = Counter(parameter for name, parameter in named if name.startswith(prefixes))
+    matrices: dict[str, nn.Module] = {}
+    for name, module in inside.items():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            weight = module.weight
+            alone = uses[weight] == 1  # else the other modules that share it would not have the update
+            if weight.requires_grad and alone and rank < min(len(weight), weight[0].numel()):
+                matrices[name] = module
     if not matrices:
         raise ValueError(f"no matrix in {', '.join(parts)} is trained and has more than {rank} rows and columns")
     added = {getattr(net.pooling, name) for name in net.pooling.added}
@@ -80,7 +80,8 @@ def add_lora(net: CoCa, rank: int = 8, alpha: float = 16.0, parts: Sequence[str]
             parameter.requires_grad_(False)
     net.freeze(*(name for name, module in inside.items() if isinstance(module, nn.modules.batchnorm._BatchNorm)))
     for module in matrices.values():
-        parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank, alpha))
+        weight = module.get_parameter("weight")
+        parametrize.register_parametrization(module, "weight", LowRank(weight, rank, alpha))
     return [f"{name}.weight" for name in matrices]
 
 

@@ -21,7 +21,7 @@ from coca_lit.models.clip import CLIP
 from coca_lit.models.coca import CoCa
 from coca_lit.models.init import Uninitialised
 from coca_lit.models.layers import CrossAttention
-from coca_lit.models.registry import of_guests
+from coca_lit.models.registry import has_guests
 from coca_lit.weights.open_clip import clip
 from coca_lit.weights.open_clip.config import coca_arguments, described_parts
 from coca_lit.weights.open_clip.parts import Part, Renaming, is_captioner, parts_in, parts_of
@@ -80,7 +80,7 @@ def from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = 
     if text is not None:
         theirs = _Tensors(text.read(theirs))
     # A part from outside may derive what no file holds from its first values.
-    with nullcontext() if of_guests(overrides) else Uninitialised():
+    with nullcontext() if has_guests(overrides) else Uninitialised():
         model = CoCa(**arguments)
     parts = [part for part in parts_of(model) if part is not None]
     _load(model, theirs, _names(parts), _transposed(parts))
