@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from coca_lit.data.batch import Batch
 from coca_lit.data.loader import TrainLoader
 from coca_lit.distributed import gather_objects, totals_over_ranks, world_size
-from coca_lit.runs.run_folder import add_facts
+from coca_lit.runs.run_folder import add_to_environment
 from coca_lit.training.lightning_fixes import accumulates, callbacks_of
 
 MAX_WAIT = 0.05  # share of a training that may be spent waiting for data before there is advice
@@ -58,7 +58,7 @@ class RunSummary(L.Callback):
         }
         if commits := getattr(data, "commits", {}):  # of data sets on the Hub
             lines["commits"] = ", ".join(f"{name} is {commit[:10]}" for name, commit in commits.items())
-            add_facts(Path(self.output_dir), {"data_commits": commits})
+            add_to_environment(Path(self.output_dir), {"data_commits": commits})
         print("\n".join(f"{name:8}{value}" for name, value in lines.items()), flush=True)
 
 

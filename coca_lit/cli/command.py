@@ -8,7 +8,6 @@ that chooses no config group, so that Hydra takes any key, and `coca_lit.cli.sch
 import argparse
 import functools
 import gc
-import itertools
 import re
 import signal
 import sys
@@ -367,12 +366,14 @@ def _remove_empty(folder: Path) -> None:
 def explain(error: Exception) -> str:
     """One sentence about what a user did wrong."""
     if isinstance(error, OverrideParseException):
-        key, _, value = (override := error.override.removeprefix("++")).partition("=")
+        override = error.override.removeprefix("++")
+        key, _, value = override.partition("=")
         return f"'{override}' is not in Hydra's grammar; put the value in quotes: {key}='\"{value}\"'"
-    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark) is not None:
-        return f"'{mark.name}', line {mark.line + 1}: {error.problem}"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"'{error.problem_mark.name}', line {error.problem_mark.line + 1}: {error.problem}"
     if isinstance(error, HydraException | yaml.YAMLError):
-        return " ".join(" ".join(str(part).split()) for part in (error, error.__cause__) if part is not None)
+        texts = [str(part) for part in (error, error.__cause__) if part is not None]
+        return " ".join(" ".join(texts).split())
     if isinstance(error.__cause__, UserError) and not isinstance(error, UserError):  # raised by a resolver
         return str(error.__cause__)
     if isinstance(error, OmegaConfBaseException):
@@ -427,26 +428,30 @@ def _template(config: str) -> str:
 
 def _filled_help(config: str, words: Sequence[str]) -> str:
     """The template in `conf/hydra/help` with the options of all config groups."""
+    groups = {*options_of(config, words=words)} - {"hydra", "experiment"}
     template = _template(config)
-    options = functools.partial(options_of, config, words=words)
-    groups = {*options()} - {"hydra", "experiment"}
     for place, named in (("$APP_CONFIG_GROUPS", sorted(groups)), ("$EVALUATIONS", ["evals"])):
-        lines = [f"{group}: {', '.join(options(group))}" for group in named]
+        lines = [f"{group}: {', '.join(options_of(config, group, words))}" for group in named]
         filled = [textwrap.fill(line, width=150, subsequent_indent="  ") for line in lines]
         template = template.replace(place, "\n".join(filled))
-    # Experiments by task, a line each: the task and the first sentence are comments at the top of the file.
+    return template.replace("$EXPERIMENTS", _experiments(config, words)) + _added_by_packages()
+
+
+def _experiments(config: str, words: Sequence[str]) -> str:
+    """A line for each experiment, by task. The first sentence and the task are comments at the top of its file."""
     own_folders = re.findall(r"file://([^\"',\]]+)", " ".join(words))
     folders = [CONF, *extensions.config_folders(), *map(Path, own_folders)]
     tasks: dict[str, list[str]] = {}
-    for name in options("experiment"):
-        found = [file for folder in folders if (file := folder / "experiment" / f"{name}.yaml").is_file()]
-        comments = found[0].read_text(encoding="utf-8", errors="replace") if found else ""
-        lines = re.findall(r"^#\s?(?!\s*@package)(.*)", comments, re.M)
-        text = " ".join(itertools.takewhile(lambda line: not re.match(r"[A-Z]\w+:\s", line), lines))
-        task = next((line.removeprefix("Task:").strip() for line in lines if line.startswith("Task:")), "others")
-        tasks.setdefault(task, []).append(f"    {name:26}{re.split(r'[.:;](?: |$)', text, maxsplit=1)[0]}")
-    listed = "\n".join("\n".join([f"  {task}", *experiments]) for task, experiments in tasks.items())
-    return template.replace("$EXPERIMENTS", listed) + _added_by_packages()
+    for name in options_of(config, "experiment", words):
+        files = [folder / "experiment" / f"{name}.yaml" for folder in folders]
+        text = next((file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()), "")
+        comments = re.findall(r"^#\s?(?!\s*@package)(.*)", text, re.M)
+        fields = [line for line in comments if re.match(r"[A-Z]\w+:\s", line)]  # from the first one on
+        above = comments[: comments.index(fields[0])] if fields else comments
+        sentence = re.split(r"[.:;](?: |$)", " ".join(above), maxsplit=1)[0]
+        task = next((line.removeprefix("Task:").strip() for line in fields if line.startswith("Task:")), "others")
+        tasks.setdefault(task, []).append(f"    {name:26}{sentence}")
+    return "\n".join("\n".join([f"  {task}", *lines]) for task, lines in tasks.items())
 
 
 def _added_by_packages() -> str:

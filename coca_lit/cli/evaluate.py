@@ -32,7 +32,9 @@ from coca_lit.runs.redaction import redact
 from coca_lit.runs.run_folder import CHECKPOINTS, CONFIG, in_use, start_run_folder
 
 if TYPE_CHECKING:
+    from coca_lit.evals import Evaluation, Settings
     from coca_lit.models import DualEncoder
+    from coca_lit.runs.results import Found
 
 MAX_NAMES = 300  # characters of names that a message repeats
 _OWN = re.compile(r"evals\.[\w-]+(\._target_=.*|=\{.*)", re.DOTALL)
@@ -51,8 +53,8 @@ class ScoredRun(NamedTuple):
 
     checkpoint: str
     config: Mapping[str, Any]
-    shipped: list[str]  # evaluations that are options of the config group
-    own: list[str]  # all others
+    known: list[str]  # evaluations that are options of the config group
+    others: list[str]
 
 
 def with_evals(words: list[str]) -> list[str]:
@@ -71,8 +73,8 @@ def with_evals(words: list[str]) -> list[str]:
         return words  # a mistake, which is reported with the others
     known = options_of("evaluate", "evals", words)
     runs = [_scored_run(checkpoint, known) for checkpoint in checkpoints]
-    notes = _notes_on_own(runs, given, known)
-    names = list(dict.fromkeys(name for run in runs for name in run.shipped))
+    notes = _notes_on_others(runs, given)
+    names = list(dict.fromkeys(name for run in runs for name in run.known))
     added = [f"evals=[{','.join(names)}]"]
     # The user's options count alone: those of the run may belong to another strategy.
     if not any(key == "scoring" or f"{key}.".startswith("scoring.generate.") for key in given):
@@ -107,11 +109,11 @@ def _scored_run(checkpoint: str, known: Collection[str]) -> ScoredRun:
     folder = next((place for place in (path, *path.parents[:2]) if os.path.isfile(place / CONFIG)), None)
     config = read_run_yaml(folder, CONFIG) if folder is not None else {}
     scored = [name for name, node in part_of(config, "evals").items() if node]
-    shipped = [name for name in scored if name in known]
-    return ScoredRun(checkpoint, config, shipped, [name for name in scored if name not in known])
+    others = [name for name in scored if name not in known]
+    return ScoredRun(checkpoint, config, [name for name in scored if name in known], others)
 
 
-def _notes_on_own(runs: Sequence[ScoredRun], given: Mapping[str, str], known: Sequence[str]) -> list[str]:
+def _notes_on_others(runs: Sequence[ScoredRun], given: Mapping[str, str]) -> list[str]:
     """What is said of the runs' own evaluations, which are not repeated unless the user builds them: by
     +evals.mine._target_=my_parts.my_score or +evals.mine={_target_: …}.
 
@@ -121,18 +123,17 @@ def _notes_on_own(runs: Sequence[ScoredRun], given: Mapping[str, str], known: Se
     built = {key.split(".")[1] for key, value in given.items() if _OWN.fullmatch(f"{key}={value}")}
     notes: list[str] = []
     for run in runs:
-        own = [str(name) for name in run.own if name not in built]
         note = (
-            f"{run.checkpoint} belongs to no scored run: name what to score, evals=all or evals=[NAME,NAME] of "
-            f"coca-evaluate --help, such as {_grouped(known)}"
+            f"{run.checkpoint} belongs to no scored run: set evals=all or evals=[NAME,NAME], see coca-evaluate --help"
         )
-        if own:
+        others = ", ".join(str(name) for name in run.others if name not in built)
+        if others:
             note = (
-                f"the run's own evaluations ({printable(', '.join(own)[:MAX_NAMES])}) are not repeated by themselves, "
-                f"as a config may run code: add what its {CONFIG} has below evals.NAME, such as +evals.NAME._target_=…"
+                f"the run's own evaluations ({printable(others[:MAX_NAMES])}) are not repeated by themselves, as a "
+                f"config may run code: add what its {CONFIG} has below evals.NAME, such as +evals.NAME._target_=…"
             )
             notes.append(note)
-        if not run.shipped and not built:
+        if not run.known and not built:
             raise ConfigError(note)
     return notes
 
@@ -155,7 +156,7 @@ def _common_places(runs: Sequence[ScoredRun]) -> tuple[dict[str, str | int], lis
     places: dict[str, str | int] = {}
     differing: list[str] = []
     for run in runs:
-        for key, place in _places(run.config, run.shipped):
+        for key, place in _places(run.config, run.known):
             if places.setdefault(key, place) != place:
                 differing.append(key)
     return places, differing
@@ -214,20 +215,9 @@ def _places(config: Mapping[str, Any], evals: Sequence[str]) -> Iterator[tuple[s
                 yield f"evals.{name}.{part}.{key}", cast(str | int, value)
 
 
-def _grouped(names: Sequence[str]) -> str:
-    """Evaluations by kind: scenes_captions, mscoco_captions -> "{mscoco,scenes}_captions"."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        data, _, kind = name.rpartition("_")
-        groups.setdefault(kind, []).append(data)
-    several = {kind: data for kind, data in groups.items() if len(data) > 1 and all(data)}
-    return ", ".join(f"{{{','.join(sorted(data))}}}_{kind}" for kind, data in several.items())
-
-
 def run(cfg: DictConfig) -> dict[str, float]:
     """Scores as configured and returns the scores; the run folder is `cfg.output_dir`."""
-    from coca_lit.data.prefetch import worker_errors
-    from coca_lit.distributed import process_group, rank, world_size
+    from coca_lit.distributed import process_group, rank
     from coca_lit.metrics.java.spice import JARS_VARIABLE
     from coca_lit.models import part_sizes
     from coca_lit.models.cost import forward_flops
@@ -250,31 +240,47 @@ def run(cfg: DictConfig) -> dict[str, float]:
         for objective in getattr(model, "objectives", {}).values():
             objective.to(device)
         start_run_folder(cfg)  # not before: a scoring that cannot start leaves nothing behind
-        found, problem = Found(not_run=not_run), None
-        bug: Exception | None = None
-        for evaluation in evals:
-            try:
-                with worker_errors():
-                    found.add(evaluation, evaluation.evaluate(model, settings))
-            except Exception as error:  # also of an evaluation of one's own, after hours of others
-                if len(evals) == 1 or world_size() > 1:  # other processes would wait for this one
-                    raise
-                said = printable(redact(explain(error)))
-                if not isinstance(error, UserError):
-                    bug = error
-                    print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
-                problem = said if bug in (None, error) else problem
-                name = f"{evaluation.name} ({type(evaluation).__name__})"  # captions and retrieval may share the first
-                found.not_run[name] = said
-                print(f"{name} not run: {said}; the scores of the others stay", flush=True)
-        if problem and not found.scores:
-            raise DataError(problem) from bug
-        if rank() == 0:
-            facts = {"parameters": part_sizes(model), "gflops": forward_flops(model) / 1e9}
-            finish_run(folder, found, facts, report)
-        if problem and (bug or not os.environ.get(SWEEP_VARIABLE)):  # a sweep has no scores of a job that fails
-            raise DataError(problem) from bug
+        found = Found(not_run=not_run)
+        error = _score(evals, model, settings, found)
+        if rank() == 0 and (error is None or found.scores):
+            size = {"parameters": part_sizes(model), "gflops": forward_flops(model) / 1e9}
+            finish_run(folder, found, size, report)
+        is_bug = error is not None and not isinstance(error, UserError)
+        # A sweep has no scores of a job that fails: there, some scores are enough.
+        if error is not None and (is_bug or not found.scores or not os.environ.get(SWEEP_VARIABLE)):
+            raise DataError(_in_words(error)) from error
     return found.scores
+
+
+def _score(
+    evals: "Sequence[Evaluation]", model: "DualEncoder", settings: "Settings", found: "Found"
+) -> Exception | None:
+    """Adds the scores of all evaluations to `found`; where one fails, the others still run, unless other processes wait
+    for it. Returns the error, a bug first.
+    """
+    from coca_lit.data.prefetch import worker_errors
+    from coca_lit.distributed import world_size
+
+    errors: list[Exception] = []
+    for evaluation in evals:
+        try:
+            with worker_errors():
+                found.add(evaluation, evaluation.evaluate(model, settings))
+        except Exception as error:  # also of an evaluation of one's own, after hours of others
+            if len(evals) == 1 or world_size() > 1:
+                raise
+            if not isinstance(error, UserError):
+                print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
+            errors.append(error)
+            name = f"{evaluation.name} ({type(evaluation).__name__})"  # captions and retrieval may share the first
+            found.not_run[name] = _in_words(error)
+            print(f"{name} not run: {found.not_run[name]}; the scores of the others stay", flush=True)
+    bugs = [error for error in errors if not isinstance(error, UserError)]
+    return next(iter([*bugs, *errors]), None)
+
+
+def _in_words(error: Exception) -> str:
+    return printable(redact(explain(error)))
 
 
 def _load(cfg: DictConfig) -> "DualEncoder":

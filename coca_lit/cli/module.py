@@ -49,14 +49,14 @@ def build_module(cfg: DictConfig, start: "ResumePoint | None" = None, source: "D
             theirs = architecture(start.content.get(MODEL_KEY, {}), start.path)
         cfg = with_vocabulary(cfg, theirs.get("tokenizer"))
         with error_context("ckpt_path"):
-            cfg = with_facts(cfg, theirs, start.path)
+            cfg = with_arguments_of(cfg, theirs, start.path)
         source = None
     else:
         source = source or load_source(cfg)
         cfg = with_vocabulary(cfg, source.tokenizer.spec if source is not None else None)
         if source is not None:
             with error_context("init_from"):
-                cfg = with_facts(cfg, source, cfg.init_from)
+                cfg = with_arguments_of(cfg, source, cfg.init_from)
     optimizer = build(cfg.model.optimizer, "model.optimizer")
     module = make_module(cfg, cfg.model, optimizer=optimizer)
     if start is None:
@@ -119,7 +119,7 @@ def initialise(cfg: DictConfig, net: "CoCa", source: "DualEncoder | None" = None
                 extensions.load(target)(net, parts[name], given)
 
 
-def with_facts(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]", where: str | Path) -> DictConfig:
+def with_arguments_of(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]", where: str | Path) -> DictConfig:
     """The config with what the tensors of some weights do not show, such as their CLS mask, taken from them.
 
     Args:

@@ -81,7 +81,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         # Not before: a run that cannot start leaves nothing behind.
         resumed = continues_own_folder(cfg, beginning.checkpoint)
         before = beginning.checkpoint.run if beginning.checkpoint is not None and resumed else None
-        start_run_folder(cfg, before, **chosen_experiment())
+        start_run_folder(cfg, before, chosen_experiment())
         fit(cfg, parts, beginning.checkpoint)
         return finish(cfg, parts)
 
@@ -222,10 +222,10 @@ def finish(cfg: DictConfig, parts: RunParts) -> dict[str, float]:
 
     folder = Path(cfg.output_dir)
     found = parts.scoring.found
-    facts = {**samples_seen(parts.trainer), "parameters": part_sizes(parts.module.net)}
+    trained = {**samples_seen(parts.trainer), "parameters": part_sizes(parts.module.net)}
     if parts.trainer.is_global_zero:
         found.not_run = parts.not_run | found.not_run
-        finish_run(folder, found, facts, parts.report)
+        finish_run(folder, found, trained, parts.report)
         for checkpoints in callbacks_of(parts.trainer, Checkpoints):
             checkpoints.check_saved(parts.trainer)
         if (folder / "checkpoints" / "last.ckpt").exists():
@@ -251,10 +251,9 @@ def next_commands(cfg: DictConfig, net: "CoCa", data: "CaptionDataModule") -> st
     return "   or   ".join(f"{command} {in_shell(words)}" for command in commands)
 
 
-def chosen_experiment() -> dict[str, str]:
-    """The name of the experiment, for reports; nothing where Hydra does not run, as in a test."""
-    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
-    return {"experiment": choices["experiment"]} if choices.get("experiment") else {}
+def chosen_experiment() -> str | None:
+    """The name of the experiment, for reports; None where Hydra does not run, as in a test."""
+    return HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None
 
 
 def resume_data(data: "CaptionDataModule", start: "ResumePoint", strict: bool) -> None:

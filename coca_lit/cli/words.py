@@ -88,13 +88,13 @@ def to_override(word: str) -> str:
     if "," in value and (_is_text(key) or "/" in value) and os.path.lexists(value):  # no sweep over its parts
         return f"{key}={quote(value)}"
     forms = [word, f"{key}={_PRIMITIVE.sub(_quote_primitive, value)}"]
-    whole = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
+    quoted = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
     if re.match(rf"[^\[{{\"']|{_RANGE}", value):  # neither a list, a dictionary nor quoted
-        forms.append(whole)
+        forms.append(quoted)
     for form in forms:
         with suppress(HydraException):
             parsed = OverridesParser.create().parse_override(form).value()
-            if not _is_text(key) or form == whole:
+            if not _is_text(key) or form == quoted:
                 return form
             if _FLAT.fullmatch(value):  # a list or a sweep
                 values = form.partition("=")[2]

@@ -17,7 +17,7 @@ from coca_lit.errors import DataError
 from coca_lit.files import atomic_write, write_json, write_waiting
 from coca_lit.metrics.uncertainty import LEVEL, Conditions, Draws
 from coca_lit.reading import printable, read_run_json, read_run_npz
-from coca_lit.runs.run_folder import CONDITIONS, DRAWS, INTERVALS, RESULTS, add_facts
+from coca_lit.runs.run_folder import CONDITIONS, DRAWS, INTERVALS, RESULTS, add_to_environment
 from coca_lit.runs.scores import print_scores
 
 if TYPE_CHECKING:
@@ -45,13 +45,13 @@ class Found:
 
 
 def finish_run(
-    folder: Path, found: Found, facts: dict[str, Any] | None = None, report: Callable[[Path], Any] | None = None
+    folder: Path, found: Found, model: dict[str, Any] | None = None, report: Callable[[Path], Any] | None = None
 ) -> None:
     """Prints the scores of a run with their uncertainty, and writes them, why others are missing (`not_run.json`), and
     its report. On a full disk it tries again for some minutes.
 
     Args:
-        facts: for `environment.json`: parameters of the model, samples and tokens that it was trained on.
+        model: for `environment.json`: its parameters, samples and tokens that it was trained on.
         report: writes the report of a run folder, and is called last: the run is finished once that is written, too.
 
     Raises:
@@ -64,8 +64,8 @@ def finish_run(
             write_draws(folder, found.draws)
             write_conditions(folder, found.conditions)
             (folder / "report.html").unlink(missing_ok=True)  # of an earlier scoring
-            seconds = round(time.time() - add_facts(folder, facts or {})["started"])
-            add_facts(folder, {"seconds": seconds})
+            seconds = round(time.time() - add_to_environment(folder, model or {})["started"])
+            add_to_environment(folder, {"seconds": seconds})
             write_json(folder / RESULTS, found.scores)
             write_json(folder / "not_run.json", found.not_run)
             if report is not None:
@@ -114,18 +114,13 @@ def read_draws(folder: Path) -> dict[str, Draws]:
     if not file:
         return {}
     try:
-        parts = [file[name] for name in ("scores", "points", "units", "trials", "shares", "values")]
-        scores, points, _, trials, shares, values = parts
-        if {part.shape for part in parts[:-1]} != {values.shape[:1]} or values.ndim != 2:
-            raise ValueError("arrays of other shapes")
-        if [part.dtype for part in (points, trials, shares, values)] != [np.float64, np.int64, bool, np.float64]:
-            raise ValueError("arrays of other types")
-        if (trials < shares).any() or (shares & ~((points >= 0) & (points <= 1))).any():
-            raise ValueError("shares outside of 0 to 1")
-    except (ValueError, KeyError) as error:
+        names, points, units, trials, shares = (
+            file[name].tolist() for name in ("scores", "points", "units", "trials", "shares")
+        )
+        rows = zip(file["values"], points, units, trials, shares, strict=True)
+        return {str(name): Draws(*row) for name, row in zip(names, rows, strict=True)}
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / DRAWS} does not hold the resampled scores of a run ({error}): remove it") from error
-    rows = zip(values, *(part.tolist() for part in parts[1:-1]), strict=True)
-    return {str(name): Draws(*row) for name, row in zip(scores.tolist(), rows, strict=True)}
 
 
 def write_conditions(folder: Path, conditions: Mapping[str, Conditions]) -> None:

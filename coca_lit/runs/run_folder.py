@@ -57,10 +57,8 @@ _began: float | None = None
 
 def step_files(folder: Path) -> list[Path]:
     """The checkpoints `step_N.ckpt` of a folder, files or folders themselves, the newest first."""
-    steps = {
-        int(found[1]): path for path in folder.glob("*") if (found := re.fullmatch(r"step_(\d+)\.ckpt", path.name))
-    }
-    return [steps[step] for step in sorted(steps, reverse=True)]
+    found = [path for path in folder.glob("*") if re.fullmatch(r"step_\d+\.ckpt", path.name)]
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("step_")), reverse=True)
 
 
 def restarted() -> list[str]:
@@ -69,10 +67,11 @@ def restarted() -> list[str]:
     return [name for name in again if os.environ.get(name, "none") != "none"]
 
 
-def add_facts(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def add_to_environment(folder: Path, further: dict[str, Any]) -> dict[str, Any]:
     """Adds what is known by now to `environment.json`; returns all of it."""
     path = folder / ENVIRONMENT
-    known = (read_json(path, dict) if path.exists() else environment()) | facts  # the folder may have been deleted
+    known = read_json(path, dict) if path.exists() else environment()  # the folder may have been deleted
+    known |= further
     write_json(path, known)
     return known
 
@@ -225,12 +224,12 @@ def _ended(holder: dict[str, Any]) -> bool:
 # Its beginning: what an earlier run left is archived, or its logs end where the run resumes
 
 
-def start_run_folder(cfg: DictConfig, resumed: Mapping[str, Any] | None = None, **facts: Any) -> None:
+def start_run_folder(cfg: DictConfig, resumed: Mapping[str, Any] | None = None, experiment: str | None = None) -> None:
     """Writes `config.yaml` and `environment.json`. Of an earlier run all files are archived, or its logs are rewound.
 
     Args:
         resumed: what the checkpoint in this folder from which the run resumes says about it, see `ResumePoint.run`.
-        facts: for `environment.json`.
+        experiment: its name, for `environment.json`.
 
     Raises:
         ConfigError: the folder holds files of these names that no run wrote.
@@ -249,7 +248,10 @@ def start_run_folder(cfg: DictConfig, resumed: Mapping[str, Any] | None = None, 
     if (folder / RESULTS).exists():  # of other weights: until the run ends, it has no scores
         os.replace(folder / RESULTS, folder / EARLIER)
         print(f"the scores so far are in {folder / EARLIER}", flush=True)
-    write_json(folder / ENVIRONMENT, environment() | facts)  # the first one, see `check_is_run`
+    known = environment()
+    if experiment:
+        known["experiment"] = experiment
+    write_json(folder / ENVIRONMENT, known)  # the first one, see `check_is_run`
     atomic_write(folder / CONFIG, masked_yaml(cfg).encode())
 
 

@@ -176,9 +176,8 @@ def test_the_evaluations_are_those_of_the_run(tmp_path, monkeypatch, capsys):
     (other / "model.safetensors").touch()
     monkeypatch.setattr("sys.argv", ["coca-evaluate", f"checkpoint={other / 'model.safetensors'}"])
     (tmp_path / "config.yaml").unlink()
-    with pytest.raises(SystemExit, match=r"evals=.*--help.*[{,]scenes[,}].*_captions") as error:
+    with pytest.raises(SystemExit, match=r"belongs to no scored run: .*evals=.*--help"):
         evaluate()
-    assert len(str(error.value)) < 800
 
 
 def test_the_evaluations_read_as_those_of_the_run(tmp_path):
@@ -194,7 +193,7 @@ def test_a_strangers_frames_are_a_number_and_its_files_are_there(tmp_path):
 
 
 def test_the_model_of_the_package_belongs_to_no_scored_run():
-    with pytest.raises(ConfigError, match="photos belongs to no scored run: name what to score"):
+    with pytest.raises(ConfigError, match="photos belongs to no scored run: set evals="):
         with_evals(["checkpoint=photos"])
 
 

@@ -16,7 +16,7 @@ import pytest
 from coca_lit.cli import command, evaluate, train
 from coca_lit.errors import ConfigError, TrainingError
 from coca_lit.runs import run_folder
-from coca_lit.runs.run_folder import PATIENCE, add_facts, in_use
+from coca_lit.runs.run_folder import PATIENCE, add_to_environment, in_use
 from helpers.running import ROOT, TINY, compose, run, watched
 
 HOLD = """
@@ -122,7 +122,7 @@ def test_a_run_counts_from_the_start_of_its_command(monkeypatch: pytest.MonkeyPa
 def test_facts_are_added_to_those_that_are_known(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text('{"commit": "abc", "samples": 1}')
     expected = {"commit": "abc", "samples": 2, "seconds": 3}
-    assert add_facts(tmp_path, {"samples": 2, "seconds": 3}) == expected
+    assert add_to_environment(tmp_path, {"samples": 2, "seconds": 3}) == expected
     assert json.loads((tmp_path / "environment.json").read_text()) == expected
 
 
