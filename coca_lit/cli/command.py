@@ -36,7 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit import __version__, extensions
 from coca_lit.cli.early import check_data_folder, check_length, check_values, check_weights, resumes
-from coca_lit.cli.schema import MissingValueError, check, check_first_keys, targets, unresolved
+from coca_lit.cli.schema import MissingValueError, check, targets, unresolved
 from coca_lit.cli.sweep import end_sweep, job_record, sweep_score
 from coca_lit.cli.words import Positional, parse, quote
 from coca_lit.errors import ConfigError, UserError, suggest
@@ -268,7 +268,7 @@ def compose(config: str, words: Sequence[str] = (), with_hydra: bool = False) ->
     cfg = _composed(config, words, with_hydra)
     shipped = _shipped(config)
     groups = options_of(config, "", words)
-    check_first_keys(_without_hydra(cfg), shipped, groups)
+    check(_without_hydra(cfg), shipped, groups, constructors=False)
     with _imports():
         _check_arguments(cfg, shipped, groups)
     return cfg
@@ -305,7 +305,7 @@ def _shipped(config: str) -> dict[str, Any]:
 
 def _check(config: str, cfg: DictConfig, shipped: dict[str, Any], groups: Sequence[str]) -> None:
     """Says what is missing or wrong in a config, what is known soonest first, and imports what it wants imported."""
-    check_first_keys(_without_hydra(cfg), shipped, groups)
+    check(_without_hydra(cfg), shipped, groups, constructors=False)
     check_values(cfg)
     with _imports():
         if config == "train":

@@ -168,42 +168,50 @@ class MissingValueError(ConfigError):
     """A key without a default that nobody set."""
 
 
-def check(node: Mapping[str, Any], shipped: Mapping[str, Any], groups: Iterable[str] = ()) -> None:
+class Place(NamedTuple):
+    """A dictionary in a config, and what is shipped there: nothing inside of an argument, where any key is free."""
+
+    path: str  # of the dictionary, with a full stop at its end; empty for the whole config
+    node: Mapping[str, Any]
+    shipped: Mapping[str, Any]
+
+
+def check(
+    node: Mapping[str, Any], shipped: Mapping[str, Any], groups: Iterable[str] = (), constructors: bool = True
+) -> None:
     """Compares a config with the signatures of all its targets, and the rest of it with the config as shipped.
 
     Args:
         node, shipped: plain values, with interpolations as they stand.
         groups: names of config groups, to suggest.
+        constructors: import them, which takes seconds; without them, what has a target is let through, and so is an
+            unknown key that resembles none of the config's.
 
     Raises:
         ConfigError: a key that nobody takes, or a value of another type than is expected.
     """
-    for key, value, argument in _walk(node, shipped):
-        if key in ELSEWHERE:
-            raise ConfigError(f"{key} cannot be set: {ELSEWHERE[key]}")
-        if argument is None:
-            key = _innermost(key, value)
-            known = [*_names(shipped), *_names(node), *groups]
-            raise ConfigError(f"there is no key '{key}'{_suggest_key(key, known)}")
-        wrong = _mistake(value, argument.annotation)
-        if wrong:
-            raise ConfigError(f"{key} must be {wrong}, got {written(value)}")
-
-
-def check_first_keys(node: Mapping[str, Any], shipped: Mapping[str, Any], groups: Iterable[str]) -> None:
-    """Refuses an unknown key at the top of a config that resembles a known one, by the configs alone: `check` imports
-    the constructors, which takes seconds.
-
-    Raises:
-        ConfigError: there is such a key.
-    """
-    for name in node:
-        if name in shipped:
-            continue
-        key = _innermost(name, node[name])
-        suggestion = _suggest_key(key, [*(known for known, _ in leaves(shipped)), *shipped, *groups])
-        if suggestion != NO_SUGGESTION:
-            raise ConfigError(f"there is no key '{key}'{suggestion}")
+    places = [*_places("", node, shipped)]
+    places.sort(
+        key=lambda place: place.node.keys() <= place.shipped.keys()
+    )  # keys that no file lists, typed ones: first
+    for place in places:
+        known, takes_any = _known(place, constructors)
+        for name, value in place.node.items():
+            key = f"{place.path}{name}"
+            if key in ELSEWHERE:
+                raise ConfigError(f"{key} cannot be set: {ELSEWHERE[key]}")
+            if name in known:
+                wrong = _mistake(value, known[name].annotation)
+                if wrong:
+                    raise ConfigError(f"{key} must be {wrong}, got {written(value)}")
+            elif not takes_any and not (_has_parts(place) and _is_part(value)):
+                key = _innermost(key, value)
+                suggestion = _suggest_key(key, [f"{place.path}{name}" for name in known])
+                if suggestion == NO_SUGGESTION:  # one elsewhere may be meant
+                    names = [*_names(shipped, constructors), *_names(node, constructors), *groups]
+                    suggestion = _suggest_key(key, names)
+                if constructors or suggestion != NO_SUGGESTION:
+                    raise ConfigError(f"there is no key '{key}'{suggestion}")
 
 
 def _innermost(key: str, value: Any) -> str:
@@ -224,50 +232,54 @@ def _suggest_key(key: str, names: Iterable[str]) -> str:
     return suggest(key, known, last_parts)
 
 
-def _walk(node: Mapping[str, Any], shipped: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, value, argument) of all values; the argument is None for a key that nobody takes.
-
-    Args:
-        shipped: the node as shipped; empty inside of an argument, where any key is free.
-    """
-    # Parts such as callbacks: any name, for something to build.
-    is_parts = {type(value) for value in shipped.values()} in ({dict}, {dict, type(None)})
-    known, takes_any = _known(node, shipped, path)
+def _places(path: str, node: Mapping[str, Any], shipped: Mapping[str, Any]) -> Iterator[Place]:
+    """All dictionaries in a config, the outer ones first."""
+    yield Place(path, node, shipped)
     for key, value in node.items():
-        name = f"{path}{key}"
         before = shipped.get(key)
-        if is_parts and "_target_" not in node:
-            argument = Argument() if value is None or (isinstance(value, dict) and "_target_" in value) else None
-        else:
-            argument = known.get(key, Argument() if takes_any else None)
-        yield name, value, argument
-        inner = before if isinstance(before, dict) and ("_target_" not in node or "_target_" in before) else {}
+        inside = not isinstance(before, dict) or ("_target_" in node and "_target_" not in before)
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, dict):
-                yield from _walk(child, inner, f"{name}.")
+                yield from _places(f"{path}{key}.", child, {} if inside else before)
 
 
-def _known(node: Mapping[str, Any], shipped: Mapping[str, Any], path: str) -> tuple[dict[str, Argument], bool]:
-    """What may stand in a node: the arguments of its target, and what is shipped beside them for somebody else, such as
-    `trainer.micro_batch_size`; and whether anything else may, too.
+def _has_parts(place: Place) -> bool:
+    """Whether it holds parts such as callbacks: any name, for something to build."""
+    kinds = {type(value) for value in place.shipped.values()}
+    return kinds in ({dict}, {dict, NoneType}) and "_target_" not in place.node
+
+
+def _is_part(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and "_target_" in value)
+
+
+def _known(place: Place, constructors: bool) -> tuple[dict[str, Argument], bool]:
+    """What may stand in a place: the arguments of its target, and what is shipped beside them for somebody else, as
+    `trainer.micro_batch_size` is; and whether anything else may, too.
     """
-    listed = {key: Argument(type(value), value) for key, value in shipped.items()}
-    if "_target_" not in node:
-        return listed, not shipped
-    signature = signature_at(node, path)
-    before = read_signature(shipped.get("_target_"))
+    listed = {key: Argument(type(value), value) for key, value in place.shipped.items()}
+    if _has_parts(place):
+        return {}, False
+    if "_target_" not in place.node:
+        return listed, not place.shipped
+    if not constructors:
+        return {}, True
+    signature = signature_at(place.node, place.path)
+    before = read_signature(place.shipped.get("_target_"))
     beside = {key: listed[key] for key in listed.keys() - before.arguments.keys()} if before.arguments else {}
     if {"records", "settings"} <= signature.arguments.keys():  # a function as evaluation
         beside["every"] = Argument(int)
     return dict.fromkeys(HYDRA_KEYS, Argument()) | signature.arguments | beside, signature.takes_any
 
 
-def _names(node: Any, path: str = "") -> list[str]:
+def _names(node: Any, constructors: bool, path: str = "") -> list[str]:
     """All keys of a config, and those that its constructors take."""
     if not isinstance(node, dict):
         return []
-    own = dict.fromkeys([*node, *signature_at(node, path).arguments])
-    return [name for key in own for name in (f"{path}{key}", *_names(node.get(key), f"{path}{key}."))]
+    keys = dict.fromkeys(node)
+    if constructors:
+        keys |= dict.fromkeys(signature_at(node, path).arguments)
+    return [name for key in keys for name in (f"{path}{key}", *_names(node.get(key), constructors, f"{path}{key}."))]
 
 
 def _mistake(value: Any, annotation: Any) -> str | None:
