@@ -1,6 +1,6 @@
 """The evaluation `judgments`: which scores do people agree with, including scores that a model gives?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,8 +9,9 @@ from torch import Tensor
 from coca_lit.data.datasets.annotations import find_file
 from coca_lit.data.records import Record
 from coca_lit.distributed import rank
-from coca_lit.errors import check_names
+from coca_lit.errors import DataError, check_names
 from coca_lit.evals.base import Evaluation, Settings
+from coca_lit.evals.captions import Measure
 from coca_lit.evals.inference import blind_log_likelihoods, embed_images, embed_texts, log_likelihoods
 from coca_lit.metrics.captions import CLIP_PROMPT, clip_scores
 from coca_lit.metrics.java.runtime import JavaError
@@ -40,6 +41,7 @@ class JudgedScores(Evaluation):
         records: of `judged_captions` or `read_judgments`.
         images: folder of the judged images, or the one that holds it as images/.
         mixed: pairs of scores that are mixed; those that cannot be computed are left out.
+        measures: further scores of each judged caption beside the references of its image, with `settings.full`.
     """
 
     final_score_names = None
@@ -51,6 +53,7 @@ class JudgedScores(Evaluation):
         records: Judged,
         images: str | Path,
         mixed: Sequence[Sequence[str]] = MIXTURES,
+        measures: Mapping[str, Measure] | None = None,
         every: int = 1,
     ) -> None:
         for pair in mixed:
@@ -58,6 +61,7 @@ class JudgedScores(Evaluation):
         folder = Path(images)
         super().__init__(name, records.records(folder / "images", folder), every)
         self.judged, self.mixed = records, [(first, second) for first, second in mixed]
+        self.measures = dict(measures or {})
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         judged = self.judged.of({record.id for record in records})
@@ -69,7 +73,7 @@ class JudgedScores(Evaluation):
                 found, missing = reference_scores(judged)
             except (JavaError, FileNotFoundError) as error:  # of the tokenizer, which all of them need
                 found, missing = {}, dict.fromkeys(OF_REFERENCES, str(error))
-            scores = found | scores
+            scores = found | self._measured(judged) | scores
             self.not_run |= {f"{self.name} {score}": reason for score, reason in missing.items()}
         self.draws = named(agreement(judged, scores))
         if settings.full and len({candidate.image for candidate in judged.candidates}) > 1:
@@ -80,6 +84,15 @@ class JudgedScores(Evaluation):
             if rank() == 0:
                 settings.write_json("predictions", f"{self.name}_mixtures.json", {"shares": shares})
         return {score: draws.score for score, draws in self.draws.items()}
+
+    def _measured(self, judged: Judged) -> Scores:
+        scores: Scores = {}
+        for name, measure in self.measures.items():
+            try:
+                scores |= measured(judged, measure)
+            except DataError as error:
+                self.not_run[f"{self.name} {name}"] = str(error)
+        return scores
 
     def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:
         """The judged captions and the references."""
@@ -92,6 +105,13 @@ def judged_captions(root: str | Path, judgments: str, captions: str | None = Non
     folder = Path(root)
     path = find_file(f"the judgements {judgments}", [folder / judgments], "put them there, as they are published")
     return read_judgments(path, folder / captions if captions is not None else None)
+
+
+def measured(judged: Judged, measure: Measure) -> Scores:
+    """What a measure says of each candidate (C,), as if it were the only caption of an image of its own."""
+    alone = [Record(i, own.image, judged.references[own.image]) for i, own in enumerate(judged.candidates)]
+    captions: dict[int | str, str] = {i: own.caption for i, own in enumerate(judged.candidates)}
+    return {score: values for score, (values, _) in measure(alone, captions).items()}
 
 
 def named(found: Agreement) -> dict[str, Draws]:

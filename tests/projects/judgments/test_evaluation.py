@@ -10,8 +10,10 @@ from PIL import Image
 
 from coca_lit.cli.command import compose
 from coca_lit.data.transforms import build_transform
+from coca_lit.errors import DataError
 from coca_lit.evals import Settings
-from coca_lit.projects.judgments.evaluation import JudgedScores, judged_captions, model_scores
+from coca_lit.metrics.uncertainty import Parts
+from coca_lit.projects.judgments.evaluation import JudgedScores, judged_captions, measured, model_scores
 from coca_lit.projects.judgments.judged import Judged
 from helpers.evaluating import WORDS, make_model, noise
 
@@ -61,6 +63,29 @@ def test_scores_of_a_model_equal_a_loop(root: Path) -> None:
             "pmi_per_token": (read - blind) / counted,
         }
         assert {name: values[number] for name, values in found.items()} == pytest.approx(truth, abs=2e-4)
+
+
+def test_a_measure_sees_each_candidate_beside_the_references_of_its_image(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = judged_captions(root, "ExpertAnnotations.txt")
+
+    def shared_words(records: list, captions: dict) -> Parts:
+        shared = [len(set(captions[own.id].split()) & set(" ".join(own.captions).split())) for own in records]
+        return {"shared": (np.array(shared, dtype=np.float64), None)}
+
+    found = measured(judged, shared_words)["shared"]
+    for (image, caption), value in zip(judged.candidates, found, strict=True):
+        assert value == len({*caption.split()} & {*" ".join(judged.references[image]).split()})
+
+    def missing(records: list, captions: dict) -> NoReturn:
+        raise DataError("no such file")
+
+    monkeypatch.setattr("coca_lit.projects.judgments.evaluation.reference_scores", lambda judged: ({}, {}))
+    evaluation = JudgedScores("experts", judged, root, measures={"shared": shared_words, "other": missing})
+    scores = evaluation.evaluate(make_model(), Settings(root))
+    assert {"experts/tau_b_shared", "experts/tau_c_shared"} <= scores.keys()
+    assert evaluation.not_run == {"experts other": "no such file"}
 
 
 def test_all_scores_of_a_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
