@@ -21,15 +21,15 @@ from coca_lit.training.lightning_fixes import (
     accumulation_factor,
     clear_logged_values,
     clip_gradients,
-    is_logged_step,
     is_sharded,
+    logs_this_step,
 )
 from coca_lit.training.objectives import (
     Captions,
     Contrastive,
     Objective,
     Terms,
-    check_terms,
+    check_names_of_terms,
     named_objectives,
     terms_of,
     without_replaced,
@@ -59,13 +59,16 @@ class CoCaLit(L.LightningModule):
         compile: run the transformer blocks through `torch.compile`; of image encoders only timm's ViTs.
         micro_batch_size: pairs that a process sends through the network at a time, see `gradient_caching`; None for
             the whole batch.
-        objectives: further losses on pairs, {name of your choice: objective or function}; None leaves one out.
+        objectives: losses besides CoCa's own, {name of your choice: objective or function}; None leaves one out.
         cooldown_steps: replaces the cosine by a constant rate and a cooldown of this many steps, see
             `warmup_stable_decay`. 0: no cooldown, as for a trunk from which runs of several lengths branch.
         batch_schedule: gives batches of another source between batches of pairs, and says what they are trained for.
 
     Attributes:
         loss_weights: of the "contrastive" and the "caption" loss; 0 for one that is skipped.
+        built_in: CoCa's own objectives, without those of weight 0, and those of `batch_schedule`.
+        objectives: those of the argument, by name.
+        optimizer_settings: of each group of the optimizer, as configured.
     """
 
     def __init__(
@@ -91,46 +94,50 @@ class CoCaLit(L.LightningModule):
         if micro_batch_size is not None:
             check_number("micro_batch_size", micro_batch_size, whole=True, at_least=1)
         self.net = net
-        self.configured: list[dict[str, Any]] = []  # the settings of each group of the optimizer
+        self.optimizer_settings: list[dict[str, Any]] = []
         self.make_optimizer = optimizer
-        self.warmup_steps, self.cooldown_steps = warmup_steps, cooldown_steps
+        self.warmup_steps = warmup_steps
+        self.cooldown_steps = cooldown_steps
         self.micro_batch_size = micro_batch_size
         caption_weight = 0.0 if net.decoder is None else caption_weight
         self.loss_weights = {"contrastive": contrastive_weight, "caption": caption_weight}
-        losses = (Contrastive(contrastive_weight), Captions(caption_weight, label_smoothing))
-        self.losses = nn.ModuleList(loss for loss in losses if any(loss.weights.values()))
+        own_losses = (Contrastive(contrastive_weight), Captions(caption_weight, label_smoothing))
+        self.built_in = nn.ModuleList(loss for loss in own_losses if any(loss.weights.values()))
         self.batch_schedule = batch_schedule
         if batch_schedule is not None:
-            self.losses.extend(batch_schedule.objectives)
+            self.built_in.extend(batch_schedule.objectives)
         self.objectives = nn.ModuleDict(named_objectives(objectives or {}))
         if not any(self.loss_weights.values()) and not self.objectives:
             raise ValueError("no loss is left: contrastive_weight or caption_weight must be above 0")
-        check_terms(self.every_objective)
+        check_names_of_terms(self.every_objective)
         for objective in self.every_objective:
             objective.build(net)
-        training = without_replaced(self.every_objective)
-        freeze_parts(net, freeze, {part for objective in training for part in objective.trained_parts(net)})
+        trained = {
+            part for objective in without_replaced(self.every_objective) for part in objective.trained_parts(net)
+        }
+        freeze_parts(net, freeze, trained)
         if grad_checkpointing != "none":
             net.set_grad_checkpointing(grad_checkpointing)
         if compile:
             net.compile_blocks()
 
     @property
-    def further(self) -> list[Objective]:
-        """The further objectives."""
-        return [cast(Objective, made) for made in self.objectives.values()]
+    def configured_objectives(self) -> list[Objective]:
+        """Those of `objectives`."""
+        return [cast(Objective, objective) for objective in self.objectives.values()]
 
     @property
     def every_objective(self) -> list[Objective]:
-        """CoCa's own objectives and the further ones."""
-        return [*(cast(Objective, made) for made in self.losses), *self.further]
+        """The built-in objectives and the configured ones."""
+        built_in = [cast(Objective, objective) for objective in self.built_in]
+        return [*built_in, *self.configured_objectives]
 
     def objectives_of(self, batch: Batch) -> list[Objective]:
         """What a batch is trained for, or in evaluation measured by."""
-        found = [objective for objective in self.every_objective if objective.takes(batch)]
+        taking = [objective for objective in self.every_objective if objective.takes(batch)]
         if self.training:
-            return without_replaced(found)
-        return [objective for objective in found if not objective.replaces]
+            return without_replaced(taking)
+        return [objective for objective in taking if not objective.replaces]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         clear_logged_values(self.trainer)
@@ -149,7 +156,7 @@ class CoCaLit(L.LightningModule):
             from coca_lit.training.gradient_caching import cached_loss
 
             loss, terms = cached_loss(self.net, objectives, batch, self.micro_batch_size)
-        if self.is_logged():
+        if self.logs_this_step():
             self.log_terms("train", terms, batch)
             for objective in objectives:
                 self.log_values("train", objective.measures, batch)
@@ -163,9 +170,9 @@ class CoCaLit(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.log_terms("val", terms_of(self.net, self.objectives_of(batch), batch), batch)
 
-    def is_logged(self) -> bool:
+    def logs_this_step(self) -> bool:
         """Values are averaged over ranks and read by the host at these steps only: either takes time."""
-        return self._trainer is not None and is_logged_step(self.trainer)
+        return self._trainer is not None and logs_this_step(self.trainer)
 
     def log_terms(self, stage: str, terms: Terms, batch: Batch) -> None:
         self.log_values(stage, {f"{name}_loss": term.detach() for name, term in terms.values.items()}, batch)
@@ -183,12 +190,25 @@ class CoCaLit(L.LightningModule):
         """Clips the global norm and logs it."""
         if gradient_clip_val:
             norm = clip_gradients(self.trainer, self, optimizer, gradient_clip_val)
-            if self.is_logged():
+            if self.logs_this_step():
                 self.log("train/grad_norm", norm)
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.check_norms()
+
+    def on_fit_start(self) -> None:
+        """Says which objectives a model is saved without."""
+        from coca_lit.weights.kept import described_objectives
+
+        kept = described_objectives(self.objectives)
+        for name, objective in self.objectives.items():
+            if name not in kept and objective.state_dict():
+                print_rank_zero(
+                    f"note: what model.objectives.{name} trains is in checkpoints of this run alone: load_model and "
+                    "evaluations lack it unless its class has @register_objective or stands in [objectives] of a "
+                    "project.toml"
+                )
 
     def check_norms(self) -> None:
         """Called before training, after low-rank adaptation, which freezes batch norms, if there is any.
@@ -215,7 +235,8 @@ class CoCaLit(L.LightningModule):
         optimizer = optimizer_of(self.make_optimizer, self.net, self.objectives)
         # Before any callback sees the weights, such as `Averaging`.
         optimizer.register_step_post_hook(lambda *_: self.net.clamp_logit_scale())
-        steps = warmup, total = self.warmup_steps, int(self.trainer.estimated_stepping_batches)
+        warmup = self.warmup_steps
+        total = int(self.trainer.estimated_stepping_batches)
         if total < 0:
             raise ConfigError("trainer.max_steps: the learning rate needs it, since the training data have no length")
         if self.cooldown_steps is None:
@@ -224,11 +245,13 @@ class CoCaLit(L.LightningModule):
                     f"warning: model.warmup_steps={warmup} is more than the {total:,} steps of the run, whose learning "
                     f"rate ends at {total / warmup:.0%} of its value: set it to fewer, such as {max(total // 10, 1)}"
                 )
-            scheduler = warmup_cosine(optimizer, *steps)
+            scheduler = warmup_cosine(optimizer, warmup, total)
         else:
-            scheduler = warmup_stable_decay(optimizer, *steps, self.cooldown_steps)
-        named = (*SETTINGS, *getattr(self.make_optimizer, "arguments", ()))
-        self.configured = [{key: group[key] for key in named if key in group} for group in optimizer.param_groups]
+            scheduler = warmup_stable_decay(optimizer, warmup, total, self.cooldown_steps)
+        keys = (*SETTINGS, *getattr(self.make_optimizer, "arguments", ()))
+        self.optimizer_settings = [
+            {key: group[key] for key in keys if key in group} for group in optimizer.param_groups
+        ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

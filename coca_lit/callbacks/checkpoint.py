@@ -28,7 +28,7 @@ from coca_lit.errors import DataError, TrainingError, check_number
 from coca_lit.files import atomic_link, remove, retry_waiting_rows
 from coca_lit.models import kernels
 from coca_lit.runs.resume import LAST, RUN_KEY
-from coca_lit.runs.run_folder import CHECKPOINTS, inode, step_files
+from coca_lit.runs.run_folder import CHECKPOINTS, step_files
 from coca_lit.runs.signals import Signals
 from coca_lit.training import lightning_fixes
 
@@ -75,7 +75,6 @@ class TrainingState:
         unlinked: the last checkpoint, until it has its links.
         score: the score `best` of the weights at hand, on every rank; None where it was not computed.
         due_at: when the next checkpoint is due, by the monotonic clock.
-        folder_inode: of the run folder, if there was one.
     """
 
     phase: Phase = "training"
@@ -83,7 +82,6 @@ class TrainingState:
     unlinked: Unlinked | None = None
     score: float | None = None
     due_at: float = math.inf
-    folder_inode: int | None = None
 
 
 class Checkpoints(L.Callback):
@@ -140,7 +138,7 @@ class Checkpoints(L.Callback):
         lightning_fixes.leave_sigterm_to_us(trainer)
         step_exchange.reset()
         step = trainer.global_step
-        self.state = TrainingState(folder_inode=inode(self.folder.parent))  # also where it trains once more
+        self.state = TrainingState()  # also where it trains once more
         self.state.saved = (step, "training")  # there is nothing to save before the first step
         self._trained = True
         self._set_clock()
@@ -148,7 +146,7 @@ class Checkpoints(L.Callback):
             self.best.forget_after(step)
         if self._resumed:
             announce(trainer, self._resumed)
-            apply_settings(trainer, getattr(pl_module, "configured", ()))
+            apply_settings(trainer, getattr(pl_module, "optimizer_settings", ()))
         if self._resumed.get("validating"):
             lightning_fixes.repeat_validation(trainer)
             self.state.saved = None  # the next checkpoint of this step will know that the validation is over
@@ -168,9 +166,11 @@ class Checkpoints(L.Callback):
         self._link()
         # One decision for all ranks. That of a score is about the weights at hand: it cannot come a step later.
         at_once = world_size() == 1 or self.state.score is not None
-        stop, due, better = max_over_ranks(self._flags()) if at_once else step_exchange.heard() or (0, 0, 0)
         if at_once:
+            stop, due, better = max_over_ranks(self._flags())
             step_exchange.reset()  # this decision includes the numbers that are under way
+        else:
+            stop, due, better = step_exchange.heard() or (0, 0, 0)
         if stop:
             self.signals.cancel_requeue()
         step = trainer.global_step
@@ -246,11 +246,6 @@ class Checkpoints(L.Callback):
         step = trainer.global_step
         if self._is_saved(step):
             return
-        if rank() == 0 and self.state.folder_inode not in (None, inode(self.folder.parent)):
-            raise TrainingError(
-                f"the run folder {self.folder.parent} was moved or deleted while the run wrote to it: the run ends; "
-                "it can be resumed where its checkpoints are"
-            )
         retry_waiting_rows()  # a run that resumes from here does not make the rows of earlier steps again
         # Within a validation Lightning has put the averaged weights into the module: exchanged once more, the trained
         # ones are saved, with the average beside them.
@@ -317,19 +312,17 @@ class Checkpoints(L.Callback):
 
     # The best
 
-    def offer(self, trainer: L.Trainer, value: float, final: bool = False) -> None:
-        """The score `best` of the weights at hand, on every rank. If it is better than any before, their checkpoint is
-        the best one.
-
-        Args:
-            final: training is over, and the checkpoint of these weights is written.
+    def offer(self, score: float) -> None:
+        """Takes the score `best` of the weights at hand, on every rank. If it is better than any before, they are saved
+        before the next step as the best ones: rank 0 decides, and tells all others.
         """
-        if not final:
-            self.state.score = value  # rank 0 decides, and tells all others before the next step
-            return
+        self.state.score = score
+
+    def offer_final(self, trainer: L.Trainer, score: float) -> None:
+        """Takes the score of the trained weights, whose checkpoint is written."""
         assert self.best is not None
         comparable = self._trained or self.best.record() is not None or not (self.folder / BEST).exists()
-        self.state.unlinked = Unlinked(trainer.global_step, value if comparable else None)
+        self.state.unlinked = Unlinked(trainer.global_step, score if comparable else None)
         self._link()
 
     def _is_best(self, score: float | None) -> bool:

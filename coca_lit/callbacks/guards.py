@@ -24,7 +24,7 @@ from coca_lit.distributed import Arriving, gather_objects, print_rank_zero, rank
 from coca_lit.errors import DataError, TrainingError, check_number
 from coca_lit.files import Waiting, append_lines, atomic_write, csv_line, whole_lines
 from coca_lit.runs.run_folder import BAD_STEPS
-from coca_lit.training.lightning_fixes import is_logged_step
+from coca_lit.training.lightning_fixes import logs_this_step
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class NonFiniteGuard(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if self.spikes and is_logged_step(trainer):  # in every row, since few spikes fall on a logged step
+        if self.spikes and logs_this_step(trainer):  # in every row, since few spikes fall on a logged step
             pl_module.log("loss_spikes", float(self.spikes))
 
     def _write(self, step: int, reason: str, numbers: dict[str, float], keys: list[str]) -> None:

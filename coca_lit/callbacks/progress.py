@@ -19,7 +19,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.loader import TrainLoader
 from coca_lit.distributed import gather_objects, totals_over_ranks, world_size
 from coca_lit.runs.run_folder import add_to_environment
-from coca_lit.training.lightning_fixes import accumulates, callbacks_of
+from coca_lit.training.lightning_fixes import callbacks_of, logged_step_ended
 
 MAX_WAIT = 0.05  # share of a training that may be spent waiting for data before there is advice
 RECENT = 5  # lines from which the time left is estimated, as other programs come and go
@@ -73,7 +73,7 @@ class _Bar(RichProgressBar):
         return f"Epoch {current_epoch + 1}{total}".ljust(len(self.validation_description))  # people count from 1
 
     def _update_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.validating or _is_logged(trainer):  # there is nothing new at other steps
+        if trainer.validating or logged_step_ended(trainer):  # there is nothing new at other steps
             super()._update_metrics(trainer, pl_module)
 
 
@@ -98,7 +98,7 @@ class PlainProgress(ProgressBar):
     ) -> None:
         step, total, now = trainer.global_step, int(trainer.estimated_stepping_batches), time.monotonic()
         began, first = self._seen[0]
-        if trainer.is_global_zero and (_is_logged(trainer) or step == total):
+        if trainer.is_global_zero and (logged_step_ended(trainer) or step == total):
             seconds_left = (now - began) / max(step - first, 1) * (total - step)
             self._seen.append((now, step))
             metrics = self.get_metrics(trainer, pl_module)
@@ -155,7 +155,7 @@ class Throughput(L.Callback):
         if pl_module.device.type == "cuda":
             self._computed = torch.cuda.Event()
             self._computed.record()
-        if _is_logged(trainer):
+        if logged_step_ended(trainer):
             seconds = time.monotonic() - self._since
             pl_module.log("samples/s", self._samples / seconds, prog_bar=True)
             if self._first_at is not None:
@@ -237,7 +237,7 @@ class SourceCounts(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self._own.update(batch.extras.get("source", ()))
-        if (self._own or self._before) and _is_logged(trainer):  # it may begin with batches without any
+        if (self._own or self._before) and logged_step_ended(trainer):  # it may begin with batches without any
             pl_module.log_dict({f"samples/{name}": float(count) for name, count in self.total().items()})
 
     def total(self) -> dict[str, int]:
@@ -256,12 +256,6 @@ class SourceCounts(L.Callback):
 def _samples(batch: Batch) -> int:
     """Number of its samples, each with one or several images; a batch without images has none."""
     return len(batch.keys) if len(batch.images) else 0
-
-
-def _is_logged(trainer: L.Trainer) -> bool:
-    """Whether Lightning logs the step that this batch ends: every `log_every_n_steps`."""
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return every > 0 and trainer.global_step % every == 0 and not accumulates(trainer)
 
 
 def samples_seen(trainer: L.Trainer) -> dict[str, int]:

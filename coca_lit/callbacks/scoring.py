@@ -181,8 +181,10 @@ class ScoreDuringTraining(L.Callback):
             named = [e for e in self._named(name) if e.every]
             keys = [f"{e.name_of(self.settings, self.quick)}/{measure}" for e in named]
             found = [scores[key] for key in keys if key in scores]
-            if found:
-                checkpoints.offer(trainer, found[0], final)
+            if found and final:
+                checkpoints.offer_final(trainer, found[0])
+            elif found:
+                checkpoints.offer(found[0])
             elif all(e in scored for e in named):
                 missing = f"there is no score '{best}'{suggest(best, scores)} {_listed(scores)}"
                 if not final and not any(e.not_run for e in named):

@@ -55,14 +55,14 @@ def cached_loss(net: CoCa, objectives: Sequence[Objective], batch: Batch, size: 
     """
     terms = Terms()
     losses: list[Tensor] = []
-    shared = [objective for objective in objectives if objective.needs]
-    own = [objective for objective in objectives if not objective.needs]
-    if shared:
-        losses.append(_of_shared_pass(net, shared, batch, size, terms))
-    for objective in own:
+    sharing = [objective for objective in objectives if objective.needs]
+    with_own_pass = [objective for objective in objectives if not objective.needs]
+    if sharing:
+        losses.append(_of_shared_pass(net, sharing, batch, size, terms))
+    for objective in with_own_pass:
         terms.add(objective, objective(net, batch))
-    if own:
-        losses.append(terms.weighted_sum(own))
+    if with_own_pass:
+        losses.append(terms.weighted_sum(with_own_pass))
     return torch.stack(losses).sum(), terms
 
 
@@ -70,23 +70,23 @@ def _of_shared_pass(net: CoCa, objectives: Sequence[Objective], batch: Batch, si
     """The weighted sum of the losses of objectives that share a forward pass. Adds their terms to `terms`."""
     parts = micro_batches(batch, size)
     needs = needs_of(objectives)
-    coupled = [objective for objective in objectives if not objective.adds_up]
-    adding_up = [objective for objective in objectives if objective.adds_up]
+    coupled = [objective for objective in objectives if not objective.micro_batches_add_up]
+    adding_up = [objective for objective in objectives if objective.micro_batches_add_up]
     of_objectives = [p for objective in objectives for p in objective.parameters()]
     parameters = [p for p in (*net.parameters(), *of_objectives) if p.requires_grad]
     with _collected_gradients(parameters) as gradients:
         of_outputs: list[dict[str, Tensor]] = [{} for _ in parts]
         if coupled:
             of_outputs = _gradients_of_outputs(net, coupled, batch, parts, needs, terms)
-        token_count = sum_over_ranks(predicted_tokens(net, batch)) if adding_up else None
-        for part, known in zip(parts, of_outputs, strict=True):
+        token_count = sum_over_ranks(label_count(net, batch)) if adding_up else None
+        for part, gradients_of_part in zip(parts, of_outputs, strict=True):
             out = _forward(net, part, needs)._replace(token_count=token_count)
-            share = [(getattr(out, name) * gradient).sum() for name, gradient in known.items()]
+            addends = [(getattr(out, name) * gradient).sum() for name, gradient in gradients_of_part.items()]
             for objective in adding_up:
-                found = objective(net, part.batch, out)
-                terms.add(objective, found)
-                share += [objective.weights.get(name, 1.0) * term for name, term in found.items()]
-            torch.stack(share).sum().backward()
+                terms_of_part = objective(net, part.batch, out)
+                terms.add(objective, terms_of_part)
+                addends += [objective.weights.get(name, 1.0) * term for name, term in terms_of_part.items()]
+            torch.stack(addends).sum().backward()
             terms.detach()
     return with_gradients(terms.weighted_sum(objectives), gradients, parameters, once=True)
 
@@ -105,26 +105,26 @@ def _gradients_of_outputs(
     Args:
         needs: what the second pass will compute.
     """
-    own_needs = needs_of(objectives)
-    first_needs = [name for name in needs if name != "hidden" or name in own_needs]
+    coupled_needs = needs_of(objectives)
+    first_needs = [name for name in needs if name != "hidden" or name in coupled_needs]
     if "hidden" in needs and not {"hidden", "text_features", "text_states"}.intersection(first_needs):
         first_needs.append("text_states")  # the texts are read before the images, and draw random numbers, too
     with torch.no_grad():
         outs = [_forward(net, part, first_needs) for part in parts]
     torch.clear_autocast_cache()  # it holds weights that were cast without a graph
-    kept = {*ALWAYS, *own_needs, "labels"}
+    kept = {*ALWAYS, *coupled_needs, "labels"}
     cached = {name: _Cached(name, outs) for name in kept if getattr(outs[0], name) is not None}
+    out_of_batch = CoCaOutput(None, None, cached["logit_scale"].of_batch)
+    out_of_batch = out_of_batch._replace(**{name: output.of_batch for name, output in cached.items()})
     del outs
-    whole = CoCaOutput(None, None, cached["logit_scale"].whole)
-    whole = whole._replace(**{name: output.whole for name, output in cached.items()})
     for objective in objectives:
-        terms.add(objective, objective(net, batch, whole))
+        terms.add(objective, objective(net, batch, out_of_batch))
     terms.weighted_sum(objectives).backward()
     terms.detach()
     of_outputs: list[dict[str, Tensor]] = [{} for _ in parts]
     for name, output in cached.items():
-        for known, gradient in zip(of_outputs, output.gradients(), strict=False):
-            known[name] = gradient
+        for gradients_of_part, gradient in zip(of_outputs, output.gradients(), strict=False):
+            gradients_of_part[name] = gradient
     return of_outputs
 
 
@@ -132,7 +132,7 @@ class _Cached:
     """An output of the first pass, of all micro-batches together.
 
     Attributes:
-        whole: a leaf of the graph.
+        of_batch: a leaf of the graph.
     """
 
     def __init__(self, name: str, outs: Sequence[CoCaOutput]) -> None:
@@ -143,18 +143,18 @@ class _Cached:
                 "input than images of one shape"
             )
         self._sizes = None if name in SHARED else [len(tensor) for tensor in tensors]
-        self.whole: Tensor = tensors[0].detach() if name in SHARED else torch.cat(tensors)
-        if self.whole.is_floating_point():
-            self.whole.requires_grad_()
+        self.of_batch: Tensor = tensors[0].detach() if name in SHARED else torch.cat(tensors)
+        if self.of_batch.is_floating_point():
+            self.of_batch.requires_grad_()
 
     def gradients(self) -> Sequence[Tensor]:
         """Of each micro-batch; of what they share of the first one alone. None at all of a constant."""
-        gradient = self.whole.grad
+        gradient = self.of_batch.grad
         if self._sizes is None:
             return [] if gradient is None else [gradient]
-        if not self.whole.requires_grad:
+        if not self.of_batch.requires_grad:
             return []
-        return (torch.zeros_like(self.whole) if gradient is None else gradient).split(self._sizes)
+        return (torch.zeros_like(self.of_batch) if gradient is None else gradient).split(self._sizes)
 
 
 def micro_batches(batch: Batch, size: int) -> list[MicroBatch]:
@@ -170,16 +170,17 @@ def micro_batches(batch: Batch, size: int) -> list[MicroBatch]:
     return [MicroBatch(batch.rows(start, start + size), seed) for start, seed in zip(starts, seeds, strict=True)]
 
 
-def predicted_tokens(net: CoCa, batch: Batch) -> Tensor:
-    """Number of tokens that the caption loss averages over: all after the prefix, without unknown words."""
+def label_count(net: CoCa, batch: Batch) -> Tensor:
+    """Number of labels that the caption loss averages over: all tokens after the prefix, without unknown words."""
     tokens = batch.tokens
     positions = torch.arange(tokens.shape[1])
     lengths = batch.lengths.cpu()
     starts = torch.ones_like(lengths) if batch.prefix_lengths is None else batch.prefix_lengths.cpu()
-    predicted = (positions >= starts[:, None]) & (positions < lengths[:, None])  # (B, L), on the host
-    predicted = to_device(predicted, tokens.device)
-    unknown = net.tokenizer.unk_id
-    return (predicted if unknown is None else predicted & (tokens != unknown)).sum()
+    is_label = (positions >= starts[:, None]) & (positions < lengths[:, None])  # (B, L), on the host
+    is_label = to_device(is_label, tokens.device)
+    if net.tokenizer.unk_id is not None:
+        is_label = is_label & (tokens != net.tokenizer.unk_id)
+    return is_label.sum()
 
 
 @contextmanager
@@ -195,7 +196,8 @@ def check_norms(net: CoCa) -> None:
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.trained_modules()):
         raise ValueError(
             f"micro_batch_size does not work with the batch norms of {net.config.image_encoder}: freeze the"
-            " encoder (model.freeze=[image_encoder]) or choose one without them"
+            " encoder (model.freeze=[image_encoder]) or choose one without them, such as"
+            " model.net.image_encoder=vit_tiny_patch16_224"
         )
 
 
@@ -214,10 +216,10 @@ def _collected_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[list[Te
     before = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
-    found: list[Tensor | None] = []
+    gradients: list[Tensor | None] = []
     try:
-        yield found
-        found += [p.grad for p in parameters]
+        yield gradients
+        gradients += [p.grad for p in parameters]
     finally:
         for p, gradient in zip(parameters, before, strict=True):
             p.grad = gradient

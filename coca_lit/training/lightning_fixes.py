@@ -87,10 +87,16 @@ def accumulation_factor(trainer: L.Trainer, batch_idx: int) -> float:
     return count / last if last and batch_idx >= batches - last else 1.0
 
 
-def is_logged_step(trainer: L.Trainer) -> bool:
+def logs_this_step(trainer: L.Trainer) -> bool:
     """Whether Lightning logs the step that is being made, or it is the last one."""
     last = trainer.global_step + 1 >= trainer.estimated_stepping_batches
     return trainer._logger_connector.should_update_logs or last
+
+
+def logged_step_ended(trainer: L.Trainer) -> bool:
+    """Whether the batch that has just ended also ended a step that Lightning logs."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and trainer.global_step % every == 0 and not accumulates(trainer)
 
 
 def is_between_steps(trainer: L.Trainer) -> bool:

@@ -1,6 +1,6 @@
 """Objectives: what a batch is trained for. Each maps what one forward pass has computed to named loss terms.
 
-`Contrastive` and `Captions` are CoCa's own. Further ones join by name, `model.objectives.NAME._target_=my_parts.mine`:
+`Contrastive` and `Captions` are CoCa's own. Others join by name, `model.objectives.NAME._target_=my_parts.mine`:
 a function (net, batch) -> {name: term}, or an `Objective`. A `BatchSchedule` brings its own. For
 captioning only, set `model.contrastive_weight=0`.
 """
@@ -33,11 +33,11 @@ class Objective(nn.Module):
 
     Attributes:
         needs: fields of `CoCaOutput` that `forward` reads, such as ("pooled", "text_features").
-        trains: further parts of the network that get a gradient from it, such as "decoder.norm". They are not frozen
-            when no other loss trains them.
+        trains: parts of the network besides those of `needs` that get a gradient from it, such as "decoder.norm". They
+            are not frozen when no other loss trains them.
         replaces: names of terms that are not trained beside it. Validation has them, and not this objective.
-        adds_up: whether its terms are sums over tokens, divided by `out.token_count`. Those of micro-batches then add
-            up to those of the batch, and `gradient_caching` keeps nothing for them.
+        micro_batches_add_up: whether its terms are sums over tokens, divided by `out.token_count`. Those of
+            micro-batches then add up to those of the batch, and `gradient_caching` keeps nothing for them.
         measures: further numbers about the last batch, by name, logged beside its terms.
         reads_captions: whether it reads captions, and not just labels and the questions in front of them.
         config_key: where it stands in the configuration.
@@ -49,7 +49,7 @@ class Objective(nn.Module):
     needs: Sequence[str] = ()
     trains: Sequence[str] = ()
     replaces: Sequence[str] = ()
-    adds_up = False
+    micro_batches_add_up = False
     averages_tokens = False
     reads_captions = True
     images = 1
@@ -170,7 +170,7 @@ class Captions(Objective):
     """
 
     needs = CAPTION
-    adds_up = True
+    micro_batches_add_up = True
     averages_tokens = True
     config_key = "model.caption_weight"
 
@@ -181,10 +181,10 @@ class Captions(Objective):
         self.label_smoothing = label_smoothing
 
     def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, Tensor]:
-        return {"caption": predicted(out, self.label_smoothing if self.training else 0.0)}
+        return {"caption": caption_term(out, self.label_smoothing if self.training else 0.0)}
 
 
-def predicted(out: CoCaOutput, smoothing: float = 0.0) -> Tensor:
+def caption_term(out: CoCaOutput, smoothing: float = 0.0) -> Tensor:
     """The caption loss of the labels of a pass."""
     assert out.hidden is not None
     assert out.vocabulary is not None
@@ -282,26 +282,27 @@ def check_captions(objectives: Sequence[Objective], captions: int) -> None:
 
 
 def named_objectives(objectives: Mapping[str, Callable[..., Any] | None]) -> dict[str, Objective]:
-    """The objectives added to the network's own, without the names that are None.
+    """The objectives that are added to CoCa's own, without the names that are None.
 
     Raises:
         ValueError: one cannot be called, or has a weight of 0.
     """
-    further: dict[str, Objective] = {}
+    configured: dict[str, Objective] = {}
     for name, function in objectives.items():
         if function is None:
             continue
         if not callable(function):
             raise ValueError(f"objectives.{name}: expected an Objective or a function (net, batch), got {function!r}")
-        made = further[name] = function if isinstance(function, Objective) else Function(function)
-        made.config_key = f"model.objectives.{name}"
-        for term, weight in made.weights.items():
+        objective = function if isinstance(function, Objective) else Function(function)
+        objective.config_key = f"model.objectives.{name}"
+        configured[name] = objective
+        for term, weight in objective.weights.items():
             if weight == 0:
                 raise ValueError(f"objectives.{name}: a {term}_weight of 0 trains nothing; set objectives.{name}=null")
-    return further
+    return configured
 
 
-def check_terms(objectives: Iterable[Objective]) -> None:
+def check_names_of_terms(objectives: Iterable[Objective]) -> None:
     """Raises ValueError if two objectives have a term of the same name, as far as their weights tell."""
     owners: dict[str, str] = {}
     for objective in objectives:

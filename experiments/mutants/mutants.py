@@ -440,8 +440,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "training/gradient_caching.py": [
         (
             "cached_tokens",
-            "token_count = sum_over_ranks(predicted_tokens(net, batch))",
-            "token_count = predicted_tokens(net, batch)",
+            "token_count = sum_over_ranks(label_count(net, batch))",
+            "token_count = label_count(net, batch)",
             "training/test_gradient_caching.py::test_micro_batches_on_two_ranks_equal_the_whole_batch_on_one",
         ),
         (

@@ -13,7 +13,7 @@ from coca_lit.models import create_model
 from coca_lit.runs.resume import ResumePoint
 from coca_lit.tokenizer import frequent_words
 from coca_lit.tools.export.open_clip import write_open_clip
-from coca_lit.training.gradient_caching import predicted_tokens
+from coca_lit.training.gradient_caching import label_count
 from coca_lit.training.optim import AdamW
 from coca_lit.weights import MODEL_KEY
 from coca_lit.weights.load import load_model, save_model
@@ -81,7 +81,7 @@ def test_unknown_words_are_read_but_not_predicted() -> None:
     lengths = torch.tensor([5, 4])
     out = model(images, tokens, lengths)
     assert out.labels.tolist() == [4, -100, 6, 2, 4, 5, 2]
-    assert predicted_tokens(model, Batch(images, tokens, lengths, [])) == 6
+    assert label_count(model, Batch(images, tokens, lengths, [])) == 6
     other = model(images, model.tokenizer(["a dog runs", "a dog"]), lengths)
     assert torch.equal(out.hidden[1], other.hidden[1])  # what comes before it
     assert not torch.allclose(out.hidden[2], other.hidden[2])

@@ -16,7 +16,7 @@ from coca_lit.evals.inference import rows_of
 from coca_lit.losses import contrastive_term
 from coca_lit.models import CoCa, CoCaOutput, create_model, register_objective
 from coca_lit.models.coca import CAPTION
-from coca_lit.training.objectives import Objective, predicted, terms_of
+from coca_lit.training.objectives import Objective, caption_term, terms_of
 
 
 @register_objective("words_of_images")
@@ -112,7 +112,7 @@ class OwnCaptions(Objective):
         super().__init__(own_captions=1.0)
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
-        return {"own_captions": predicted(net(batch.images, batch.tokens, batch.lengths, needs=CAPTION))}
+        return {"own_captions": caption_term(net(batch.images, batch.tokens, batch.lengths, needs=CAPTION))}
 
 
 def check_means(objective: Objective, term: str, over_tokens: bool) -> None:

@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import lightning.pytorch as L
 import pytest
 
 from coca_lit.cli import command, evaluate, train
-from coca_lit.errors import ConfigError, TrainingError
+from coca_lit.errors import ConfigError
 from coca_lit.runs import run_folder
 from coca_lit.runs.run_folder import PATIENCE, add_to_environment, in_use
-from helpers.running import ROOT, TINY, compose, run, watched
+from helpers.running import ROOT, TINY, compose
 
 HOLD = """
 import os, sys, time
@@ -84,21 +83,6 @@ def test_killed_process_holds_nothing(tmp_path: Path, hold: Callable, words: tup
     with in_use(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_whose_folder_was_moved_away_ends(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-
-    class Moves(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-            if trainer.global_step == 2:
-                folder.rename(tmp_path / "moved")
-
-    words = ("evals=[]", "callbacks.checkpoint.every_n_steps=1", "trainer.max_steps=4")
-    with watched(Moves()), pytest.raises(TrainingError, match="run was moved or deleted while the run wrote to it"):
-        run(folder, *TINY, *words)
-    assert not (folder / "checkpoints").exists()
-    assert {path.name for path in (tmp_path / "moved" / "checkpoints").iterdir()} == {"step_1.ckpt", "last.ckpt"}
 
 
 def test_only_the_first_process_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

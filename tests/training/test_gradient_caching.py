@@ -291,6 +291,15 @@ VIT = (
     "+model.net.image_encoder=vit_base_patch32_clip_224",
     "+model.net.image_encoder_args={patch_size:8,embed_dim:64,depth:1,num_heads:2}",
 )
+
+
+def test_the_encoder_that_the_refusal_names_works() -> None:
+    net = create_model("coca_tiny", image_encoder="vit_tiny_patch16_224")
+    module = CoCaLit(net, AdamW(lr=0.1), micro_batch_size=2)
+    module.check_norms()
+    assert module.training_step(own_batch(net, 0), 0).isfinite()
+
+
 SHORT = (
     *("experiment=scenes", "trainer=cpu", "trainer.max_epochs=1", "trainer.limit_val_batches=0", "evals=[]", "ema=0.5"),
     *("data.train_count=32", "data.batch_size=8", "model.warmup_steps=2", "trainer.gradient_clip_val=0.5"),
@@ -325,7 +334,10 @@ def test_a_run_in_micro_batches_ends_with_the_same_weights(tmp_path: Path, preci
     ("overrides", "message"),
     [
         (("trainer.micro_batch_size=3", *VIT), r"batch_size.*8.*3"),
-        (("trainer.micro_batch_size=2",), r"resnet10t.*model.freeze=\[image_encoder\]"),
+        (
+            ("trainer.micro_batch_size=2",),
+            r"resnet10t.*model.freeze=\[image_encoder\].*image_encoder=vit_tiny_patch16_224",
+        ),
         (("trainer.micro_batch_size=0", *VIT), r"micro_batch_size.*0"),
     ],
 )

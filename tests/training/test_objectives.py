@@ -14,7 +14,7 @@ from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, CoCaOutput, create_model
 from coca_lit.training.objectives import Captions, Function, Objective, terms_of
 from coca_lit.training.optim import AdamW
-from helpers.objectives import DrawnTargets, OwnCaptions, check_means
+from helpers.objectives import DrawnTargets, OwnCaptions, WordsOfImages, check_means
 
 OPTIMIZER = AdamW(lr=1e-3)
 
@@ -91,7 +91,7 @@ def test_weighted_terms_are_added_and_logged_raw(scenes: Batch, monkeypatch: pyt
     torch.nn.init.ones_(objective.head.bias)
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
     monkeypatch.setattr(module, "log", lambda *_: None)
-    monkeypatch.setattr(module, "is_logged", lambda: True)
+    monkeypatch.setattr(module, "logs_this_step", lambda: True)
     loss = module.training_step(scenes, 0)
     own = {f"train/{name}_loss": term.detach() for name, term in objective(net, scenes).items()}
     assert own["train/shift_loss"] == 1
@@ -117,6 +117,14 @@ def test_a_forward_or_a_function_is_enough(scenes: Batch, objective: Any) -> Non
     module = CoCaLit(create_model("coca_tiny"), OPTIMIZER, 0, 0.0, 0.0, objectives={"mine": objective})
     loss = module.training_step(scenes, 0)
     assert loss.item() == pytest.approx(len(scenes.images), rel=1e-5)  # features of unit length
+
+
+def test_what_a_model_is_saved_without_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    objectives = {"kept": WordsOfImages(), "own": Brightness(), "function": squares}
+    module = CoCaLit(create_model("coca_tiny", tokenizer="scenes"), OPTIMIZER, objectives=objectives)
+    module.on_fit_start()
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert "model.objectives.own " in note
 
 
 def test_an_objective_that_returns_no_terms_is_named(scenes: Batch) -> None:
@@ -145,7 +153,7 @@ def test_measures_of_terms_of_the_shared_pass_are_logged(scenes: Batch, monkeypa
     module, logged = CoCaLit(net, OPTIMIZER, objectives={"gap": Gap()}), {}
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
     monkeypatch.setattr(module, "log", lambda *_: None)
-    monkeypatch.setattr(module, "is_logged", lambda: True)
+    monkeypatch.setattr(module, "logs_this_step", lambda: True)
     module.training_step(scenes, 0)
     assert logged["train/gap"] == 7.0
 

@@ -260,12 +260,12 @@ def test_a_resumed_optimizer_has_the_arguments_of_this_run(tiny_model: Build) ->
     trainer: Any = SimpleNamespace(
         optimizers=[now["optimizer"]], lr_scheduler_configs=[SimpleNamespace(**now["lr_scheduler"])]
     )
-    apply_settings(trainer, module.configured)
+    apply_settings(trainer, module.optimizer_settings)
     assert {group["momentum"] for group in now["optimizer"].param_groups} == {0.8}
     schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(before["optimizer"], 2)  # of a subclass
     trainer.lr_scheduler_configs = [SimpleNamespace(scheduler=schedule)]
     trainer.optimizers = [before["optimizer"]]
-    apply_settings(trainer, module.configured)
+    apply_settings(trainer, module.optimizer_settings)
     assert {group["momentum"] for group in before["optimizer"].param_groups} == {0.7}
 
 

@@ -128,7 +128,7 @@ def test_raw_losses_are_logged_and_their_weighted_sum_is_trained(monkeypatch: py
     module, logged = CoCaLit(net, AdamW(lr=0.1), contrastive_weight=0.25, caption_weight=3.0), {}
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
     monkeypatch.setattr(module, "log", lambda *_: None)
-    monkeypatch.setattr(module, "is_logged", lambda: True)
+    monkeypatch.setattr(module, "logs_this_step", lambda: True)
     loss = module.training_step(batch, 0)
     torch.testing.assert_close(logged, raw)
     assert loss.item() == pytest.approx(0.25 * raw["train/contrastive_loss"] + 3 * raw["train/caption_loss"])

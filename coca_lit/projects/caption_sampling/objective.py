@@ -9,7 +9,7 @@ from torch import Tensor
 from coca_lit.data.batch import Batch
 from coca_lit.losses import contrastive_term
 from coca_lit.models import CoCa, CoCaOutput
-from coca_lit.training.objectives import Objective, predicted
+from coca_lit.training.objectives import Objective, caption_term
 
 
 class FurtherCaptions(Objective):
@@ -61,4 +61,4 @@ def caption(net: CoCa, batch: Batch, out: CoCaOutput) -> Tensor:
     assert out.image_tokens is not None
     tokens, lengths = batch.extras["further_tokens"], batch.extras["further_lengths"]  # (B, K - 1, L), (B, K - 1)
     image_tokens = out.image_tokens.repeat_interleave(tokens.shape[1], dim=0)  # (B · (K - 1), Q, T)
-    return predicted(net.captions_of(image_tokens, tokens.flatten(0, 1), lengths.flatten()))
+    return caption_term(net.captions_of(image_tokens, tokens.flatten(0, 1), lengths.flatten()))

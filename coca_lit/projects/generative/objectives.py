@@ -13,7 +13,7 @@ from coca_lit.models.coca import CAPTION
 from coca_lit.models.packing import to_device
 from coca_lit.models.text import expect_decoder
 from coca_lit.tokenizer import unknown_words
-from coca_lit.training.objectives import Objective, predicted
+from coca_lit.training.objectives import Objective, caption_term
 
 
 class ParallelPrediction(Objective):
@@ -96,7 +96,7 @@ class PrefixPrompts(Objective):
             needs=CAPTION,
             prefix_lengths=prompted.prefix_lengths,
         )
-        return {"prefixed": predicted(out)}
+        return {"prefixed": caption_term(out)}
 
     def drawn(self, count: int) -> Tensor:
         """Number of the prompt of each text (B,), on the host."""

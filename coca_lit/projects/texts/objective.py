@@ -5,7 +5,7 @@ from torch import Tensor
 from coca_lit.data.batch import Batch
 from coca_lit.errors import ConfigError
 from coca_lit.models import CoCa
-from coca_lit.training.objectives import Objective, predicted
+from coca_lit.training.objectives import Objective, caption_term
 
 
 class TextLoss(Objective):
@@ -42,4 +42,4 @@ class TextLoss(Objective):
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         out = net.captions_of(None, batch.tokens, batch.lengths)
-        return {"text": predicted(out, self.label_smoothing if self.training else 0.0)}
+        return {"text": caption_term(out, self.label_smoothing if self.training else 0.0)}

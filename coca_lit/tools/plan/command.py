@@ -49,7 +49,7 @@ def run(cfg: DictConfig) -> None:
     model, spent, recipe = estimate(cfg, settings, module)
     pixels = 3 * cfg.image_size**2 * math.prod(reader_of(cfg).leading)
     print_plan(f"{cfg.model.net.name}, {cfg.trainer.precision}", model, spent, recipe, settings, pixels)
-    left_out = [objective.config_key for objective in module.further if not objective.is_counted]
+    left_out = [objective.config_key for objective in module.configured_objectives if not objective.is_counted]
     if left_out:
         print(f"Not counted, so the run needs more: {' and '.join(left_out)}.")
     if source is None and cfg.init_from not in (None, "required"):
@@ -82,7 +82,7 @@ def estimate(cfg: DictConfig, settings: "Settings", module: "CoCaLit") -> "tuple
     with error_context("caption_tokens"):
         check_number("the mean length of captions", tokens, at_most=module.net.config.context_length)
     weights = module.loss_weights
-    objectives = [objective for objective in module.further if objective.is_counted]
+    objectives = [objective for objective in module.configured_objectives if objective.is_counted]
     if not any(weights.values()) and not objectives:
         raise ConfigError(
             "no loss of this run can be counted: an objective whose `needs` name what it reads of the forward pass can"

@@ -28,7 +28,7 @@ from coca_lit.losses.caption import CHUNK, GPU_CHUNK
 from coca_lit.models import CoCa, kernels
 from coca_lit.models.coca import CAPTION, CONTRASTIVE
 from coca_lit.models.inputs import largest_shape
-from coca_lit.training.objectives import Objective, forward_pass, needs_of, predicted
+from coca_lit.training.objectives import Objective, caption_term, forward_pass, needs_of
 
 BATCHES = (64, 128)  # the difference of their peaks is the memory per sample; both exceed a chunk of the losses
 PARTS = {  # part of the plan -> modules of the network
@@ -200,7 +200,7 @@ class _Step(nn.Module):
         out = forward_pass(self.net, batch, needs) if needs else None
         mark("network")
         if out is not None and self.weights["caption"] and out.hidden is not None:
-            terms.append(predicted(out))
+            terms.append(caption_term(out))
         mark("caption")
         if out is not None and self.weights["contrastive"]:
             terms += loss_terms(out._replace(hidden=None)).values()

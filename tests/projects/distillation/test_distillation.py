@@ -125,7 +125,7 @@ def test_it_is_added_to_the_losses_of_one_pass(weights: tuple[float, float], mon
     handle = net.register_forward_hook(lambda *_: seen.append(1))
     monkeypatch.setattr(module, "log_terms", lambda stage, terms, batch: logged.update(terms.values))
     monkeypatch.setattr(module, "log", lambda *_: None)
-    monkeypatch.setattr(module, "is_logged", lambda: True)
+    monkeypatch.setattr(module, "logs_this_step", lambda: True)
     loss = module.training_step(batch, 0)
     handle.remove()
     features = out.image_features.double(), out.text_features.double(), out.logit_scale.double()

@@ -262,7 +262,7 @@ def test_all_captions_and_whole_weights_are_needed() -> None:
 
 def test_a_plan_does_not_count_it() -> None:
     cfg = command.compose("plan", ["experiment=scst_mscoco", "init_from=null", "model.net.name=coca_tiny"])
-    (objective,) = build_module(cfg).further
+    (objective,) = build_module(cfg).configured_objectives
     assert not objective.is_counted
 
 
