@@ -3,6 +3,6 @@
 Nothing here needs Lightning. `coca_lit.callbacks.ScoreDuringTraining` decides when an evaluation runs in training.
 """
 
-from coca_lit.evals.base import Evaluation, FunctionEvaluation, Settings
+from coca_lit.evals.base import Evaluation, FunctionEvaluation, NotRunError, Settings
 
-__all__ = ["Evaluation", "FunctionEvaluation", "Settings"]
+__all__ = ["Evaluation", "FunctionEvaluation", "NotRunError", "Settings"]

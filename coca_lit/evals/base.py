@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -30,6 +30,7 @@ from coca_lit.models import DualEncoder
 from coca_lit.models.generation.options import OPTIONS, check_shared, complete
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,31 @@ class Settings:
             log.warning("%s; it is left out", error)
 
 
-def kept_with(model: DualEncoder, *attributes: str) -> Any:
-    """The first objective kept with a model that has all of these attributes, such as "classes"; None if none has."""
-    objectives: Mapping[str, Any] = getattr(model, "objectives", {})
-    return next((made for made in objectives.values() if all(hasattr(made, name) for name in attributes)), None)
+class NotRunError(Exception):
+    """Why scores of this model cannot be computed. An evaluation whose `scores` raises it has none, and `not_run.json`
+    holds the reason. All ranks must raise it.
+    """
+
+
+def kept_objective(model: DualEncoder, kind: type[T]) -> T | None:
+    """The first objective of a class, or of a subclass, that is kept with a model; None if it keeps none."""
+    objectives: Mapping[str, Any] = getattr(model, "objectives", {})  # which a CLIP has not
+    return next((objective for objective in objectives.values() if isinstance(objective, kind)), None)
+
+
+def required_objective(model: DualEncoder, kind: type[T]) -> T:
+    """The same.
+
+    Raises:
+        NotRunError: the model keeps none.
+    """
+    objective = kept_objective(model, kind)
+    if objective is None:
+        raise NotRunError(
+            f"the model has no {kind.__name__}: name the run or checkpoint that trained one; a class of your own needs "
+            "`register_objective` and imports=[…]"
+        )
+    return objective
 
 
 class Evaluation:
@@ -146,7 +168,11 @@ class Evaluation:
         self.conditions: dict[str, Conditions] = {}
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        """Scores of the model on the records, the same on every rank."""
+        """Scores of the model on the records, the same on every rank.
+
+        Raises:
+            NotRunError: they cannot be computed of this model.
+        """
         raise NotImplementedError(f"{type(self).__name__} needs a method scores(model, records, settings)")
 
     def evaluate(self, model: DualEncoder, settings: Settings, limit: int | None = None) -> dict[str, float]:
@@ -159,7 +185,11 @@ class Evaluation:
             print_rank_zero(f"scoring {images} images of {self.name} ({type(self).__name__})")
         self.not_run = {}
         self.draws = {}
-        scores = self.scores(model, records, settings)
+        try:
+            scores = self.scores(model, records, settings)
+        except NotRunError as reason:
+            self.not_run[f"{self.name} ({type(self).__name__})"] = str(reason)
+            scores = {}
         name = self.name_of(settings, limit)
         self.draws = {f"{name}/{score}": draws for score, draws in self.draws.items()}
         known = self._conditions(scores, model, records, settings) if settings.full else {}

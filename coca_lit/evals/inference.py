@@ -5,6 +5,7 @@ once on any number of ranks.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from types import MappingProxyType
@@ -86,8 +87,11 @@ def embed_pairs(
 
 def embed_images(model: DualEncoder, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0) -> Tensor:
     """Features of all images (I, E), of unit length, on the CPU of every rank."""
-    encode: Callable[[Any], Tensor] = model.encode_image
-    return rows_of(model, records, lambda _, images: encode(images), batch_size, num_workers)
+
+    def compute(_: Sequence[Record], images: Images) -> Tensor:
+        return model.encode_image(images)
+
+    return rows_of(model, records, compute, batch_size, num_workers)
 
 
 def rows_of(
@@ -101,9 +105,10 @@ def rows_of(
     the CPU of every rank.
     """
     own = []
-    for positions, images in image_batches(model, records, batch_size, num_workers):
-        part = partial(compute, [records[i] for i in positions])
-        own.append((positions, evaluating(model, part, images).float().cpu()))
+    with evaluating(model):
+        for positions, images in image_batches(model, records, batch_size, num_workers):
+            rows = compute([records[i] for i in positions], images)
+            own.append((positions, rows.float().cpu()))
     return _gather_rows(own, len(records))
 
 
@@ -112,10 +117,11 @@ def embed_texts(model: DualEncoder, texts: Sequence[str], batch_size: int = 64) 
     numbers = range(rank(), len(texts), world_size())
     by_length = sorted(numbers, key=lambda i: len(texts[i]))  # less padding, same result
     own = []
-    for start in range(0, len(by_length), batch_size):
-        positions = by_length[start : start + batch_size]
-        tokens = model.tokenizer.tokens_of([texts[i] for i in positions]).to(model.device)
-        own.append((positions, evaluating(model, model.encode_text, tokens).float().cpu()))
+    with evaluating(model):
+        for start in range(0, len(by_length), batch_size):
+            positions = by_length[start : start + batch_size]
+            tokens = model.tokenizer.tokens_of([texts[i] for i in positions]).to(model.device)
+            own.append((positions, model.encode_text(tokens).float().cpu()))
     return _gather_rows(own, len(texts))
 
 
@@ -143,24 +149,33 @@ def log_likelihoods(
         batch_size: images that are encoded, and pairs that the decoder reads, at a time.
     """
     tokens = model.tokenizer.tokens_of(texts).to(model.device)  # (T, L)
-    read = evaluating(model, partial(ReadTexts, model, batch_size=batch_size), tokens)
     own: list[tuple[int, Tensor]] = []
-    for positions, images in image_batches(model, records, batch_size, num_workers):
-        encoded = evaluating(model, partial(image_keys_values, model), images)
-        wanted = [torch.tensor(texts_of(position)) for position in positions]
-        for count, group in groupby(range(len(positions)), key=lambda row: len(wanted[row])):
-            alike = list(group)
-            at_once = max(batch_size // count, 1)
-            for rows in (alike[start : start + at_once] for start in range(0, len(alike), at_once)):
-                score = partial(read.log_likelihoods, [(keys[rows], values[rows]) for keys, values in encoded])
-                numbers = torch.stack([wanted[row] for row in rows])  # (R, K)
-                by_length = read.lengths[numbers].argsort(dim=1, stable=True)  # less padding, same result
-                parts = numbers.gather(1, by_length).split(max(batch_size // len(rows), 1), dim=1)
-                scored = torch.cat([evaluating(model, score, part).cpu() for part in parts], dim=1)
-                scored = torch.empty_like(scored).scatter(1, by_length, scored)
-                own += zip([positions[row] for row in rows], scored, strict=True)
+    with evaluating(model):
+        read = ReadTexts(model, tokens, batch_size)
+        for positions, images in image_batches(model, records, batch_size, num_workers):
+            encoded = image_keys_values(model, images)
+            wanted = [torch.tensor(texts_of(position)) for position in positions]
+            for count, group in groupby(range(len(positions)), key=lambda row: len(wanted[row])):
+                alike = list(group)
+                at_once = max(batch_size // count, 1)
+                for start in range(0, len(alike), at_once):
+                    rows = alike[start : start + at_once]
+                    numbers = torch.stack([wanted[row] for row in rows])  # (R, K)
+                    keys_values = [(keys[rows], values[rows]) for keys, values in encoded]
+                    scored = _by_length(read, keys_values, numbers, max(batch_size // len(rows), 1))
+                    own += zip([positions[row] for row in rows], scored, strict=True)
     found = dict(pair for part in gather_objects(own) for pair in part)
     return [found[i] for i in range(len(records))]
+
+
+def _by_length(read: ReadTexts, keys_values: list[tuple[Tensor, Tensor]], numbers: Tensor, at_once: int) -> Tensor:
+    """log p(text | image) (R, K) of texts by their numbers (R, K) and of R images, texts of similar lengths at a time:
+    less padding, same result.
+    """
+    by_length = read.lengths[numbers].argsort(dim=1, stable=True)
+    parts = numbers.gather(1, by_length).split(at_once, dim=1)
+    scored = torch.cat([read.log_likelihoods(keys_values, part).cpu() for part in parts], dim=1)
+    return torch.empty_like(scored).scatter(1, by_length, scored)
 
 
 def blind_log_likelihoods(model: CoCa, texts: Sequence[str], batch_size: int = 64) -> Tensor:
@@ -171,13 +186,14 @@ def blind_log_likelihoods(model: CoCa, texts: Sequence[str], batch_size: int = 6
     return log_likelihoods(model, [blank], texts, lambda _: range(len(texts)), batch_size)[0]
 
 
-@torch.no_grad()
-def evaluating(model: DualEncoder, function: Callable[[Any], Any], argument: Any) -> Any:
-    """function(argument) without gradients and with the model in evaluation mode, which is reset afterwards."""
+@contextmanager
+def evaluating(model: DualEncoder) -> Iterator[None]:
+    """Without gradients, and with the model in evaluation mode, which is reset afterwards."""
     was_training = model.training
     model.eval()
     try:
-        return function(argument)
+        with torch.no_grad():
+            yield
     finally:
         model.train(was_training)
 

@@ -11,8 +11,7 @@ Shapes: I images, T texts, E embedding width.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from coca_lit.data.records import Record
 from coca_lit.distributed import gather_objects, print_rank_zero, rank
 from coca_lit.errors import check_number
 from coca_lit.evals import inference
-from coca_lit.evals.base import Evaluation, Settings
+from coca_lit.evals.base import Evaluation, NotRunError, Settings
 from coca_lit.evals.inference import embed_pairs, evaluating, image_batches
 from coca_lit.evals.samples import retrieval_samples, retrieval_sheet
 from coca_lit.metrics.retrieval import Ranks, feature_ranks, folded_ranks, similarity_ranks
@@ -34,18 +33,45 @@ from coca_lit.models.inputs import Images
 UNREAD = ("cut_captions", "read_tokens")
 BEHIND = 1e4  # further than any two scores are apart
 
-# Scores (B, N) of images (B, 3, H, W) and tokens (N, L) of texts, on the scale of the similarities of the network,
-# exp(logit_scale) · cosine. It is called without gradients, in evaluation mode.
-Comparison = Callable[[DualEncoder, Images, Tensor], Tensor]
+
+class Comparison:
+    """Scores the nearest images and texts in the place of the decoder. A subclass says what it compares of an image and
+    of a text, which is computed once for each, and compares them. All methods are called without gradients and with
+    the model in evaluation mode.
+    """
+
+    def check(self, model: DualEncoder) -> None:
+        """Called once before the others, on every rank.
+
+        Raises:
+            NotRunError: the model lacks what the comparison needs, such as an objective, see `required_objective`.
+        """
+
+    def encode_images(self, model: DualEncoder, images: Images) -> Tensor:
+        """What is compared of images (B, 3, H, W), a row for each (B, …): here their vectors (B, E) of unit length."""
+        return model.encode_image(images)
+
+    def encode_texts(self, model: DualEncoder, tokens: Tensor) -> Tensor:
+        """What is compared of the tokens (N, L) of texts, a row for each (N, …): here their vectors (N, E) of unit
+        length. The rows of all texts are held on the device.
+        """
+        return model.encode_text(tokens)
+
+    def compare(self, model: DualEncoder, images: Tensor, texts: Tensor) -> Tensor:
+        """Scores (B, N) of B rows of images and N rows of texts, on the scale of the similarities of the network,
+        exp(logit_scale) · cosine.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs a method compare(model, images, texts)")
 
 
 class RetrievalScores(Evaluation):
     """Recall@1/5/10 in both directions, with all captions of every image. With `settings.full` also samples and, with
-    `settings.rerank`, recall after decoder re-ranking: `mscoco/reranked_t2i_recall@1`. Captions that are longer
+    `rerank`, recall after re-ranking by the decoder: `mscoco/reranked_t2i_recall@1`. Captions that are longer
     than the context lose their end; if there are any, "cut_captions" is their share and "read_tokens" that of tokens.
     Recalls in "folds/" are means over parts of the data set, each searched by itself.
 
     Args:
+        rerank: how many images are re-ranked for each text, 0 for none; None for `settings.rerank`.
         rerank_weight: share of the decoder's score in re-ranking, between 0 and 1.
         comparison: re-ranks in the place of the decoder.
         fold: images of such a part, as many as follow each other; none if there are fewer than twice as many.
@@ -70,14 +96,18 @@ class RetrievalScores(Evaluation):
         fold: int | None = None,
         every: int = 1,
         comparison: Comparison | None = None,
+        rerank: int | None = None,
     ) -> None:
         super().__init__(name, records, every)
         check_number("rerank_weight", rerank_weight, at_least=0, at_most=1)
+        if rerank is not None:
+            check_number("rerank", rerank, whole=True, at_least=0)
         if fold is not None:
             check_number("fold", fold, whole=True, at_least=1)
         self.rerank_weight = rerank_weight
         self.fold = fold
         self.comparison = comparison
+        self.rerank = rerank
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         images, texts, image_of_text = embed_pairs(model, records, settings.batch_size, settings.workers)
@@ -95,23 +125,20 @@ class RetrievalScores(Evaluation):
         scores |= {name: self.draws[name].score for name in UNREAD if name in self.draws}
         if self.fold is not None and len(records) >= 2 * self.fold:
             scores |= self._recalls("folds/", ids, folded_ranks(images, texts, image_of_text, self.fold))
-        if not settings.rerank:
+        candidates = self._candidates(settings)
+        if not candidates:
             return scores
-        if self.comparison is None and model.decoder is None:
-            self.not_run[f"{self.name} reranked recall"] = "the model has no decoder to re-rank with"
+        size, workers, weight = settings.batch_size, settings.workers, self.rerank_weight
+        try:
+            similarity = rerank(model, records, images, texts, candidates, weight, size, workers, self.comparison)
+        except NotRunError as reason:
+            self.not_run[f"{self.name} reranked recall"] = str(reason)
             return scores
-        similarity = rerank(
-            model,
-            records,
-            images,
-            texts,
-            settings.rerank,
-            self.rerank_weight,
-            settings.batch_size,
-            settings.workers,
-            self.comparison,
-        )
         return scores | self._recalls("reranked_", ids, similarity_ranks(similarity, image_of_text))
+
+    def _candidates(self, settings: Settings) -> int:
+        """How many images are re-ranked for each text."""
+        return settings.rerank if self.rerank is None else self.rerank
 
     def _recalls(self, prefix: str, ids: Sequence[int | str], ranks: Ranks) -> dict[str, float]:
         """Further recalls, of the first images or all, whose draws are noted."""
@@ -125,9 +152,10 @@ class RetrievalScores(Evaluation):
             return {"fold": self.fold}
         if not score.startswith("reranked_"):
             return {}
-        options: dict[str, Any] = {"rerank": settings.rerank, "rerank_weight": self.rerank_weight}
+        options: dict[str, Any] = {"rerank": self._candidates(settings), "rerank_weight": self.rerank_weight}
         if self.comparison is not None:
-            options["comparison"] = _name(self.comparison)
+            kind = type(self.comparison)
+            options["comparison"] = f"{kind.__module__}.{kind.__qualname__}"
         return options
 
     def _unread(self, model: DualEncoder, records: Sequence[Record]) -> dict[str, Draws]:
@@ -146,12 +174,6 @@ class RetrievalScores(Evaluation):
         )
         parts = dict(zip(UNREAD, ((cut, texts), (read, tokens)), strict=True))
         return bootstrap([record.id for record in records], Ratios(parts))
-
-
-def _name(comparison: Comparison) -> str:
-    function = comparison.func if isinstance(comparison, partial) else comparison  # of a config
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
 
 
 def rerank(
@@ -176,7 +198,14 @@ def rerank(
             directions the same number of pairs.
         weight: share of the score, between 0 and 1.
         comparison: gives the score; None for the decoder.
+
+    Raises:
+        NotRunError: the model has no decoder, or lacks what the comparison needs.
     """
+    if comparison is not None:
+        comparison.check(model)
+    elif model.decoder is None:
+        raise NotRunError("the model has no decoder to re-rank with")
     similarity = model.logit_scale.exp().item() * image_features @ text_features.T  # (I, T)
     pairs = candidate_pairs(similarity, candidates)
     if comparison is not None:
@@ -236,17 +265,21 @@ def compared(
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> Tensor:
-    """What the comparison says (I, T) of the `pairs`, -inf elsewhere; on the CPU of every rank. It is asked about one
-    image at a time, and at most `batch_size` of its texts.
+    """What the comparison says (I, T) of the `pairs`, -inf elsewhere; on the CPU of every rank. It compares one image
+    with at most `batch_size` texts at a time.
     """
-    texts = [caption for record in records for caption in record.captions]
-    tokens = model.tokenizer.tokens_of(texts).to(model.device)  # (T, L)
+    captions = [caption for record in records for caption in record.captions]
+    tokens = model.tokenizer.tokens_of(captions).to(model.device)  # (T, L)
     own: list[tuple[int, Tensor]] = []
-    for positions, images in image_batches(model, records, batch_size, num_workers):
-        for row, position in enumerate(positions):
-            compare = partial(comparison, model, images[row : row + 1])
-            parts = tokens[pairs[position].to(tokens.device)].split(batch_size)
-            own.append((position, torch.cat([evaluating(model, compare, part)[0].float().cpu() for part in parts])))
+    with evaluating(model):
+        texts = torch.cat([comparison.encode_texts(model, part) for part in tokens.split(batch_size)])  # (T, …)
+        for positions, pixels in image_batches(model, records, batch_size, num_workers):
+            images = comparison.encode_images(model, pixels)  # (B, …)
+            for row, position in enumerate(positions):
+                image = images[row : row + 1]
+                parts = texts[pairs[position].to(texts.device)].split(batch_size)
+                rows = [comparison.compare(model, image, part) for part in parts]  # (1, n)
+                own.append((position, torch.cat(rows, dim=1)[0].float().cpu()))
     scores = torch.full(pairs.shape, -torch.inf)
     for part in gather_objects(own):
         for position, values in part:

@@ -35,8 +35,9 @@ class CaptionsAndCosines(Evaluation):
         features: list[Tensor] = []
 
         def write(_: Sequence[Record], images: Images) -> list[str]:
-            encoded = evaluating(model, model.image_encoder, images)
-            features.append(evaluating(model, model.encode_image, encoded))
+            with evaluating(model):
+                encoded = model.image_encoder(images)
+                features.append(model.encode_image(encoded))
             return [model.tokenizer.decode(row) for row in model.generate(encoded)]
 
         captions = write_texts(model, records, write, settings.batch_size, settings.workers)

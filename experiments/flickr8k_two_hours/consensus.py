@@ -59,7 +59,8 @@ class ConsensusCaptions(CaptionScores):
             return texts[np.mean([cider(i, words) for i in nearest], axis=0).argmax()]
 
         def write(_: Sequence[Record], images: Images) -> list[str]:
-            similarities = evaluating(model, model.encode_image, images).float().cpu() @ features.T  # (B, T)
+            with evaluating(model):
+                similarities = model.encode_image(images).float().cpu() @ features.T  # (B, T)
             nearest = similarities.topk(min(self.neighbours, len(known))).indices.tolist()
             return list(map(best, nearest, model.generate(images, **options)))
 

@@ -9,7 +9,8 @@ from collections import defaultdict
 import torch
 
 from coca_lit.data.scenes.render import COLOURS
-from coca_lit.evals.base import kept_with
+from coca_lit.evals.base import kept_objective
+from coca_lit.projects.classification.classifier import Classifier
 from coca_lit.projects.reasoning.scene_statements import comparison_records, entailment_records
 from coca_lit.tools.report.tables import Table, markdown
 from coca_lit.weights.load import load_model
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     options = parser.parse_args()
     model = load_model(options.run).eval()
-    classifier = kept_with(model, "classes", "logits")
+    classifier = kept_objective(model, Classifier)
     assert classifier is not None, f"{options.run} has no classifier"
     records = TASKS[options.task](options.split, model.image_size)
     right: dict[tuple[str, str], list[bool]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Retrieval beyond plain recall: folds, what a model does not read of long captions, and another comparison."""
+"""Retrieval beyond plain recall: folds, what a model does not read of long captions, and other comparisons."""
 
 from functools import partial
 from pathlib import Path
@@ -10,8 +10,9 @@ from torch import Tensor
 from coca_lit.data.records import Record
 from coca_lit.data.transforms import build_transform
 from coca_lit.evals import Settings
+from coca_lit.evals.base import required_objective
 from coca_lit.evals.inference import embed_pairs
-from coca_lit.evals.retrieval import RetrievalScores, rerank
+from coca_lit.evals.retrieval import Comparison, RetrievalScores, rerank
 from coca_lit.metrics.retrieval import recall_at_k
 from coca_lit.models import DualEncoder
 from helpers.evaluating import WORDS, make_model, noise, records
@@ -60,11 +61,36 @@ def test_what_is_not_read_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "mine/cut_captions" not in short
 
 
-def likelihoods(model: DualEncoder, images: Tensor, texts: Tensor) -> Tensor:
+class Likelihoods(Comparison):
     """log p(text | image) of every image with every text, as a user may compute it."""
-    assert not model.training
-    rows = [model.log_likelihood(image.expand(len(texts), -1, -1, -1), texts) for image in images]
-    return torch.stack(rows)
+
+    def __init__(self) -> None:
+        self.encoded: dict[str, int] = {"images": 0, "texts": 0}
+
+    def encode_images(self, model: DualEncoder, images: Tensor) -> Tensor:
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        self.encoded["images"] += len(images)
+        return images
+
+    def encode_texts(self, model: DualEncoder, tokens: Tensor) -> Tensor:
+        self.encoded["texts"] += len(tokens)
+        return tokens
+
+    def compare(self, model: DualEncoder, images: Tensor, texts: Tensor) -> Tensor:
+        assert not model.training
+        rows = [model.log_likelihood(image.expand(len(texts), -1, -1, -1), texts) for image in images]
+        return torch.stack(rows)
+
+
+class Vectors(Comparison):
+    """Cosines, of a model with an objective."""
+
+    def check(self, model: DualEncoder) -> None:
+        required_objective(model, torch.nn.Linear)
+
+    def compare(self, model: DualEncoder, images: Tensor, texts: Tensor) -> Tensor:
+        return images @ texts.T
 
 
 def test_another_comparison_re_ranks(tmp_path: Path) -> None:
@@ -74,27 +100,53 @@ def test_another_comparison_re_ranks(tmp_path: Path) -> None:
     captions = [caption for record in records() for caption in record.captions]
     with torch.no_grad():
         pixels = torch.stack([transform(record.image()) for record in records()])
-        read = likelihoods(model.eval(), pixels, model.tokenizer(captions))
+        read = Likelihoods().compare(model.eval(), pixels, model.tokenizer(captions))
     cosines = model.logit_scale.exp().item() * images @ texts.T
     model.train()
     expected = ((1 - weight) * cosines + weight * read).double()
-    found = rerank(model, records(), images, texts, 7, weight, batch_size=2, comparison=likelihoods)
+    comparison = Likelihoods()
+    found = rerank(model, records(), images, texts, 7, weight, batch_size=2, comparison=comparison)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert model.training
-    few = rerank(model, records(), images, texts, 2, weight, comparison=likelihoods)
+    assert comparison.encoded == {"images": 7, "texts": len(captions)}  # each once
+    few = rerank(model, records(), images, texts, 2, weight, comparison=comparison)
     asked = few > -1000
     assert 2 * len(captions) <= asked.sum() < asked.numel()
     torch.testing.assert_close(few[asked], expected[asked], atol=1e-4, rtol=1e-4)
 
-    evaluation = RetrievalScores("mine", records(), weight, comparison=partial(likelihoods))
+    evaluation = RetrievalScores("mine", records(), weight, comparison=comparison)
     scores = evaluation.evaluate(model, Settings(tmp_path, rerank=7))
     for name, value in recall_at_k(expected, image_of_text).items():
         assert scores[f"mine/reranked_{name}"] == value
     settings = evaluation.conditions["mine/reranked_t2i_recall@1"].settings
-    assert settings["comparison"].endswith("test_retrieval_scores.likelihoods")
-    model.decoder = None  # the decoder is asked nothing
-    evaluation.comparison = lambda model, images, texts: model.encode_image(images) @ model.encode_text(texts).T
-    assert "mine/reranked_t2i_recall@1" in evaluation.evaluate(model, Settings(tmp_path, rerank=3))
+    assert settings["comparison"].endswith("test_retrieval_scores.Likelihoods")
+    assert settings["rerank"] == 7
+
+
+def test_an_evaluation_has_its_own_number_of_candidates(tmp_path: Path) -> None:
+    model = make_model()
+    shared = RetrievalScores("mine", records()).evaluate(model, Settings(tmp_path, rerank=2))
+    evaluation = RetrievalScores("mine", records(), rerank=2)
+    assert evaluation.evaluate(model, Settings(tmp_path)) == shared
+    assert evaluation.conditions["mine/reranked_t2i_recall@1"].settings["rerank"] == 2
+    never = RetrievalScores("mine", records(), rerank=0).evaluate(model, Settings(tmp_path, rerank=2))
+    assert never == {name: value for name, value in shared.items() if "reranked" not in name}
+    with pytest.raises(ValueError, match=r"rerank\b.*-1"):
+        RetrievalScores("mine", records(), rerank=-1)
+
+
+def test_a_comparison_names_the_objective_that_it_needs(tmp_path: Path) -> None:
+    model = make_model()
+    model.decoder = None  # which is asked nothing
+    evaluation = RetrievalScores("mine", records(), 1.0, comparison=Vectors(), rerank=7)
+    scores = evaluation.evaluate(model, Settings(tmp_path))
+    assert "mine/t2i_recall@1" in scores
+    assert not any("reranked" in name for name in scores)
+    assert "the model has no Linear" in evaluation.not_run["mine reranked recall"]
+    model.objectives = {"other": torch.nn.Identity(), "wanted": torch.nn.Linear(1, 1)}
+    scores = evaluation.evaluate(model, Settings(tmp_path))
+    assert not evaluation.not_run
+    assert scores["mine/reranked_t2i_recall@1"] == scores["mine/t2i_recall@1"]
 
 
 @pytest.mark.slow
@@ -107,4 +159,4 @@ def test_another_comparison_on_ranks(on_ranks) -> None:
 def compared_by_likelihood() -> Tensor:
     model = make_model()
     images, texts, _ = embed_pairs(model, records(), 2)
-    return rerank(model, records(), images, texts, 3, 0.4, 2, comparison=likelihoods)
+    return rerank(model, records(), images, texts, 3, 0.4, 2, comparison=Likelihoods())

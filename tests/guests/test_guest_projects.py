@@ -69,11 +69,21 @@ def test_parts_objective_and_evaluations(site: Path, trained: Path, tmp_path: Pa
     assert "train/colour_loss" in lines[0].split(",")
     results = json.loads((trained / "results.json").read_text())
     assert 0 <= results["scenes/named_colours"] <= 1
+    assert 0 <= results["scenes_by_colour/reranked_t2i_recall@1"] <= 1
     checkpoint = f"checkpoint={trained}/checkpoints/last.ckpt"
     same = ("scoring.split=val", "scoring.images=8", "evals=scenes_colours", "hydra.run.dir=scored")
     command(site, "coca-evaluate", checkpoint, *same, cwd=tmp_path)
     again = json.loads((tmp_path / "scored" / "results.json").read_text())
     assert again["scenes/colour_error"] == pytest.approx(results["scenes/colour_error"], rel=1e-4)
+
+
+def test_scores_of_a_model_without_the_objective(site: Path, tmp_path: Path) -> None:
+    words = ("experiment=scenes", "trainer=smoke", "evals=scenes_colours", "hydra.run.dir=run")
+    command(site, "coca-train", *words, cwd=tmp_path)
+    reasons = json.loads((tmp_path / "run" / "not_run.json").read_text())
+    for score in ("scenes (ColourError)", "scenes_by_colour reranked recall"):
+        assert "the model has no ColourGuess" in reasons[score]
+    assert "scenes_by_colour/t2i_recall@1" in json.loads((tmp_path / "run" / "results.json").read_text())
 
 
 def test_a_burst_is_captioned_as_the_mean_of_its_pages(site: Path, trained: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from coca_lit.tokenizer import Tokenizer
 def maps_of_captions(model: CoCa, pixels: Images, ids: Tensor, attention: Tensor) -> list[tuple[list[str], Tensor]]:
     """See `coca_lit.evals.word_maps.WordMaps`; the maps have sums of 1."""
     images = pixels[None].to(model.device)
-    pooled = evaluating(model, lambda x: model.pooling.attention(model.image_encoder(x)), images)
+    with evaluating(model):
+        pooled = model.pooling.attention(model.image_encoder(images))
     places = pooled[0, :, model.image_encoder.prefix_tokens :].float()  # (Q, S) without class tokens
     side = math.isqrt(places.shape[1])
     grid = pixels.token_grid() if isinstance(pixels, Input) else (side, side)

@@ -1,6 +1,7 @@
 """Scores of the labels that a classifier gives which was trained beside the network."""
 
 from collections.abc import Hashable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -8,11 +9,12 @@ import torch
 from coca_lit.data.records import Record
 from coca_lit.distributed import rank
 from coca_lit.errors import DataError
-from coca_lit.evals.base import Evaluation, Settings, kept_with
+from coca_lit.evals.base import Evaluation, Settings, kept_objective
 from coca_lit.evals.samples import caption_samples, sample_sheet
 from coca_lit.metrics.classification import class_ranks
 from coca_lit.metrics.uncertainty import Ratios, Units
-from coca_lit.models import DualEncoder
+from coca_lit.models import CoCa, DualEncoder
+from coca_lit.projects.classification.classifier import Classifier
 
 TOP5 = 10  # labels from which on five guesses say something
 
@@ -41,7 +43,7 @@ class LabelScores(Evaluation):
         return [*(record.question for record in records), *(record.captions[0] for record in records)]
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        classifier = kept_with(model, "classes", "logits")
+        classifier = kept_objective(model, Classifier)
         if classifier is None:
             self.not_run[f"{self.name} labels"] = (
                 "the model has no classifier: name the run or checkpoint that trained one; one of a class of your own "
@@ -49,7 +51,8 @@ class LabelScores(Evaluation):
             )
             return {}
         classes = list(classifier.classes)
-        logits = classifier.logits(model, records, settings.batch_size, settings.workers)  # (I, N)
+        net = cast(CoCa, model)  # a CLIP keeps no objectives
+        logits = classifier.logits(net, records, settings.batch_size, settings.workers)  # (I, N)
         labels = _class_numbers(records, classes)
         ranks = class_ranks(logits, labels).numpy()  # (I,)
         if settings.full and rank() == 0:

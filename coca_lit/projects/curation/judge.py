@@ -183,7 +183,8 @@ def _scores(model: DualEncoder, pixels: Images, captions: Sequence[str]) -> dict
     """
     pixels, tokens = pixels.to(model.device), model.tokenizer.tokens_of(captions)
     if model.decoder is None:
-        images: Tensor = evaluating(model, model.encode_image, pixels)
+        with evaluating(model):
+            images = model.encode_image(pixels)
         texts = model.encode_text(tokens.to(model.device))
         return {"similarity": (images.float() * texts.float()).sum(dim=1), "embedding": images}
     lengths = text_lengths(tokens, model.tokenizer.pad_id)

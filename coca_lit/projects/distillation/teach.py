@@ -190,11 +190,11 @@ def _embedded(
 @torch.inference_mode()
 def _embed(model: DualEncoder, inputs: Tensor | list[str]) -> Tensor:
     """(n, E) fp16 on the host, of pixels or of texts."""
-    if isinstance(inputs, Tensor):
-        features: Tensor = evaluating(model, model.encode_image, inputs.to(model.device))
-    else:
-        tokens = model.tokenizer.tokens_of(inputs).to(model.device)
-        features = evaluating(model, model.encode_text, tokens)
+    with evaluating(model):
+        if isinstance(inputs, Tensor):
+            features = model.encode_image(inputs.to(model.device))
+        else:
+            features = model.encode_text(model.tokenizer.tokens_of(inputs).to(model.device))
     return features.half().cpu()
 
 

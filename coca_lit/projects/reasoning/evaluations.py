@@ -8,10 +8,11 @@ from coca_lit.data.records import Record
 from coca_lit.distributed import rank
 from coca_lit.errors import DataError
 from coca_lit.evals.answers import generate_answers
-from coca_lit.evals.base import Evaluation, Settings, kept_with
+from coca_lit.evals.base import Evaluation, Settings, kept_objective
 from coca_lit.evals.samples import caption_samples, sample_sheet
 from coca_lit.metrics.uncertainty import Draws, Ratios, Units, bootstrap
 from coca_lit.models import DualEncoder
+from coca_lit.projects.classification.classifier import Classifier
 from coca_lit.projects.classification.labels import LabelScores, Parts, rows_by_accuracy
 from coca_lit.projects.reasoning.accuracy import blind_answers, enough_people, vqa_accuracy
 
@@ -51,7 +52,7 @@ class VQAScores(Evaluation):
             return {}
         size, workers = settings.batch_size, settings.workers
         answers = {WRITTEN: generate_answers(model, records, size, workers, settings.generate or {})}
-        classifier = kept_with(model, "classes", "logits")
+        classifier = kept_objective(model, Classifier)
         if classifier is not None:
             likeliest = classifier.logits(model, records, size, workers).argmax(dim=1).tolist()
             chosen = [classifier.classes[number] for number in likeliest]

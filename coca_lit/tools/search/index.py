@@ -204,10 +204,9 @@ class ImageIndex:
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        encode: Callable[..., Tensor]
         if not isinstance(query, str):
             load = (lambda: query) if isinstance(query, Image.Image) else query
-            encode = self.model.encode_image
+            encode: Callable[..., Tensor] = self.model.encode_image
             encoded = loaded(load, build_transform(**self.model.preprocessing))[None]
         else:
             check_query(self.model.tokenizer, query)
@@ -215,7 +214,9 @@ class ImageIndex:
             encoded = self.model.tokenizer(query)
         if not self._stamps:
             return []
-        scores = self.features @ evaluating(self.model, encode, encoded.to(self.model.device))[0].float().cpu()  # (I,)
+        with evaluating(self.model):
+            vector = encode(encoded.to(self.model.device))[0].float().cpu()
+        scores = self.features @ vector  # (I,)
         best = scores.argsort(descending=True, stable=True)[: k + 1].tolist()
         paths = self.paths
         left_out = without.resolve() if without else None
@@ -238,7 +239,8 @@ class ImageIndex:
         for sources, (positions, pixels, broken) in zip(batches, images, strict=True):
             features: dict[Path, Tensor] = {}
             if positions:
-                rows = evaluating(self.model, self.model.encode_image, pixels.to(self.model.device)).float().cpu()
+                with evaluating(self.model):
+                    rows = self.model.encode_image(pixels.to(self.model.device)).float().cpu()
                 features = {sources[i].path: row for i, row in zip(positions, rows, strict=True)}
             yield features, {sources[i].path: reason for i, reason in broken.items()}
 

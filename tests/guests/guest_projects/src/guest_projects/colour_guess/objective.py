@@ -1,4 +1,4 @@
-"""The guess, its loss, and its error as a score."""
+"""The guess, its loss, its error as a score, and images and texts compared by their colours."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from coca_lit.data.batch import Batch
 from coca_lit.data.records import Record
-from coca_lit.evals.base import Evaluation, Settings
+from coca_lit.evals.base import Evaluation, Settings, required_objective
 from coca_lit.evals.inference import embed_images
+from coca_lit.evals.retrieval import Comparison
 from coca_lit.models import CoCa, CoCaOutput
 from coca_lit.training.objectives import Objective
 
@@ -31,11 +32,27 @@ class ColourGuess(Objective):
 
 
 class ColourError(Evaluation):
-    """The mean squared error of the guesses of the objective called "colour"."""
+    """The mean squared error of the guesses."""
 
     def scores(self, model: CoCa, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        guess = required_objective(model, ColourGuess).guess  # else the run says why there is no score
         features = embed_images(model, records, settings.batch_size, settings.workers)  # (N, E)
-        guess = model.objectives["colour"].guess
         pictures = [torch.from_numpy(np.array(record.image())).float() for record in records]
         truth = torch.stack([picture.mean(dim=(0, 1)) / 255 for picture in pictures])  # (N, 3)
         return {"colour_error": (guess(features.to(guess.weight.device)).cpu() - truth).square().mean().item()}
+
+
+class ColourLikeness(Comparison):
+    """How near the guess of the text's vector is to that of the image's."""
+
+    def check(self, model: CoCa) -> None:
+        required_objective(model, ColourGuess)
+
+    def encode_images(self, model: CoCa, images: Tensor) -> Tensor:
+        return required_objective(model, ColourGuess).guess(model.encode_image(images))  # (B, 3)
+
+    def encode_texts(self, model: CoCa, tokens: Tensor) -> Tensor:
+        return required_objective(model, ColourGuess).guess(model.encode_text(tokens))  # (N, 3)
+
+    def compare(self, model: CoCa, images: Tensor, texts: Tensor) -> Tensor:
+        return -torch.cdist(images, texts)
