@@ -237,10 +237,11 @@ def _places(path: str, node: Mapping[str, Any], shipped: Mapping[str, Any]) -> I
     yield Place(path, node, shipped)
     for key, value in node.items():
         before = shipped.get(key)
-        inside = not isinstance(before, dict) or ("_target_" in node and "_target_" not in before)
+        if not isinstance(before, dict) or ("_target_" in node and "_target_" not in before):
+            before = {}
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, dict):
-                yield from _places(f"{path}{key}.", child, {} if inside else before)
+                yield from _places(f"{path}{key}.", child, before)
 
 
 def _has_parts(place: Place) -> bool:
