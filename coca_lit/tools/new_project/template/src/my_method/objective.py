@@ -1,0 +1,29 @@
+"""An objective: a loss of what one forward pass has computed of a batch.
+
+Shapes: B images of this rank, E the width of features.
+"""
+
+from torch import Tensor
+
+from coca_lit.data.batch import Batch
+from coca_lit.models import CoCa, CoCaOutput
+from coca_lit.training.objectives import Objective
+
+
+class Nearness(Objective):
+    """1 minus the cosine of an image and its caption, the mean over the pairs.
+
+    Args:
+        weight: factor of the loss.
+    """
+
+    needs = ("image_features", "text_features")  # of the pass; see coca_lit/ADD_YOUR_OWN.md for all names
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__(nearness=weight)
+
+    def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, Tensor]:
+        assert out.image_features is not None
+        assert out.text_features is not None
+        cosines = (out.image_features * out.text_features).sum(dim=1)  # (B,), both have unit length
+        return {"nearness": (1 - cosines).mean()}
