@@ -100,7 +100,8 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
 
 def _stack_extras(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     names = samples[0].keys()
-    if other := next((sample.keys() for sample in samples if sample.keys() != names), None):
+    other = next((sample.keys() for sample in samples if sample.keys() != names), None)
+    if other is not None:
         raise DataError(f"samples of a batch have the extras {sorted(names)} and {sorted(other)}: give all the same")
     extras: dict[str, Any] = {}
     for name in names:

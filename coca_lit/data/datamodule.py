@@ -110,7 +110,8 @@ class CaptionDataModule(LightningDataModule):
         self.image_size = image_size = whole_number("image_size", image_size, at_least=1)
         self.num_workers = whole_number("num_workers", num_workers, at_least=0)
         self.captions = whole_number("captions", captions, at_least=1)
-        self.tokenizer, self.seed = tokenizer, seed
+        self.tokenizer = tokenizer
+        self.seed = seed
         self._loader: weakref.ref[TrainLoader] | None = None
         self._passes = 0
         self.batch_schedule = batch_schedule
@@ -201,7 +202,8 @@ class CaptionDataModule(LightningDataModule):
             batches = partial(self.batch_schedule.batches, batches, self.steps_per_epoch, rank, world)
             endless = False
         loader = TrainLoader(steps, batches, self.position, endless)
-        if strategy := getattr(self.trainer, "strategy", None):
+        strategy = getattr(self.trainer, "strategy", None)
+        if strategy:
             loader.device = strategy.root_device
         # Weak, as the loader holds this module: left in a cycle, its workers would end only when the collector comes,
         # which closes their queues first, and PyTorch would wait five seconds for each of them.
@@ -262,8 +264,10 @@ class RecordsDataModule(CaptionDataModule):
         if cached_augmentations and cache_dir is None:
             raise ValueError("cached_augmentations needs a folder to store features in: set cache_dir")
         self.records = records if callable(records) else partial(_split_of, records)
-        self.train_split, self.val_split = train_split, val_split
-        self.cached_augmentations, self.cache_dir = cached_augmentations, cache_dir
+        self.train_split = train_split
+        self.val_split = val_split
+        self.cached_augmentations = cached_augmentations
+        self.cache_dir = cache_dir
         self._features: dict[str, list[Path]] = {}  # split -> file of each view
 
     @cached_property
@@ -278,7 +282,8 @@ class RecordsDataModule(CaptionDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        images, batch = len(self.train_records), self.batch_size
+        images = len(self.train_records)
+        batch = self.batch_size
         if images < batch:
             raise DataError(f"the split {self.train_split!r} has {images} images: lower batch_size, which is {batch}")
         return len(self.schedule(images))
@@ -305,7 +310,8 @@ class RecordsDataModule(CaptionDataModule):
         first = self.train_records[0].image
         if isinstance(first, ImageSource) and (reason := first.why_not_cached(net)) is not None:
             raise DataError(reason)
-        precision, plain = self.trainer.precision_plugin, self.plain_transform()
+        precision = self.trainer.precision_plugin
+        plain = self.plain_transform()
         context = (precision.forward_context, precision.precision, net.config.image_encoder_args)
         cache = FeatureCache(self.cache_dir, encoder, plain, self.train_transform(), self.seed, *context)
         wanted = {self.train_split: self.cached_augmentations}
@@ -323,15 +329,18 @@ class RecordsDataModule(CaptionDataModule):
         return self.num_workers > 0  # workers live on, and are ahead when an epoch begins
 
     def training_examples(self) -> CaptionDataset:
-        if views := self._features.get(self.train_split):
+        views = self._features.get(self.train_split)
+        if views:
             from coca_lit.data.feature_cache import CachedCaptionDataset
 
             return CachedCaptionDataset(self.train_records, views, self.tokenizer, self.seed, self.captions)
         return CaptionDataset(self.train_records, self.train_transform(), self.tokenizer, self.seed, self.captions)
 
     def indices_from(self, epoch: int, start: int) -> ShuffledBatches:
-        source, schedule = Source("", len(self.train_records)), self.schedule(len(self.train_records))
-        begin, end = epoch * len(schedule) + start, None if self.endless else (epoch + 1) * len(schedule)
+        source = Source("", len(self.train_records))
+        schedule = self.schedule(len(self.train_records))
+        begin = epoch * len(schedule) + start
+        end = None if self.endless else (epoch + 1) * len(schedule)
         position = (begin, end, *self.rank_and_world())
         return ShuffledBatches([source], schedule, self.seed, *position, together=self.together, by_epoch=True)
 
@@ -339,7 +348,8 @@ class RecordsDataModule(CaptionDataModule):
         if self.val_split is None:
             return []
         records = trainable(self.records(self.val_split))
-        if views := self._features.get(self.val_split):
+        views = self._features.get(self.val_split)
+        if views:
             from coca_lit.data.feature_cache import CachedFirstCaptionDataset
 
             dataset: FirstCaptionDataset = CachedFirstCaptionDataset(records, views[0], self.tokenizer, self.captions)

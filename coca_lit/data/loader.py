@@ -50,13 +50,17 @@ class TrainLoader:
         position: Callable[[], tuple[int, int]],
         endless: bool = False,
     ):
-        self.steps, self.batches_from, self.position, self.endless = steps, batches_from, position, endless
-        self.close()
-
-    def close(self) -> None:
-        """Ends the workers."""
+        self.steps = steps
+        self.batches_from = batches_from
+        self.position = position
+        self.endless = endless
         self._batches: Iterator[Batch] = iter(())
         self._next: tuple[int, int] | None = None  # position of the next batch
+
+    def close(self) -> None:
+        """Ends the workers, which live as long as the iterator over their batches."""
+        self._batches = iter(())
+        self._next = None
 
     def __len__(self) -> int:
         return self.steps
@@ -196,7 +200,8 @@ class ShuffledBatches:
         """Which group of samples that stay together has this place in a pass."""
         if self._orders.get(source, (None,))[0] != turn:
             self._orders.pop(source, None)  # makes room for the next
-            samples, name = self.sources[source].samples, self.sources[source].name
+            samples = self.sources[source].samples
+            name = self.sources[source].name
             order = epoch_order(samples // self.together, self.seed, turn, *filter(None, [name]))
             self._orders[source] = turn, order.numpy()
         return int(self._orders[source][1][place])

@@ -31,7 +31,8 @@ def decode_pixels(content: bytes, name: str | Path) -> np.ndarray:
     Raises:
         DataError: it is anything but an image of `FORMATS` of sensible size; names `name`.
     """
-    check_bytes(len(content), name)
+    if len(content) > MAX_IMAGE:
+        raise DataError(f"{name} has {len(content):,} bytes, more than the {MAX_IMAGE:,} that are decoded")
     pixels = _with_simplejpeg(content, name)
     return _with_pillow(content, name) if pixels is None else pixels
 
@@ -39,12 +40,6 @@ def decode_pixels(content: bytes, name: str | Path) -> np.ndarray:
 def decode_image(content: bytes, name: str | Path) -> Image.Image:
     """`decode_pixels` as an image of Pillow."""
     return Image.fromarray(decode_pixels(content, name))
-
-
-def check_bytes(size: int, name: str | Path) -> None:
-    """Raises `DataError` for an encoded image of more than `MAX_IMAGE` bytes."""
-    if size > MAX_IMAGE:
-        raise DataError(f"{name} has {size:,} bytes, more than the {MAX_IMAGE:,} that are decoded")
 
 
 def check_shape(width: int, height: int, name: str | Path, most: int) -> None:

@@ -66,8 +66,10 @@ def random_box(height: int, width: int, rng: random.Random, aspect: float = 1.0)
     """
     area, (low, high) = height * width, map(math.log, RATIO)
     for _ in range(TRIES):
-        target, ratio = area * rng.uniform(*SCALE), aspect * math.exp(rng.uniform(low, high))
-        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        target = area * rng.uniform(*SCALE)
+        ratio = aspect * math.exp(rng.uniform(low, high))
+        w = round(math.sqrt(target * ratio))
+        h = round(math.sqrt(target / ratio))
         if 0 < w <= width and 0 < h <= height:
             return Box(rng.randint(0, height - h), rng.randint(0, width - w), h, w)
     w, h = width, height  # none fits: as much of the centre as the ratio allows
@@ -157,7 +159,8 @@ class Letterbox:
     """The whole photo in the middle of a black square."""
 
     def __init__(self, size: int, interpolation: InterpolationMode) -> None:
-        self.size, self.interpolation = size, interpolation
+        self.size = size
+        self.interpolation = interpolation
 
     def __repr__(self) -> str:
         return f"Letterbox({self.size}, {self.interpolation})"
@@ -167,7 +170,8 @@ class Letterbox:
         height, width = (max(round(side / ratio), 1) for side in (image.height, image.width))
         part = pil_to_tensor(resize(image, [height, width], self.interpolation))
         pixels = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
-        top, left = (self.size - height) // 2, (self.size - width) // 2
+        top = (self.size - height) // 2
+        left = (self.size - width) // 2
         pixels[:, top : top + height, left : left + width] = part
         return pixels
 

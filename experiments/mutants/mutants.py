@@ -602,8 +602,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "data/shards/training.py": [
         (
             "replacement_source",
-            "self.source_ends[source - 1] if source else 0, self.source_ends[source]",
-            "0, self.source_ends[-1]",
+            "        start = self.source_ends[source - 1] if source else 0\n        end = self.source_ends[source]\n",
+            "        start = 0\n        end = self.source_ends[-1]\n",
             "data/test_mixture.py -k broken_sample",
         ),
     ],

@@ -89,7 +89,8 @@ class IndexedShards(TrainingExamples):
         """Crop and caption depend on seed, pass and key alone."""
         number = bisect_right(self.shard_ends, index.i)
         tar = self.indexes[number]
-        row, shard = index.i - self.shard_ends[number] + len(tar), tar.shard.name
+        row = index.i - self.shard_ends[number] + len(tar)
+        shard = tar.shard.name
         if number in self._lost:
             raise LostShardError(self._lost[number].sample._replace(key=tar.key(row)))
         try:
@@ -129,11 +130,13 @@ class IndexedShards(TrainingExamples):
     def replacement(self, i: int, rng: random.Random, error: BadSampleError, tries: int) -> int:
         """A sample of the same source."""
         source = bisect_right(self.source_ends, i)
-        start, end = self.source_ends[source - 1] if source else 0, self.source_ends[source]
+        start = self.source_ends[source - 1] if source else 0
+        end = self.source_ends[source]
         if self.within_shard:
             shard = bisect_right(self.shard_ends, i)
             if isinstance(error, LostShardError) or tries % SHARD_TRIES == 0:
                 after = self.shard_ends[shard]
                 shard = bisect_right(self.shard_ends, after if after < end else start)
-            start, end = self.shard_ends[shard] - len(self.indexes[shard]), self.shard_ends[shard]
+            start = self.shard_ends[shard] - len(self.indexes[shard])
+            end = self.shard_ends[shard]
         return rng.randrange(start, end)

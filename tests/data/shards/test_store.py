@@ -339,7 +339,7 @@ def test_a_lost_shard_is_counted_and_a_lost_bucket_stops_the_run(store, tmp_path
     other.shards = data.shards and {
         "": [replace(shard, cache=ShardCache(*other.cache)) for shard in data.shards[""]]
     }  # found before the bucket went
-    with pytest.raises(DataError, match="no usable image in 100 tries"):
+    with pytest.raises(DataError, match="the shards hold no usable sample"):
         batches(other)
 
 
