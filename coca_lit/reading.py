@@ -28,7 +28,6 @@ MAX_JSON = 64 * 2**20  # bytes of a file that a program wrote: settings, scores,
 MAX_RUN_JSON, MAX_YAML = 16 * 2**20, 16 * 2**20  # bytes of the scores and samples of a run, and of its configuration
 MAX_NPZ = 64 * 2**20  # bytes of the arrays of a run
 MAX_DEPTH = 32  # lists and objects within each other in a file of a run
-MAX_FOOTER = 64 * 2**20  # bytes of the metadata of a Parquet file, and of any text in it
 MAX_GROUP, MAX_GROUP_BYTES = 2**24, 2**30  # rows and bytes of the part of a Parquet file that is read at once
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open}
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -131,10 +130,9 @@ def open_parquet(path: Path, texts: Sequence[str] = ()) -> "Iterator[ParquetFile
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise DataError(f"{path} needs an optional package: pip install 'coca_lit[prepare]'") from error
-    limits = {"thrift_string_size_limit": MAX_FOOTER, "thrift_container_size_limit": MAX_FOOTER}
     try:
         with open_regular(path) as file:
-            found = ParquetFile(file, read_dictionary=list(texts) or None, **limits)
+            found = ParquetFile(file, read_dictionary=list(texts) or None)
             groups = [found.metadata.row_group(number) for number in range(found.num_row_groups)]
             if any(group.num_rows > MAX_GROUP or group.total_byte_size > MAX_GROUP_BYTES for group in groups):
                 raise DataError(
@@ -164,10 +162,7 @@ def parse_json(content: bytes | str, name: str, kind: type = object, keep_surrog
         if not keep_surrogates and ("\\ud" in text or "\\uD" in text):
             found = _without_surrogates(found)
     except (ValueError, RecursionError) as error:
-        reason: object = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        if "integer string conversion" in str(error):
-            reason = "it holds a number of thousands of digits"
-        raise DataError(f"{name} is not a readable JSON file: {reason}") from error
+        raise DataError(f"{name} is not a readable JSON file: {error}") from error
     if not isinstance(found, kind):
         what = _KINDS.get(type(found), "null")
         raise DataError(f"{name} is not what is expected there: it holds {what}, not {_KINDS[kind]}")

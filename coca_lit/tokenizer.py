@@ -284,8 +284,11 @@ class JsonTokenizer(Tokenizer):
 
 def is_same(spec: Spec, other: Spec) -> bool:
     """Whether they describe one tokenizer; another version of zlib may have packed its file in another way."""
-    one, two = ({**of, "packed": _unpacked(of["packed"])} if isinstance(of, Mapping) else of for of in (spec, other))
-    return one == two
+    return _without_packing(spec) == _without_packing(other)
+
+
+def _without_packing(spec: Spec) -> Spec:
+    return {**spec, "packed": _unpacked(spec["packed"])} if isinstance(spec, Mapping) else spec
 
 
 def _unpacked(packed: str) -> str:
@@ -335,15 +338,17 @@ def _reader(decoder: Mapping[str, Any], end_of_word: str) -> Callable[[str], byt
     if "ByteLevel" in kinds:
         return lambda token: _token_bytes(token, byte_of, end_of_word)
     if kinds & {"Metaspace", "ByteFallback"}:  # SentencePiece's
-        byte = re.compile("<0x([0-9A-F]{2})>")
-        return lambda token: (
-            bytes.fromhex(match[1]) if (match := byte.fullmatch(token)) else token.replace("▁", " ").encode()
-        )
+        return _sentencepiece_bytes
     if "WordPiece" in kinds:
         return lambda token: token[2:].encode() if token.startswith("##") else f" {token}".encode()
     if "BPEDecoder" in kinds:
         return lambda token: token.replace("</w>", " ").encode()
     raise ValueError(f"the tokenizer's decoder is {decoder.get('type')}: expected one of {', '.join(_DECODERS)}")
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
 
 
 def _knows_all_bytes(described: Mapping[str, Any], ids: Mapping[str, int]) -> bool:

@@ -198,7 +198,8 @@ class ShuffledBatches:
 
     def _group(self, source: int, turn: int, place: int) -> int:
         """Which group of samples that stay together has this place in a pass."""
-        if self._orders.get(source, (None,))[0] != turn:
+        known = self._orders.get(source)
+        if known is None or known[0] != turn:
             self._orders.pop(source, None)  # makes room for the next
             samples = self.sources[source].samples
             name = self.sources[source].name

@@ -30,7 +30,9 @@ def _karpathy_listings(content: Any, path: Path, split: str | None) -> list[List
     with schema(path, "Karpathy's"):
         images = content["images"]
         splits = sorted({image["split"] for image in images})
-        wanted = set(splits) if split is None else {"train", "restval"} if split == "train" else {split}
+        wanted = set(splits)
+        if split is not None:
+            wanted = {"train", "restval"} if split == "train" else {split}
         if not wanted.intersection(splits):
             raise DataError(f"{path} has no split {split!r}; it has {printable(', '.join(splits))}")
         return [
@@ -173,14 +175,15 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
     if path.suffix in (".csv", ".tsv"):
         content = read_bounded(path, MAX_BYTES, "is not a readable table")
         try:
-            whole = content.decode(encoding_of(content))
-            told = re.match(r"[\r\n]*(?:\"?sep=(.)\"?[\r\n]+)?", whole)  # a line for Excel
-            text = whole[told.end() if told else 0 :]
-            head = text.partition("\n")[0]
-            before = whole[: len(whole) - len(text)].count("\n")
-            # That of a .csv is a semicolon where the comma separates decimals.
-            counted = (told and told[1]) or max(",;\t", key=head.count)
-            delimiter = "\t" if path.suffix == ".tsv" else counted
+            text = content.decode(encoding_of(content))
+            start = re.match(r"[\r\n]*(?:\"?sep=(?P<delimiter>.)\"?[\r\n]+)?", text)  # a line for Excel
+            assert start is not None
+            lines_before = start[0].count("\n")
+            text = text[start.end() :]
+            if path.suffix == ".tsv":
+                delimiter = "\t"
+            else:  # a semicolon where the comma separates decimals
+                delimiter = start["delimiter"] or max(",;\t", key=text.partition("\n")[0].count)
             reader = csv.DictReader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
             columns = [*_different(reader.fieldnames or [], path)]
             while columns and not columns[-1].strip():  # spreadsheets write empty ones
@@ -190,7 +193,7 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
             for row in reader:
                 if any(row.pop(None, ())):  # fields without a column
                     raise DataError(
-                        f"line {before + reader.line_num} of {path} has more fields than the {len(columns)} "
+                        f"line {lines_before + reader.line_num} of {path} has more fields than the {len(columns)} "
                         f"columns: put texts that contain {delimiter!r} in quotes, or name all columns"
                     )
                 rows.append(row)
@@ -246,8 +249,10 @@ def column(path: Path, columns: Sequence[str], usual: Sequence[str], how: str, w
     Raises:
         DataError: there is none, or several have usual names.
     """
-    found = (wanted if wanted in columns else None) if wanted else named(columns, usual)
-    if not wanted:
+    if wanted:
+        found = wanted if wanted in columns else None
+    else:
+        found = named(columns, usual)
         folded = {str(name).strip().lower() for name in columns}
         several = [name for name in usual if name in folded and (name != "captions" or "caption" not in folded)]
         if len(several) > 1:

@@ -104,7 +104,11 @@ class LAIONDataModule(CaptionDataModule):
         self.weights = None if weights is None else check_weights("weights", weights)
         if self.weights is not None and self.weights.keys() != self.patterns.keys():
             raise ValueError(f"shards and weights must have the same names, not {[*self.patterns]}, {[*self.weights]}")
-        self.selections = dict(selection) if isinstance(selection, Mapping) else {"": selection} if selection else {}
+        self.selections: dict[str, str] = {}
+        if isinstance(selection, Mapping):
+            self.selections = dict(selection)
+        elif selection:
+            self.selections = {"": selection}
         unknown = sorted(self.selections.keys() - self.patterns.keys())
         if unknown:
             raise ValueError(f"a selection belongs to a set of shards: got {unknown[0]!r}, not of {[*self.patterns]}")
@@ -206,12 +210,16 @@ class LAIONDataModule(CaptionDataModule):
             raise DataError(f"the shards hold other files ({', '.join(other_endings())}) and no images: set {keys}")
         rest = iter(found)
         by_name = {name: [*islice(rest, len(shards))] for name, shards in self.shards.items()}
-        sources = [Source(name, sum(map(len, of)), shards=of) for name, of in by_name.items()]
+        sources = [Source(name, sum(map(len, indexes)), shards=indexes) for name, indexes in by_name.items()]
         empty = [source.name for source in sources if not source.samples]
         if empty:
             raise DataError(f"the shards of {empty[0]!r} hold no samples: check them, or leave them out of the mixture")
-        one = len(sources) == 1
-        weights = self.weights or {source.name: 1.0 if one else source.samples for source in sources}
+        if self.weights is not None:
+            weights = self.weights
+        elif len(sources) == 1:
+            weights = {sources[0].name: 1.0}
+        else:
+            weights = {source.name: float(source.samples) for source in sources}
         return [source._replace(weight=weights[source.name]) for source in sources]
 
     @property

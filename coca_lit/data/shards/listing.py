@@ -128,10 +128,11 @@ def _names(
 
         expanded = [at_commit(name, commits, patience) for name in expanded]
     names = list(dict.fromkeys(match for name in expanded for match in _matches(name, folders)))
-    asked = [(folders(folder), last) for folder, last in map(split, names)]
+    parts = [split(name) for name in names]
+    places = [folders(folder) for folder, _ in parts]
     with ThreadPoolExecutor(REQUESTS) as pool:  # a web server is asked for each of them
-        found = pool.map(lambda of: of[0].size(of[1]), asked)
-        missing = [name for name, size in zip(names, found, strict=True) if size is None]
+        sizes = pool.map(lambda place, part: place.size(part[1]), places, parts)
+        missing = [name for name, size in zip(names, sizes, strict=True) if size is None]
     if missing or not names:
         what = f"{len(missing)} of {len(names)} shards" if missing else "shards"
         raise not_found(what, missing[:1] or patterns, _HOW)

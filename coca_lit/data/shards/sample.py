@@ -38,13 +38,15 @@ def pair_of(fields: dict[str, Any], caption_keys: Collection[str], shard: str, r
     image = image_of(fields, reader.suffixes)
     captions = {}
     content = {}
-    whole = {name: text for name in ("txt", "json") if len(text := fields.get(name, b"")) <= MAX_TEXT}
-    if any(key != "txt" for key in caption_keys):
+    if any(name != "txt" for name in caption_keys):
         with suppress(DataError):
-            content = parse_json(whole.get("json", b""), "the JSON", dict)
+            content = parse_json(_bounded(fields, "json"), "the JSON", dict)
     for name in caption_keys:
-        of_file = whole.get("txt", b"")
-        text = of_file.decode(encoding_of(of_file), errors="replace") if name == "txt" else content.get(name)
+        if name == "txt":
+            encoded = _bounded(fields, "txt")
+            text: Any = encoded.decode(encoding_of(encoded), errors="replace")
+        else:
+            text = content.get(name)
         texts = text if isinstance(text, list) else [text]
         fitting = clean_captions(text for text in texts if isinstance(text, str))
         if fitting:
@@ -55,6 +57,12 @@ def pair_of(fields: dict[str, Any], caption_keys: Collection[str], shard: str, r
     if not image or "txt" in caption_keys:
         missing = "missing caption" if image else f"missing {reader.kind}"
     raise BadSampleError(BadSample(shard, key, missing))
+
+
+def _bounded(fields: Mapping[str, Any], suffix: str) -> bytes:
+    """The content of a member, empty if there is none or it is too large."""
+    content: bytes = fields.get(suffix, b"")
+    return content if len(content) <= MAX_TEXT else b""
 
 
 def suffix_of(fields: Mapping[str, Any], suffixes: Sequence[str] = IMAGES.suffixes) -> str:

@@ -85,7 +85,8 @@ class SourceOrder:
     def sample(self, reader: int, k: int) -> tuple[int, int]:
         """(pass, i) of the `k`-th sample of a reader, from 0."""
         turn, number, place = self._place(reader, k)
-        if self._shuffled.get(reader, (None,))[0] != (turn, number):
+        known = self._shuffled.get(reader)
+        if known is None or known[0] != (turn, number):
             pieces = self._pass(reader, turn).windows[number]
             samples = torch.cat([self.starts[at] + first + torch.arange(count) for at, first, count in pieces])
             order = epoch_order(len(samples), self.seed, turn, self.source.name, str(reader), str(number))
