@@ -95,7 +95,6 @@ def test_a_description_has_a_size_limit(tmp_path):
 FORGED_SHARDS = {
     "a place far away": ("state_dict.net.w", [[10**12, 0]], "parts of state_dict.net.w are missing"),
     "no place": ("state_dict.net.w", "nowhere", "is not a whole checkpoint"),
-    "another name": ("optimizer_states.x.y.z", [[0, 0]], "it holds 'optimizer_states.x.y.z'"),
 }
 
 

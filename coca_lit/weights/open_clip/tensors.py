@@ -48,12 +48,9 @@ def to_open_clip(model: CoCa, version: str = "4") -> dict[str, Tensor]:
     names = _names(parts)
     flat = {*_FLAT, *(name for part in parts for name in part.flat)}
     state = model.state_dict()
-    attentions = _cross_attentions(model)
-    converted = {}
-    for name, tensor in state.items():
-        if not _is_packed(name, attentions):
-            converted[_rename(name, names)] = tensor
-    for module in attentions:
+    packed = _packed(model)
+    converted = {_rename(name, names): tensor for name, tensor in state.items() if name not in packed}
+    for module in dict.fromkeys(module for module, _, _ in packed.values()):
         converted |= _join_cross_attention(state, module, names)
     for name in converted.keys() & _transposed(parts):
         converted[name] = converted[name].T.contiguous()
@@ -148,10 +145,10 @@ def _load(
     """Fills a model with all of the tensors; raises ValueError if some are missing, left over or of the wrong shape."""
     theirs = _Tensors(theirs)
     ours: dict[str, Tensor] = {}
-    attentions = _cross_attentions(model)
+    packed = _packed(model)
     for name, target in model.state_dict().items():
-        if _is_packed(name, attentions):
-            module, part, kind = name.rsplit(".", 2)
+        if name in packed:
+            module, part, kind = packed[name]
             there = _their_attention(module, names)
             tensor = _split_cross_attention(theirs, there, part, kind)
         else:
@@ -187,15 +184,17 @@ def _rename(ours: str, names: Sequence[Renaming]) -> str:
     raise ValueError(f"'{ours}' has no counterpart in OpenCLIP")
 
 
-def _cross_attentions(model: nn.Module) -> list[str]:
-    """The names of the modules whose query, key and value projections are packed in OpenCLIP."""
-    return [name for name, module in model.named_modules() if isinstance(module, CrossAttention)]
-
-
-def _is_packed(name: str, attentions: Collection[str]) -> bool:
-    """Whether a tensor is of one of these projections."""
-    module, part, _ = name.rsplit(".", 2) if name.count(".") > 1 else ("", "", "")
-    return part in ("q", "kv") and module in attentions
+def _packed(model: nn.Module) -> dict[str, tuple[str, str, str]]:
+    """The tensors that are packed into others in OpenCLIP, queries, keys and values of cross-attentions: our name ->
+    name of the module, part of it, and weight or bias.
+    """
+    return {
+        f"{module}.{part}.{kind}": (module, part, kind)
+        for module, attention in model.named_modules()
+        if isinstance(attention, CrossAttention)
+        for part in ("q", "kv")
+        for kind in ("weight", "bias")
+    }
 
 
 def _their_attention(module: str, names: Sequence[Renaming]) -> str:
