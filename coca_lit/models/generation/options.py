@@ -124,9 +124,13 @@ OPTIONS: dict[str, Option] = {name: get_args(hint)[1] for name, hint in Generate
 
 def value_type(name: str) -> type:
     """The type of an option's value in a config: int, float or str."""
+    return next((kind for kind in (int, float) if kind in _alternatives(name)), str)
+
+
+def _alternatives(name: str) -> tuple[Any, ...]:
+    """The types that the value of an option may have."""
     hint = get_args(GenerateOptions.__annotations__[name])[0]
-    kinds = (hint, *get_args(hint))
-    return next((kind for kind in (int, float) if kind in kinds), str)
+    return (hint, *get_args(hint))
 
 
 def describe(name: str, default: Any = None) -> str:
@@ -199,8 +203,7 @@ def complete(options: Mapping[str, Any]) -> Options:
     given = {name: value for name, value in options.items() if value is not None}
     for name, value in given.items():
         option = OPTIONS[name]
-        hint = get_args(GenerateOptions.__annotations__[name])[0]
-        choices = [c for part in (hint, *get_args(hint)) if get_origin(part) is Literal for c in get_args(part)]
+        choices = [c for kind in _alternatives(name) if get_origin(kind) is Literal for c in get_args(kind)]
         if choices:
             check_choice(name, value, choices)
         kind = value_type(name)
