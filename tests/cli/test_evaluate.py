@@ -118,7 +118,7 @@ def test_a_coca_has_the_activations_of_its_file(checkpoint, tmp_path):
     ("name", "message"),
     [
         ("some.weight", "this is not an OpenCLIP CoCa checkpoint"),
-        ("visual.layer1.0.weight", "its image tower is a ResNet"),
+        ("visual.layer1.0.weight", "this is not an OpenCLIP CLIP with a vision transformer"),
     ],
 )
 def test_checkpoint_of_another_architecture(tmp_path, name, message):
