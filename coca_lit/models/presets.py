@@ -164,7 +164,6 @@ def create_model(
     from coca_lit.models.coca import CoCa
     from coca_lit.models.config import CoCaConfig
     from coca_lit.models.registry import import_modules
-    from coca_lit.tokenizer import BYTE_PAIRS, pack
 
     check_names("CoCa", overrides, CoCaConfig.names())
     given = {key: value for key, value in overrides.items() if value is not None}
@@ -176,21 +175,27 @@ def create_model(
     else:
         arguments["image_encoder_args"] = given.get("image_encoder_args")
     import_modules(imports)
-    tokenizer = arguments.get("tokenizer", "clip")
-    if isinstance(tokenizer, Mapping) and "file" in tokenizer:
-        named = {str(key): str(value) for key, value in tokenizer.items()}
-        arguments["tokenizer"] = {"packed": pack(Path(named.pop("file")).expanduser()), **named}
-    elif isinstance(tokenizer, str) and tokenizer in VOCABULARIES:
-        arguments["tokenizer"] = VOCABULARIES[tokenizer]
-    elif isinstance(tokenizer, str) and tokenizer in extensions.declared("vocabularies"):
-        arguments["tokenizer"] = extensions.load(extensions.declared("vocabularies")[tokenizer])
-    elif isinstance(tokenizer, str) and tokenizer not in BYTE_PAIRS:
-        names = [*BYTE_PAIRS, *VOCABULARIES, *extensions.declared("vocabularies")]
-        raise ValueError(
-            f"unknown tokenizer '{tokenizer}'{suggest(tokenizer, names)} Expected {', '.join(names)}, a list of words"
-            " or a file"
-        )
+    arguments["tokenizer"] = _tokenizer(arguments.get("tokenizer", "clip"))
     return CoCa(**arguments)
+
+
+def _tokenizer(chosen: Any) -> Any:
+    """The argument of `CoCa` for a tokenizer that is chosen by name, by its file, or as such."""
+    from coca_lit.tokenizer import BYTE_PAIRS, pack
+
+    if isinstance(chosen, Mapping) and "file" in chosen:
+        named = {str(key): str(value) for key, value in chosen.items()}
+        return {"packed": pack(Path(named.pop("file")).expanduser()), **named}
+    if not isinstance(chosen, str) or chosen in BYTE_PAIRS:
+        return chosen
+    if chosen in VOCABULARIES:
+        return VOCABULARIES[chosen]
+    of_projects = extensions.declared("vocabularies")
+    if chosen in of_projects:
+        return extensions.load(of_projects[chosen])
+    names = [*BYTE_PAIRS, *VOCABULARIES, *of_projects]
+    expected = f"Expected {', '.join(names)}, a list of words or a file"
+    raise ValueError(f"unknown tokenizer '{chosen}'{suggest(chosen, names)} {expected}")
 
 
 def preset(name: str) -> dict[str, Any]:

@@ -140,15 +140,8 @@ def _order(
     ids, scores, sums = hypotheses
     lengths = caption_lengths(ids, model.tokenizer.eot_id)
     log_probs = sums / (lengths - prompts.lengths[:, None])  # (B, N)
-    if options.cut_at:  # captions end before the first token that contains it
-        text = options.cut_at.encode()
-        tokenizer = model.tokenizer
-        stops = torch.tensor([i for i, token in enumerate(tokenizer.token_bytes) if text in token], device=ids.device)
-        places = torch.arange(ids.shape[-1], device=ids.device)  # padding may be a token of the text
-        written = (places >= prompts.lengths[:, None, None]) & (places < lengths[:, :, None])  # (B, N, L)
-        stop = torch.isin(ids, stops) & written  # (B, N, L)
-        after = stop.cumsum(dim=-1)
-        ids = ids.where(after == 0, tokenizer.pad_id).where(~stop | (after > 1), tokenizer.eot_id)
+    if options.cut_at:
+        ids = _cut(model, ids, prompts, lengths, options.cut_at)
         lengths = caption_lengths(ids, model.tokenizer.eot_id)
     captions = Captions(ids, scores, log_probs)
     if vector is not None:
@@ -162,6 +155,18 @@ def _order(
         ids = ids.gather(1, order[:, :, None].expand_as(ids))
         captions = Captions(ids, *(part.gather(1, order) for part in (mixed, log_probs, cosines)))
     return captions.map(lambda part: part[:, : options.captions])
+
+
+def _cut(model: "CoCa", ids: Tensor, prompts: Prompts, lengths: Tensor, text: str) -> Tensor:
+    """Captions (B, N, L) of these lengths (B, N) that end before the first token which contains the text."""
+    tokenizer = model.tokenizer
+    containing = [number for number, token in enumerate(tokenizer.token_bytes) if text.encode() in token]
+    places = torch.arange(ids.shape[-1], device=ids.device)  # padding may be a token of the text
+    written = (places >= prompts.lengths[:, None, None]) & (places < lengths[:, :, None])  # (B, N, L)
+    stop = torch.isin(ids, torch.tensor(containing, device=ids.device)) & written  # (B, N, L)
+    stops = stop.cumsum(dim=-1)  # so far
+    kept = ids.where(stops == 0, tokenizer.pad_id)
+    return kept.where(~stop | (stops > 1), tokenizer.eot_id)
 
 
 def _attention(model: "CoCa", ids: Tensor, image_tokens: Tensor) -> Tensor:
