@@ -70,9 +70,12 @@ def check_shards(folder: Path) -> None:
         found = {path.name: facts(path) for path in folder.glob("*.safetensors")}
     except (OSError, DataError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from error
-    for name in sorted({*written, *found}):
-        if written.get(name) != found.get(name):
-            raise CheckpointError(f"{folder} is not a whole checkpoint: {name} is not what was written, or missing")
+    missing = sorted(written.keys() ^ found.keys())
+    if missing:
+        raise CheckpointError(f"{folder} is not a whole checkpoint: {missing[0]} is missing or was added")
+    for name, its in found.items():
+        if its != written[name]:
+            raise CheckpointError(f"{folder} is not a whole checkpoint: {name} is not what was written")
 
 
 def facts(path: Path) -> dict[str, int]:
