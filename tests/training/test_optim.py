@@ -151,6 +151,7 @@ def test_first_step_by_hand() -> None:
         ({"lr": -1e-3}, "lr must be a number of at least 0, got -0.001"),
         ({"lr": 1e-3, "weight_decay": -1}, "weight_decay must be a number of at least 0, got -1"),
         ({"lr": 1e-3, "layer_decay": 0}, "layer_decay must be a number above 0 and at most 1, got 0"),
+        ({"lr": 1e-3, "image_factor": 1.5}, "image_factor must be a number above 0 and at most 1, got 1.5"),
         ({"lr": 1e-3, "eps": None}, "eps must be a number of at least 0, got None"),
         *(
             ({"lr": 1e-3, "betas": betas}, r"betas must be two numbers of at least 0 and below 1, got")

@@ -1,12 +1,14 @@
-"""The file for a Space, as it is copied there."""
+"""The file for a Space, as it is copied there, and parts of the page that need no browser."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from coca_lit.models import create_model
+from coca_lit.tools.demo.answers import Candidate
 from coca_lit.weights.load import save_model
 
 APP = Path(__file__).resolve().parents[3] / "coca_lit" / "tools" / "demo" / "app.py"
@@ -22,3 +24,26 @@ def test_the_page_is_launched_for_everybody(tmp_path: Path, monkeypatch: pytest.
     (options,) = shown
     assert "server_name" not in options  # the Space's own
     assert options["css"]
+
+
+def test_the_banner_says_which_words_a_model_reads() -> None:
+    pytest.importorskip("gradio")
+    from coca_lit.tools.demo.page import _banner
+
+    words = ["a", "man", "dog"]
+    of_words = create_model("coca_tiny", tokenizer=words)
+    assert "It knows 3 words" in _banner(of_words, "mine.safetensors", False, words)
+    assert "texts of any words" not in _banner(of_words, "mine.safetensors", False, words)
+    of_any = create_model("coca_tiny", tokenizer="clip")
+    assert "texts of any words" in _banner(of_any, "mine.safetensors", False, None)
+
+
+def test_maps_of_words_are_shown_where_there_are_any() -> None:
+    pytest.importorskip("gradio")
+    from coca_lit.tools.demo.page import _caption_table
+
+    plain = Candidate("a <dog>", -0.5, 0.3)
+    assert 'class="maps"' not in _caption_table([plain], 100.0)
+    shown = _caption_table([replace(plain, words=(("<dog>", "data:image/png;base64,AAAA"),))], 100.0)
+    assert '<div class="maps"><figure><img src="data:image/png;base64,AAAA"' in shown
+    assert "<figcaption>&lt;dog&gt;</figcaption>" in shown

@@ -126,12 +126,15 @@ def test_uploads_go_with_the_process(shown, tmp_path, tiny_model, monkeypatch, n
 
     save_model(tiny_model(), tmp_path / "tiny.safetensors")
     monkeypatch.setattr("coca_lit.tools.demo.page.serve", stopped)
-    before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as ended:
-        cli.run(compose("checkpoint=tiny.safetensors"))
-    assert ended.value.code == 128 + number
-    assert not os.path.exists(os.environ["GRADIO_TEMP_DIR"])
-    assert signal.getsignal(number) is before
+    given = signal.signal(number, signal.SIG_DFL)  # `nohup pytest` ignores one of them
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.run(compose("checkpoint=tiny.safetensors"))
+        assert ended.value.code == 128 + number
+        assert not os.path.exists(os.environ["GRADIO_TEMP_DIR"])
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, given)
 
 
 def test_what_is_embedded_when_it_is_interrupted_stays(shown, tmp_path, photos, tiny_model, monkeypatch):

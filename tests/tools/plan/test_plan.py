@@ -260,6 +260,13 @@ def test_a_small_batch_is_not_spread_over_eight_devices(batch: int, devices: int
     assert read_recipe(cfg, read_settings(cfg), WEIGHTS, half=True).devices == devices
 
 
+@pytest.mark.parametrize(("precision", "half"), [("bf16-mixed", True), ("32", False)])
+def test_the_precision_decides_speed(precision: str, half: bool) -> None:
+    cfg = compose("plan", ["model.net.name=coca_tiny", f"trainer.precision={precision}"])
+    _, _, recipe = cli.estimate(cfg, read_settings(cfg), build_without_weights(cfg))
+    assert recipe.half == half
+
+
 def test_precision_has_lightnings_aliases() -> None:
     cfg, found = compose("plan", []), []
     for given in ("auto", "bf16", 16, "16", 32, "bf16-true", None):
