@@ -792,7 +792,7 @@ def mutation(mutant: Mutant) -> str:
 
 def copied(folder: Path) -> Path:
     """The tree in a folder of its own, without what git or Python keep in it."""
-    kept = ("coca_lit", "conf", "experiments", "tests")
+    kept = ("coca_lit", "conf", "experiments", "tests", ".docs")
     for name in kept:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     for path in ROOT.glob("*.*"):
