@@ -1,6 +1,7 @@
 """Training steps of a rank, with its part of a batch."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,10 +61,13 @@ def trained_with(
     batch: Callable[[nn.Module, int], Batch],
     contrastive_weight: float,
     micro_batch_size: int | None,
+    **network: Any,
 ) -> dict[str, Tensor]:
-    """Weights after two steps with a further objective, on this rank's part of each batch."""
+    """Weights after two steps with a further objective, on this rank's part of each batch, of a network with these
+    arguments.
+    """
     torch.manual_seed(0)
-    net = create_model("coca_tiny", **ENCODER).train()
+    net = create_model("coca_tiny", **ENCODER, **network).train()
     weights, objectives = (contrastive_weight, 2.0), {"further": objective}
     module = CoCaLit(net, AdamW(lr=0.0), 0, *weights, micro_batch_size=micro_batch_size, objectives=objectives)
     step: nn.Module = Step(module)
