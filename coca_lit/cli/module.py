@@ -70,7 +70,7 @@ def build_module(cfg: DictConfig, start: "ResumePoint | None" = None, source: "D
         check_kept(module, start)
     add_adapters(cfg, module)
     if start is not None and cfg.data.get("cached_augmentations"):  # photos are encoded before Lightning restores these
-        from coca_lit.training.trainer import SafeCheckpointIO
+        from coca_lit.training.safe_checkpoints import SafeCheckpointIO
 
         module.load_state_dict(SafeCheckpointIO().load_checkpoint(start.path)["state_dict"])
     if not any(p.requires_grad for p in module.parameters()):  # of the network and of the objectives

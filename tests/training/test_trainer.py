@@ -14,7 +14,7 @@ from coca_lit.cli.module import build_module
 from coca_lit.errors import ConfigError
 from coca_lit.evals import Settings
 from coca_lit.models import create_model
-from coca_lit.training.trainer import (
+from coca_lit.training.compatibility import (
     ACCUMULATION,
     AVERAGES,
     FP16,
@@ -27,8 +27,8 @@ from coca_lit.training.trainer import (
     TOKEN_MEANS,
     check_together,
     features,
-    prepare,
 )
+from coca_lit.training.trainer import prepare
 from helpers.running import compose, run
 
 TINY = (

@@ -21,9 +21,9 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.models.coca import CAPTION
 from coca_lit.projects.rewards import self_critical
 from coca_lit.projects.rewards.self_critical import END, SelfCritical
+from coca_lit.training.compatibility import NEEDS_WHOLE_WEIGHTS, SHARDED, check_together, features
 from coca_lit.training.objectives import terms_of
 from coca_lit.training.optim import AdamW
-from coca_lit.training.trainer import NEEDS_WHOLE_WEIGHTS, SHARDED, check_together, features
 from helpers.running import compose, logged, run
 from helpers.scored_runs import check_experiment_on_scenes
 
