@@ -1,16 +1,17 @@
 """The report as `report.html`, one page that opens from disk without scripts or other files, and as `report.md`."""
 
 import base64
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from html import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from coca_lit.files import atomic_write
 from coca_lit.runs.scores import cell, data_name, headline, score_name
@@ -19,7 +20,6 @@ from coca_lit.tools.report.runs import Run, obstacles, read_run
 from coca_lit.tools.report.tables import (
     APART,
     PUBLISHED_SCORES,
-    THIS_RUN,
     Table,
     all_scores,
     best_run,
@@ -63,10 +63,24 @@ CURVES_NOTE = (
     "among fewer images is easier, so its line may end above its star."
 )
 PARTS = re.compile(r"[^\W\d_]+|\d")  # of a word, alike in "t-shirt" and in "t - shirt", in "10" and in "1 0"
-HIT = {True: "hit", False: "miss"}  # classes of answers
 MARKS_NOTE = "✓: it equals a reference. Underlined: words that no reference has, or none has there."
 MANY = 5  # runs, whose captions are too many for a card
-STYLE = Path(__file__).parents[2] / "assets" / "report.css"
+ASSETS = Path(__file__).parents[2] / "assets"
+SAMPLES = {"retrieval": "retrieval", "attention": "attention", "confusion": "confused classes"}
+
+
+class Section(NamedTuple):
+    """A part of the page; nothing without content.
+
+    Args:
+        kind: name of the macro in `report.html.jinja` that shows the content.
+        folded: pictures, which the reader unfolds.
+    """
+
+    title: str
+    kind: str
+    content: Any
+    folded: bool = False
 
 
 def write_report(folder: Path) -> Path:
@@ -87,17 +101,17 @@ def write_report(folder: Path) -> Path:
         atomic_write(folder / CURVES, side_by_side(list(curves.values())))
     worst = run.samples["worst"]
     sections = [
-        _tiles(headline_cells(run)),
-        *(_captions(name, samples, worst.get(name, [])) for name, samples in captions.items()),
+        Section("", "tiles", headline_cells(run)),
         _tables(tables),
         _reasons("not run", run.not_run),
         _curves(curves, CURVES_NOTE if curves.keys() - {"losses"} else ""),
-        *(_figure(name, sheet) for name, sheet in run.sheets.items() if name not in shown),
-        *(_retrieval(name, samples) for name, samples in retrieval.items()),
-        *(_attention(name, samples) for name, samples in run.samples["attention"].items()),
-        *(_confusion(name, samples) for name, samples in run.samples["confusion"].items()),
-        _facts_html(facts, links),
+        *(_captions(name, samples, worst.get(name, [])) for name, samples in captions.items()),
+        *(_figure(name, sheet, folded=True) for name, sheet in run.sheets.items() if name not in shown),
     ]
+    for kind, title in SAMPLES.items():
+        for name, samples in run.samples[kind].items():
+            sections.append(Section(f"{data_name(name)}: {title}", kind, samples, folded=True))
+    sections.append(_facts_section("about this run", facts, links))
     pictures = [CURVES] if curves else []
     pictures += [f"samples/{name}.png" for name in sorted(run.sheets)]
     experiment = run.environment.get("experiment", "evaluation" if "checkpoint" in run.config else "")
@@ -128,14 +142,14 @@ def write_comparison(
         atomic_write(output / pictures[title], figure)
     facts = _best(runs, score)
     sections = [
-        _facts_html(facts, heading=""),
+        _facts_section("", facts),
         _tables(overview),
         _reasons("failed", failed),
         _tables(scores),
         _reasons(APART, apart),
         *(_figure(title, figure) for title, figure in figures.items()),
         _curves(curves_of_runs(runs), "Scores during training are of the first few images."),
-        _side_by_side(runs),
+        *_side_by_side(runs),
         _tables([settings]),
     ]
     several = f"{len(runs)} runs in {Path(os.path.abspath(output)).name}"
@@ -159,7 +173,7 @@ def _best(runs: Sequence[Run], score: str | None) -> dict[str, str]:
 def _write(
     folder: Path,
     title: str,
-    sections: Iterable[str],
+    sections: Sequence[Section],
     tables: Sequence[Table],
     facts: Mapping[str, str],
     reasons: Mapping[str, Mapping[str, str]],
@@ -177,12 +191,8 @@ def _write(
         lines += ["", f"## {heading}", ""] if items else []
         lines += [f"- {plain(name)}: {plain(why)}" for name, why in items.items()]
     lines += [line for path in pictures for line in ("", f"![{plain(path)}]({quote(path)})")]
-    body = "\n".join([f"<h1>{_text(title)}</h1>", *filter(None, sections)])
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_text(title)}</title>'
-    head = f"<head>{head}<style>\n{STYLE.read_text(encoding='utf-8')}</style></head>"
-    page = f'<!doctype html>\n<html lang="en">{head}\n<body>\n{body}\n</body></html>\n'
     atomic_write(folder / "report.md", ("\n".join(lines) + "\n").encode())
-    atomic_write(folder / "report.html", page.encode())
+    atomic_write(folder / "report.html", _render(title, [part for part in sections if part.content]).encode())
     return folder / "report.html"
 
 
@@ -205,197 +215,103 @@ def _facts(run: Run) -> dict[str, str]:
 # HTML
 
 
-def _text(text: str) -> str:
-    """Text from anywhere within a page."""
-    return escape(one_line(text))
+def _contents(sections: Sequence[Section]) -> list[str]:
+    """The headings of the page, of each table its own."""
+    titles: list[str] = []
+    for section in sections:
+        titles += [table.title for table in section.content] if section.kind == "tables" else [section.title]
+    return [title for title in titles if title]
 
 
-def _facts_html(pairs: Mapping[str, str], links: Sequence[str] = (), heading: str = "about this run") -> str:
-    """Facts about the run, below its command, with links to files beside the page."""
-    rest = {key: value for key, value in pairs.items() if key != "command"}
-    items = "".join(f"<div><span>{_text(key)}</span> {_text(value)}</div>" for key, value in rest.items())
-    items += "".join(f'<div><a href="{quote(link)}">{Path(link).name}</a></div>' for link in links)
-    command = f"<p><code>{_text(pairs['command'])}</code></p>" if "command" in pairs else ""
-    title = f"<h2>{heading}</h2>" if heading and (items or command) else ""
-    return f'{title}{command}<div class="facts">{items}</div>' if items or command else ""
+def _anchor(title: str) -> str:
+    return re.sub(r"\W+", "-", title)
 
 
-def _tiles(contents: Iterable[tuple[str, str, str, str]]) -> str:
-    """Scores as (value, interval, score, data set)."""
-    items = "".join(
-        f'<div class="tile"><b>{_text(value)}</b>'
-        + (f'<span class="interval">{_text(interval)}</span>' if interval else "")
-        + f"<span>{_text(score)}</span><span>{_text(data)}</span></div>"
-        for value, interval, score, data in contents
+def _picture(source: str) -> str:
+    """Of a picture within the page; a stranger's run folder could name anything else."""
+    return source if source.startswith("data:image/") else ""
+
+
+def _words(sample: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    return unlike(sample["caption"], sample["references"]) or [("(empty)", True)]
+
+
+def _shown(value: Any) -> Any:
+    """Text from anywhere on one line, without control characters; the template escapes it."""
+    return one_line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _render(title: str, sections: Sequence[Section]) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    note = '<p class="note">In brackets: 95 % intervals.</p>' if "interval" in items else ""
-    return f'<div class="tiles">{items}</div>{note}' if items else ""
+    environment.filters |= {"anchor": _anchor, "contents": _contents, "picture": _picture, "words": _words}
+    style = Markup((ASSETS / "report.css").read_text(encoding="utf-8"))
+    template = environment.get_template("report.html.jinja")
+    return template.render(title=title, sections=sections, style=style, marks_note=MARKS_NOTE).lstrip()
 
 
-def _tables(contents: Iterable[Table]) -> str:
+def _tables(contents: Iterable[Table]) -> Section:
     """Tables side by side, as many as fit."""
-    tables = []
-    for content in contents:
-        if not content.rows:
-            continue
-        head = "".join(f"<th>{_text(text)}</th>" for text in content.header)
-        rows = ""
-        for i, row in enumerate(content.rows):
-            marks = [' class="best"' if (i, column) in content.best else "" for column in range(len(row))]
-            cells = "".join(f"<td{mark}>{_text(cell)}</td>" for mark, cell in zip(marks, row, strict=True))
-            heading = f'<tr class="group"><td colspan="99">{_text(row[0])}</td></tr>'
-            rows += "\n" + (heading if len(row) == 1 else f"<tr>{cells}</tr>")
-        note = f'<p class="note">{_text(content.note)}</p>' if content.note else ""
-        own = ' class="own"' if THIS_RUN in content.header else ""
-        table = f'<div class="wide" tabindex="0"><table{own}><tr>{head}</tr>{rows}</table></div>'
-        tables.append(f"<div><h2>{_text(content.title)}</h2>{table}{note}</div>")
-    return f'<div class="tables">{"".join(tables)}</div>'
+    return Section("", "tables", [table for table in contents if table.rows])
 
 
-def _figure(title: str, png: bytes) -> str:
-    return f'<h2>{_text(title)}</h2><figure class="plot"><img src="{_png(png)}" alt="{_text(title)}"></figure>'
+def _facts_section(title: str, facts: Mapping[str, str], links: Sequence[str] = ()) -> Section:
+    """Facts about the run, below its command, with links to files beside the page."""
+    pairs = {key: value for key, value in facts.items() if key != "command"}
+    content = {"command": facts.get("command"), "pairs": pairs, "links": links}
+    return Section(title, "facts", content if facts or links else {})
 
 
-def _curves(panels: Mapping[str, bytes], note: str) -> str:
-    """Figures side by side where they fit, below each other on a phone."""
-    if not panels:
-        return ""
-    images = "".join(f'<img src="{_png(png)}" alt="{_text(name)}">' for name, png in panels.items())
-    return f'<h2>curves</h2><figure class="panels">{images}</figure>' + (
-        f'<p class="note">{_text(note)}</p>' if note else ""
-    )
+def _reasons(title: str, reasons: Mapping[str, str]) -> Section:
+    """Names with the reasons why they are missing; the same reason often applies to several."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return Section(title, "reasons", names)
+
+
+def _figure(title: str, png: bytes, folded: bool = False) -> Section:
+    return Section(title, "figure", {"name": title, "source": _png(png)}, folded)
+
+
+def _curves(panels: Mapping[str, bytes], note: str) -> Section:
+    figures = {name: _png(png) for name, png in panels.items()}
+    return Section("curves", "curves", {"figures": figures, "note": note} if figures else {})
 
 
 def _png(content: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
-def _reasons(title: str, reasons: Mapping[str, str]) -> str:
-    """A list of names with the reasons why they are missing."""
-    if not reasons:
-        return ""
-    names: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        names.setdefault(reason, []).append(name)  # the same reason often applies to several
-    items = "".join(f"<li><b>{_text(', '.join(group))}</b>: {_text(reason)}</li>" for reason, group in names.items())
-    return f'<h2>{_text(title)}</h2><ul class="note">{items}</ul>'
-
-
-def _captions(name: str, samples: Sequence[Mapping[str, Any]], worst: Sequence[Mapping[str, Any]]) -> str:
+def _captions(name: str, samples: Sequence[Mapping[str, Any]], worst: Sequence[Mapping[str, Any]]) -> Section:
     what = "answer" if any("question" in sample for sample in samples) else "caption"
-    note = f'<p class="note">Bold: the generated {what}. {MARKS_NOTE} Below it: references.</p>'
-    shown = {json.dumps(sample, sort_keys=True) for sample in samples}
-    if all(json.dumps(sample, sort_keys=True) in shown for sample in worst):  # of few photos, all are shown above
+    if all(sample in samples for sample in worst):  # of few photos, all are shown above
         worst = []
-    far = f"<h3>furthest from their references</h3>{_cards(worst)}" if worst else ""
-    return f"<h2>{_text(data_name(name))}: {what}s</h2>{note}{_cards(samples)}{far}"
+    content = {"what": what, "samples": samples, "worst": worst}
+    return Section(f"{data_name(name)}: {what}s", "captions", content, folded=True)
 
 
-def _cards(samples: Sequence[Mapping[str, Any]]) -> str:
-    cards = []
-    for sample in samples:
-        question = f"{_text(sample['question'].rstrip('?'))}? " if "question" in sample else ""
-        cards.append(_card(sample, f"<p>{question}{_caption(sample)}</p>"))
-    return '<div class="cards">' + "\n".join(cards) + "</div>"
-
-
-def _card(sample: Mapping[str, Any], paragraphs: str) -> str:
-    references = "".join(f"<li>{_text(text)}</li>" for text in sample["references"][:3])
-    return f'<div class="card">{_image(sample["image"])}{paragraphs}<ul class="note">{references}</ul></div>'
-
-
-def _caption(sample: Mapping[str, Any]) -> str:
-    """A generated text, with a tick if it equals a reference, else with marks at what differs from all of them."""
-    if sample["exact"]:
-        return f'<b class="hit">{_text(sample["caption"])} ✓</b>'
-    parts = unlike(sample["caption"], sample["references"]) or [("(empty)", True)]
-    return "<b>" + " ".join(f"<u>{_text(word)}</u>" if odd else _text(word) for word, odd in parts) + "</b>"
-
-
-def _side_by_side(runs: Sequence[Run]) -> str:
+def _side_by_side(runs: Sequence[Run]) -> list[Section]:
     """What the runs write about the same images; nothing for runs of other images."""
-    parts = []
     first, *others = runs
+    if not 0 < len(others) < MANY:
+        return []
+    sections = []
     for name, samples in first.samples["captions"].items():
         found = [{(s["image"], *s["references"]): s for s in run.samples["captions"].get(name, [])} for run in others]
         cards = []
-        for sample in samples if 0 < len(others) < MANY else []:
+        for sample in samples:
             same = [own.get((sample["image"], *sample["references"])) for own in found]
             if all(same):
-                texts = zip(run_names(runs), [sample, *filter(None, same)], strict=True)
-                lines = "".join(f'<p><span class="note">{_text(run)}:</span> {_caption(s)}</p>' for run, s in texts)
-                cards.append(_card(sample, lines))
-        if cards:
-            note = f'<p class="note">{MARKS_NOTE} Below: references.</p>'
-            parts.append(f'<h2>{_text(data_name(name))}: captions</h2>{note}<div class="cards">{"".join(cards)}</div>')
-    return "".join(parts)
-
-
-def _confusion(name: str, samples: Sequence[Mapping[str, Any]]) -> str:
-    if not samples:
-        return ""
-    rows = "\n".join(
-        f"<tr><td>{_image(s['image'])}</td><td>{_text(s['class'])}</td><td>{_text(s['taken_for'])}</td>"
-        f"<td>{s['images']} of {s['of']}</td></tr>"
-        for s in samples
-    )
-    head = "<tr><th></th><th>class</th><th>taken for</th><th>images</th></tr>"
-    title = f"<h2>{_text(data_name(name))}: confused classes</h2>"
-    return f'{title}<div class="wide"><table class="confused">{head}{rows}</table></div>'
-
-
-def _attention(name: str, samples: Sequence[Mapping[str, Any]]) -> str:
-    rows = "\n".join(
-        f'<div class="words"><figure>{_image(sample["image"])}<figcaption>input</figcaption></figure>'
-        + "".join(
-            f'<figure><img src="{_source(part["map"])}" alt=""><figcaption>{_text(part["word"])}</figcaption></figure>'
-            for part in sample["words"]
-        )
-        + "</div>"
-        for sample in samples
-    )
-    note = '<p class="note">Bright: the patches attended to for the word below, averaged over layers and heads.</p>'
-    return f"<h2>{_text(data_name(name))}: attention</h2>{note}{rows}"
-
-
-def _retrieval(name: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    parts = {
-        "text to image": _found_images(samples["text_to_image"]),
-        "image to text": _found_texts(samples["image_to_text"]),
-        "text to image, the clearest mistakes": _found_images(samples.get("text_to_image_mistakes", [])),
-        "image to text, the clearest mistakes": _found_texts(samples.get("image_to_text_mistakes", [])),
-    }
-    note = '<p class="note">The five best answers, best first; ✓: right.</p>'
-    body = "".join(f"<h3>{title}</h3>{part}" for title, part in parts.items() if part)
-    return f"<h2>{_text(data_name(name))}: retrieval</h2>{note}{body}"
-
-
-def _found_images(queries: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(
-        f'<p>{_text(query["text"])}</p><div class="answers">'
-        + "".join(f'<div class="{HIT[a["hit"]]}">{_image(a["image"])}</div>' for a in query["answers"])
-        + "</div>"
-        for query in queries
-    )
-
-
-def _found_texts(queries: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(
-        f'<div class="query"><div>{_image(query["image"])}</div><ol>'
-        + "".join(f'<li class="{HIT[a["hit"]]}">{_text(a["text"])}</li>' for a in query["answers"])
-        + "</ol></div>"
-        for query in queries
-    )
-
-
-def _image(source: str) -> str:
-    pixels = ' class="pixels"' if source.startswith("data:image/png") else ""  # small: not smoothed
-    return f'<img src="{_source(source)}"{pixels} alt="">'
-
-
-def _source(text: str) -> str:
-    """Of a picture within the page; a stranger's run folder could name anything else."""
-    return escape(text) if text.startswith("data:image/") else ""
+                cards.append(list(zip(run_names(runs), [sample, *same], strict=True)))
+        sections.append(Section(f"{data_name(name)}: captions", "side_by_side", cards, folded=True))
+    return sections
 
 
 def unlike(caption: str, references: Sequence[str]) -> list[tuple[str, bool]]:

@@ -160,9 +160,11 @@ def with_images(runs: Sequence[Run], score: str) -> str:
 
 
 def _own_name(runs: Sequence[Run], score: str) -> str:
-    """The name of a score; CLIPScore says whose it is if the scored models were their own judges."""
-    own = score.endswith("CLIPScore") and all(run.config.get("scoring.clip_score_model") is None for run in runs)
-    return f"{score_name(score)} by the model itself" if own else score_name(score)
+    """The name of a score; CLIPScore says whose it is, if all runs have the same judge or each is its own."""
+    judges = {run.config.get("scoring.clip_score_model") for run in runs}
+    if not score.endswith("CLIPScore") or len(judges) > 1:
+        return score_name(score)
+    return f"{score_name(score)} by {judges.pop() or 'the model itself'}"
 
 
 def _published(
@@ -215,7 +217,7 @@ def published_scores(runs: Sequence[Run], score: str) -> tuple[list[float], list
 def headline_cells(run: Run) -> list[tuple[str, str, str, str]]:
     """Value, interval, name and data set of the scores that say most about a run."""
     shown = headlines_of(run.results, TILES) or own_scores(run.results)
-    return [(run.cell(s), run.interval(s), score_name(s), with_images([run], s)) for s in shown]
+    return [(run.cell(s), run.interval(s), _own_name([run], s), with_images([run], s)) for s in shown]
 
 
 def runs_table(runs: Sequence[Run], failed: Collection[str], objective: str | None) -> Table:

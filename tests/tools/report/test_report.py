@@ -75,7 +75,10 @@ def test_page_needs_nothing_else(run):
     page = write_report(run).read_text()
     sources = re.findall(r'(?:src|href)="([^"]+)"', page)
     assert len(sources) > 20
-    assert all(source.startswith("data:image/") for source in sources)  # no checkpoint lies there
+    outside = [source for source in sources if not source.startswith("data:image/")]
+    assert outside
+    assert all(source.startswith("#") for source in outside)  # the contents; no checkpoint lies there
+    assert {source[1:] for source in outside} <= set(re.findall(r'id="([^"]+)"', page))
     assert "http" not in re.sub(r'src="[^"]+"', "", page)
     assert "<script>" not in page  # a caption is text, whatever it holds
     assert "&lt;script&gt;" in page
@@ -618,6 +621,7 @@ def test_scores_come_before_settings_and_defaults_are_no_difference(tmp_path):
     runs, _ = find_runs([tmp_path])
     assert settings_table(runs).rows == [["s.rerank", "0", "4"]]
     page = write_comparison(*find_runs([tmp_path]), tmp_path / "both").read_text()
+    page = page.partition("</nav>")[2]
     assert page.index(">scores<") < page.index('alt="comparison"') < page.index("settings that differ")
     assert "_target_" not in page
 
