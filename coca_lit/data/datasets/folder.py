@@ -82,8 +82,8 @@ def folder_records(
         files = {str(r.image.path): r.image.path for r in records if isinstance(r.image, ImageFile)}  # all are
         for path in files.values():
             _check_inside(path, inside, path)
-        whole = _decodable(files, files, split) if hold_out and split != "train" else files
-        return [r for r in records if isinstance(r.image, ImageFile) and str(r.image.path) in whole]
+        readable = _decodable(files, files, split) if hold_out and split != "train" else files
+        return [r for r in records if isinstance(r.image, ImageFile) and str(r.image.path) in readable]
     photos, files = _photos(root, suffixes)
     if not photos:
         raise not_found("captioned photos", [root], HOW)
@@ -100,17 +100,17 @@ def records_of(
         rows: all of whose files are there.
         hold_out: as of `folder_records`.
     """
-    splits = [its for _, its in rows]
+    splits = [named_split for _, named_split in rows]
     if rows and hold_out and not any(splits):
         if rows[0][0].further:
             raise DataError(f"{place} has two images a row and no splits: add a column split of train and val")
         names = list(dict.fromkeys(row.filename for row, _ in rows))
         chosen = {names[i] for i in held_out(hash_files([files[name] for name in names]), HELD_OUT)}
         splits = ["val" if row.filename in chosen else "train" for row, _ in rows]
-    used = [row for (row, _), its in zip(rows, splits, strict=True) if (its or "train") == split]
+    used = [row for (row, _), of_row in zip(rows, splits, strict=True) if (of_row or "train") == split]
     if used and hold_out and split != "train":
-        whole = _decodable([name for row in used for name in row.files], files, split)
-        used = [row for row in used if whole >= {*row.files}]
+        readable = _decodable([name for row in used for name in row.files], files, split)
+        used = [row for row in used if readable >= {*row.files}]
     if not used:
         raise no_split(place, split, splits, of_run=hold_out)
     return [row.record(files) for row in used]
@@ -146,8 +146,8 @@ def no_split(place: Path, split: str, splits: Sequence[str | None], of_run: bool
     Args:
         of_run: say which keys of a run help.
     """
-    known = sorted({its or "train" for its in splits})
-    other = next((its for its in reversed(known) if its != "train"), None)
+    known = sorted({given or "train" for given in splits})
+    other = next((name for name in reversed(known) if name != "train"), None)
     keys = f"scoring.split={other} data.val_split={other}" if other else "data.val_split=null 'evals=[]'"
     way_on = f": set {keys}" if of_run and split != "train" else ""
     return DataError(f"{place} has no split {split!r}, but {', '.join(known) or 'none'}{way_on}")

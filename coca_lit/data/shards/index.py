@@ -96,9 +96,10 @@ def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
         DataError: a shard does not match its manifest or cannot be read, or an index cannot be written.
         StoreError: the store of a remote shard does not answer.
     """
-    whole = [replace(shard, selection=None) for shard in shards]
-    found = {shard: index for shard in dict.fromkeys(whole) if (index := load_index(shard, fallback_dir)) is not None}
-    missing = [shard for shard in dict.fromkeys(whole) if shard not in found]
+    unselected = [replace(shard, selection=None) for shard in shards]
+    loaded = {shard: load_index(shard, fallback_dir) for shard in dict.fromkeys(unselected)}
+    found = {shard: index for shard, index in loaded.items() if index is not None}
+    missing = [shard for shard in loaded if shard not in found]
     if missing:
         from rich.console import Console
         from rich.progress import track
@@ -122,7 +123,7 @@ def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
             found |= {index.shard: index for index in shown}
     return [
         keep(found[name], shard.selection.keys(shard.file_name)) if shard.selection else found[name]
-        for name, shard in zip(whole, shards, strict=True)
+        for name, shard in zip(unselected, shards, strict=True)
     ]
 
 
@@ -210,13 +211,13 @@ def _remote_indexes(shards: Sequence["RemoteShard"], fallback_dir: Path) -> Iter
     whole shard if the cache has room for all of them, so that they are fetched now rather than in the first pass, else
     from the headers alone.
     """
-    whole = sum(shard.stored.bytes for shard in shards) <= shards[0].cache.max_bytes
+    all_fit = sum(shard.stored.bytes for shard in shards) <= shards[0].cache.max_bytes
 
     def index_of(shard: "RemoteShard") -> TarIndex:
         index = _shipped_index(shard, fallback_dir)
         if index:
             return index
-        with nullcontext() if whole else shard.headers() as file:
+        with nullcontext() if all_fit else shard.headers() as file:
             return make_index(shard, fallback_dir, file)
 
     with ThreadPoolExecutor(REQUESTS) as pool:
