@@ -183,7 +183,7 @@ def is_same_run(cfg: DictConfig, start: ResumePoint | None) -> bool:
     because it died before its first one.
     """
     config = Path(cfg.output_dir) / CONFIG
-    unchanged = config.exists() and config.read_text(encoding="utf-8") == masked_yaml(cfg)
+    unchanged = config.is_file() and config.read_bytes() == masked_yaml(cfg).encode()
     return cfg.ckpt_path == NEWEST and (start is not None or unchanged)
 
 

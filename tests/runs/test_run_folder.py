@@ -157,3 +157,11 @@ def test_a_folder_that_no_run_wrote_stays_as_it_is(tmp_path: Path, start: Callab
     with pytest.raises(ConfigError, match=said):
         start(tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.write_bytes(b"caf\xe9")])
+def test_a_config_that_is_no_config_is_of_no_run(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """A pipe would be read for ever."""
+    make(tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match=r"holds config\.yaml, and no environment\.json that a run of coca_lit wrote"):
+        training(tmp_path)
