@@ -133,15 +133,13 @@ def check_unchanged(cfg: DictConfig, beginning: Beginning) -> None:
 
 def finished_scores(cfg: DictConfig, checkpoint: "ResumePoint | None") -> dict[str, float] | None:
     """The scores of a run that has nothing left to do, printed; None for any other run."""
-    from coca_lit.runs.results import read_conditions, read_draws
+    from coca_lit.runs.results import print_with_conditions, read_conditions, read_draws
     from coca_lit.runs.resume import finished_results
-    from coca_lit.runs.scores import print_scores
 
     results = finished_results(cfg, checkpoint) if checkpoint is not None else None
     if results is not None and is_first_process():
         folder = Path(cfg.output_dir)
-        images = {score: conditions.images for score, conditions in read_conditions(folder).items()}
-        print_scores(results, read_draws(folder), images)
+        print_with_conditions(results, read_draws(folder), read_conditions(folder))
     return results
 
 

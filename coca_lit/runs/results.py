@@ -15,7 +15,7 @@ import numpy as np
 
 from coca_lit.errors import DataError
 from coca_lit.files import atomic_write, write_json, write_waiting
-from coca_lit.metrics.uncertainty import LEVEL, Conditions, Draws
+from coca_lit.metrics.uncertainty import JUDGE, LEVEL, Conditions, Draws
 from coca_lit.reading import printable, read_run_json, read_run_npz
 from coca_lit.runs.run_folder import CONDITIONS, DRAWS, INTERVALS, RESULTS, add_to_environment
 from coca_lit.runs.scores import print_scores
@@ -57,7 +57,7 @@ def finish_run(
     Raises:
         DataError: they cannot be written.
     """
-    print_scores(found.scores, found.draws, {score: of.images for score, of in found.conditions.items()})
+    print_with_conditions(found.scores, found.draws, found.conditions)
     for left in reversed(range(TRIES)):
         try:
             write_waiting()
@@ -78,6 +78,15 @@ def finish_run(
             time.sleep(PAUSE)
     hint = "; open report.html there" if (folder / "report.html").exists() else ""
     print(f"{seconds} seconds since its last start; the run is in {folder}{hint}", flush=True)
+
+
+def print_with_conditions(
+    scores: Mapping[str, float], draws: Mapping[str, Draws], conditions: Mapping[str, Conditions]
+) -> None:
+    """Prints scores with the number of their images and the model that judged."""
+    images = {score: of.images for score, of in conditions.items()}
+    judges = {score: of.settings[JUDGE] for score, of in conditions.items() if JUDGE in of.settings}
+    print_scores(scores, draws, images, judges)
 
 
 def write_draws(folder: Path, draws: Mapping[str, Draws]) -> None:

@@ -180,11 +180,13 @@ def print_scores(
     results: Mapping[str, float],
     draws: "Mapping[str, Draws]",
     images: Mapping[str, int] = MappingProxyType({}),
+    judges: Mapping[str, str | None] = MappingProxyType({}),
 ) -> None:
     """Prints the scores of one data set after the other, in the units of papers, with their intervals.
 
     Args:
         images: score -> on how many images it was computed.
+        judges: score -> the checkpoint that judged; None for the scored model itself.
     """
     if results:
         print("results" + (", with 95 % intervals" if draws else ""))
@@ -194,7 +196,10 @@ def print_scores(
         interval = interval_cell(score, draws[score].interval(), count) if score in draws else ""
         heading = data_name(score.rpartition("/")[0]) or "all images"
         heading += f", {count:,} images" if count is not None else ""
-        groups.setdefault(heading, []).append([printable(score_name(score)), cell(score, value, count), interval])
+        name = score_name(score)
+        if score in judges:
+            name += f" by {judges[score] or 'the model itself'}"
+        groups.setdefault(heading, []).append([printable(name), cell(score, value, count), interval])
     for heading, rows in groups.items():
         print(f"\n{printable(heading)}", *aligned(rows, right=[1]), sep="\n  ")
 

@@ -42,3 +42,12 @@ def test_scores_of_ones_own_are_shown_where_there_is_no_headline():
     assert own_scores([f"mine/{i}" for i in range(9)]) == [f"mine/{i}" for i in range(6)]
     assert own_scores(["mine/right", "x/CIDEr"]) == []
     assert own_scores(["imagenet/knn/top1"]) == ["imagenet/knn/top1"]  # of a probe
+
+
+def test_a_score_says_which_model_judged(capsys):
+    scores = {"a/CLIPScore": 0.5, "b/CLIPScore": 0.5, "b/CIDEr": 1.0}
+    print_scores(scores, {}, judges={"a/CLIPScore": None, "b/CLIPScore": "clip.pt"})
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("  CLIPScore by the model itself") for line in lines)
+    assert any(line.startswith("  CLIPScore by clip.pt") for line in lines)
+    assert any(line.split()[0] == "CIDEr" and "by" not in line for line in lines if line.strip())
