@@ -13,8 +13,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from coca_lit import extensions
+from coca_lit.cli.allowed import check_targets, hydra_checks
 from coca_lit.cli.runtime import best_precision
-from coca_lit.cli.schema import AUTO, BATCH_SCHEDULE, read_signature, unresolved
+from coca_lit.cli.schema import AUTO, BATCH_SCHEDULE, read_signature, targets, unresolved
 from coca_lit.errors import ConfigError, DataError, DataNotFoundError, error_context
 from coca_lit.machine import best_device, processors
 from coca_lit.runs.redaction import mask
@@ -44,11 +45,13 @@ def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None,
         objects: objects that the constructor gets in any case.
 
     Raises:
-        ConfigError: a target that does not exist, or a key or value that its constructor refuses.
+        ConfigError: a target that does not exist or may not run, or a key or value that its constructor refuses.
     """
     values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
     if not isinstance(values, dict) or "_target_" not in values:
         raise ConfigError(f"{path} names nothing to build: set {path}._target_ to a class or a function")
+    named = targets(values)  # also those that only the values of references have
+    check_targets(named)
     resolve_target(values["_target_"], path)
     taken = read_signature(values["_target_"]).arguments
     if BATCH_SCHEDULE in taken:
@@ -61,9 +64,10 @@ def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None,
             if isinstance(part, DictConfig) and "_target_" in part and _awaits_arguments(part, f"{path}.{key}.{name}"):
                 part["_partial_"] = True
     try:
-        return instantiate(node, _convert_="all", **objects)
-    except InstantiationException as error:
-        cause = error.__cause__
+        with hydra_checks(named):
+            return instantiate(node, _convert_="all", **objects)
+    except (InstantiationException, TypeError, ValueError, ModuleNotFoundError) as error:
+        cause = error.__cause__ if isinstance(error, InstantiationException) else error  # Hydra 1.3 wraps it
         if not isinstance(cause, TypeError | ValueError | ModuleNotFoundError):
             raise cause or error from error
         raise ConfigError(f"{path}: {cause}") from error
@@ -82,6 +86,7 @@ def without_references(value: Any) -> Any:
 
 def resolve_target(target: Any, path: str) -> Callable[..., Any]:
     """The class or function with the full name `target`."""
+    check_targets([str(target)])
     try:
         found: Any = pkgutil.resolve_name(str(target))
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:

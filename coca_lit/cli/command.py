@@ -14,8 +14,10 @@ import sys
 import textwrap
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit import __version__, extensions
+from coca_lit.cli.allowed import check_targets, hydra_checks, trust_modules
 from coca_lit.cli.early import check_data_folder, check_length, check_values, check_weights, resumes
 from coca_lit.cli.schema import MissingValueError, check, targets, unresolved
 from coca_lit.cli.sweep import end_sweep, job_record, sweep_score
@@ -62,9 +65,18 @@ SEARCH_PATH = "hydra.searchpath="
 KINDS = ("captions", "retrieval", "labels", "answers")  # of evaluations, by what a data set says of its images
 _KEY = re.compile(r"(?!hydra\.)[A-Za-z_][\w-]*(\.[\w-]+)*", re.ASCII)
 
-OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
+
+def register_resolver(name: str, function: Callable[..., Any], use_cache: bool = False) -> None:
+    """Lets configs call a function as `${name:…}`."""
+    # OmegaConf 2.4 has another name for it, by which 2.3 knew something else.
+    has_new_name = version("omegaconf") >= "2.4"
+    register: Any = OmegaConf.register_resolver if has_new_name else OmegaConf.register_new_resolver
+    register(name, function, use_cache=use_cache, replace=True)
+
+
+register_resolver("run_id", run_id, use_cache=True)
 for resolver in (job_folder, launched_devices, launched_nodes):
-    OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
+    register_resolver(resolver.__name__, resolver)
 
 
 def command(config: str, function: Callable[[DictConfig], Any], positional: Positional = ()) -> None:
@@ -187,8 +199,11 @@ def _hydra(config: str = "train", words: Sequence[str] = ()) -> Iterator[Any]:
         words: overrides, of which one may name a user's own folder.
     """
     _store_configs()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The version_base parameter")  # Hydra 1.3 needs it
+        initialized = hydra.initialize_config_dir(str(CONF), job_name=config, version_base="1.3")
     try:
-        with hydra.initialize_config_dir(str(CONF), job_name=config, version_base="1.3"):
+        with hydra_checks(["hydra", "hydra_plugins"]), initialized:  # its launchers and sweepers, and those of plugins
             yield GlobalHydra.instance().hydra
     except UnicodeDecodeError as error:
         raise ConfigError(f"a config is no text in UTF-8 ({error}): save it as UTF-8") from error
@@ -228,7 +243,7 @@ def _store_configs() -> None:
         if of_data:
             store.store(name, {"defaults": of_data}, group="evals")
     for name, target in extensions.declared("resolvers").items():
-        OmegaConf.register_new_resolver(name, functools.partial(_call, target), replace=True)
+        register_resolver(name, functools.partial(_call, target))
 
 
 def _files(group: str) -> set[str]:
@@ -241,7 +256,7 @@ def input_help() -> str:
     return "\n".join(f"    {name:20}{option.help}" for name, option in extensions.input_options().items())
 
 
-OmegaConf.register_new_resolver("input_help", input_help, replace=True)
+register_resolver("input_help", input_help)
 
 
 def _call(target: str, *arguments: Any) -> Any:
@@ -307,6 +322,7 @@ def _check(config: str, cfg: DictConfig, shipped: dict[str, Any], groups: Sequen
     """Says what is missing or wrong in a config, what is known soonest first, and imports what it wants imported."""
     check(_without_hydra(cfg), shipped, groups, constructors=False)
     check_values(cfg)
+    trust_modules(cfg.imports or ())
     with _imports():
         if config == "train":
             check_length(cfg.trainer)
@@ -337,6 +353,7 @@ def _check_arguments(cfg: DictConfig, shipped: dict[str, Any], groups: Sequence[
     node = _without_hydra(cfg)
     named = node["imports"] if isinstance(node.get("imports"), list) else []
     import_from_current_folder([*named, *targets(node)])
+    check_targets(targets(node))
     check(node, shipped, groups)
 
 

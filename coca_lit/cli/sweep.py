@@ -11,13 +11,14 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import get_class, get_method
@@ -79,6 +80,11 @@ class SweepCallback(Callback):
                 named = {_key(override) for override in given}
                 kept = {key: value for key, value in params.items() if key.lstrip("+") not in named}
                 config.hydra.sweeper.params = kept
+                if version("hydra-core") >= "1.4":  # which compares the sweeper of each job with this one
+                    values = {key: QuotedString(str(value), Quote.double).with_quotes() for key, value in kept.items()}
+                    entries = ", ".join(f"{key}: {value}" for key, value in values.items())
+                    of_jobs = ["hydra.sweeper.params=null", f"++hydra.sweeper.params={{{entries}}}"]
+                    config.hydra.overrides.hydra += of_jobs
         parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
         overrides = [*OverridesParser.create().parse_overrides(parameters), *given]
         fixed = [override for override in overrides if not override.is_sweep_override()]

@@ -549,8 +549,8 @@ def test_a_module_that_is_no_python_is_one_sentence(tmp_path: Path, monkeypatch:
         build(OmegaConf.create({"_target_": "torn_module.made"}), "x")
 
 
-@pytest.mark.parametrize("target", ["pathlib.Path", "torch.optim.SGD", "lightning.pytorch.loggers.CSVLogger"])
-def test_any_class_can_be_named(target: str) -> None:
+@pytest.mark.parametrize("target", ["torch.nn.Linear", "torch.optim.SGD", "lightning.pytorch.loggers.CSVLogger"])
+def test_classes_of_libraries_can_be_named(target: str) -> None:
     assert resolve_target(target, "x").__name__ == target.rpartition(".")[2]
 
 
@@ -612,7 +612,7 @@ def test_a_run_that_goes_on_does_not_need_the_file_that_it_began_with(
     ("content", "said"),
     [
         ("# größer\nseed: 1\n".encode("latin-1"), "error: a config is no text in UTF-8"),
-        (b"# @package _global_\nseed: 1\x01\n", r'error: .*special characters.*mine.yaml", position \d+'),
+        (b"# @package _global_\nseed: 1\x01\n", r'error: .*(special|control) characters.*mine.yaml", position \d+'),
         (
             b"# @package _global_\nname: 'mine\n",
             r"error: '.*mine\.yaml', line 3: ",

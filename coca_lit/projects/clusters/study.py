@@ -14,6 +14,7 @@ from hydra.types import HydraContext, TaskFunction
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from coca_lit.cli.allowed import hydra_checks
 from coca_lit.errors import ConfigError, TrainingError
 from coca_lit.projects.clusters.launchers import require
 
@@ -100,10 +101,12 @@ class OptunaSweeper(Sweeper):
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with hydra_checks(["optuna"]):
+            sampler = instantiate(self.sampler)
         study = optuna.create_study(
             study_name=self.study_name,
             storage=self.storage,
-            sampler=instantiate(self.sampler),
+            sampler=sampler,
             direction=self.direction,
             load_if_exists=True,
         )

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 
 from coca_lit import extensions
 from coca_lit.cli.assembly import build
-from coca_lit.cli.command import command
+from coca_lit.cli.command import command, register_resolver
 from coca_lit.cli.runtime import chosen_dtype, configure_libraries
 from coca_lit.errors import ConfigError, DataError, error_context
 from coca_lit.files import claim
@@ -50,7 +50,7 @@ def generate_help() -> str:
 ConfigStore.instance().store(
     "generate_schema", {"generate": {name: None for name, option in OPTIONS.items() if option.key}}
 )
-OmegaConf.register_new_resolver("generate_help", generate_help, replace=True)
+register_resolver("generate_help", generate_help)
 
 
 def caption() -> None:

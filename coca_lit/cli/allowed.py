@@ -1,0 +1,123 @@
+"""What a config may run: the classes and functions that its `_target_`s may name.
+
+These are what `PACKAGES` lists, installed projects, the user's own modules, and modules that the user names in
+`imports`. A module is the user's own if it is not installed: it lies beside the configs or on `PYTHONPATH`. Hydra 1.4
+checks the same list while it builds; Hydra 1.3 has no such list.
+"""
+
+import pkgutil
+import sys
+import sysconfig
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from coca_lit import extensions
+from coca_lit.errors import ConfigError
+
+# Of PyTorch, Lightning and timm only what reads no files and starts no programs.
+PACKAGES = (
+    "coca_lit",
+    "lightning.pytorch.accelerators",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.core",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.plugins",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.strategies",
+    "lightning.pytorch.trainer",
+    "timm.layers",
+    "timm.loss",
+    "timm.optim",
+    "timm.scheduler",
+    "torch._C._nn",  # where functions of torch.nn are defined
+    "torch.nn",
+    "torch.optim",
+    "torchmetrics",
+)
+INSTALLED = ("site-packages", "dist-packages")  # folders of installed packages
+
+_named: set[str] = set()  # modules in `imports` of the newest config
+
+
+def trust_modules(modules: Iterable[str]) -> None:
+    """Allows what is in these modules, and in no others that an earlier config named."""
+    _named.clear()
+    _named.update(map(str, modules))
+
+
+def check_targets(targets: Iterable[str]) -> None:
+    """Checks names of classes and functions before their modules are imported, and then what the names lead to: an
+    allowed module may have imported `os`. A name that leads to nothing passes.
+
+    Raises:
+        ConfigError: a target that a config may not run.
+    """
+    for target in targets:
+        root = target.partition(".")[0]
+        if "${" in target:
+            raise ConfigError(f"_target_ must be the name of a class or a function, got '{target}'")
+        if root not in _roots() and not _is_own(root):
+            raise ConfigError(_refusal(target, root))
+        try:
+            found: Any = pkgutil.resolve_name(target)
+        except (ImportError, AttributeError, ValueError, SyntaxError):
+            continue
+        if not hasattr(found, "__qualname__"):  # an object of the module
+            continue
+        module = str(found.__module__)
+        own = _is_own(module.partition(".")[0]) or _is_within(module, (*_packages_of_projects(), *_named))
+        # A method of a foreign class may do what its constructor does not.
+        foreign = _is_within(module, PACKAGES) and ("." not in found.__qualname__ or module.startswith("coca_lit."))
+        if not own and not foreign:
+            raise ConfigError(_refusal(target, module))
+
+
+def hydra_checks(targets: Iterable[str]) -> AbstractContextManager[Any]:
+    """Within it Hydra 1.4 builds these targets, which passed `check_targets`, and what is allowed anyway."""
+    try:
+        from hydra.utils import execution_whitelist  # type: ignore[attr-defined, unused-ignore] # since 1.4
+    except ImportError:
+        return nullcontext()
+    own = [root for target in targets if _is_own(root := target.partition(".")[0])]
+    names = dict.fromkeys([*targets, *own, *PACKAGES, *_packages_of_projects(), *_named])
+    allowed: AbstractContextManager[Any] = execution_whitelist([*names, *(f"{name}.*" for name in names)])
+    return allowed
+
+
+def _refusal(target: str, module: str) -> str:
+    return (
+        f"a config may not run '{target}', which belongs to the module '{module}': if you trust that module, add "
+        f"imports=[{module}]"
+    )
+
+
+def _roots() -> set[str]:
+    return {name.partition(".")[0] for name in (*PACKAGES, *_packages_of_projects(), *_named)}
+
+
+def _packages_of_projects() -> list[str]:
+    return [project.package for project in extensions.projects()]
+
+
+def _is_within(module: str, packages: Iterable[str]) -> bool:
+    return any(f"{module}.".startswith(f"{package}.") for package in packages)
+
+
+def _is_own(root: str) -> bool:
+    """Whether the top-level module belongs to the user: it is neither installed nor Python's."""
+    if root == "__main__":
+        return True
+    if root in sys.stdlib_module_names or not root.isidentifier():
+        return False
+    try:
+        spec = find_spec(root)
+    except ValueError:
+        return False
+    if spec is None:  # nothing that could be run
+        return True
+    places = [Path(place) for place in spec.submodule_search_locations or [spec.origin or ""]]
+    standard = Path(sysconfig.get_path("stdlib"))
+    return not any(place.is_relative_to(standard) or set(INSTALLED) & set(place.parts) for place in places)
