@@ -353,6 +353,7 @@ def _check_arguments(cfg: DictConfig, shipped: dict[str, Any], groups: Sequence[
     node = _without_hydra(cfg)
     named = node["imports"] if isinstance(node.get("imports"), list) else []
     import_from_current_folder([*named, *targets(node)])
+    trust_modules(named)
     check_targets(targets(node))
     check(node, shipped, groups)
 
