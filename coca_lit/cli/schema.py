@@ -4,6 +4,7 @@ import functools
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, Unpack, get_args, get_origin, get_type_hints
 
@@ -191,9 +192,8 @@ def check(
         ConfigError: a key that nobody takes, or a value of another type than is expected.
     """
     places = [*_places("", node, shipped)]
-    places.sort(
-        key=lambda place: place.node.keys() <= place.shipped.keys()
-    )  # keys that no file lists, typed ones: first
+    # First those with keys that no file lists, as a misspelt one: the others need not be imported then.
+    places.sort(key=lambda place: place.node.keys() <= place.shipped.keys())
     for place in places:
         known, takes_any = _known(place, constructors)
         for name, value in place.node.items():
@@ -205,9 +205,10 @@ def check(
                 if wrong:
                     raise ConfigError(f"{key} must be {wrong}, got {written(value)}")
             elif not takes_any and not (_has_parts(place) and _is_part(value)):
+                beside = [] if isinstance(value, dict) else get_close_matches(str(name), known, n=1, cutoff=0.7)
+                suggestion = _suggest_key(key, [f"{place.path}{argument}" for argument in beside])
                 key = _innermost(key, value)
-                suggestion = _suggest_key(key, [f"{place.path}{name}" for name in known])
-                if suggestion == NO_SUGGESTION:  # one elsewhere may be meant
+                if not beside:  # a key elsewhere may be meant
                     names = [*_names(shipped, constructors), *_names(node, constructors), *groups]
                     suggestion = _suggest_key(key, names)
                 if constructors or suggestion != NO_SUGGESTION:
