@@ -34,7 +34,7 @@ def test_the_first_line_comes_before_the_config(
 
     monkeypatch.setattr("sys.argv", ["coca-plan"])
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.setattr(command, "compose", compose)
+    monkeypatch.setattr(command, "_composed", compose)
     with pytest.raises(SystemExit, match="coca-plan: starting"):
         command.command("plan", lambda cfg: None)
 

@@ -65,10 +65,9 @@ def test_changed_lost_and_foreign_shards(store, tmp_path):
     filesystem.rm_file("/set/00001.tar")
     with pytest.raises(DataNotFoundError, match=r"1 of 4 .*memory://set/00001\.tar"):
         laion("memory://set", tmp_path).prepare_data()
-    with pytest.raises(DataNotFoundError, match="bucket memory://nowhere"):
-        find_shards("memory://nowhere/*.tar")
-    with pytest.raises(DataNotFoundError, match="shards not found"):
-        find_shards("memory://set/deeper/*.tar")
+    for pattern in ("memory://nowhere/*.tar", "memory://set/deeper/*.tar"):
+        with pytest.raises(DataNotFoundError, match="shards not found"):
+            find_shards(pattern)
 
 
 def test_whoever_fetches_a_shard_first_compares_it_with_its_manifest(store, cache):

@@ -280,7 +280,7 @@ def test_precision_has_lightnings_aliases() -> None:
     [
         ("trainer.precision=foo", "trainer.precision must be auto or one of bf16-mixed, 16-mixed, "),
         ("+trainer.max_stepss=5", "there is no key 'trainer.max_stepss'"),  # as from a file
-        ("data.batch_size=0", "data: batch_size must be a whole number of at least 1, got 0"),
+        ("data.batch_size=0", "data.batch_size must be at least 1, got 0"),
         ("caption_tokens=100", "caption_tokens: the mean length of captions must be a number at most 24, got 100"),
         ("utilization=0.4", "there is no key 'utilization'; did you mean 'utilisation'?"),
         ("gpus=[]", "gpus must name at least one of A100-40GB, A100, "),
