@@ -90,7 +90,7 @@ def test_the_next_command_is_one_for_photos_and_imports_what_the_run_did(decoder
     assert next_commands(cfg, net, None) == f"{use} {words}   or   coca-evaluate {words}"  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("evals", [("evals=[]",), ("evals=[]", "+evals.mine._target_=json.dumps")])
+@pytest.mark.parametrize("evals", [("evals=[]",), ("evals=[]", "+evals.mine._target_=helpers.objectives.DrawnTargets")])
 def test_the_next_command_scores_nothing_that_coca_evaluate_would_not_repeat(evals: tuple[str, ...]) -> None:
     net, cfg = create_model("coca_tiny"), compose("output_dir=run", *evals)
     assert next_commands(cfg, net, None) == "coca-caption FOLDER checkpoint=run"  # type: ignore[arg-type]
