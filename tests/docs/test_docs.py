@@ -34,6 +34,7 @@ PAGES = [
     path.relative_to(ROOT)
     for folder in ("", "outputs", "coca_lit/**", "conf/**", "experiments/**", "tests/**")
     for path in sorted(ROOT.glob(f"{folder}/*.md" if folder else "*.md"))
+    if "template" not in path.parts  # of a project, for which coca-new fills in the name
 ]
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
