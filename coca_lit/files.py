@@ -25,6 +25,8 @@ from coca_lit.reading import MAX_JSON, open_regular, printable, read_json
 T = TypeVar("T")
 TEMPORARY = ".coca_lit-tmp"  # ends names of unfinished files and folders; in these it is a file, too
 _OURS = re.compile(rf"\..+\.\d+-[0-9a-f]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)
+_FORMULA = re.compile(r"[=+@\t\r-]")
+_NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of file systems that cannot sync a folder
 log = logging.getLogger(__name__)
 _all_waiting: "WeakSet[Waiting[Any]]" = WeakSet()
@@ -166,7 +168,10 @@ def atomic_link(link: Path, target: Path) -> None:
                 os.link(target, temporary)
             except (OSError, NotImplementedError):
                 shutil.copyfile(target, temporary)
-        durable_rename(temporary, link)
+        try:
+            durable_rename(temporary, link)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def durable_rename(temporary: Path, path: Path) -> None:
@@ -295,6 +300,12 @@ def state_of(file: Path | int) -> tuple[int, int] | tuple[()]:
         return size_and_time(file)
     except (OSError, ValueError):
         return ()
+
+
+def spreadsheet_text(value: Any) -> Any:
+    """A value for a table of CSV: a text that a spreadsheet would run as a formula gets an apostrophe before it."""
+    is_formula = isinstance(value, str) and _FORMULA.match(value) and not _NUMBER.fullmatch(value)
+    return f"'{value}" if is_formula else value
 
 
 def csv_line(row: Iterable[Any]) -> str:

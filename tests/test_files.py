@@ -23,6 +23,7 @@ from coca_lit.files import (
     durable_rename,
     remove_leftovers,
     replacing,
+    spreadsheet_text,
     temporary_folder,
     write_waiting,
 )
@@ -96,6 +97,24 @@ def test_links_where_the_system_has_none(tmp_path: Path, monkeypatch: pytest.Mon
         assert (tmp_path / "last.ckpt").read_text() == str(number)
     assert (tmp_path / "last.ckpt").samefile(tmp_path / "step_1.ckpt") == hard
     assert len([*tmp_path.iterdir()]) == 3
+
+
+def test_a_link_that_cannot_replace_a_folder_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").mkdir()
+    (tmp_path / "step_1.ckpt").touch()
+    with pytest.raises(DataError, match=r"^cannot write .*last\.ckpt"):
+        atomic_link(tmp_path / "last.ckpt", tmp_path / "step_1.ckpt")
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "step_1.ckpt"}
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+cmd|' /C calc'!A0", "@SUM(1)", "-2+3", "\t=1"])
+def test_a_text_is_no_formula(text: str) -> None:
+    assert spreadsheet_text(text) == f"'{text}"
+
+
+@pytest.mark.parametrize("value", ["a=1", "-1e-5", "+0.5", "", -1.5, None])
+def test_numbers_and_other_texts_stay(value: object) -> None:
+    assert spreadsheet_text(value) == value
 
 
 def test_a_file_is_written_where_the_system_has_no_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

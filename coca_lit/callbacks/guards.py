@@ -22,7 +22,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import CaptionDataModule
 from coca_lit.distributed import Arriving, gather_objects, print_rank_zero, rank, step_exchange, world_size
 from coca_lit.errors import DataError, TrainingError, check_number
-from coca_lit.files import Waiting, append_lines, atomic_write, csv_line, whole_lines
+from coca_lit.files import Waiting, append_lines, atomic_write, csv_line, spreadsheet_text, whole_lines
 from coca_lit.runs.run_folder import BAD_STEPS
 from coca_lit.training.lightning_fixes import logs_this_step
 
@@ -205,7 +205,8 @@ class BadSampleLog(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        new = [found for found in dict.fromkeys(batch.bad) if found not in self._known]
+        listed = [BadSample(*map(spreadsheet_text, found)) for found in batch.bad]
+        new = [found for found in dict.fromkeys(listed) if found not in self._known]
         if new and len(self._known) < MAX_LINES:
             self._known.update(new)
             assert self._waiting is not None

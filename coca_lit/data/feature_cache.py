@@ -53,10 +53,12 @@ OF_PLACES = re.compile(  # "on the left", "left of it", "left and right", but no
     r"\b((?:the|his|her|its|their|my|your|our|far|upper|lower|top|bottom|front|back|rear|on|at|to|from|facing|looking"
     r"|turning|pointing|leaning|towards?)\s)(left|right)(?:(\s(?:and|or|to)\s|-to-)(left|right))?\b"
     r"|\b(left|right)(\s(?:and|or|to)\s|-to-)(left|right)\b"
+    r"|\b(left|right)(?=-?(?:most|hand|handed|wards?)\b)"
     r"|\b(left|right)(?=(?:\s|-)(?:of|side|hand|handed|half|corner|edge|end|arm|leg|foot|paw|ear|eye|wing)\b)"
     r"|\A(left|right)\Z",
     re.IGNORECASE,
 )
+OF_SIDES = re.compile(r"\b(?:left|right)\b", re.IGNORECASE)
 ENGLISH = frozenset(["and", "of", "the", "with"])  # words that other languages do not have
 MOST_ONE_SIDED = 0.01  # share of texts
 LEAST_ENGLISH = 0.04  # share of these words; 0.096 in captions of Flickr8k
@@ -240,6 +242,10 @@ def view_numbers(records: Sequence[Record], count: int) -> range:
     return range(count) if english and one_sided <= MOST_ONE_SIDED * len(texts) else range(0, 2 * count, 2)
 
 
+def _view_number(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
+
+
 def is_mirrored(view: int) -> bool:
     return view % 2 == 1
 
@@ -251,8 +257,19 @@ def mirrored(record: Record) -> Record:
 
 
 def swap_sides(text: str) -> str:
-    """What is said of an image, said of its mirror image: left and right are swapped in English phrases of places."""
+    """What is said of an image, said of its mirror image: left and right are swapped in English phrases of places.
+
+    Idioms with the words of such a phrase are swapped too: "on the right track" cannot be told from a place. Other
+    words stay, such as "looks right" or "LEFT a dog, right a cat"; see `has_unclear_side`.
+    """
     return OF_PLACES.sub(lambda found: "".join(SIDES.get(p.lower(), p) for p in found.groups(default="")), text)
+
+
+def has_unclear_side(record: Record) -> bool:
+    """Whether `swap_sides` leaves a left or right in a text: a side or not ("he left"), so its mirror image may be
+    described wrongly.
+    """
+    return any(OF_SIDES.search(OF_PLACES.sub("", text)) for text in (*record.captions, record.question))
 
 
 def read_features(path: Path, i: int) -> Tensor:
@@ -305,7 +322,8 @@ def _describe(transform: Transform | TrainTransform) -> str:
 
 
 class CachedCaptionDataset(CaptionDataset):
-    """Training examples with cached features of a random view of each image, drawn with the seed of the caption.
+    """Training examples with cached features of a random view of each image, drawn with the seed of the caption. A view
+    that is no mirror image where a text has an unclear side.
 
     Args:
         views: files of `FeatureCache`.
@@ -316,11 +334,12 @@ class CachedCaptionDataset(CaptionDataset):
     ) -> None:
         super().__init__(records, whole, tokenizer, seed, captions)
         self.views = views
+        self._as_taken = [path for path in views if not is_mirrored(_view_number(path))]
 
     def image(self, index: Index, record: Record, rng: random.Random) -> tuple[Tensor, Record]:
-        view = self.views[rng.randrange(len(self.views))]
-        number = int(view.stem.rpartition("_")[2])
-        return read_features(view, index.i), mirrored(record) if is_mirrored(number) else record
+        views = self._as_taken if has_unclear_side(record) else self.views
+        view = views[rng.randrange(len(views))]
+        return read_features(view, index.i), mirrored(record) if is_mirrored(_view_number(view)) else record
 
 
 class CachedFirstCaptionDataset(FirstCaptionDataset):

@@ -36,6 +36,7 @@ ARCHIVED = re.compile(r"earlier_\d+")  # the folders of earlier runs in the fold
 METRICS = "metrics.csv"
 BAD_STEPS = "bad_steps.jsonl"
 CHECKPOINTS = "checkpoints"
+LINKS = ("last.ckpt", "best.ckpt", "earlier_best.ckpt")  # in the folder of checkpoints, to some of them
 EARLIER = "earlier_results.json"  # of a run that went on
 # What belongs to one run, as outputs/README.md lists it.
 RUN_FILES = (
@@ -232,13 +233,14 @@ def start_run_folder(cfg: DictConfig, resumed: Mapping[str, Any] | None = None, 
         experiment: its name, for `environment.json`.
 
     Raises:
-        ConfigError: the folder holds files of these names that no run wrote.
+        ConfigError: the folder holds files of these names that no run wrote, or a link of its checkpoints is a folder.
     """
     if not is_first_process():
         return
     folder = Path(cfg.output_dir)
     if resumed is None:
         check_is_run(folder)
+    check_links(folder / CHECKPOINTS)
     for place in (folder, folder / CHECKPOINTS):
         remove_leftovers(place)
     if resumed is None:
@@ -262,6 +264,16 @@ def check_is_run(folder: Path) -> None:
         raise ConfigError(
             f"{folder} holds {', '.join(found)}, and no {ENVIRONMENT} that a run of coca_lit wrote: choose another name"
         )
+
+
+def check_links(checkpoints: Path) -> None:
+    """Raises `ConfigError` if a folder has the name of a link that the run renews: the run neither removes nor moves
+    it.
+    """
+    for name in LINKS:
+        link = checkpoints / name
+        if link.is_dir() and not link.is_symlink():
+            raise ConfigError(f"{link} is a folder, and no run wrote it: move it away, or choose another name")
 
 
 def is_of_run(folder: Path) -> bool:

@@ -261,6 +261,8 @@ def test_workers_outlive_the_signals_of_a_scheduler(tmp_path: Path) -> None:
         ("his left hand, Left of it", "his right hand, right of it"),
         ("from left to right", "from right to left"),
         ("left", "right"),
+        ("the leftmost dog, a Right-hand turn", "the rightmost dog, a left-hand turn"),
+        ("looking leftwards, the right-most one", "looking rightwards, the left-most one"),
         ("two dogs on the left and right", "two dogs on the right and left"),
         ("one on the left-to-right path, one to the left", "one on the right-to-left path, one to the right"),
         ("a man who left his bike", "a man who left his bike"),
@@ -301,6 +303,21 @@ def test_without_mirror_images_captions_stay(tmp_path: Path) -> None:
     asked = [record._replace(captions=("ja",), question="ist der Hund links neben dem Ball") for record in german]
     assert [path.stem[-2:] for path in views(tmp_path, Encoder()).encode(asked, 2, 0, CPU)] == ["_0", "_2"]
     assert all(dataset.image(Index(0, 1), german[1], random.Random(i))[1] is german[1] for i in range(9))
+
+
+@pytest.mark.parametrize("caption", ["LEFT a dog and right the cat", "a man (left) with the dog", "it looks right"])
+def test_a_caption_with_an_unclear_side_gets_no_mirror_image(tmp_path: Path, caption: str) -> None:
+    some = records()
+    some[1] = some[1]._replace(captions=(caption,))
+    data = CachedCaptionDataset(some, views(tmp_path, Encoder()).encode(some, 4, 0, CPU), TOKENIZER)
+    assert len(data.views) == 4
+
+    def seen(i: int) -> set[int]:
+        features = [data.image(Index(0, i), some[i], random.Random(seed))[0] for seed in range(40)]
+        return {v for v, path in enumerate(data.views) for f in features if torch.equal(f, read_features(path, i))}
+
+    assert seen(0) == {0, 1, 2, 3}
+    assert seen(1) == {0, 2}
 
 
 def test_mirror_images_have_mirrored_captions(tmp_path: Path) -> None:

@@ -159,6 +159,22 @@ def test_a_folder_that_no_run_wrote_stays_as_it_is(tmp_path: Path, start: Callab
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
+def test_a_folder_with_the_name_of_a_link_stays(tmp_path: Path, name: str) -> None:
+    """In the folder of a run that died before its first checkpoint, and of one that has scores."""
+    environment = {"command": "x", "started": "x", "lightning": "2"}
+    (tmp_path / "environment.json").write_text(json.dumps(environment))
+    diary = tmp_path / "checkpoints" / name / "diary.txt"
+    diary.parent.mkdir(parents=True)
+    diary.write_text("mine")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=rf"{name} is a folder, and no run wrote it: move it away"):
+            training(tmp_path)
+        assert [path.name for path in tmp_path.rglob("*.txt")] == ["diary.txt"]
+        assert diary.read_text() == "mine"
+        (tmp_path / "results.json").write_text("{}")
+
+
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.write_bytes(b"caf\xe9")])
 def test_a_config_that_is_no_config_is_of_no_run(tmp_path: Path, make: Callable[[Path], None]) -> None:
     """A pipe would be read for ever."""

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from coca_lit.errors import DataError, suggest
-from coca_lit.files import atomic_write
+from coca_lit.files import atomic_write, spreadsheet_text
 from coca_lit.metrics import is_share, lower_is_better
 from coca_lit.reading import open_parquet
 from coca_lit.runs.scores import headlines, in_print_units, score_name
@@ -315,7 +315,7 @@ def write_scaling(
             fitted = set(map(id, found.fitted))
             for point in found.points:
                 row = [name, family, *point, id(point) in fitted, *held_out.get(id(point), ("", "", ""))]
-                writer.writerow(row)
+                writer.writerow(map(spreadsheet_text, row))
     atomic_write(output / "scaling.csv", text.getvalue().encode())
     atomic_write(output / "scaling.png", _drawn(panels))
     return "\n".join(said)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from coca_lit.files import atomic_write
+from coca_lit.files import atomic_write, spreadsheet_text
 from coca_lit.reading import printable
 from coca_lit.runs.scores import RERANKED, aligned, cell, headline, headlines, own_scores, score_name
 from coca_lit.tools.report.page import write_comparison
@@ -103,7 +103,8 @@ def report_sweep(folder: Path, rows: Sequence[Mapping[str, Any]], objective: str
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, sorted(columns, key=lambda name: name == "error"))  # which comes last
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow({name: spreadsheet_text(value) for name, value in row.items()})
     atomic_write(folder / "results.csv", table.getvalue().encode(errors="backslashreplace"))
     ok = [row for row in rows if row["status"] == "ok"]
     scores = {row["job"]: {name: value for name, value in row.items() if isinstance(value, float)} for row in ok}

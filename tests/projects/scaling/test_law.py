@@ -129,6 +129,7 @@ def test_the_command_predicts_and_draws(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("coca_lit.weights.load.load_dual_encoder", lambda folder: folder)
     monkeypatch.setattr("coca_lit.models.cost.forward_flops", lambda model: 10**9)  # 1 GFLOP forward, 3 with backward
     folder = make_runs(tmp_path / "runs")
+    (folder / "0_seed0").rename(folder / "=1+1")
     report([str(folder), "--scaling"])
     said = capsys.readouterr().out
     assert "text to image recall@1" in said
@@ -137,13 +138,14 @@ def test_the_command_predicts_and_draws(tmp_path: Path, monkeypatch: pytest.Monk
     rows = list(csv.DictReader((folder / "scaling.csv").open()))
     assert sorted({float(row["GFLOP"]) for row in rows}) == pytest.approx(sorted(COMPUTE))
     assert sum(bool(row["expected"]) for row in rows) == 6
+    assert {row["run"] for row in rows if "=" in row["run"]} == {"'=1+1"}
     report([str(folder), "--scaling", "--hold-out", "1", "--objective", "scenes/t2i_recall@1"])
     assert "held out" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="scenes/top1"):
         report([str(folder), "--scaling", "--objective", "scenes/top1"])
     with pytest.raises(SystemExit, match=r"no run has .*t2i_recal@1.*did you mean 'scenes/t2i_recall@1'"):
         report([str(folder), "--objective", "scenes/t2i_recal@1"])
-    (folder / "0_seed0" / "environment.json").write_text('{"samples": "many"}')
+    (folder / "=1+1" / "environment.json").write_text('{"samples": "many"}')
     with pytest.raises(SystemExit, match=r"environment\.json does not hold what a run writes there"):
         report([str(folder), "--scaling", "--objective", "scenes/t2i_recall@1"])
 

@@ -1,5 +1,6 @@
 """What a sweep ends with."""
 
+import csv
 import json
 import sys
 
@@ -72,6 +73,12 @@ def test_a_sweep_over_an_evaluation_of_ones_own(objective, tmp_path, capsys):
     assert ["1e-3", "ok", "0.75", "0.25"] in map(str.split, said.splitlines())
     assert (f"best mine/right: 0.75 in {tmp_path / 'lr=1e-3'}" in said) is (objective is not None)
     assert ("scoring.objective=mine/right names the best run" in said) is (objective is None)
+
+
+def test_no_value_of_a_sweep_is_a_formula_in_its_table(tmp_path):
+    report_sweep(tmp_path, [{"job": "1", "model.name": "=1+1", "model.weight": "-2", "status": "ok"}], None)
+    (row,) = csv.DictReader((tmp_path / "results.csv").open())
+    assert (row["model.name"], row["model.weight"]) == ("'=1+1", "-2")
 
 
 def test_best_run() -> None:
