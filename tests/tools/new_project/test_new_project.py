@@ -17,6 +17,7 @@ def in_environment(python: Path, *words: str, folder: Path) -> str:
 
 @pytest.mark.slow
 def test_a_new_project_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hatchling")
     monkeypatch.chdir(tmp_path)
     new_project(["nearer"])
     written = {str(path.relative_to("nearer")) for path in Path("nearer").rglob("*") if path.is_file()}
