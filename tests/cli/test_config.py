@@ -393,8 +393,7 @@ def test_outputs_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         (
             "hydra.searchpath",
             {"defaults": [{"override /data": "ours"}], "data": {"root": "x"}},
-            "'data' has no option 'ours'; did you mean 'our'? The options: "
-            + ", ".join(sorted({*OPTIONS["data"], "our"})),
+            "'data' has no option 'ours'; did you mean 'our'?",
         ),
     ],
 )
