@@ -21,6 +21,7 @@ from helpers.shards import jpeg
 
 pytestmark = pytest.mark.slow
 
+WRONG_CAPTION = {"filename": "a.jpg", "caption": 1, "negative_caption": "b"}
 WINO = {"id": 0, "image_0": "a", "image_1": "b", "caption_0": "a b", "caption_1": "b a"}
 
 
@@ -32,18 +33,8 @@ def objects(root: Path) -> Chair:
     ("read", "name", "content", "said"),
     [
         (sugarcrepe_records, "add_obj.json", [], "it holds a list, not an object"),
-        (
-            sugarcrepe_records,
-            "add_obj.json",
-            {"0": {"filename": "a.jpg", "caption": 1, "negative_caption": "b"}},
-            "text",
-        ),
-        (
-            sugarcrepe_records,
-            "add_obj.json",
-            {"0": {"filename": "a.jpg", "caption": "a"}},
-            "'negative_caption' is miss",
-        ),
+        (sugarcrepe_records, "add_obj.json", {"0": {"filename": "a.jpg", "caption": "a"}}, "'negative_caption'"),
+        (sugarcrepe_records, "add_obj.json", {"0": WRONG_CAPTION}, "text"),
         (sugarcrepe_pp_records, "replace_obj.json", {}, "it holds an object, not a list"),
         (sugarcrepe_pp_records, "replace_obj.json", [[]], "a list stands where an object belongs"),
         (sugarcrepe_pp_records, "replace_obj.json", [{"caption": "a", "caption2": "b"}], "'negative_caption' is miss"),

@@ -32,16 +32,6 @@ def test_a_fifo_does_not_block(tmp_path, name):
         READERS[name](tmp_path / name)
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(40) + b"PAR1", b"PAR1" + b"\xff" * 40 + b"PAR1"])
-@pytest.mark.parametrize("name", ["kept.parquet", "x.scores.parquet"])
-def test_what_is_no_parquet(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=rf"^[^\n]*{re.escape(name)} is not a readable parquet file: [^\n]+$"):
-        READERS[name](tmp_path / name)
-    with pytest.raises(DataError, match=r"^[^\n]+$"):
-        filter_scores([tmp_path / name], tmp_path / "new.parquet")
-
-
 def test_parquet_of_other_columns(tmp_path):
     parquet.write_table(pa.table({"shard": [1], "key": [2]}), tmp_path / "kept.parquet")
     with pytest.raises(DataError, match="shard and key"):

@@ -185,19 +185,6 @@ def test_files_of_strangers(tmp_path: Path, name: str, content: str | bytes, sai
         read_judgments(write(tmp_path, name, content))
 
 
-def test_a_table_may_not_take_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coca_lit.projects.judgments.judged.MAX_GRADES", 2)
-    with pytest.raises(DataError, match="more than 2 grades"):
-        read_judgments(write(tmp_path, "mine.csv", TABLE))
-
-
-def test_references_are_named(tmp_path: Path) -> None:
-    path = write(tmp_path, "mine.csv", TABLE)
-    (tmp_path / "Flickr8k.token.txt").unlink()
-    with pytest.raises(DataError, match=r"references of mine\.csv not found .*--captions"):
-        read_judgments(path)
-
-
 def test_matlab_files_are_read_as_scipy_reads_them(tmp_path: Path) -> None:
     values = {
         "numbers": np.arange(6.0).reshape(2, 3),

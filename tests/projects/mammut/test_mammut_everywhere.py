@@ -47,11 +47,6 @@ def test_presets(name: str) -> None:
     check_preset(name)
 
 
-def test_wrong_arguments() -> None:
-    with pytest.raises(ValueError, match=r"'text_tower_args\.pool'"):
-        create_model("coca_tiny", **MAMMUT, text_tower_args={"pool": "mean"})
-
-
 def test_attention_of_the_decoder() -> None:
     check_attention_of_the_decoder(**MAMMUT, **THREE_LAYERS)
 

@@ -131,14 +131,6 @@ def test_missing_files_are_explained(tmp_path: Path) -> None:
         pair_labels(tmp_path)
 
 
-def test_columns_in_capitals(tmp_path: Path) -> None:
-    write_photos(tmp_path)
-    rows = "\n".join(f"{i}.jpg,{9 - i}.jpg,a text,{i % 2},odd,train" for i in range(10))
-    (tmp_path / "pairs.csv").write_text(f"Image,Image2,Text,Label,Kind,Split\n{rows}")
-    records = pairs_records(tmp_path, "train")
-    assert {(len(record.further), record.domain) for record in records} == {(1, "odd")}
-
-
 def test_a_broken_photo_is_not_scored(tmp_path: Path) -> None:
     write_photos(tmp_path)
     (tmp_path / "1.jpg").write_bytes((tmp_path / "1.jpg").read_bytes()[:100])

@@ -87,11 +87,8 @@ def test_the_loss_is_that_of_yes_or_no_questions(net: CoCa, questions: Batch) ->
     classifier = built(net)
     torch.nn.init.normal_(classifier.head.weight)
     with torch.no_grad():
-        p = (
-            classifier.head(state_at_end(net, questions.images, questions.tokens, questions.prefix_lengths))
-            .double()
-            .sigmoid()
-        )
+        states = state_at_end(net, questions.images, questions.tokens, questions.prefix_lengths)
+        p = classifier.head(states).double().sigmoid()
         target = classifier.targets(questions.extras["captions"])
         expected = -(target * p.log() + (1 - target) * (1 - p).log()).sum(dim=1).mean()
     torch.testing.assert_close(classifier(net, questions)["answers"], expected.float(), atol=1e-3, rtol=0)
@@ -208,13 +205,7 @@ def test_true_texts_have_the_caption_loss_beside_each_of_their_images(
 
 
 @pytest.mark.parametrize(
-    ("classes", "expected"),
-    [
-        (["right", "wrong"], ["right", "wrong"]),
-        (["Wrong", "Right"], ["Wrong", "Right"]),
-        (["left", "right"], ["right", "left"]),
-        (["Left", "Right"], ["Right", "Left"]),
-    ],
+    ("classes", "expected"), [(["right", "wrong"], ["right", "wrong"]), (["Left", "Right"], ["Right", "Left"])]
 )
 def test_a_mirrored_label_is_a_side_only_where_both_sides_are_classes(
     classes: list[str], expected: list[str], net: CoCa
@@ -289,11 +280,7 @@ def test_samples_of_a_batch_have_equally_many_images(net: CoCa) -> None:
 # Checkpoints
 
 
-@pytest.mark.parametrize(
-    "classifier",
-    [StateClassifier(TRUTHS, images=2), AnswerClassifier(ANSWERS)],
-    ids=lambda made: type(made).__name__,
-)
+@pytest.mark.parametrize("classifier", [StateClassifier(TRUTHS, images=2), AnswerClassifier(ANSWERS)])
 def test_a_checkpoint_keeps_its_classifier(classifier: Any, tmp_path: Path) -> None:
     net = create_model("coca_tiny", tokenizer="scenes_statements").eval()
     make = comparison_records if classifier.images == 2 else entailment_records

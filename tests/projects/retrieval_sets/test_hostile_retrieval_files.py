@@ -30,15 +30,8 @@ def share(root: Path) -> list[Record]:
 @pytest.mark.parametrize(
     ("read", "name", "content", "said"),
     [
-        (
-            docci_records,
-            "docci_descriptions.jsonlines",
-            {"split": "test", "example_id": 1.5},
-            "'image_file' is missing",
-        ),
+        (docci_records, "docci_descriptions.jsonlines", {"split": "test", "example_id": 1.5}, "'image_file'"),
         (share, "list.json", [{"image": "/etc/a.jpg", "conversations": TALK}], "leads out of the folder"),
-        (share, "list.json", [{"image": "../a.jpg", "conversations": TALK}], "leads out of the folder"),
-        (share, "list.json", [{"image": "a.jpg", "conversations": 7}], "ShareGPT4V's schema"),
         (share, "list.json", [{"image": "a.jpg", "conversations": []}], "ShareGPT4V's schema"),
         (share, "list.json", b"[" * 100_000, "not a readable JSON file"),
         (share, "list.json", b"{}", "it holds no list"),

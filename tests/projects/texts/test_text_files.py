@@ -1,7 +1,5 @@
 """Texts without images: their files, their order, and their place between batches of pairs."""
 
-from collections import Counter
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -44,13 +42,6 @@ def test_the_mark_that_windows_puts_first_is_no_text(tmp_path: Path, name: str, 
     assert read_texts(str(tmp_path / name)) == ["a star", "a ring"]
 
 
-def test_a_file_whose_name_is_a_pattern(tmp_path: Path) -> None:
-    (tmp_path / "x[1].txt").write_text("a star")
-    (tmp_path / "x1.txt").write_text("a ring")
-    assert read_texts(f"{tmp_path}/x[1].txt") == ["a star"]
-    assert read_texts(f"{tmp_path}/x[12].txt") == ["a ring"]
-
-
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -81,14 +72,6 @@ def test_a_pass_holds_every_text_once_in_a_new_order(file: Path) -> None:
     batch = texts.batch(0)
     assert batch.images.shape == (0, 3, 16, 16)
     assert batch.lengths.tolist() == [5, 5, 5]
-
-
-def test_global_batches_do_not_depend_on_the_number_of_ranks(file: Path) -> None:
-    alone = TextBatches(str(file), TOKENIZER, batch_size=4, image_size=16)
-    ranks = [TextBatches(str(file), TOKENIZER, batch_size=4, image_size=16) for _ in range(2)]
-    for n in range(5):
-        parts = [texts.batch(n, rank, 2) for rank, texts in enumerate(ranks)]
-        assert Counter(chain(*(part.keys for part in parts))) == Counter(alone.batch(n).keys)
 
 
 @pytest.mark.parametrize(("every", "kinds"), [(1, "tt"), (2, "ptptptpt"), (3, "pptppt"), (9, "pppp")])

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 
 from coca_lit.data.scenes.render import COLOURS
-from coca_lit.models import create_model
-from coca_lit.models.presets import VOCABULARIES
 from coca_lit.projects.video.scenes import (
     COUNTS,
     Motion,
@@ -53,15 +51,6 @@ def test_what_happens(event: str, side: str, begin: float | None, end: float | N
     assert all(np.isnan(stays)) if event == "moves" else max(stays) - min(stays) < 1e-9
 
 
-def test_texts() -> None:
-    assert {Motion(event, "left", RED, BLUE).text() for event in ("moves", "passes", "enters", "leaves")} == {
-        "a red circle moves to the left",
-        "a red circle passes a blue square to the left",
-        "a red circle enters from the left below a blue square",
-        "a red circle leaves to the left below a blue square",
-    }
-
-
 def test_each_clip_has_its_reverse() -> None:
     records = motion_records("test", frames=5)
     for first, second in zip(records[::2], records[1::2], strict=True):
@@ -91,8 +80,3 @@ def test_choice_is_fair_without_the_clip() -> None:
     right, wrong = (Counter(r.captions[i] for r in records if r.domain == "time") for i in (0, 1))
     assert right == wrong
     assert all(len(set(record.captions)) == 2 for record in records)
-
-
-def test_the_vocabulary_adds_words_to_that_of_captions() -> None:
-    words = [*VOCABULARIES["scenes"], "enters", "leaves", "moves", "passes"]
-    assert create_model("coca_tiny", tokenizer="scenes_motion").tokenizer.spec == words
