@@ -29,16 +29,6 @@ OPTIONS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("experiment", OPTIONS["experiment"])
-def test_experiment_takes_the_advertised_overrides(experiment: str) -> None:
-    weights = ("model.contrastive_weight=0.5", "model.caption_weight=3", "model.optimizer.lr=0.25")
-    cfg = compose(f"experiment={experiment}", *weights, "output_dir=x", "name=x")
-    values = (cfg.model.contrastive_weight, cfg.model.caption_weight, cfg.model.optimizer.lr)
-    assert values == (0.5, 3, 0.25)
-    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-
-
 def test_a_smoke_test_ends_after_two_steps_whatever_an_experiment_says(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     own = "# @package _global_\n# Mine.\ntrainer: {max_steps: 70, limit_train_batches: 1.0}\n"

@@ -16,7 +16,7 @@ from coca_lit.cli.words import to_override
 from coca_lit.data.scenes.render import scene_records, scene_training_captions
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.evals.retrieval import RetrievalScores
-from coca_lit.models import CoCa, create_model
+from coca_lit.models import create_model
 from coca_lit.weights.load import load_model, save_model
 from coca_lit.weights.open_clip import to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
@@ -365,20 +365,6 @@ def test_novel_captions_and_generation_options(checkpoint, tmp_path, monkeypatch
     for option, said in (("max_length: 999", "999"), ("num_beam: 2", "'num_beams'")):
         with pytest.raises(ConfigError, match=f"^scoring.*{said}"):
             run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[]", f"scoring.generate={{{option}}}"))
-
-
-@pytest.mark.slow
-def test_meteor_loads_while_the_model_writes_and_only_then(checkpoint, tmp_path, monkeypatch):
-    without_java(monkeypatch)
-    events = []
-    monkeypatch.setattr("coca_lit.evals.captions.warm_up", lambda: events.append("warm up"))
-    monkeypatch.setattr(
-        CoCa, "generate", lambda model, images: events.append("write") or torch.zeros(len(images), 3).long()
-    )
-    run(compose(tmp_path, f"checkpoint={checkpoint}", "scoring.images=2", "evals=[scenes_retrieval,scenes_zeroshot]"))
-    assert events == []
-    run(compose(tmp_path, f"checkpoint={checkpoint}", "scoring.images=2", "evals=[scenes_captions]"))
-    assert events == ["warm up", "write"]
 
 
 def all_kinds(folder, checkpoint):

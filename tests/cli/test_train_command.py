@@ -20,7 +20,7 @@ from coca_lit.models import create_model
 from coca_lit.runs.run_folder import start_run_folder
 from coca_lit.tools.prepare.scenes import export_scenes
 from coca_lit.weights.load import load_model, save_model
-from helpers.running import CONFIGS, TINY, compose, logged, results, run, train_py, without_java
+from helpers.running import TINY, compose, logged, results, run, without_java
 from helpers.scene_files import write_data_set
 from helpers.scored_runs import (
     CAPTION,
@@ -259,20 +259,6 @@ def test_missing_data_of_an_evaluation_name_their_key(tmp_path: Path, words: lis
 
 
 # Real processes
-
-
-@pytest.mark.slow
-def test_help(tmp_path: Path) -> None:
-    done = train_py("--help", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for path in (path for folder in CONFIGS for path in folder.glob("experiment/[!_]*.yaml")):
-        assert f"\n    {path.stem} " in done.stdout
-    groups = ("callbacks: ", "data: ", "evals: ", "logger: ", "model: ", "trainer: ")
-    assert all(f"\n{group}" in done.stdout for group in groups)
-    assert "_records" not in done.stdout
-    assert sum(line.startswith("  python train.py") for line in done.stdout.splitlines()) == 8
-    assert "_target_" not in done.stdout
-    assert len(done.stdout.splitlines()) < 80
 
 
 @pytest.mark.parametrize(

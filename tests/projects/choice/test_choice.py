@@ -13,10 +13,11 @@ from PIL import Image
 from coca_lit.cli.assembly import build_evals
 from coca_lit.cli.command import compose
 from coca_lit.data.records import Record
+from coca_lit.data.scenes.facts import scene_facts
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.evals import Settings
-from coca_lit.metrics.uncertainty import bootstrap, exact, resamples
+from coca_lit.metrics.uncertainty import Ratios, bootstrap, exact, resamples
 from coca_lit.projects.choice.evaluation import ChoiceAccuracy, ChoiceScores, is_right, pair_accuracy
 from coca_lit.projects.choice.files import (
     SUGARCREPE,
@@ -25,6 +26,7 @@ from coca_lit.projects.choice.files import (
     sugarcrepe_records,
     winoground_records,
 )
+from coca_lit.projects.choice.scenes import scene_choice_records
 from helpers.evaluating import WORDS, make_model, noise
 
 
@@ -243,3 +245,26 @@ def test_missing_data_name_their_key(tmp_path: Path) -> None:
     (tmp_path / "mscoco").mkdir()
     with pytest.raises(DataError, match=r"; set roots.sugarcrepe or roots.mscoco=PLACE .*scoring.skip_missing"):
         build_evals(compose("train", ["evals=[sugarcrepe_choice]", f"data_dir={tmp_path}"]))
+
+
+# Wrong captions of built-in scenes
+
+
+def scores(caption: str, true: str) -> dict[str, tuple[float, float]]:
+    """Precision and recall by kind."""
+    found = exact(1, Ratios(scene_facts([Record(0, "x.png", [true])], {0: caption})))
+    return {kind: (found[f"{kind}_precision"], found[f"{kind}_recall"]) for kind in ("object", "attribute", "relation")}
+
+
+def test_wrong_captions_differ_in_what_their_kind_says() -> None:
+    records = scene_choice_records("val", count=50)
+    kinds = {kind: [record for record in records if record.domain == kind] for kind in ("order", "colour", "shape")}
+    assert len(kinds["shape"]) == 50
+    assert 30 < len(kinds["colour"]) < 50  # objects of one colour have no other order of colours
+    assert len({record.id for record in records}) == len(records)
+    for record in records:
+        found = scores(record.captions[1], true=record.captions[0])
+        assert found["relation"] == (0, 0)
+        assert found["object"] == ((0.5, 0.5) if record.domain == "shape" else (1, 1))
+        if record.domain == "order":
+            assert found["attribute"] == (1, 1)

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from coca_lit import extensions
 from coca_lit.models import create_model
 from coca_lit.projects.coca2.presets import PRESETS
 from coca_lit.weights.open_clip import to_open_clip
@@ -20,11 +19,6 @@ from helpers.family import (
 from helpers.scored_runs import check_experiment_on_scenes
 
 MODERN = {"text_tower": "modern", "pooler": "openclip_cascade"}
-
-
-def test_what_the_project_declares_is_what_it_has() -> None:
-    target = extensions.declared("presets")["coca2_vit_b32"]
-    assert [name for name, other in extensions.declared("presets").items() if other == target] == [*PRESETS]
 
 
 @pytest.mark.parametrize("name", PRESETS)

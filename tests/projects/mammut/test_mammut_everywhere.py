@@ -37,8 +37,7 @@ OPENMAMMUT = "laion/openMaMMUT-ViT-L-14-DataComp-1.4B-s12.8B-b180K"
 
 
 def test_what_the_project_declares_is_what_it_has() -> None:
-    target = extensions.declared("presets")["mammut_vit_l14"]
-    assert [name for name, other in extensions.declared("presets").items() if other == target] == [*PRESETS]
+    assert set(PRESETS) <= set(extensions.declared("presets"))
     assert preset("mammut_ViT-L-14") == PRESETS["mammut_vit_l14"]
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from coca_lit.cli.module import build_module
 from coca_lit.data.batch import Batch, collate
@@ -27,6 +29,8 @@ from coca_lit.projects.reasoning.classifiers import AnswerClassifier, StateClass
 from coca_lit.projects.reasoning.scene_data import SceneQuestionsDataModule, SceneStatementsDataModule
 from coca_lit.projects.reasoning.scene_statements import LABELS, TRUTHS, comparison_records, entailment_records
 from coca_lit.runs.resume import ResumePoint
+from coca_lit.tools.plan.estimate import measure
+from coca_lit.tools.plan.trace import trace
 from coca_lit.training.optim import AdamW
 from coca_lit.weights import OBJECTIVES_KEY
 from coca_lit.weights.load import load_model
@@ -220,15 +224,11 @@ def test_a_mirrored_label_is_a_side_only_where_both_sides_are_classes(
 
 
 def test_texts_about_the_same_images_share_a_batch(net: CoCa) -> None:
+    """In the order of the keys: first and second image of each, the text as prefix, the label as answer."""
     batch = statements(net, "comparison")
     pairs = [key.rpartition("/")[0] for key in batch.keys]
     assert pairs[::2] == pairs[1::2]
     assert len(set(pairs)) == 4
-
-
-def test_a_training_batch_has_the_images_and_the_text_of_its_records(net: CoCa) -> None:
-    """In the order of the keys: first and second image of each, the text as prefix, the label as answer."""
-    batch = statements(net, "comparison")
     records = {record.id: record for record in comparison_records("train", size=32, count=8)}
     for i, key in enumerate(batch.keys):
         record = records[key]
@@ -338,3 +338,43 @@ def test_forged_classifiers_are_refused_in_one_sentence(forged: Any, tmp_path: P
     with pytest.raises(ValueError, match=r"an objective in .* is damaged") as caught:
         load_model(path)
     assert "\n" not in str(caught.value)
+
+
+# In the plan
+
+
+WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
+BATCH, TOKENS = 8, 12
+
+
+def planned_net() -> CoCa:
+    with torch.device("meta"):
+        return create_model("coca_tiny")
+
+
+def classifier_of(net: CoCa) -> StateClassifier:
+    classifier = StateClassifier(["no", "yes", "perhaps"], images=2)
+    classifier.build(net)
+    return classifier
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", [{"contrastive": 0.0, "caption": 0.0}, WEIGHTS], ids=["alone", "and pairs"])
+def test_a_classifier_beside_the_network_is_counted(weights: dict[str, float]) -> None:
+    """Two images of each sample, against the counter in a real step."""
+    real, planned = create_model("coca_tiny").train(), planned_net()
+    beside = classifier_of(real)
+    with torch.device("meta"):
+        counted = classifier_of(planned)
+    tokens, lengths = torch.randint(3, 30, (BATCH, TOKENS)), torch.full((BATCH,), TOKENS)
+    images = torch.zeros(2 * BATCH, 3, 32, 32, dtype=torch.uint8)
+    batch = Batch(images, tokens, lengths, [], prefix_lengths=lengths, extras={"captions": [("yes",)] * BATCH})
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        beside(real, batch)["labels"].backward()
+    without = trace(planned_net(), weights, TOKENS, None, BATCH).total if any(weights.values()) else 0
+    step = trace(planned, weights, TOKENS, None, BATCH, [counted])
+    assert step.total - without == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert all(step.forward[part] > 0 for part in ("image encoder", "pooling", "text tower", "decoder"))
+    assert step.forward["objectives"] == 2 * BATCH * 2 * real.config.text_width * 3
+    head = sum(p.numel() for p in beside.parameters())
+    assert measure(real, [beside]).weights == measure(real).weights + 4 * head

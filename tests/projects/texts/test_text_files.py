@@ -1,9 +1,12 @@
 """Texts without images: their files, their order, and their place between batches of pairs."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from coca_lit.data.datamodule import ScenesDataModule
 from coca_lit.errors import DataError
@@ -11,6 +14,7 @@ from coca_lit.models.presets import VOCABULARIES
 from coca_lit.projects.texts.batches import TextBatches, TextsBetweenPairs
 from coca_lit.projects.texts.files import read_texts
 from coca_lit.tokenizer import WordTokenizer
+from helpers.fuzzing import bounded, forged, fuzz
 from helpers.scene_files import write_data_set
 
 TOKENIZER = WordTokenizer(VOCABULARIES["scenes"])
@@ -96,3 +100,21 @@ def test_a_resumed_run_sees_the_same_batches(file: Path, every: int, monkeypatch
             rest = list(data.train_dataloader())
             assert [batch.keys for batch in rest] == [batch.keys for batch in whole[done:]]
             assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(rest, whole[done:], strict=True))
+
+
+# Files of strangers
+
+
+def test_a_fifo_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "texts.jsonl")
+    with pytest.raises(DataError, match=r"texts\.jsonl"):
+        read_texts(str(tmp_path / "texts.jsonl"))
+
+
+@pytest.mark.slow
+@fuzz
+@given(st.data())
+def test_forged_texts(forged_files: Path, data: st.DataObject) -> None:
+    (forged_files / "texts.jsonl").write_bytes(data.draw(forged({"text": "a dog"})))
+    with bounded():
+        read_texts(str(forged_files / "texts.jsonl"))
