@@ -1,4 +1,4 @@
-"""Folders of classes as labels and as texts."""
+"""Folders of classes as labels and as texts; records of several sources."""
 
 import re
 from collections import Counter

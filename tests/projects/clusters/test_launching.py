@@ -1,4 +1,4 @@
-"""Launchers and the sweeper on jobs that take no time; test_slurm.py and test_ray.py have those that need a cluster."""
+"""Launchers, the sweeper and options of engines, without a cluster; test_slurm.py and test_ray.py have what needs one."""
 
 import os
 import signal

@@ -223,7 +223,7 @@ def test_a_mirrored_label_is_a_side_only_where_both_sides_are_classes(
     assert {name: term.item() for name, term in terms.items()} == {name: term.item() for name, term in same.items()}
 
 
-def test_texts_about_the_same_images_share_a_batch(net: CoCa) -> None:
+def test_a_training_batch_has_the_images_and_texts_of_its_records(net: CoCa) -> None:
     """In the order of the keys: first and second image of each, the text as prefix, the label as answer."""
     batch = statements(net, "comparison")
     pairs = [key.rpartition("/")[0] for key in batch.keys]

@@ -1,4 +1,4 @@
-"""Texts without images: their files, their order, and their place between batches of pairs."""
+"""Texts without images: their files, their order, their place between batches of pairs, and in a resumed run."""
 
 import os
 from pathlib import Path

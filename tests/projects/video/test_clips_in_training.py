@@ -1,4 +1,4 @@
-"""Clips where images are cached, classified and compared."""
+"""Clips where images are cached, classified and compared; moving scenes against where a shape has to be."""
 
 from collections import Counter
 from collections.abc import Iterator
