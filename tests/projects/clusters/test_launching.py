@@ -1,4 +1,4 @@
-"""Launchers, the sweeper and options of engines, without a cluster; test_slurm.py and test_ray.py have what needs one."""
+"""Launchers, the sweeper and options of engines; test_slurm.py and test_ray.py have what needs a cluster."""
 
 import os
 import signal
