@@ -251,18 +251,15 @@ def with_recipe(cfg: DictConfig, source: "DualEncoder | None" = None, resumed: b
         for key, value in leaves(read_run_yaml(Path(cfg.output_dir), CONFIG)):
             _fill(cfg, key, value)
         return cfg
-    arguments = None
-    if source is not None:
-        if not isinstance(source, CoCa):
-            raise ConfigError(f"init_from: this recipe takes a CoCa, and {cfg.init_from} is a CLIP")
-        arguments = source.config.stored()
+    if source is not None and not isinstance(source, CoCa):
+        raise ConfigError(f"init_from: this recipe takes a CoCa, and {cfg.init_from} is a CLIP")
     node = cast(dict[str, Any], OmegaConf.to_container(cfg.data, resolve=True))
     known = {key: value for key, value in node.items() if value != AUTO}
     with data_place(cfg):
         # Of which only the texts are read: batch and size do not matter.
         data = build(OmegaConf.create({"batch_size": 1, **known}), "data", offered={"tokenizer": None})
         given = {key: value for key, value in leaves(unresolved(cfg)) if value != AUTO and "${" not in str(value)}
-        what, choices = build(cfg.recipe, "recipe")(data, given, arguments)
+        what, choices = build(cfg.recipe, "recipe")(data, given, source)
     print_rank_zero(f"chosen for {what}; every line is a key:")
     for key, value, why in choices:
         if any([_fill(cfg, *leaf) for leaf in leaves(value, key)]):

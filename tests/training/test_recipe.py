@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from coca_lit.training.recipe import Facts, choose, small_data, vocabulary
 
 def facts(photos: int, **others: Any) -> Facts:
     given = {"captions": photos, "counts": Counter({"a": 9}), "cores": 4, "gpu": False, "free_bytes": 10**12}
-    return Facts(photos, **{**given, "weights": None, **others})
+    return Facts(photos, **{**given, **others})
 
 
 def values(photos: int, **others: Any) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def test_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert values(45_000, gpu=True)["data.batch_size"] == 256
     assert values(4500, gpu=True)["trainer.max_epochs"] > 3 * values(4500)["trainer.max_epochs"]
     assert values(4500, free_bytes=10**8)["data.cached_augmentations"] == 0
-    assert values(4500, weights="x")["data.cached_augmentations"] == 0
+    assert values(4500, view_bytes=None)["data.cached_augmentations"] == 0
     assert [values(photos)["data.num_workers"] for photos in (999, 1000)] == [0, 3]
     monkeypatch.setattr(sys, "platform", "darwin")  # where each worker imports PyTorch
     assert values(1000)["data.num_workers"] == 0
@@ -72,7 +73,7 @@ def test_vocabularies() -> None:
 
 
 def test_a_tokenizer_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: "installed")
+    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
     for given, kept in (({}, False), ({"model.net.tokenizer.file": "tokenizer.json"}, True)):
         chosen = {choice.key: choice.value for choice in small_data(data_of(8), given, None)[1]}
         assert (chosen["vocabulary"] is None) == kept
@@ -80,18 +81,26 @@ def test_a_tokenizer_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def data_of(count: int) -> RecordsDataModule:
     records = {"train": [Record(i, render(i).copy, f"a dog and {i}") for i in range(count)], "val": []}
-    return RecordsDataModule(records, tokenizer=WordTokenizer(["a"]), batch_size=1)
+    return RecordsDataModule(records, tokenizer=WordTokenizer(["a"]), batch_size=1, cache_dir=".")
 
 
 def test_weights_bring_their_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = create_model("coca_tiny", pooler="cascade").config.stored()
+    source = create_model("coca_tiny", pooler="cascade")
     monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"coca_lit\[pretrained\]"):
         small_data(data_of(8), {}, None)
-    what, choices = small_data(data_of(8), {"init_from": "outputs/x", "trainer.max_epochs": 2}, arguments)
+    what, choices = small_data(data_of(8), {"init_from": "outputs/x", "trainer.max_epochs": 2}, source)
     assert what.startswith("8 photos")
     chosen = {choice.key: choice.value for choice in choices}
-    assert (chosen["image_size"], chosen["model.warmup_steps"], chosen["data.cached_augmentations"]) == (32, 0, 0)
+    assert (chosen["image_size"], chosen["model.warmup_steps"], chosen["data.cached_augmentations"]) == (32, 0, 2)
     net = chosen["model.net"]
     rebuilt = create_model(**net, image_size=32)
-    assert rebuilt.config.stored() == arguments
+    assert rebuilt.config.stored() == source.config.stored()
+
+
+@pytest.mark.parametrize("given", [{"model.freeze": []}, {"lora.rank": 4}])
+def test_an_encoder_that_trains_is_not_cached(given: dict[str, Any]) -> None:
+    cached = small_data(data_of(8), {"init_from": "x"}, create_model("coca_tiny"))[1]
+    trained = small_data(data_of(8), {"init_from": "x", **given}, create_model("coca_tiny"))[1]
+    views = [next(c.value for c in choices if c.key == "data.cached_augmentations") for choices in (cached, trained)]
+    assert views[0] > 0 == views[1]
