@@ -33,6 +33,7 @@ from coca_lit.data.prefetch import worker_options
 from coca_lit.data.records import Record
 from coca_lit.data.sources import BLANK, ImageSource, TrainTransform, Transform
 from coca_lit.data.transforms import augmented, build_transform, loaded, whole
+from coca_lit.data.view_folder import use
 from coca_lit.distributed import broadcast_object, gather_objects, print_rank_zero, rank, stable_seed, world_size
 from coca_lit.errors import DataError
 from coca_lit.files import replacing
@@ -155,6 +156,8 @@ class FeatureCache:
         if reasons:
             raise DataError(reasons[0])
         absent = [path for path in paths if not path.exists()]
+        if not absent and rank() == 0:
+            use(self.folder)
         if absent:
             raise DataError(f"{absent[0]} is not there: data.cache_dir must be a folder that all processes see")
         return paths

