@@ -188,9 +188,9 @@ def test_a_csv_is_read_by_its_own_separator(photos, tmp_path, separator):
 def test_texts_are_in_utf_8(photos, tmp_path):
     (photos / "1.txt").write_bytes("Straße\n\nein  Haus\n".encode("utf-8-sig"))
     assert Pair(photos / "1.jpg", ("Straße", "ein Haus")) in read_pairs(photos)
-    for content, said in (("café".encode("latin-1"), "can't decode byte 0xe9"), (b"x" * 200_000, "field larger than")):
+    for content, said in (("café".encode("latin-1"), r"\(line 2\)"), (b"x" * 200_000, "field larger than")):
         (tmp_path / "t.csv").write_bytes(b"image,caption\nphotos/1.jpg," + content + b"\n")
-        with pytest.raises(DataError, match=rf"t\.csv.*{said}.*UTF-8") as caught:
+        with pytest.raises(DataError, match=rf"t\.csv.*{said}") as caught:
             read_pairs(tmp_path / "t.csv")
         assert "\n" not in str(caught.value)
 
