@@ -96,6 +96,17 @@ def trained_with(
     return {name: p.detach() for name, p in net.named_parameters()}
 
 
+def check_two_ranks_and_micro_batches(on_ranks: "Ranks", trained: Callable[..., dict[str, Tensor]]) -> None:
+    """Raises AssertionError unless `trained(micro_batch_size, weight=…)`, a picklable function that calls
+    `trained_with`, gives the same on two ranks and in micro-batches, and its weight counts.
+    """
+    expected = trained(None)
+    unlike = trained(None, weight=0.1)
+    assert any((value - unlike[name]).abs().max() > 1e-4 for name, value in expected.items())
+    for found in [trained(2), *on_ranks(2, trained, None), *on_ranks(2, trained, 1)]:
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+
+
 class Ranks:
     """`ranks(world, function, *arguments)`: what a picklable function returns on each of `world` gloo processes.
 

@@ -38,7 +38,7 @@ def test_a_new_project_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     in_environment(python, train, *smoke, folder=tmp_path)
     assert "train/nearness_loss" in Path("outputs/nearer/metrics.csv").read_text()
     assert "scenes_nearer/nearness" in Path("outputs/nearer/results.json").read_text()
-    assert "5 passed" in in_environment(python, "-m", "pytest", "-p", "no:xdist", "nearer", folder=tmp_path)
+    assert "3 passed" in in_environment(python, "-m", "pytest", "-p", "no:xdist", "nearer", folder=tmp_path)
 
 
 @pytest.mark.parametrize(
