@@ -223,6 +223,6 @@ def test_a_lock_that_another_user_made_a_link_empties_no_file(tmp_path: Path) ->
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / ".lock").symlink_to(mine)
-    with pytest.raises(DataError, match="set data.cache_dir to a folder of yours"), locked_cache(cache, ".lock"):
+    with pytest.raises(DataError, match=r"set data\.cache_dir to a folder of yours"), locked_cache(cache, ".lock"):
         pass
     assert mine.read_text() == "notes"
