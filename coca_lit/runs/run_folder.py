@@ -225,12 +225,18 @@ def _ended(holder: dict[str, Any]) -> bool:
 # Its beginning: what an earlier run left is archived, or its logs end where the run resumes
 
 
-def start_run_folder(cfg: DictConfig, resumed: Mapping[str, Any] | None = None, experiment: str | None = None) -> None:
+def start_run_folder(
+    cfg: DictConfig,
+    resumed: Mapping[str, Any] | None = None,
+    experiment: str | None = None,
+    chosen: Sequence[str] = (),
+) -> None:
     """Writes `config.yaml` and `environment.json`. Of an earlier run all files are archived, or its logs are rewound.
 
     Args:
         resumed: what the checkpoint in this folder from which the run resumes says about it, see `ResumePoint.run`.
         experiment: its name, for `environment.json`.
+        chosen: what its recipe chose and why, for the same file; a run that resumes keeps what it says.
 
     Raises:
         ConfigError: the folder holds files of these names that no run wrote, or a link of its checkpoints is a folder.
@@ -253,6 +259,10 @@ def start_run_folder(cfg: DictConfig, resumed: Mapping[str, Any] | None = None, 
     known = environment()
     if experiment:
         known["experiment"] = experiment
+    if resumed is not None and not chosen and (folder / ENVIRONMENT).exists():
+        chosen = read_json(folder / ENVIRONMENT, dict).get("chosen", ())
+    if chosen:
+        known["chosen"] = list(chosen)
     write_json(folder / ENVIRONMENT, known)  # the first one, see `check_is_run`
     atomic_write(folder / CONFIG, masked_yaml(cfg).encode())
 

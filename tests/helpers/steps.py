@@ -79,3 +79,12 @@ def trained_with(
         step(batch(net, i)).backward()
         optimizer.step()
     return {name: p.detach() for name, p in net.named_parameters()}
+
+
+def check_two_ranks_and_micro_batches(on_ranks: Any, trained: Callable[..., dict[str, Tensor]]) -> None:
+    """`trained(micro_batch_size, weight=…)` gives the same on two ranks and in micro-batches, and its weight counts."""
+    expected = trained(None)
+    unlike = trained(None, weight=0.1)
+    assert any((value - unlike[name]).abs().max() > 1e-4 for name, value in expected.items())
+    for found in [trained(2), *on_ranks(2, trained, None), *on_ranks(2, trained, 1)]:
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple
 
 from coca_lit.errors import DataError
 from coca_lit.files import atomic_write, size_and_time
+from coca_lit.machine import cache_folder
 from coca_lit.reading import MAX_JSON, is_int64, open_regular, parse_json, printable, read_bounded
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Stamp(NamedTuple):
 class CacheSettings(NamedTuple):
     """Of the local copies of remote shards."""
 
-    folder: Path = Path("~/.cache/coca_lit/shards").expanduser()
+    folder: Path = cache_folder() / "shards"
     max_bytes: int = 100 * 10**9
     patience: float = 600.0  # seconds without an answer of the store
 

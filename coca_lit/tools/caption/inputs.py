@@ -19,7 +19,7 @@ from braceexpand import braceexpand
 from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.data.inputs import IMAGES, ImageReader, other_endings, reader_of
-from coca_lit.data.pixels import MAX_IMAGE, SUFFIXES, decode_image
+from coca_lit.data.pixels import MAX_IMAGE, SUFFIXES, UNREAD, decode_image
 from coca_lit.data.prefetch import worker_options
 from coca_lit.data.shards.listing import local_shards
 from coca_lit.data.shards.sample import OWN_KINDS, image_of, member_kinds, suffix_of
@@ -35,7 +35,6 @@ from coca_lit.reading import encoding_of, may_pass, open_regular, parse_json, re
 log = logging.getLogger(__name__)
 
 SHARD = ".tar"
-UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff", ".jxl", ".jp2", ".dng")  # photos in other formats
 ORIGINAL = "original_caption"  # key of KEY.json that keeps what KEY.txt said
 ALL = "generated_captions"  # key of KEY.json with all new captions, if several were requested
 
