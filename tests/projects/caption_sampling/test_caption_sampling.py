@@ -11,9 +11,9 @@ from coca_lit.losses import loss_terms
 from coca_lit.models import create_model
 from coca_lit.projects.caption_sampling.objective import FurtherCaptions
 from coca_lit.projects.caption_sampling.records import merged, sentences
+from coca_lit.testing import ENCODER, check_two_ranks_and_micro_batches, trained_with, with_further_captions
 from coca_lit.training.objectives import forward_pass
 from helpers.running import run
-from helpers.steps import ENCODER, check_two_ranks_and_micro_batches, trained_with, with_further_captions
 
 FURTHER = 2
 

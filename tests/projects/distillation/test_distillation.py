@@ -17,9 +17,9 @@ from coca_lit.models import create_model
 from coca_lit.projects.distillation.loss import Teacher, distillation_loss
 from coca_lit.projects.distillation.objective import Distillation
 from coca_lit.projects.distillation.reinforced import as_extras, teachers_of
+from coca_lit.testing import ENCODER, PAIRS, check_two_ranks_and_micro_batches, own_batch, trained_with
 from coca_lit.training.objectives import terms_of
 from coca_lit.training.optim import AdamW
-from helpers.steps import ENCODER, PAIRS, check_two_ranks_and_micro_batches, own_batch, trained_with
 
 WIDTHS, SCALES = (5, 3), (20.0, 7.0)
 

@@ -15,9 +15,9 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.projects.flair.comparison import PooledSimilarity
 from coca_lit.projects.flair.objective import TextConditioned
 from coca_lit.projects.flair.pooling import TextConditionedPooling
+from coca_lit.testing import ENCODER, check_two_ranks_and_micro_batches, trained_with, with_further_captions
 from coca_lit.training.objectives import forward_pass
 from helpers.running import run
-from helpers.steps import ENCODER, check_two_ranks_and_micro_batches, trained_with, with_further_captions
 
 FURTHER = 2
 

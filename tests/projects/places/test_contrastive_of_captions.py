@@ -11,8 +11,8 @@ from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import contrastive_loss
 from coca_lit.models import CoCaOutput, create_model
 from coca_lit.projects.places.objective import ContrastiveOfCaptions
+from coca_lit.testing import ENCODER, PAIRS, check_two_ranks_and_micro_batches, own_batch, trained_with
 from coca_lit.training.optim import AdamW
-from helpers.steps import ENCODER, PAIRS, check_two_ranks_and_micro_batches, own_batch, trained_with
 
 ASKED = torch.tensor([1, 1, 1, 3, 1, 2])  # tokens before the answer; 1 for a caption
 

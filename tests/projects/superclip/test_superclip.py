@@ -10,8 +10,8 @@ from torch import Tensor
 from coca_lit import load_model, save_model
 from coca_lit.models import CoCa, create_model
 from coca_lit.projects.superclip.objective import CaptionTokens
+from coca_lit.testing import ENCODER, check_two_ranks_and_micro_batches, own_batch, trained_with
 from helpers.running import run
-from helpers.steps import ENCODER, check_two_ranks_and_micro_batches, own_batch, trained_with
 
 
 def made() -> tuple[CoCa, CaptionTokens]:
