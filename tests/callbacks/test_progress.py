@@ -186,11 +186,6 @@ def test_the_share_of_the_wait_is_logged_and_leads_to_advice(
     # The first two hours of six are in an interval with the 50 for which workers started, which are no wait.
     assert shares == pytest.approx([1 / 57, 1 / 4, 1 / 4, 1 / 4], rel=0.01)
     assert "training waited for data 23% of the time" in capsys.readouterr().out  # 7 of 31 hours
-
-
-def test_no_advice_where_data_are_there_in_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
     assert train(tmp_path, Clock(monkeypatch), 1, 30)[-1] == pytest.approx(1 / 31, rel=0.01)
     assert "waited" not in capsys.readouterr().out
 
