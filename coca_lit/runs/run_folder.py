@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.files import atomic_write, csv_line, remove_leftovers, whole_lines, write_json
 from coca_lit.machine import in_shell, is_first_process
-from coca_lit.reading import parse_json, read_json
+from coca_lit.reading import parse_json, printable, read_json
 from coca_lit.runs.redaction import masked_yaml, redact
 
 CONFIG = "config.yaml"
@@ -150,11 +150,14 @@ def in_use(folder: Path, output: str | None = None) -> Iterator[None]:
     a file system has no flock.
 
     Raises:
-        ConfigError: another process holds the folder, or it cannot be written.
+        ConfigError: another process holds the folder, it cannot be written, or its name controls a terminal.
     """
     if not is_first_process():
         yield
         return
+    name = os.path.relpath(folder)
+    if printable(name) != name:  # it is printed
+        raise ConfigError(f"the folder '{printable(name)}' has characters that control a terminal: choose another")
     lock = FileLock(folder / LOCK)
     output = output or f"the run folder {folder}"
     try:

@@ -220,6 +220,18 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path: Path, monkeypa
     assert inputs.find_images(tmp_path) == []
 
 
+def test_links_out_of_a_folder_are_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for path in (folder / "a.jpg", tmp_path / "private.jpg"):
+        path.touch()
+    (folder / "more" / "b.jpg").symlink_to(folder / "a.jpg")
+    for name, target in (("c.jpg", tmp_path / "private.jpg"), ("d.jpg", "../private.jpg"), ("e.jpg", "e.jpg")):
+        (folder / name).symlink_to(target)
+    assert inputs.find_images(folder) == [folder / "a.jpg", folder / "e.jpg", folder / "more" / "b.jpg"]
+    assert f"left out 2 links out of {folder}, e.g. {folder}/c.jpg: copy the files there" in caplog.text
+
+
 def test_photos_of_other_formats_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "more").mkdir()
     for name in ("a.jpg", "b.HEIC", "more/c.tif", ".d.heic", "notes.txt"):
