@@ -25,7 +25,7 @@ from coca_lit.weights.load import load_model
 
 ENCODER = "efficientnet_lite0"
 PHOTOS = "photos"
-# To train on. With 5,000 photos of Flickr8k the ImageNet encoder reaches CIDEr 29 to 31 (experiments/own_photos), and the
+# To train on. With 5,000 photos of Flickr8k the ImageNet encoder reaches CIDEr 29 to 31 (experiments/own_photos); the
 # package's model, which never saw the photos that are scored, has 50 before it is trained further (experiments/photos).
 MAX_FROM_PHOTOS = 5000
 OWN_CACHE = "${output_dir}/views"
