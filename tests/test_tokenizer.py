@@ -6,13 +6,14 @@ import itertools
 import json
 import random
 import re
-import unicodedata
 from pathlib import Path
 
 import open_clip
 import pytest
 import regex
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from tokenizers import Regex, decoders, normalizers
 from tokenizers import Tokenizer as HFTokenizer
 
@@ -31,30 +32,29 @@ from coca_lit.tokenizer import (
     split_words,
 )
 from coca_lit.weights.load import load_model, save_model
+from helpers.fuzzing import fuzz
 from helpers.shared_data import SHARED
 from helpers.slow import slow
 from helpers.tokenizer_files import SPECIAL, texts_of_many_scripts, trained_file
 
-TRICKY = [
-    "",
-    " ",
-    "!#$ sale!% #!/bin ! !!",
-    "DON'T we'Ll 'S 'T it's",
-    "12345 3.14 1st \u00bc \u00b2 \u2167 \u0661\u0662\u0663",
+# What tokenizers treat in their own ways: marks and entities, contractions, numbers, blanks, what ftfy repairs, letters
+# whose lower case is several, scripts, control characters, and long texts.
+PIECES = [
+    "!#$ sale!%",
+    "DON'T we'Ll 'S 'T it's a\u017f",
+    "12345 3.14 1st \u00bc \u00b2 \u2167 \u0661",
+    "&amp;lt;b&amp;gt; &#x27;s",
     "two  blanks\tand\nnew\r\nlines\u2028\u00a0\u3000end",
-    "&amp;lt;b&amp;gt; &lt;3 &nbsp;x &#x27;s & {}[]<>&",
-    "caf\u00c3\u00a9 \u201cquoted\u201d \u2019s \ufb01 \ufb02 e\u0301 \u212b",  # ftfy repairs some of these
-    "\u00c6ther \u00df \u1e9e \u01c5 \u0130stanbul \u039f\u0394\u039f\u03a3",  # lower case is not one to one
-    "\u65e5\u672c\u8a9e \u30c6\u30b9\u30c8 \U0001f469\u200d\U0001f467 \U0001f1eb\U0001f1f7 \u263a\ufe0f",
-    "nul\x00 bell\x07 tab\x0b feed\x0c del\x7f \x1b[31mred\x1b[0m",
-    "\ufeff bom",
-    "a_b-c/d <b>bold</b> @user #tag http://x.y/?q=1",
-    "x" * 300,
-    "a " * 73,
-    "a " * 74,
-    "a " * 75,
-    "supercalifragilistic " * 30,
+    "caf\u00c3\u00a9 \u201cquoted\u201d \ufb01 e\u0301 \u212b",
+    "\u00c6ther \u00df \u1e9e \u01c5 \u0130stanbul \u039f\u0394\u039f\u03a3 a\u0345.1",
+    "\u65e5\u672c\u8a9e \U0001f469\u200d\U0001f467 \u263a\ufe0f",
+    "nul\x00 bell\x07 tab\x0b del\x7f \x1b[31m \ufeff",
+    "a_b-c/d <b>bold</b> http://x.y/?q=1",
+    "x" * 90,
+    "a " * 25,
 ]
+ASSIGNED = st.characters(exclude_categories=["Cs", "Cn", "Co"], max_codepoint=0x1FFFF, exclude_characters="\U0001fae9")
+TEXTS = st.lists(st.sampled_from(PIECES) | st.text(ASSIGNED, max_size=8), max_size=6).map(" ".join)
 
 
 @pytest.fixture(scope="module")
@@ -79,24 +79,11 @@ def test_special_ids(clip: Tokenizer) -> None:
     assert clip.encode("!#$") == [49406, 0, 2, 259, 49407]
 
 
-@pytest.mark.parametrize("context_length", [5, 76, 77])
-def test_ids_equal_open_clip(context_length: int) -> None:
+@fuzz
+@given(st.lists(TEXTS, min_size=1, max_size=20), st.sampled_from([5, 76, 77]))
+def test_ids_equal_open_clip(texts: list[str], context_length: int) -> None:
     theirs = open_clip.tokenizer.SimpleTokenizer(context_length=context_length)
-    assert_same_ids(get_tokenizer("clip", context_length), theirs, TRICKY)
-
-
-def test_ids_of_random_strings_equal_open_clip(clip: Tokenizer, theirs: open_clip.tokenizer.SimpleTokenizer) -> None:
-    """Left out: characters that are not in every Unicode version."""
-    generator = random.Random(0)
-    ranges = [range(1, 128), range(128, 0x400), range(0x2000, 0x2100), range(1, 0x3000), range(0x1F300, 0x1F700)]
-
-    def character() -> str:
-        c = chr(generator.choice(generator.choice(ranges)))
-        return " " if unicodedata.category(c) == "Cn" else c
-
-    texts = ["".join(character() for _ in range(generator.randrange(30))) for _ in range(1500)] + ["a'\u017f"]
-    texts += ["".join(generator.choice("a\u0345.1 \u03b9") for _ in range(8)) for _ in range(300)]
-    assert_same_ids(clip, theirs, texts)
+    assert_same_ids(get_tokenizer("clip", context_length), theirs, [*texts, "".join(texts)])
 
 
 def captions_of(file: Path) -> list[str]:
@@ -130,14 +117,17 @@ def test_call_pads_one_text_or_many(clip: Tokenizer) -> None:
     assert clip([]).shape == (0, 76)
 
 
-@pytest.mark.parametrize(
-    "text", ["a man in a red shirt .", "!#$", "x !", "d\u00e9j\u00e0 vu \U0001f600", "the dog 's bowl 1 2"]
-)
+@fuzz
+@given(TEXTS)
 def test_decode_gives_the_text_back(clip: Tokenizer, text: str) -> None:
+    """From ids with and without their ends and padding; blanks before marks are not kept, and so the ids count."""
     for ids in (clip.encode(text), clip(text)[0], clip.encode(text)[:-1], clip.encode(text)[1:-1]):
-        decoded = clip.decode(ids)
-        assert decoded == text
-        assert clip.encode(decoded) == clip.encode(text)
+        assert clip.decode(ids) == clip.decode(clip.encode(text))
+    if len(clip.encode(text)) < clip.context_length:
+        assert clip.encode(clip.decode(clip.encode(text))) == clip.encode(text)
+    assert clip.decode(clip.encode("a man in d\u00e9j\u00e0 vu \U0001f600 , the dog 's bowl")) == (
+        "a man in d\u00e9j\u00e0 vu \U0001f600 , the dog 's bowl"
+    )
 
 
 def test_decode_equals_open_clip(clip: Tokenizer, theirs: open_clip.tokenizer.SimpleTokenizer) -> None:
@@ -172,13 +162,11 @@ def test_words_have_their_marks() -> None:
     assert split_words("\u0301a \udcff \u200d") == ["a"]
 
 
-def test_words_without_marks_are_runs_of_letters_and_digits() -> None:
+@fuzz
+@given(st.text("aZéßµΔ9²½_''’--. \t日本長"))
+def test_words_without_marks_are_runs_of_letters_and_digits(text: str) -> None:
     """Latin, Greek, Chinese, digits, underscores and punctuation, against Python's own letters and digits."""
-    generator = random.Random(0)
-    letters = "aZéßµΔ9²½_''’--. \t日本長"
-    for _ in range(2000):
-        text = "".join(generator.choices(letters, k=generator.randrange(30)))
-        assert split_words(text) == re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower()), text
+    assert split_words(text) == re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
 
 
 @pytest.fixture(scope="module")
@@ -208,26 +196,31 @@ def test_r50k_is_the_vocabulary_of_tiktoken(r50k: R50kTokenizer) -> None:
     assert (r50k.vocab_size, r50k.eot_id, r50k.pad_id, r50k.sot_id) == (50260, 50257, 50258, 50259)
 
 
-def test_r50k_encodes_as_tiktoken_does(r50k: R50kTokenizer) -> None:
+@fuzz
+@given(TEXTS)
+@example("A dog and TWO cats' 1234 toys\u2026 <|endoftext|>")
+def test_r50k_encodes_as_tiktoken_does(r50k: R50kTokenizer, text: str) -> None:
     """Its algorithm in plain Python: in each piece the neighbours whose join has the lowest rank are joined first."""
     pieces = regex.compile(r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")
     ranks = {token: i for i, token in enumerate(r50k.token_bytes[:50256])}
-    for text in [*TRICKY, "A dog and TWO cats' 1234 toys\u2026 <|endoftext|>"]:
-        expected = []
-        for piece in pieces.findall(clean_whitespace(text)):
-            parts = [bytes([byte]) for byte in piece.encode()]
-            while True:
-                joins = [(ranks.get(a + b, 99999), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
-                if not joins or min(joins)[0] == 99999:
-                    break
-                i = min(joins)[1]
-                parts[i : i + 2] = [parts[i] + parts[i + 1]]
-            expected += [ranks[part] for part in parts]
-        ids = r50k.encode(text)
-        assert ids == [50259, *expected, 50257][:399] + [50257] * (len(expected) > 397), text
-        if len(expected) < 397:
-            assert r50k.decode(ids) == clean_whitespace(text)
-    assert r50k.encode("Hello, world!") == [50259, 15496, 11, 995, 0, 50257]  # GPT-2's, as published
+    expected = []
+    for piece in pieces.findall(clean_whitespace(text)):
+        parts = [bytes([byte]) for byte in piece.encode()]
+        while True:
+            joins = [(ranks.get(a + b, 99999), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
+            if not joins or min(joins)[0] == 99999:
+                break
+            i = min(joins)[1]
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        expected += [ranks[part] for part in parts]
+    ids = r50k.encode(text)
+    assert ids == [50259, *expected, 50257][:399] + [50257] * (len(expected) > 397)
+    if len(expected) < 397:
+        assert r50k.decode(ids) == clean_whitespace(text)
+
+
+def test_r50k_is_that_of_gpt_2_and_is_cut(r50k: R50kTokenizer) -> None:
+    assert r50k.encode("Hello, world!") == [50259, 15496, 11, 995, 0, 50257]  # as published
     assert R50kTokenizer(4).encode("a b c d")[-1] == 50257
 
 

@@ -40,6 +40,7 @@ from omegaconf.errors import OmegaConfBaseException
 from coca_lit import __version__, extensions
 from coca_lit.cli.allowed import check_targets, hydra_checks, trust_modules
 from coca_lit.cli.early import check_data_folder, check_length, check_values, check_weights, resumes
+from coca_lit.cli.runtime import keep_imports
 from coca_lit.cli.schema import MissingValueError, check, targets, unresolved
 from coca_lit.cli.sweep import end_sweep, job_record, sweep_score
 from coca_lit.cli.words import Positional, parse, quote
@@ -370,8 +371,7 @@ def _imports() -> Iterator[None]:
         yield
     finally:
         if first:
-            gc.freeze()  # what has been imported stays
-            gc.enable()
+            keep_imports()
 
 
 def _remove_empty(folder: Path) -> None:

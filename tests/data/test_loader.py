@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -24,7 +26,8 @@ from coca_lit.data.transforms import RandomCrop, build_transform
 from coca_lit.errors import DataError
 from coca_lit.extensions import DeclaredSizes
 from coca_lit.tokenizer import WordTokenizer
-from helpers.epochs import check_order_of_epochs, of_epoch, open_epoch
+from helpers.epochs import check_killed_runs, epoch_batches, open_epoch
+from helpers.fuzzing import fuzz
 
 TOKENIZER = WordTokenizer(["a", "b", "c", "dog"])
 
@@ -144,23 +147,24 @@ def test_a_declared_argument_chooses_the_schedule(records, monkeypatch):
         build(growin=[4])
 
 
-@pytest.mark.parametrize("together", [1, 4])
 @pytest.mark.parametrize("schedule", [Schedule(52, 6), Uneven(52)])
-def test_an_epoch_is_one_permutation_cut_into_batches(schedule, together):
-    check_order_of_epochs(52, schedule, together)
+@fuzz
+@given(st.data())
+def test_a_killed_run_gets_the_same_batches_on_any_ranks(schedule: Schedule, data: st.DataObject) -> None:
+    check_killed_runs(52, schedule, data)
 
 
 def test_an_epoch_holds_every_sample_once_in_a_new_order():
-    first, second = (of_epoch(23, Schedule(23, 4), seed=1, epoch=epoch) for epoch in (0, 1))
-    assert [len(batch) for batch in first] == [4] * 5  # 23 // 4
-    assert len({index for batch in first for index in batch}) == 20
-    assert {index.turn for batch in second for index in batch} == {1}
-    assert [index.i for batch in first for index in batch] != [index.i for batch in second for index in batch]
-    assert of_epoch(23, Schedule(23, 4), seed=2, epoch=0) != first == of_epoch(23, Schedule(23, 4), seed=1, epoch=0)
+    first, second, other = (epoch_batches(23, Schedule(23, 4), *seed) for seed in ((1, 0), (1, 1), (2, 0)))
+    for turn, batches in enumerate((first, second)):
+        assert [len(batch) for batch in batches] == [4] * 5  # 23 // 4
+        assert len({index for batch in batches for index in batch if index.turn == turn}) == 20
+    orders = {tuple(index.i for batch in batches for index in batch) for batches in (first, second, other)}
+    assert len(orders) == 3
 
 
 def test_samples_that_belong_together_follow_each_other():
-    batches = of_epoch(24, Schedule(24, 6), seed=1, epoch=0, together=3)
+    batches = epoch_batches(24, Schedule(24, 6), seed=1, epoch=0, together=3)
     assert sorted(index.i for batch in batches for index in batch) == list(range(24))
     for batch in batches:
         for first in (0, 3):
@@ -168,15 +172,6 @@ def test_samples_that_belong_together_follow_each_other():
             assert [index.i for index in batch[first : first + 3]] == [begin, begin + 1, begin + 2]
             assert begin % 3 == 0
     assert [batch[0].i for batch in batches] != sorted(batch[0].i for batch in batches)
-
-
-def test_global_batches_do_not_depend_on_the_number_of_ranks():
-    alone = of_epoch(50, Schedule(50, 8), seed=1, epoch=3)
-    ranks = [of_epoch(50, Schedule(50, 8), seed=1, epoch=3, rank=rank, world=4) for rank in range(4)]
-    for step, batch in enumerate(alone):
-        parts = [part[step] for part in ranks]
-        assert [len(part) for part in parts] == [2] * 4
-        assert sorted(index.i for part in parts for index in part) == sorted(index.i for index in batch)
 
 
 def test_a_resumed_epoch_continues_with_the_same_data(dataset):
@@ -244,17 +239,20 @@ def test_workers_live_on_in_the_next_epoch(records):
     assert {*multiprocessing.active_children()} <= {*before}
 
 
-@pytest.mark.parametrize(("count", "batch_size", "world", "expected"), [(23, 4, 1, 5), (23, 4, 2, 5), (3, 8, 2, 1)])
-def test_validation_ranks_agree_and_repeat_nothing(records, count, batch_size, world, expected):
+@fuzz
+@given(count=st.integers(2, 23), own=st.integers(1, 4), world=st.integers(1, 2))
+def test_validation_ranks_agree_and_repeat_nothing(records, count: int, own: int, world: int) -> None:
+    """Each rank has the same number of full batches of `own` samples, or one of what there is."""
     dataset = FirstCaptionDataset(records[:count], build_transform(size=16), TOKENIZER)
-    ranks = [list(validation_loader(dataset, batch_size, rank, world)) for rank in range(world)]
-    assert [len(batches) for batches in ranks] == [expected] * world
+    ranks = [list(validation_loader(dataset, own * world, rank, world)) for rank in range(world)]
+    size = min(own, count // world)
+    assert [[len(batch.keys) for batch in batches] for batches in ranks] == [[size] * (count // world // size)] * world
     keys = [key for batches in ranks for batch in batches for key in batch.keys]
-    assert len(set(keys)) == len(keys) == expected * min(batch_size, count // world * world)
+    assert len({*keys}) == len(keys)
     assert all(batch.lengths.eq(3).all() for batches in ranks for batch in batches)  # always the first caption
-    alone = list(validation_loader(dataset, batch_size))
-    if batch_size <= count:
-        together = [sorted(chain(*(batches[step].keys for batches in ranks))) for step in range(expected)]
+    if own * world <= count:
+        alone = list(validation_loader(dataset, own * world))
+        together = [sorted(chain(*(batch.keys for batch in parts))) for parts in zip(*ranks, strict=True)]
         assert together == [sorted(batch.keys) for batch in alone]
 
 

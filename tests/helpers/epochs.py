@@ -1,8 +1,8 @@
 """An epoch of records as a training reads it."""
 
 from itertools import islice
-from typing import Any
 
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from coca_lit.data.batch import Batch
@@ -35,36 +35,31 @@ def epoch_batches(
     schedule: Schedule,
     seed: int,
     epoch: int,
-    start: int = 0,
-    rank: int = 0,
-    world: int = 1,
     together: int = 1,
 ) -> list[list[Index]]:
     """What `ShuffledBatches` says of an epoch of records, in other words: one permutation is cut into batches."""
     groups = epoch_order(samples // together, seed, epoch).tolist()
     order = [together * group + i for group in groups for i in range(together)]
     batches = []
-    for step in range(start, len(schedule)):
+    for step in range(len(schedule)):
         first, size, budget = schedule.at(epoch * len(schedule) + step)
         first -= epoch * schedule.samples
-        batches.append([Index(epoch, i, budget) for i in order[first + rank : first + size : world]])
+        batches.append([Index(epoch, i, budget) for i in order[first : first + size]])
     return batches
 
 
-def of_epoch(samples: int, schedule: Schedule, seed: int, epoch: int, **more: Any) -> list[list[Index]]:
-    """What `ShuffledBatches` says of an epoch of records."""
-    start, stop = epoch * len(schedule), (epoch + 1) * len(schedule)
-    return list(ShuffledBatches([Source("", samples)], schedule, seed, start, stop, by_epoch=True, **more))
-
-
-def check_order_of_epochs(samples: int, schedule: Schedule, together: int) -> None:
-    """Each epoch is one permutation cut into batches, on any number of ranks; endless batches go on with the next."""
-    for epoch in (0, 1, 7):
-        expected = epoch_batches(samples, schedule, 3, epoch, together=together)
-        assert of_epoch(samples, schedule, 3, epoch, together=together) == expected
-        halves = [epoch_batches(samples, schedule, 3, epoch, rank=rank, world=2) for rank in range(2)]
-        assert [of_epoch(samples, schedule, 3, epoch, rank=rank, world=2) for rank in range(2)] == halves
-    start = 2 * len(schedule) + 3
-    endless = [*epoch_batches(samples, schedule, 3, 2, 3), *epoch_batches(samples, schedule, 3, 3)]
-    batches = ShuffledBatches([Source("", samples)], schedule, 3, start, None, by_epoch=True)
-    assert list(islice(batches, len(endless))) == endless
+def check_killed_runs(samples: int, schedule: Schedule, data: st.DataObject) -> None:
+    """A run of three epochs that is killed at any batches and goes on with any number of ranks gets the batches of one
+    that is not: each epoch is one permutation cut into batches.
+    """
+    seed, together = data.draw(st.integers(0, 9)), data.draw(st.sampled_from([1, 2, 4]))
+    worlds = [n for n in range(1, schedule.batch_size + 1) if schedule.batch_size % n == 0]
+    expected = [b for epoch in range(3) for b in epoch_batches(samples, schedule, seed, epoch, together=together)]
+    while expected:
+        start, world = 3 * len(schedule) - len(expected), data.draw(st.sampled_from(worlds))
+        killed = data.draw(st.integers(1, len(expected)))
+        for rank in range(world):
+            more = {"rank": rank, "world": world, "together": together}
+            batches = ShuffledBatches([Source("", samples)], schedule, seed, start, None, by_epoch=True, **more)
+            assert [*islice(batches, killed)] == [batch[rank::world] for batch in expected[:killed]]
+        expected = expected[killed:]

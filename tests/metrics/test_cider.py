@@ -1,44 +1,35 @@
 """CIDEr-D of single captions against pycocoevalcap, its words against the Penn Treebank's."""
 
 import math
-import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pycocoevalcap.cider.cider import Cider
 
 from coca_lit.metrics.cider import CiderD, fast_words
 from coca_lit.metrics.java.runtime import ptb_tokenize
+from helpers.fuzzing import fuzz
 from helpers.shared_data import CAPTIONS, fakecap
 
-WORDS = ["a", "dog", "runs", "on", "the", "green", "grass", "with", "red", "ball"]
+CAPTION = st.lists(st.sampled_from(["a", "dog", "runs", "on", "the", "grass", "zebra"]), max_size=12)
+IMAGES = st.lists(st.tuples(CAPTION, st.lists(CAPTION, min_size=1, max_size=6)), min_size=2, max_size=20)
 
 
-def random_captions(count: int, seed: int) -> list[list[str]]:
-    draw = random.Random(seed)
-    return [draw.choices(WORDS, k=draw.randint(0, 12)) for _ in range(count)]
-
-
-def official(references: dict, captions: dict) -> list[float]:
-    texts = {image: [" ".join(words) for words in group] for image, group in references.items()}
-    return Cider().compute_score(texts, {image: [" ".join(words)] for image, words in captions.items()})[1].tolist()
-
-
-def test_scores_equal_pycocoevalcap() -> None:
-    """Random captions of every length, empty ones too, with words that no reference has."""
-    references = {i: random_captions(random.Random(i).randint(1, 6), i) for i in range(60)}
-    captions = dict(enumerate([*random_captions(58, 99), ["zebra", "a"], []]))
+@fuzz
+@given(IMAGES)
+def test_scores_equal_pycocoevalcap(images: list[tuple[list[str], list[list[str]]]]) -> None:
+    """Captions of every length, alone and among several; in any order of images and references."""
+    images = [*images, (["a", "dog"], [["a", "dog", "runs"]])]  # theirs fails where all references are empty
+    references = {i: group for i, (_, group) in enumerate(images)}
+    texts = {i: [" ".join(words) for words in group] for i, group in references.items()}
+    expected = Cider().compute_score(texts, {i: [" ".join(words)] for i, (words, _) in enumerate(images)})[1].tolist()
     scorer = CiderD(references)
-    found = [scorer(image, [captions[image]])[0] for image in references]
-    assert found == pytest.approx(official(references, captions), abs=1e-9)
-    assert max(found) > 1
-
-
-def test_several_captions_of_an_image_are_scored_alone_and_again_alike() -> None:
-    references = {i: random_captions(3, i) for i in range(9)}
-    samples = random_captions(5, 7)
-    scorer = CiderD(references)
-    together = scorer(4, samples)
-    assert together == [scorer(4, [words])[0] for words in samples] == CiderD(references)(4, samples)
+    assert [scorer(i, [words])[0] for i, (words, _) in enumerate(images)] == pytest.approx(expected, abs=1e-9)
+    samples = [words for words, _ in images]
+    assert scorer(0, samples) == [scorer(0, [words])[0] for words in samples]
+    turned = CiderD({i: group[::-1] for i, group in reversed(references.items())})
+    assert turned(0, samples) == pytest.approx(scorer(0, samples), abs=1e-9)
 
 
 def test_a_caption_by_hand() -> None:

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from coca_lit.metrics.retrieval import recall_at_k, retrieval_scores
+from helpers.fuzzing import fuzz
 
 
 def naive_recall(similarity, image_of_text, k):
@@ -14,12 +17,11 @@ def naive_recall(similarity, image_of_text, k):
     return {f"t2i_recall@{k}": sum(t2i) / texts, f"i2t_recall@{k}": sum(i2t) / images}
 
 
-@pytest.fixture
-def features():
-    """Unit features of 30 images with 1 to 7 noisy captions each, in shuffled order; no two similarities are equal."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(30, 8, generator=generator)
-    image_of_text = torch.arange(30).repeat_interleave(torch.randint(1, 8, (30,), generator=generator))
+def unit_features(seed: int, texts_of: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Unit features of images with this many noisy captions each, shuffled; no two similarities are equal."""
+    generator, count = torch.Generator().manual_seed(seed), len(texts_of)
+    images = torch.randn(count, 8, generator=generator)
+    image_of_text = torch.arange(count).repeat_interleave(torch.tensor(texts_of))
     image_of_text = image_of_text[torch.randperm(len(image_of_text), generator=generator)]
     texts = images[image_of_text] + 1.5 * torch.randn(len(image_of_text), 8, generator=generator)
     return images / images.norm(dim=1, keepdim=True), texts / texts.norm(dim=1, keepdim=True), image_of_text
@@ -43,24 +45,17 @@ def test_unequal_captions_by_hand():
     }  # fmt: skip
 
 
-def test_equals_naive_top_k(features):
-    images, texts, image_of_text = features
-    similarity = images @ texts.T
-    for k in (1, 2, 5, 10):
-        expected = naive_recall(similarity, image_of_text, k)
-        assert 0.1 < min(expected.values()) < 1  # the case can tell right from wrong
-        assert recall_at_k(similarity, image_of_text, (k,)) == expected
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_chunks_do_not_matter(features, chunk):
-    images, texts, image_of_text = features
+@fuzz
+@given(st.integers(0, 99), st.lists(st.integers(1, 7), min_size=11, max_size=30), st.integers(1, 40))
+def test_recalls_are_those_of_a_naive_loop_in_any_order_and_chunks(seed: int, texts_of: list[int], chunk: int) -> None:
+    images, texts, image_of_text = unit_features(seed, texts_of)
     scores = retrieval_scores(images, texts, image_of_text, chunk=chunk)
-    recalls = recall_at_k(images @ texts.T, image_of_text)
     assert scores == retrieval_scores(images.numpy(), texts.numpy(), image_of_text.numpy(), chunk=chunk)
-    assert recalls == recall_at_k((images @ texts.T).numpy(), image_of_text.numpy())
-    assert {name: scores[name] for name in recalls} == recalls
-    assert scores.keys() - recalls.keys() == {"t2i_median_rank", "i2t_median_rank"}
+    expected = {n: v for k in (1, 5, 10) for n, v in naive_recall(images @ texts.T, image_of_text, k).items()}
+    assert expected == {name: scores[name] for name in expected} == recall_at_k(images @ texts.T, image_of_text)
+    assert scores.keys() - expected.keys() == {"t2i_median_rank", "i2t_median_rank"}
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    assert scores == retrieval_scores(images[order], texts.flip(0), order.argsort()[image_of_text.flip(0)])
 
 
 def test_collapsed_model_gains_nothing_from_ties():

@@ -4,6 +4,8 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
@@ -12,14 +14,7 @@ from coca_lit.models import CoCa, CoCaOutput, create_model
 from coca_lit.models.coca import CAPTION, CONTRASTIVE
 from coca_lit.models.layers import SelfBlock
 from coca_lit.models.packing import Layout
-from helpers.slow import slow
-
-LENGTHS = {
-    "ragged": [5, 24, 2, 9],
-    "one fills the context": [3, 24],
-    "one has no word": [1, 12],
-    "none has a word": [1, 1],
-}
+from helpers.fuzzing import fuzz
 
 
 def test_layout_by_hand() -> None:
@@ -78,18 +73,22 @@ def step(
     return [tensor for tensor in tensors if tensor is not None]
 
 
-@pytest.mark.parametrize("case", LENGTHS)
-@pytest.mark.parametrize("cls_mask", ["correct", *slow("legacy")])
-@pytest.mark.parametrize(
-    "parts", [{}, {"needs": CAPTION}, {"needs": CONTRASTIVE}], ids=["both", "caption", "contrastive"]
-)
-def test_packed_equals_padded(case: str, cls_mask: str, parts: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = make_batch(LENGTHS[case])
+PARTS = ({}, {"needs": CAPTION}, {"needs": CONTRASTIVE})
+
+
+@fuzz
+@given(lengths=st.lists(st.integers(1, 24), min_size=2, max_size=4), mask=st.sampled_from(["correct", "legacy"]))
+@example(lengths=[3, 24], mask="correct")  # one fills the context
+@example(lengths=[1, 1], mask="legacy")  # none has a word
+def test_packed_equals_padded(lengths: list[int], mask: str) -> None:
+    batch = make_batch(lengths)
     torch.manual_seed(0)
-    model = create_model("coca_tiny", cls_mask=cls_mask).double().train()
-    padded = step(model, batch, monkeypatch, 1.0, **parts)
-    packed = step(model, batch, monkeypatch, -1.0, **parts)
-    assert_close(packed, padded, rtol=1e-9, atol=1e-12)
+    model = create_model("coca_tiny", cls_mask=mask, text_layers=1, decoder_layers=1).double().train()
+    with pytest.MonkeyPatch.context() as patch:
+        for parts in PARTS:
+            padded = step(model, batch, patch, 1.0, **parts)
+            packed = step(model, batch, patch, -1.0, **parts)
+            assert_close(packed, padded, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.slow

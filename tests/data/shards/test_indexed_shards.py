@@ -5,12 +5,14 @@ import json
 import os
 import tarfile
 from collections import Counter
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -30,6 +32,7 @@ from coca_lit.errors import DataError
 from coca_lit.runs.resume import ResumePoint
 from helpers.epochs import epoch_batches
 from helpers.forking import FORKSERVER
+from helpers.fuzzing import fuzz
 from helpers.shards import TOKENIZER, contents, members, spoil, write_shards, write_tar
 
 REASONS = {True: "unreadable shard", False: "shard changed after it was indexed"}
@@ -110,9 +113,8 @@ def test_fewer_samples_than_a_batch_come_again(folder, tmp_path):
 # Mixtures
 
 
-@pytest.mark.parametrize(
-    "weights", [[1], [0.5, 0.5], [0.7, 0.3], [1, 2, 4], [1 / 3] * 3, [0.9, 0.05, 0.03, 0.02], [3] * 7]
-)
+@fuzz
+@given(st.lists(st.floats(0.01, 5), min_size=1, max_size=7))
 def test_shares_are_where_the_turns_lead_to(weights):
     given = [0] * len(weights)
     for n, (i, before) in zip(range(400), weighted_round_robin(weights, given), strict=False):
@@ -201,6 +203,23 @@ def test_an_index_says_what_tarfile_says(tmp_path):
         [nothing, nothing, found["c.json"], found["c.webm"]],
     ]
     assert index.read(1) == {"__key__": "b", "jpg": b"p" * 700, "txt": b"t"}
+
+
+@fuzz
+@given(cuts=st.lists(st.integers(0, 9), max_size=4).map(sorted), gaps=st.booleans())
+def test_however_samples_are_split_among_shards_they_are_the_same(tmp_path_factory, cuts, gaps):
+    """Also where some have no caption, and some shards no sample."""
+    folder = tmp_path_factory.mktemp("split")
+    samples = [members(f"{i}", i) for i in range(9)]
+    if gaps:
+        del samples[4]["4.txt"]
+    for number, (start, end) in enumerate(pairwise([0, *cuts, 9])):
+        write_tar(folder / f"{number}.tar", {name: data for part in samples[start:end] for name, data in part.items()})
+    indexes = tar_indexes(find_shards(str(folder)), folder / "cache")
+    found = [index.read(i) for index in indexes for i in range(len(index))]
+    assert found == [
+        {"__key__": f"{i}"} | {name[2:]: data for name, data in part.items()} for i, part in enumerate(samples)
+    ]
 
 
 def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from coca_lit.data.examples import Index
 from coca_lit.data.loader import Schedule, ShuffledBatches
@@ -25,6 +27,7 @@ from coca_lit.data.shards.windows import WindowedBatches, Windows
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
 from helpers.datamodules import TOKENIZER
+from helpers.fuzzing import fuzz
 from helpers.shards import contents, in_memory, spoil, write_shards
 from helpers.slow import slow
 
@@ -69,7 +72,7 @@ def naive_reader(name: str, first: int, share: float, windows: Windows, reader: 
         random.Random(stable_seed("shards", SEED, name, turn, reader)).shuffle(pieces)
         divided = [piece for piece in pieces if len(piece) < counts[piece[0][0]]]
         plan = [*chain(*divided), *chain(*(piece for piece in pieces if piece not in divided))]
-        size = int(min(windows.samples, windows.bytes / 1024) * share / windows.readers)
+        size = max(1, int(min(windows.samples, windows.bytes / 1024) * share / windows.readers))
         for number, start in enumerate(range(0, len(plan), size)):
             window = plan[start : start + size]
             seed = stable_seed("order", SEED, turn, name, str(reader), str(number))
@@ -90,24 +93,21 @@ def naive_batches(windows: Windows, weights: dict[str, float]) -> Iterator[list[
         yield [next(streams[name]) for streams in readers for name in batch]
 
 
-@pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 0.7, "b": 0.3}])
-@pytest.mark.parametrize(
-    "windows", [Windows(32, 1e9, 4), Windows(10**6, 20 * 1024, 2), Windows(9, 1e9, 1), Windows(10**6, 1e9, 12)]
-)
-def test_the_order_is_that_of_a_naive_loop(windows, weights):
+@fuzz
+@given(st.data())
+def test_a_killed_run_gets_the_batches_of_a_naive_loop_on_any_ranks(data: st.DataObject) -> None:
+    weights = data.draw(st.sampled_from([{"a": 1.0}, {"a": 0.7, "b": 0.3}]))
+    readers, kilobytes = data.draw(st.sampled_from([1, 2, 4, 12])), data.draw(st.sampled_from([20, 10**6]))
+    windows = Windows(data.draw(st.integers(2 * readers, 80)), kilobytes * 1024, readers)
     expected = list(islice(naive_batches(windows, weights), 30))
-    assert [pairs(batch) for batch in batches(windows, weights)] == expected
-    anywhere = batches(windows, weights)
-    for number in (29, 3, 17, 4, 0):
-        (batch,) = replace(anywhere, start=number, stop=number + 1)
-        assert pairs(batch) == expected[number]
-
-
-@pytest.mark.parametrize("world", [3, 8])
-def test_ranks_share_the_batches_of_one(world):
-    windows, weights = Windows(32, 1e9, 4), {"a": 0.7, "b": 0.3}
-    parts = zip(*(batches(windows, weights, rank, world) for rank in range(world)), strict=True)
-    assert [list(chain(*part)) for part in parts] == list(batches(windows, weights))
+    start = 0
+    while start < 30:
+        world, stop = data.draw(st.sampled_from([1, 2, 3, 8])), data.draw(st.integers(start + 1, 30))
+        ranks = [replace(batches(windows, weights, r, world), start=start, stop=stop) for r in range(world)]
+        assert [pairs([*chain(*parts)]) for parts in zip(*ranks, strict=True)] == expected[start:stop]
+        start = stop
+    (batch,) = replace(batches(windows, weights), start=17, stop=18)  # without those before it
+    assert pairs(batch) == expected[17]
 
 
 @pytest.mark.parametrize("windows", [Windows(24, 1e9, 3), Windows(10**6, 18 * 1024, 3), Windows(1, 1, 2)])

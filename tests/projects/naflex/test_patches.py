@@ -10,6 +10,8 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from timm.data import naflex_transforms
 from torch._dynamo.utils import counters
@@ -35,7 +37,8 @@ from coca_lit.projects.naflex.inputs import AnyShape, Patches, patch_grid
 from coca_lit.tokenizer import WordTokenizer
 from coca_lit.tools.plan.trace import trace
 from coca_lit.training.optim import AdamW
-from helpers.epochs import check_order_of_epochs, open_epoch
+from helpers.epochs import check_killed_runs, open_epoch
+from helpers.fuzzing import fuzz
 from helpers.shards import write_shards
 
 TOKENIZER = WordTokenizer(["a", "b", "c", "dog"])
@@ -148,9 +151,10 @@ def test_a_schedule_fills_batches() -> None:
         PatchSchedule(30, 4, [0], seed=0)
 
 
-@pytest.mark.parametrize("together", [1, 4])
-def test_an_epoch_is_one_permutation_cut_into_batches(together: int) -> None:
-    check_order_of_epochs(52, PatchSchedule(52, 2, (4, 8, 16), seed=3), together)
+@fuzz
+@given(st.data())
+def test_a_killed_run_gets_the_same_batches_on_any_ranks(data: st.DataObject) -> None:
+    check_killed_runs(52, PatchSchedule(52, 2, (4, 8, 16), seed=3), data)
 
 
 def contents(batches: list[Batch]) -> list[tuple]:
