@@ -60,7 +60,13 @@ DEMO_SCORES = {
 }
 
 OWN_PHOTOS = {f"photos_{count}": f"{count:,} photos" for count in (50, 500, 5000)} | {
-    "photos_500_from_photos": "500 photos, init_from=photos"
+    "photos_500_from_photos": "500 photos, init_from=photos",
+    **{
+        f"unseen_{count}_from_{start}": f"{count:,} photos that `photos` never saw, init_from={start}"
+        for count in (100, 300, 1000)
+        for start in ("photos", "null")
+    },
+    **{f"unseen_5000_from_{start}": f"5,000 photos, 900 never seen, init_from={start}" for start in ("photos", "null")},
 }
 OWN_SCORES = {
     "seconds": "seconds",

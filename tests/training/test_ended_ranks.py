@@ -1,17 +1,24 @@
 """A rank that ends while Lightning trains on several of its own processes."""
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from coca_lit.errors import TrainingError
 from coca_lit.training.lightning_fixes import error_of_an_ended_rank
+from experiments.faults.victim import children
+from helpers.parallel import SHARDED, SHORT, saved
+from helpers.running import ROOT
 
 MAIN = """
 import os, signal, subprocess, sys, time
@@ -67,3 +74,33 @@ def test_an_error_is_as_it_was_while_all_ranks_live() -> None:
         error_of_an_ended_rank(trainer),
     ):
         raise RuntimeError("a bug")
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    """A sharded training on two ranks; the first is this process."""
+    words = (*SHORT, *SHARDED, "data.train_count=64", "callbacks.checkpoint.every_n_steps=1", f"hydra.run.dir={folder}")
+    command = [sys.executable, str(ROOT / "train.py"), *words]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=folder.parent, env=env, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the second rank in /proc")
+def test_a_sharded_run_of_which_a_rank_is_killed_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path) -> None:
+    killed = start(tmp_path / "killed")
+    while not (tmp_path / "killed" / "checkpoints" / "step_1.ckpt").exists():
+        assert killed.poll() is None
+        time.sleep(0.05)
+    (rank,) = children(killed.pid)
+    os.kill(rank, signal.SIGKILL)
+    _, said = killed.communicate(timeout=300)
+    assert killed.returncode not in (0, None)
+    assert "error: rank 1 was ended by SIGKILL" in said
+    assert "Traceback" not in said
+    for name in ("killed", "whole"):
+        again = start(tmp_path / name)
+        _, said = again.communicate(timeout=600)
+        assert again.returncode == 0, said
+    found, expected = (saved(tmp_path / name) for name in ("killed", "whole"))
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step"):
+        torch.testing.assert_close(found[part], expected[part], rtol=0, atol=0)

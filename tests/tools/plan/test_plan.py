@@ -21,7 +21,16 @@ from coca_lit.losses import contrastive_loss, loss_terms
 from coca_lit.models import CoCa, CoCaOutput, create_model, kernels
 from coca_lit.tools.plan import command as cli
 from coca_lit.tools.plan.command import build_without_weights, read_recipe, read_settings
-from coca_lit.tools.plan.estimate import Model, Recipe, flops, largest_batch, largest_micro_batch, measure, memory
+from coca_lit.tools.plan.estimate import (
+    Model,
+    Recipe,
+    device_table,
+    flops,
+    largest_batch,
+    largest_micro_batch,
+    measure,
+    memory,
+)
 from coca_lit.tools.plan.trace import Cost, cost, trace
 from coca_lit.training.objectives import Objective, terms_of
 from helpers.family import check_planned_flops
@@ -203,6 +212,22 @@ def test_the_batch_that_fits_by_hand() -> None:
     assert largest_micro_batch(1, model, spent, alone._replace(batch=600), pixels) is None
     sharded = alone._replace(batch=300, sharded=True)  # another 105 MB for the weights that are gathered
     assert largest_micro_batch(1, model, spent, sharded, pixels - 3904) == 20
+
+
+def test_a_step_that_does_not_fit_is_shown_the_micro_batch_that_does() -> None:
+    """80 GB, with the pairs of the test above."""
+    model = Model(parameters={}, weights=105_000_000, trained=105_000_000, in_blocks=0, largest_block=0, width=244)
+    spent, pixels = Cost(forward={}, total=0, activations=4e6, fixed=0), 996_000
+    settings = read_settings(compose("plan", ["gpus=[A100]"]))
+    shown = []
+    for pairs in (100, 30_000, 10_000_000):
+        recipe = Recipe(batch=pairs, devices=1)
+        names, values = device_table(model, spent, recipe, settings, pixels).columns
+        rows = dict(zip(names.cells, values.cells, strict=True))
+        shown.append(rows.get("trainer.micro_batch_size that fits, estimated"))
+    fits = largest_micro_batch(80, model, spent, Recipe(batch=30_000, devices=1), pixels)
+    assert fits is not None
+    assert shown == [None, f"{fits:,}", "none"]
 
 
 def test_a_recipe_is_read_from_the_config() -> None:
