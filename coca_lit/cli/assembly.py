@@ -73,11 +73,11 @@ def _built(value: Any, path: str, **objects: Any) -> Any:
         return [_built(part, f"{path}.{i}") for i, part in enumerate(value)]
     if not isinstance(value, dict):
         return value
-    parts = {key: _built(part, f"{path}.{key}") for key, part in value.items()}
+    parts = {key: _built(part, f"{path}.{key}") for key, part in value.items()} | objects
     if "_target_" not in parts:
         return parts
     target = resolve_target(parts["_target_"], path)
-    arguments = {key: part for key, part in parts.items() if key not in BUILD_KEYS} | objects
+    arguments = {key: part for key, part in parts.items() if key not in BUILD_KEYS}
     function = partial(target, *parts.get("_args_", ()), **arguments)
     return function if parts.get("_partial_") else function()
 
