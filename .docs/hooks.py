@@ -10,7 +10,7 @@ from pathlib import Path
 
 import key_reference
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +29,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }
     for path in sorted(pages | linked):
         source = path.relative_to(ROOT).as_posix()
-        files.append(File(source, str(ROOT), config.site_dir, config.use_directory_urls))
+        place = (str(ROOT), config.site_dir, config.use_directory_urls)
+        files.append(File(source, *place, inclusion=InclusionLevel.INCLUDED))  # also below a hidden folder
     files.append(File.generated(config, "conf/KEYS.md", content=key_reference.reference()))
     return files
 

@@ -30,6 +30,11 @@ def is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in names)
 
 
+def cache_folder() -> Path:
+    """Where is kept what can be made or fetched again, by the XDG Base Directory Specification."""
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "coca_lit")
+
+
 def workers_start_at_once() -> bool:
     """Whether data workers are forked. On macOS and Windows each imports PyTorch: seconds, and 0.3 GB."""
     return sys.platform == "linux"

@@ -114,6 +114,15 @@ def encoding_of(start: bytes) -> str:
     return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
+def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    """What is wrong with a text file, and what to do."""
+    line = error.object.count(b"\n", 0, error.start) + 1
+    return (
+        f"{printable(str(path))} is not in UTF-8 (line {line}): save it as UTF-8, or turn Latin-1 into it with "
+        "iconv -f WINDOWS-1252 -t UTF-8"
+    )
+
+
 @contextmanager
 def open_parquet(path: Path, texts: Sequence[str] = ()) -> "Iterator[ParquetFile]":
     """A regular Parquet file; its rows are read within the block, a row group at a time.

@@ -41,7 +41,8 @@ MAX_PACKED = 3 * 2**20  # bytes of a packed tokenizer.json; files of weights des
 _RUN = r"[\p{L}\p{N}](?:[\u200c\u200d]?[\p{L}\p{M}\p{N}])*"
 _WORDS = pre_tokenizers.Split(Regex(f"{_RUN}(?:['’-]{_RUN})*"), behavior="removed", invert=True)
 # CLIP splits text into English contractions (also with a long s), runs of letters, single digits and runs of others.
-# It ignores case, so that U+0345, a mark whose capital is the letter iota, is in none of these, and is left out.
+# It ignores case, so that U+0345, a mark whose capital is the letter iota, is in none of these, and is left out. Only
+# characters that newer versions of Unicode added may count otherwise than in OpenCLIP's package `regex`.
 CLIP_SPLIT = "'[s\u017f]|" r"'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{345}]+"
 
 

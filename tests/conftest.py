@@ -6,8 +6,6 @@ import pickle
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,7 @@ import pytest
 
 if TYPE_CHECKING:  # else functions import what takes seconds: the process that hands out the tests needs none of it
     from coca_lit.models import CoCa
+    from coca_lit.testing import Ranks
 
 gc.disable()  # until the first test, see `_only_new_garbage`; the process that hands out tests has nothing to collect
 os.environ["COCA_SPICE_JARS"] = os.devnull  # else tests would parse for minutes where the user has the jars
@@ -121,30 +120,12 @@ def tiny_model() -> "Callable[..., CoCa]":
 
 
 @pytest.fixture(scope="session")
-def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Any]]]:
-    """`on_ranks(world, function, *arguments)`: what a picklable function returns on each of `world` gloo processes.
+def on_ranks() -> "Iterator[Ranks]":
+    """`on_ranks(world, function, *arguments)`: what a picklable function returns on each of `world` gloo processes."""
+    from coca_lit.testing import Ranks
 
-    The processes live as long as the test session, each call has a process group of its own. A process has the same
-    rank in all of them: PyTorch remembers how large a rank's parts are by the mesh and not by the rank.
-    """
-    from helpers.forking import FORKSERVER
-    from helpers.ranks import fork_workers, on_rank
-
-    with ExitStack() as stack:
-        # Workers of a rank are forked, as usual; else each rank would start a fork server of its own for them.
-        ranks = [stack.enter_context(ProcessPoolExecutor(1, FORKSERVER, initializer=fork_workers)) for _ in range(3)]
-
-        def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-            store = tmp_path_factory.mktemp("group") / "store"
-            call = pickle.dumps((function, arguments))  # as bytes: tensors would otherwise travel as open files
-            futures = [ranks[rank].submit(on_rank, rank, world, store, call) for rank in range(world)]
-            wait(futures, timeout=600, return_when=FIRST_EXCEPTION)
-            failed = [future for future in futures if future.done() and future.exception()]
-            if failed:  # the others wait for that one in vain, and must be free for the next call
-                wait(futures, timeout=600)
-            return [pickle.loads(future.result(timeout=600)) for future in [*failed, *futures]][len(failed) :]
-
-        yield run
+    with Ranks() as ranks:
+        yield ranks
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

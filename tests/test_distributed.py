@@ -23,10 +23,10 @@ from coca_lit.distributed import (
 )
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import create_model
+from coca_lit.testing import ENCODER, Step, own_batch
 from coca_lit.training.optim import AdamW
 from coca_lit.training.trainer import ddp_options
 from helpers.slow import slow
-from helpers.steps import ENCODER, Step, own_batch
 
 STEPS = 3
 

@@ -28,7 +28,7 @@ from coca_lit.errors import DataError, TrainingError, check_number
 from coca_lit.files import atomic_link, remove, retry_waiting_rows
 from coca_lit.models import kernels
 from coca_lit.runs.resume import LAST, RUN_KEY
-from coca_lit.runs.run_folder import CHECKPOINTS, step_files
+from coca_lit.runs.run_folder import CHECKPOINTS, ENVIRONMENT, step_files
 from coca_lit.runs.signals import Signals
 from coca_lit.training import lightning_fixes
 
@@ -75,6 +75,7 @@ class TrainingState:
         unlinked: the last checkpoint, until it has its links.
         score: the score `best` of the weights at hand, on every rank; None where it was not computed.
         due_at: when the next checkpoint is due, by the monotonic clock.
+        is_described: whether the run folder has its `environment.json`, as far as was seen.
     """
 
     phase: Phase = "training"
@@ -82,6 +83,7 @@ class TrainingState:
     unlinked: Unlinked | None = None
     score: float | None = None
     due_at: float = math.inf
+    is_described: bool = False
 
 
 class Checkpoints(L.Callback):
@@ -140,6 +142,7 @@ class Checkpoints(L.Callback):
         step = trainer.global_step
         self.state = TrainingState()  # also where it trains once more
         self.state.saved = (step, "training")  # there is nothing to save before the first step
+        self.state.is_described = (self.folder.parent / ENVIRONMENT).exists()
         self._trained = True
         self._set_clock()
         if self.best is not None and rank() == 0:
@@ -247,6 +250,7 @@ class Checkpoints(L.Callback):
         if self._is_saved(step):
             return
         retry_waiting_rows()  # a run that resumes from here does not make the rows of earlier steps again
+        self._notice_moved()
         # Within a validation Lightning has put the averaged weights into the module: exchanged once more, the trained
         # ones are saved, with the average beside them.
         with scored_weights(trainer, pl_module) if self.state.phase == "validating" else nullcontext():
@@ -260,6 +264,16 @@ class Checkpoints(L.Callback):
         self._link()  # the one before, which is written now
         self.state.unlinked = Unlinked(step, self.state.score)
         self._link()
+
+    def _notice_moved(self) -> None:
+        """Says once that the run folder was moved or deleted. The run goes on, since its checkpoints are whole."""
+        if self.state.is_described and not (self.folder.parent / ENVIRONMENT).exists():
+            self.state.is_described = False
+            if rank() == 0:
+                log.warning(
+                    "%s was moved or deleted: the run goes on writing there, and what it wrote before is not with it",
+                    self.folder.parent,
+                )
 
     def _is_saved(self, step: int) -> bool:
         return self.state.saved == (step, self.state.phase)

@@ -1,19 +1,22 @@
-"""Progress of a run: a rich bar on a terminal, a plain line every N steps in a pipe or a log file; its speed and the
-samples it has seen.
+"""Progress of a run: a bar on a terminal, a plain line every N steps in a pipe or a log file; its speed and the samples
+it has seen.
 """
 
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from coca_lit.data.batch import Batch
 from coca_lit.data.loader import TrainLoader
@@ -22,6 +25,7 @@ from coca_lit.runs.run_folder import add_to_environment
 from coca_lit.training.lightning_fixes import callbacks_of, logged_step_ended
 
 MAX_WAIT = 0.05  # share of a training that may be spent waiting for data before there is advice
+SHOWN = 5  # numbers in the bar
 RECENT = 5  # lines from which the time left is estimated, as other programs come and go
 
 
@@ -64,17 +68,7 @@ class RunSummary(L.Callback):
 
 def progress_bar() -> ProgressBar:
     """The bar that suits standard output."""
-    return _Bar() if sys.stdout.isatty() else PlainProgress()
-
-
-class _Bar(RichProgressBar):
-    def _get_train_description(self, current_epoch: int) -> str:
-        total = f"/{self.trainer.max_epochs}" if self.trainer.max_epochs not in (None, -1) else ""
-        return f"Epoch {current_epoch + 1}{total}".ljust(len(self.validation_description))  # people count from 1
-
-    def _update_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.validating or logged_step_ended(trainer):  # there is nothing new at other steps
-            super()._update_metrics(trainer, pl_module)
+    return TerminalProgress() if sys.stdout.isatty() else PlainProgress()
 
 
 class PlainProgress(ProgressBar):
@@ -98,19 +92,80 @@ class PlainProgress(ProgressBar):
     ) -> None:
         step, total, now = trainer.global_step, int(trainer.estimated_stepping_batches), time.monotonic()
         began, first = self._seen[0]
-        if trainer.is_global_zero and (logged_step_ended(trainer) or step == total):
-            seconds_left = (now - began) / max(step - first, 1) * (total - step)
-            self._seen.append((now, step))
-            metrics = self.get_metrics(trainer, pl_module)
-            shown = [name for name in metrics if name != "v_num" and not name.startswith("val/")]
-            values = [f"{name} {metrics[name]:.4g}" for name in shown]
-            eta = timedelta(seconds=round(seconds_left))
-            parts = [f"step {step}/{total}", f"epoch {trainer.current_epoch + 1}", f"ETA {eta}", *values]
-            print(" · ".join(parts), flush=True)
+        left = timedelta(seconds=round((now - began) / max(step - first, 1) * (total - step)))
+        if trainer.is_global_zero:
+            metrics: dict[str, Any] = {}
+            if logged_step_ended(trainer) or step == total:
+                self._seen.append((now, step))
+                metrics = self.get_metrics(trainer, pl_module)
+                metrics = {k: v for k, v in metrics.items() if k != "v_num" and not k.startswith("val/")}
+                self.log_line(f"step {step}/{total}", f"epoch {trainer.current_epoch + 1}", f"ETA {left}", metrics)
+            self.show(step, total, left, metrics)
         if self._begins and step > first:  # the first step waits for workers and sets kernels up: it says nothing
             self._begins = False
             self._seen.clear()
             self._seen.append((now, step))
+
+    def log_line(self, step: str, epoch: str, eta: str, metrics: dict[str, Any]) -> None:
+        """Writes a line about a step whose metrics are logged."""
+        print(" · ".join([step, epoch, eta, *(f"{name} {value:.4g}" for name, value in metrics.items())]), flush=True)
+
+    def show(self, step: int, total: int, left: timedelta, metrics: dict[str, Any]) -> None:
+        """Called after every step; metrics are those of a logged one, else none."""
+
+
+class TerminalProgress(PlainProgress):
+    """One bar for the whole run in a line, with the time that is left of it and the newest numbers.
+
+    Args:
+        console: where it is; None for standard output.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__()
+        numbers = TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+        bar = BarColumn(None, table_column=Column(ratio=1))
+        self._bar = Progress(
+            *(TextColumn("{task.description}"), bar, TextColumn("{task.fields[left]}"), numbers),
+            console=console,
+            expand=True,
+        )
+        self._task = self._bar.add_task("", total=None, left="", numbers="")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero:
+            self._bar.start()
+
+    def log_line(self, step: str, epoch: str, eta: str, metrics: dict[str, Any]) -> None:
+        """The bar shows it."""
+
+    def show(self, step: int, total: int, left: timedelta, metrics: dict[str, Any]) -> None:
+        numbers = [
+            f"{name.removeprefix('train/').removesuffix('_loss')} {value:.3g}" for name, value in metrics.items()
+        ]
+        if numbers:
+            self._bar.update(self._task, numbers="  ".join(numbers[:SHOWN]))
+        self._bar.update(self._task, completed=step, total=total, description=f"{step}/{total}", left=f"{left} left")
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """For other bars, such as those of scores."""
+        shown = self._bar.live.is_started
+        self._bar.live.transient = True
+        self._bar.stop()
+        try:
+            yield
+        finally:
+            self._bar.live.transient = False
+            if shown:
+                self._bar.start()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._bar.stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._bar.stop()
 
 
 class Throughput(L.Callback):
@@ -193,7 +248,10 @@ def not_timed(trainer: L.Trainer) -> Iterator[None]:
     """For what happens during training and is none, such as scores."""
     began = time.monotonic()
     try:
-        yield
+        with ExitStack() as stack:
+            for bar in callbacks_of(trainer, TerminalProgress):
+                stack.enter_context(bar.hidden())
+            yield
     finally:
         for throughput in callbacks_of(trainer, Throughput):
             throughput.leave_out(time.monotonic() - began)

@@ -6,6 +6,7 @@ that chooses no config group, so that Hydra takes any key, and `coca_lit.cli.sch
 """
 
 import argparse
+import difflib
 import functools
 import gc
 import re
@@ -39,10 +40,11 @@ from omegaconf.errors import OmegaConfBaseException
 from coca_lit import __version__, extensions
 from coca_lit.cli.allowed import check_targets, hydra_builds, trust_modules
 from coca_lit.cli.early import check_data_folder, check_length, check_values, check_weights, resumes
+from coca_lit.cli.runtime import keep_imports
 from coca_lit.cli.schema import MissingValueError, check, targets, unresolved
 from coca_lit.cli.sweep import end_sweep, job_record, sweep_score
 from coca_lit.cli.words import Positional, parse, quote
-from coca_lit.errors import ConfigError, UserError, suggest
+from coca_lit.errors import NO_SUGGESTION, ConfigError, UserError, suggest
 from coca_lit.machine import is_first_process, set_up_environment
 from coca_lit.reading import printable_lines
 from coca_lit.runs.launch import (
@@ -62,6 +64,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # In a checkout the configs lie beside the package, in a wheel inside it.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 SEARCH_PATH = "hydra.searchpath="
+FEW_OPTIONS = 12  # that a sentence lists
 KINDS = ("captions", "retrieval", "labels", "answers")  # of evaluations, by what a data set says of its images
 _KEY = re.compile(r"(?!hydra\.)[A-Za-z_][\w-]*(\.[\w-]+)*", re.ASCII)
 
@@ -369,8 +372,7 @@ def _imports() -> Iterator[None]:
         yield
     finally:
         if first:
-            gc.freeze()  # what has been imported stays
-            gc.enable()
+            keep_imports()
 
 
 def _remove_empty(folder: Path) -> None:
@@ -414,7 +416,12 @@ def _no_such_option(config: str, group: str, option: str, words: Sequence[str]) 
     if unnamed:
         return f"{missing}: the folder {unnamed[0]} has it, but pyproject.toml has no entry point of that folder"
     options = options_of(config, group, words)
-    return f"{missing}{suggest(option, options)} The options: {', '.join(options)}"
+    meant = suggest(option, options)
+    if meant != NO_SUGGESTION:
+        return f"{missing}{meant}"
+    if len(options) <= FEW_OPTIONS:
+        return f"{missing}. The options: {', '.join(options)}"
+    return f"{missing}. The nearest: {', '.join(difflib.get_close_matches(option, options, n=5, cutoff=0))}"
 
 
 def is_shipped(group: str, option: str) -> bool:

@@ -23,8 +23,8 @@ SMOKE_STEPS = 2  # of trainer=smoke
 
 
 def load_source(cfg: DictConfig) -> "DualEncoder | None":
-    """The model in `init_from`, if any."""
-    if cfg.init_from is None:
+    """The model in `init_from`, if that names one yet."""
+    if cfg.init_from in (None, AUTO):
         return None
 
     from coca_lit.weights.load import load_dual_encoder
@@ -232,8 +232,11 @@ def with_start(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def with_recipe(cfg: DictConfig, source: "DualEncoder | None" = None, resumed: bool = False) -> DictConfig:
-    """The config with plain values for the keys that are "auto", if it names a recipe; prints them and why.
+def with_recipe(
+    cfg: DictConfig, source: "DualEncoder | None" = None, resumed: bool = False
+) -> tuple[DictConfig, list[str]]:
+    """The config with plain values for the keys that are "auto", if it names a recipe; and these keys with why, which
+    it prints.
 
     Args:
         source: the model in `init_from`, if any.
@@ -245,30 +248,29 @@ def with_recipe(cfg: DictConfig, source: "DualEncoder | None" = None, resumed: b
     from coca_lit.runs.run_folder import CONFIG
 
     if cfg.recipe is None:
-        return cfg
+        return cfg, []
     cfg = cfg.copy()
     if resumed:
         for key, value in leaves(read_run_yaml(Path(cfg.output_dir), CONFIG)):
             _fill(cfg, key, value)
-        return cfg
-    arguments = None
-    if source is not None:
-        if not isinstance(source, CoCa):
-            raise ConfigError(f"init_from: this recipe takes a CoCa, and {cfg.init_from} is a CLIP")
-        arguments = source.config.stored()
+        return cfg, []
+    if source is not None and not isinstance(source, CoCa):
+        raise ConfigError(f"init_from: this recipe takes a CoCa, and {cfg.init_from} is a CLIP")
     node = cast(dict[str, Any], OmegaConf.to_container(cfg.data, resolve=True))
     known = {key: value for key, value in node.items() if value != AUTO}
     with data_place(cfg):
         # Of which only the texts are read: batch and size do not matter.
         data = build(OmegaConf.create({"batch_size": 1, **known}), "data", offered={"tokenizer": None})
         given = {key: value for key, value in leaves(unresolved(cfg)) if value != AUTO and "${" not in str(value)}
-        what, choices = build(cfg.recipe, "recipe")(data, given, arguments)
+        what, choices = build(cfg.recipe, "recipe")(data, given, source)
     print_rank_zero(f"chosen for {what}; every line is a key:")
+    lines: list[str] = []
     for key, value, why in choices:
         if any([_fill(cfg, *leaf) for leaf in leaves(value, key)]):
             shown = "…" if isinstance(value, dict) else written(value)
-            print_rank_zero(f"  {key}={shown}  # {why}")
-    return cfg
+            lines.append(f"{key}={shown}  # {why}")
+            print_rank_zero(f"  {lines[-1]}")
+    return cfg, lines
 
 
 def _fill(cfg: DictConfig, key: str, value: Any) -> bool:

@@ -1,5 +1,6 @@
 """Settings of PyTorch and Lightning that commands share: threads, memory, precision, which notices are shown."""
 
+import atexit
 import gc
 import logging
 import os
@@ -12,6 +13,14 @@ from coca_lit.machine import best_device, processors
 
 if TYPE_CHECKING:
     import torch
+
+
+def keep_imports() -> None:
+    """Collects garbage again, but not in what has been imported so far: it stays."""
+    gc.freeze()
+    gc.enable()
+    if "triton" in sys.modules:  # which reports whatever Python has not collected at its end as leaked; takes a second
+        atexit.register(gc.unfreeze)
 
 
 def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bool = False) -> None:
@@ -27,8 +36,7 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bo
     from coca_lit.models import kernels
 
     if not gc.isenabled():
-        gc.freeze()  # what has been imported stays
-        gc.enable()
+        keep_imports()
     if threads is not None:
         if not isinstance(threads, int) or threads < 1:
             raise ConfigError(f"threads must be a whole number of at least 1, got {threads!r}")

@@ -72,7 +72,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     with in_use(folder):
         set_up_process(cfg)
         beginning = find_beginning(cfg)
-        cfg = fill_config(cfg, beginning)
+        cfg, chosen = fill_config(cfg, beginning)
         check_unchanged(cfg, beginning)
         results = finished_scores(cfg, beginning.checkpoint)
         if results is not None:
@@ -81,7 +81,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         # Not before: a run that cannot start leaves nothing behind.
         resumed = continues_own_folder(cfg, beginning.checkpoint)
         before = beginning.checkpoint.run if beginning.checkpoint is not None and resumed else None
-        start_run_folder(cfg, before, chosen_experiment())
+        start_run_folder(cfg, before, chosen_experiment(), chosen)
         fit(cfg, parts, beginning.checkpoint)
         return finish(cfg, parts)
 
@@ -115,8 +115,8 @@ def continues_own_folder(cfg: DictConfig, checkpoint: "ResumePoint | None") -> b
     return checkpoint is not None and checkpoint.lies_in(Path(cfg.output_dir))
 
 
-def fill_config(cfg: DictConfig, beginning: Beginning) -> DictConfig:
-    """The config with the checkpoint that the run resumes from, and the values that its recipe chooses."""
+def fill_config(cfg: DictConfig, beginning: Beginning) -> tuple[DictConfig, list[str]]:
+    """The config with the checkpoint that the run resumes from, and the values that its recipe chooses; and why."""
     cfg = cfg.copy()
     cfg.ckpt_path = beginning.ckpt_path
     return with_recipe(cfg, beginning.source, continues_own_folder(cfg, beginning.checkpoint))
@@ -194,10 +194,11 @@ def fit(cfg: DictConfig, parts: RunParts, checkpoint: "ResumePoint | None") -> N
     """Trains. A signal ends the process here, with everything saved."""
     from coca_lit.data.prefetch import worker_errors
     from coca_lit.runs.resume import resume_command
+    from coca_lit.training.lightning_fixes import error_of_an_ended_rank
 
     path = checkpoint.path if checkpoint is not None else None
     try:
-        with worker_errors():
+        with worker_errors(), error_of_an_ended_rank(parts.trainer):
             parts.trainer.fit(parts.module, datamodule=parts.data, ckpt_path=path, weights_only=True)
     except SystemExit as stopped:
         if parts.trainer.is_global_zero and not os.environ.get(SWEEP_VARIABLE):  # else it is the command of the sweep

@@ -33,6 +33,7 @@ from coca_lit.data.prefetch import worker_options
 from coca_lit.data.records import Record
 from coca_lit.data.sources import BLANK, ImageSource, TrainTransform, Transform
 from coca_lit.data.transforms import augmented, build_transform, loaded, whole
+from coca_lit.data.view_folder import use
 from coca_lit.distributed import broadcast_object, gather_objects, print_rank_zero, rank, stable_seed, world_size
 from coca_lit.errors import DataError
 from coca_lit.files import replacing
@@ -146,30 +147,44 @@ class FeatureCache:
                 f"encoding {len(missing)} views of {len(records)} images into {self.folder}, once for all runs"
             )
             try:
-                for view, path in zip(views[rank() :: world_size()], paths[rank() :: world_size()], strict=True):
-                    if path in missing:
-                        self._write(path, view, records, num_workers, device, trained)
+                own = zip(views[rank() :: world_size()], paths[rank() :: world_size()], strict=True)
+                wanted = [(view, path) for view, path in own if path in missing]
+                with ProgressBar("encoding") as progress:
+                    for done, (view, path) in enumerate(wanted):
+                        read = (done * len(records), len(wanted) * len(records))
+                        self._write(path, view, records, num_workers, device, trained, progress, read)
             except DataError as error:
                 reason = str(error)
         reasons = [found for found in gather_objects(reason) if found]
         if reasons:
             raise DataError(reasons[0])
         absent = [path for path in paths if not path.exists()]
+        if not absent and rank() == 0:
+            use(self.folder)
         if absent:
             raise DataError(f"{absent[0]} is not there: data.cache_dir must be a folder that all processes see")
         return paths
 
     def _write(
-        self, path: Path, view: int, records: Sequence[Record], num_workers: int, device: torch.device, trained: bool
+        self,
+        path: Path,
+        view: int,
+        records: Sequence[Record],
+        num_workers: int,
+        device: torch.device,
+        trained: bool,
+        progress: ProgressBar,
+        read: tuple[int, int],
     ) -> None:
+        """`read` is how many images of how many the progress has."""
         before = next(self.encoder.parameters()).device
         try:
-            with replacing(path) as temporary, temporary.open("wb") as file, ProgressBar(f"view {view}") as progress:
+            with replacing(path) as temporary, temporary.open("wb") as file:
                 for done, features in self._features(view, records, num_workers, device, trained):
                     if file.tell() == 0:
                         _write_header(file, path.parent, (len(records), *features.shape[1:]))
                     file.write(features.numpy().tobytes())
-                    progress.reach(done, len(records))
+                    progress.reach(read[0] + done, read[1])
         finally:
             self.encoder.to(before)
 

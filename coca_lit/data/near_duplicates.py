@@ -7,7 +7,6 @@ neighbours in a burst. What is not: mirrored, rotated or clearly cropped copies,
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from coca_lit.files import state_of
 from coca_lit.machine import processors
 from coca_lit.progress import ProgressBar
 
+_known: dict[tuple[Path, tuple[int, ...]], int | None] = {}  # hashes of files in a state
 MAX_DISTANCE = 4  # bits of 64 in which near-duplicates differ; unrelated photos differ in about 32
 _SIDE = 32  # pixels
 # The first 8 rows of the discrete cosine transform of type II, (8, 32).
@@ -41,16 +41,18 @@ def perceptual_hash(image: Image.Image) -> int:
 
 def hash_files(paths: Sequence[Path]) -> list[int | None]:
     """The hash of each file, of its picture; None for one that cannot be decoded.
-    Files are decoded once per process.
+    Files are decoded once per process, as long as they do not change.
 
     Raises:
         DataError: none of them can be decoded.
     """
+    files = [(path, state_of(path)) for path in paths]
+    new = [file for file in dict.fromkeys(files) if file not in _known]
     with ProgressBar("reading photos") as progress, ThreadPoolExecutor(min(8, processors())) as pool:
-        hashes = []
-        for found in pool.map(lambda path: _hash_of(path, state_of(path)), paths):
-            hashes.append(found)
-            progress.reach(len(hashes), len(paths))
+        for done, (file, found) in enumerate(zip(new, pool.map(_hash_of, new), strict=True), start=1):
+            _known[file] = found
+            progress.reach(done, len(new))
+    hashes = [_known[file] for file in files]
     if {*hashes} == {None}:
         try:
             source_of(paths[0])()
@@ -59,10 +61,9 @@ def hash_files(paths: Sequence[Path]) -> list[int | None]:
     return hashes
 
 
-@lru_cache(maxsize=2**18)
-def _hash_of(path: Path, state: tuple[int, ...]) -> int | None:
+def _hash_of(file: tuple[Path, tuple[int, ...]]) -> int | None:
     try:
-        return perceptual_hash(source_of(path)())
+        return perceptual_hash(source_of(file[0])())
     except DataError:
         return None
 

@@ -20,6 +20,7 @@ MAX_PIXELS = 40_000_000  # as from a good camera: a file of 20 kB can claim any 
 MAX_RATIO = 100  # of the longer side to the shorter one: resizing the shorter one would enlarge the other beyond bounds
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # pixels only: Pillow would run Ghostscript on an EPS named .jpg
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")  # of files in these formats
+UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff", ".jxl", ".jp2", ".dng")  # photos in other formats
 _JPEG = b"\xff\xd8\xff"  # its first bytes
 _SCAN, _EXIF = 0xDA, 0xE1  # markers of a JPEG
 _ORIENTATION = 0x0112  # tag of EXIF

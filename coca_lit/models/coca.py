@@ -49,9 +49,9 @@ class CoCaOutput(NamedTuple):
     number of predicted tokens in the batch: each caption's tokens after the start token, without padding.
     """
 
-    image_features: Tensor | None  # (B, E), unit length
-    text_features: Tensor | None  # (B, E), unit length
-    logit_scale: Tensor  # (1,), the inverse temperature: exp of the parameter `logit_scale`
+    image_features: Tensor | None = None  # (B, E), unit length
+    text_features: Tensor | None = None  # (B, E), unit length
+    logit_scale: Tensor = torch.ones(1)  # (1,), the inverse temperature: exp of the parameter `logit_scale`
     hidden: Tensor | None = None  # (N, D), decoder states before the vocabulary projection, caption after caption
     labels: Tensor | None = None  # (N,), the token that follows each of them
     vocabulary: Tensor | None = None  # (V, D), weight of the vocabulary projection

@@ -168,7 +168,7 @@ def check_same_run(
     if not changes:
         return
     (key, old, new), others = changes[0], len(changes) - 1
-    more = f" (and {others} more keys)" if others else ""
+    more = f" (and {others} more {'key' if others == 1 else 'keys'})" if others else ""
     changed = f"{key} was {old!r} when {start.path} was written and is now {new!r}{more}"
     if strict:
         raise CheckpointError(

@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.files import atomic_write, csv_line, remove_leftovers, whole_lines, write_json
 from coca_lit.machine import in_shell, is_first_process
-from coca_lit.reading import parse_json, read_json
+from coca_lit.reading import parse_json, printable, read_json
 from coca_lit.runs.redaction import masked_yaml, redact
 
 CONFIG = "config.yaml"
@@ -150,11 +150,14 @@ def in_use(folder: Path, output: str | None = None) -> Iterator[None]:
     a file system has no flock.
 
     Raises:
-        ConfigError: another process holds the folder, or it cannot be written.
+        ConfigError: another process holds the folder, it cannot be written, or its name controls a terminal.
     """
     if not is_first_process():
         yield
         return
+    name = os.path.relpath(folder)
+    if printable(name) != name:  # it is printed
+        raise ConfigError(f"the folder '{printable(name)}' has characters that control a terminal: choose another")
     lock = FileLock(folder / LOCK)
     output = output or f"the run folder {folder}"
     try:
@@ -225,12 +228,18 @@ def _ended(holder: dict[str, Any]) -> bool:
 # Its beginning: what an earlier run left is archived, or its logs end where the run resumes
 
 
-def start_run_folder(cfg: DictConfig, resumed: Mapping[str, Any] | None = None, experiment: str | None = None) -> None:
+def start_run_folder(
+    cfg: DictConfig,
+    resumed: Mapping[str, Any] | None = None,
+    experiment: str | None = None,
+    chosen: Sequence[str] = (),
+) -> None:
     """Writes `config.yaml` and `environment.json`. Of an earlier run all files are archived, or its logs are rewound.
 
     Args:
         resumed: what the checkpoint in this folder from which the run resumes says about it, see `ResumePoint.run`.
         experiment: its name, for `environment.json`.
+        chosen: what its recipe chose and why, for the same file; a run that resumes keeps what it says.
 
     Raises:
         ConfigError: the folder holds files of these names that no run wrote, or a link of its checkpoints is a folder.
@@ -253,6 +262,10 @@ def start_run_folder(cfg: DictConfig, resumed: Mapping[str, Any] | None = None, 
     known = environment()
     if experiment:
         known["experiment"] = experiment
+    if resumed is not None and not chosen and (folder / ENVIRONMENT).exists():
+        chosen = read_json(folder / ENVIRONMENT, dict).get("chosen", ())
+    if chosen:
+        known["chosen"] = list(chosen)
     write_json(folder / ENVIRONMENT, known)  # the first one, see `check_is_run`
     atomic_write(folder / CONFIG, masked_yaml(cfg).encode())
 

@@ -158,7 +158,9 @@ def cell(score: str, value: float | None, images: int | None = None) -> str:
         decimals = 1
     elif score.endswith("/p"):  # of a test
         decimals = 3
-    elif images is None or not _times_100(score):
+    elif not _times_100(score):  # a score of one's own, whose size nobody knows
+        decimals = 4 if abs(value) < 100 else 2
+    elif images is None:
         decimals = 2
     else:
         decimals = 0 if images < 100 else 1 if images < 5000 else 2

@@ -8,8 +8,10 @@ undisturbed ones bit by bit.
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import wraps
+from subprocess import Popen, TimeoutExpired
 from typing import Any, TypeVar
 
 import lightning.pytorch as L
@@ -20,6 +22,8 @@ from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from coca_lit.errors import TrainingError
 
 Kind = TypeVar("Kind", bound=L.Callback)
 
@@ -54,19 +58,43 @@ def say_which_rank_ended() -> None:
 
     @wraps(end_all)
     def end_all_and_say_why(observer: _ChildProcessObserver) -> None:
-        for rank, process in enumerate(observer._child_processes, start=1):
-            code = process.returncode
-            if code:
-                cause = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-                print(
-                    f"error: rank {rank} {cause}, so all ranks are ended; the same command resumes from the newest "
-                    "checkpoint",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        for ended in ended_ranks(observer._child_processes):
+            print(f"error: {ended}", file=sys.stderr, flush=True)
         end_all(observer)
 
     _ChildProcessObserver._terminate_all = end_all_and_say_why  # type: ignore[assignment,method-assign]
+
+
+def ended_ranks(processes: Sequence[Popen[bytes]]) -> list[str]:
+    """A sentence for each rank that failed or was killed, of those that the first process has started."""
+    codes = {rank: process.poll() for rank, process in enumerate(processes, start=1)}
+    causes = {
+        rank: f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+        for rank, code in codes.items()
+        if code
+    }
+    end = "so all ranks are ended; the same command resumes from the newest checkpoint"
+    return [f"rank {rank} {cause}, {end}" for rank, cause in causes.items()]
+
+
+@contextmanager
+def error_of_an_ended_rank(trainer: L.Trainer) -> Iterator[None]:
+    """Names the rank that ended, where the first process notices it by an error of its connection and not by looking.
+
+    Raises:
+        TrainingError: a rank that Lightning has started failed or was killed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        processes = getattr(trainer.strategy.launcher, "procs", [])
+        with suppress(TimeoutExpired):  # the connection ends before the process does
+            for process in processes:
+                process.wait(0.5)
+        ended = ended_ranks(processes)
+        if ended:
+            raise TrainingError("; ".join(ended)) from error
+        raise
 
 
 # Which step this is

@@ -285,7 +285,7 @@ def named_objectives(objectives: Mapping[str, Callable[..., Any] | None]) -> dic
     """The objectives that are added to CoCa's own, without the names that are None.
 
     Raises:
-        ValueError: one cannot be called, or has a weight of 0.
+        ValueError: one cannot be called, or has no weight above 0.
     """
     configured: dict[str, Objective] = {}
     for name, function in objectives.items():
@@ -296,9 +296,9 @@ def named_objectives(objectives: Mapping[str, Callable[..., Any] | None]) -> dic
         objective = function if isinstance(function, Objective) else Function(function)
         objective.config_key = f"model.objectives.{name}"
         configured[name] = objective
-        for term, weight in objective.weights.items():
-            if weight == 0:
-                raise ValueError(f"objectives.{name}: a {term}_weight of 0 trains nothing; set objectives.{name}=null")
+        if objective.weights and not any(objective.weights.values()):
+            zero = " and ".join(f"{term}_weight" for term in objective.weights)
+            raise ValueError(f"objectives.{name}: a {zero} of 0 trains nothing; set objectives.{name}=null")
     return configured
 
 

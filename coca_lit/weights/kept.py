@@ -3,6 +3,7 @@ as a classifier. A file holds their tensors as `objectives.NAME.…`, and for ea
 its `config`.
 """
 
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,12 +15,16 @@ from torch.distributed.fsdp import FSDPModule
 from coca_lit.models import CoCa
 from coca_lit.models.init import Uninitialised
 from coca_lit.models.registry import OBJECTIVES
+from coca_lit.reading import printable
 from coca_lit.weights.computation import misfit
 from coca_lit.weights.intact import without_memory
 
+log = logging.getLogger(__name__)
+
 
 def kept_objectives(described: Any, tensors: Mapping[str, Tensor], net: CoCa, path: Path) -> dict[str, Any]:
-    """The objectives of a file, by name and in evaluation mode; without those whose class is not registered.
+    """The objectives of a file, by name and in evaluation mode; without those whose class is not registered, which are
+    named in a warning.
 
     Args:
         described: what the file says of each.
@@ -38,6 +43,12 @@ def kept_objectives(described: Any, tensors: Mapping[str, Tensor], net: CoCa, pa
             if kind in OBJECTIVES:
                 own = {key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")}
                 found[name] = _rebuilt(kind, config, own, net)
+            elif kind:
+                log.warning(
+                    "the objective '%s' in '%s' is left out: nothing here is registered as '%s'; install its package, "
+                    "or name the module that registers it in imports",
+                    *map(printable, (str(name), str(path), str(kind))),
+                )
     except Exception as error:  # of any kind: a stranger's values reach constructors
         reason = str(error).partition("\n")[0]
         raise ValueError(f"an objective in '{path}' is damaged: {reason}; save the checkpoint again") from error

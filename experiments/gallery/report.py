@@ -6,11 +6,24 @@ semantic scores agree with people is in semantic.csv, see `experiments.gallery.s
 
 import io
 import tokenize
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from coca_lit.runs.scores import score_name
 from coca_lit.tools.report.tables import Table, markdown
-from experiments.study import Row, by_variant, draw_variants, read_rows, renamed, with_about
+from experiments.study import (
+    Row,
+    by_variant,
+    draw_variants,
+    mean_std,
+    numbers,
+    read_rows,
+    renamed,
+    unit,
+    variants,
+    with_about,
+)
 
 FOLDER = Path(__file__).resolve().parent
 PACKAGE = FOLDER.parents[1] / "coca_lit" / "projects"
@@ -27,6 +40,22 @@ METHODS = {
         "captions_64": "captions alone, all tokens",
         **{f"captions_dropping_{share}": f"captions alone, {share} of the tokens" for share in ("0.5", "0.35", "0.2")},
     },
+    "flair": {
+        "siglip_64": "sigmoid loss, one caption",
+        "siglip_all_captions": "sigmoid loss, several captions",
+        "flair": "FLAIR, several captions",
+    },
+    "caption_sampling": {
+        "coca_64": "one of five captions",
+        "all_captions": "all five captions",
+        "merged_captions": "two captions in one text",
+    },
+    "middle_layers": {f"layer_{layer}": f"until layer {layer}" for layer in (4, 3, 2)},
+    "fact_reward": {
+        "after_captions": "100 steps more of captions",
+        "after_cider": "100 steps of CIDEr-D",
+        "after_facts": "100 steps of facts",
+    },
 }
 PROJECTS = {  # each with its question
     "superclip": "Does naming the caption's words soften small batches?",
@@ -38,7 +67,8 @@ PROJECTS = {  # each with its question
     "semantic_score": "Does a sentence encoder agree with people better than CIDEr?",
 }
 JUDGES = {"experts": ("experts, tau-c", "tau_c"), "crowd": ("crowd, tau-b", "tau_b")}  # as in papers
-WITHOUT_COSINES = "captions"  # nothing has trained the cosines of these variants
+WITHOUT_COSINES = "captions_"  # nothing has trained the cosines of these variants
+ARROWS = {"t2i": "t→i", "i2t": "i→t"}
 SCORES = {
     "scenes": {
         "scenes/CIDEr": "CIDEr",
@@ -55,6 +85,30 @@ SCORES = {
         "flickr8k/i2t_recall@1": "i→t R@1",
     },
 }
+FACTS = {
+    "scenes/CIDEr": "CIDEr",
+    "scenes/exact_match": "exact captions",
+    **{f"scenes_facts/{fact}_precision": f"{fact}s right" for fact in ("object", "attribute", "relation")},
+}
+POOLED = {
+    **{f"{{data}}_flair/reranked_{way}_recall@1": f"{arrow} R@1, pooled" for way, arrow in ARROWS.items()},
+    **{f"{{data}}_decoder/reranked_{way}_recall@1": f"{arrow} R@1, decoder" for way, arrow in ARROWS.items()},
+}
+NUMBERS = {  # score, variant and the variant that it is compared with
+    "superclip": ("flickr8k/CIDEr", "superclip_64", "coca_64"),
+    "flair": ("scenes/t2i_recall@1", "flair", "siglip_64"),
+    "token_dropping": ("flickr8k/CIDEr", "captions_dropping_0.35", "captions_64"),
+    "caption_sampling": ("flickr8k/CIDEr", "all_captions", "coca_64"),
+    "middle_layers": ("flickr8k/CIDEr", "layer_3", "layer_4"),
+    "fact_reward": ("scenes/exact_match", "after_facts", "after_captions"),
+}
+RECIPES = {  # of Flickr8k: the study with its runs, the variants of which each goes on where the one before ends
+    "10 epochs": ("flickr8k_two_hours", ["short"]),
+    "20 epochs": ("flickr8k_two_hours", ["captions"]),
+    "40 epochs": ("flickr8k_two_hours", ["long"]),
+    "40 epochs, mixed reward": ("flickr8k_two_hours", ["long", "long_mixed_rewards"]),
+    "experiment=flickr8k": ("flickr8k", ["flickr8k"]),
+}
 DRAWN = {
     "scenes/CIDEr": "CIDEr, scenes",
     "scenes/t2i_recall@1": "t→i R@1, scenes",
@@ -64,25 +118,62 @@ DRAWN = {
 
 
 def tables() -> dict[str, str]:
-    found = {"gallery": overview()}
+    found = {"gallery": overview(), "gallery/minutes": minutes_table()}
     judged = read_rows(FOLDER / "semantic.csv")
     if judged:
         found["semantic_score/judgments"] = agreement_with_people(judged)
     for method, names in METHODS.items():
-        for data, scores in SCORES.items():
+        for data in SCORES:
             rows = renamed(rows_of(data), names)
-            if rows:
-                found[f"{method}/{data}"] = by_variant(rows, scores)
+            if len(variants(rows)) > 1:  # methods share the plain CoCa
+                found[f"{method}/{data}"] = by_variant(rows, scores_of(method, data))
     return found
 
 
+def scores_of(method: str, data: str) -> dict[str, str]:
+    """The columns of a method's table, {score: title}."""
+    if method == "fact_reward":
+        return FACTS
+    of_pooling = {score.format(data=data): title for score, title in POOLED.items()} if method == "flair" else {}
+    return SCORES[data] | of_pooling
+
+
 def overview() -> str:
-    """A line for each project: its question, the lines of its code, and its page."""
+    """A line for each method: its question, its number, its picture and the lines of its code."""
     lines = [
-        [f"[`{name}`](../../coca_lit/projects/{name}/README.md)", question, str(code_lines(PACKAGE / name))]
+        [linked(name), question, number(name), picture(name), str(code_lines(PACKAGE / name))]
         for name, question in PROJECTS.items()
     ]
-    return markdown(Table("", ["project", "question", "lines of code"], lines))
+    return markdown(Table("", ["project", "question", "number", "picture", "lines of code"], lines))
+
+
+def linked(name: str) -> str:
+    return f"[`{name}`](../../coca_lit/projects/{name}/README.md)"
+
+
+def picture(name: str) -> str:
+    return f'<img src="{name}.png" width="240" alt="">' if (FOLDER / f"{name}.png").exists() else ""
+
+
+def number(name: str) -> str:
+    """The score that answers a method's question, and that of what it is compared with."""
+    if name == "semantic_score":
+        taus = {row["score"]: row["value"] for row in expert_taus()}
+        return f"tau-c {float(taus['semantic_best']):.1f} (CIDEr {float(taus['CIDEr']):.1f})" if taus else "not run"
+    score, variant, other = NUMBERS[name]
+    groups = variants(rows_of(score.partition("/")[0]))
+    values = [numbers(groups.get(run, []), score) for run in (variant, other)]
+    if not all(values):
+        return "not run"
+    seeds = min(map(len, values))
+    own, compared = (mean_std(of_variant) for of_variant in values)
+    title = (DRAWN | FACTS)[score].partition(",")[0]
+    return f"{unit(score, title)} {own} ({METHODS[name][other]}: {compared}), {seeds} seed{'s' * (seeds > 1)}"
+
+
+def expert_taus() -> list[Row]:
+    rows = read_rows(FOLDER / "semantic.csv")
+    return [row for row in rows if (row["judgments"], row["measure"]) == ("experts", JUDGES["experts"][1])]
 
 
 def code_lines(folder: Path) -> int:
@@ -126,9 +217,68 @@ def interval(row: Row, middle: str, low: str, high: str) -> str:
 def draw() -> None:
     for method, names in METHODS.items():
         rows = [row for data in SCORES for row in renamed(rows_of(data), names)]
-        drawn = {score: title for score, title in DRAWN.items() if any(row.get(score) for row in rows)}
-        if drawn:
+        wanted = FACTS if method == "fact_reward" else DRAWN
+        drawn = {score: title for score, title in wanted.items() if any(row.get(score) for row in rows)}
+        if len(variants(rows)) > 1:
             draw_variants(rows, drawn, FOLDER / f"{method}.png")
+    draw_taus(expert_taus())
+    draw_minutes()
+
+
+def draw_taus(rows: Sequence[Row]) -> None:
+    """Agreement with the experts, a dot with its interval for each score."""
+    figure, axis = new_figure(3)
+    for place, row in enumerate(rows):
+        value, low, high = (float(row[column]) for column in ("value", "low", "high"))
+        axis.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color="tab:blue")
+    axis.set_yticks(range(len(rows)), [score_name(row["score"]) for row in rows], fontsize=8)
+    axis.set_xlabel("tau-c with experts")
+    axis.invert_yaxis()
+    axis.grid(alpha=0.3)
+    figure.savefig(FOLDER / "semantic_score.png", dpi=110)
+
+
+def draw_minutes() -> None:
+    """CIDEr against minutes, a dot for each finished run of a recipe."""
+    figure, axis = new_figure(3.2)
+    for recipe in RECIPES:
+        axis.plot(*zip(*minutes_and_scores(recipe), strict=True), "o", label=recipe)
+    axis.plot(30, 50, "k*", label="aim: 50 within 30 minutes")
+    axis.set(xlabel="minutes, scoring included", ylabel="CIDEr", xlim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(FOLDER / "minutes.png", dpi=110)
+
+
+def new_figure(height: float) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(figsize=(6, height), layout="constrained")
+
+
+def minutes_table() -> str:
+    lines = []
+    for recipe in RECIPES:
+        points = minutes_and_scores(recipe)
+        minutes, scores = (mean_std(values) for values in zip(*points, strict=True))
+        lines.append([recipe, str(len(points)), minutes, scores])
+    return markdown(Table("", ["recipe", "n", "minutes", "CIDEr"], lines))
+
+
+def minutes_and_scores(recipe: str) -> list[tuple[float, float]]:
+    """Of each seed of a recipe whose time is known, from the first run to the last."""
+    study, names = RECIPES[recipe]
+    groups = variants(read_rows(FOLDER.parent / study / "results.csv"))
+    points: list[tuple[float, float]] = []
+    for last in groups[names[-1]]:
+        runs = [row for name in names for row in groups[name] if row["seed"] == last["seed"]]
+        if all(row["seconds"] for row in runs):
+            (score,) = numbers([last], "flickr8k/CIDEr")
+            points.append((sum(float(row["seconds"]) for row in runs) / 60, score))
+    return points
 
 
 def rows_of(data: str) -> list[Row]:

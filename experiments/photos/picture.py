@@ -1,9 +1,9 @@
-"""Draws `photos.png`, every photo of the package with the caption that the package's own model gives it, and
-`search.png`, the photo that it finds for a text about each.
+"""Draws `photos.png`: every photo of the package, none chosen, with the caption that the package's own model gives it,
+and a text about it by hand, marked where the model finds another photo for the text.
 
     python experiments/photos/picture.py
 
-Wrong words are marked by hand below, by colour and a line. A caption that changes needs another look.
+Wrong words of captions are marked by hand below, by colour and a line. A caption that changes needs another look.
 """
 
 from collections.abc import Sequence
@@ -36,12 +36,15 @@ TEXTS = {  # photo -> a text about it
     "rocket": "a rocket at night",
     "stairs": "people walk up the stairs",
 }
-SEARCH_KEY = (
-    "The photo that the model in the package (20 MB) finds for each text. Underlined: not the one that was meant."
+KEY = (
+    "All photos in the package. Black: captions by the model that comes with it (20 MB, trained on 6,000 photos). "
+    "Grey: texts to search with. Underlined: wrong words, and a text that finds another photo."
 )
-KEY = "Captions by the model that comes with coca_lit (20 MB, trained on 6,000 photos). Underlined: wrong."
 SIDE, COLUMNS, GAP, SIZE = 210, 4, 10, 15  # of a cell, the sheet, its text
-BLACK, RED = (30, 30, 30), (200, 0, 0)
+BLACK, GREY, RED = (30, 30, 30), (110, 110, 110), (200, 0, 0)
+LINES = 5  # of text below a photo
+
+Text = tuple[str, list[str], tuple[int, int, int]]  # words, those to mark, and the colour of the others
 
 
 def main() -> None:
@@ -52,19 +55,16 @@ def main() -> None:
     captions = [model.tokenizer.decode(caption) for caption in model.generate(images, strategy="beam")]
     for name, caption in zip(photos, captions, strict=True):
         print(f"{name}: {caption}")
-    marked = [WRONG[name].split() for name in photos]
-    draw_sheet(
-        "photos.png", [*zip(photos.values(), captions, marked, strict=True), (None, KEY, ["Underlined:"])], lines=4
-    )
-
     with torch.inference_mode():
         best = (model.encode_text(model.tokenizer([*TEXTS.values()])) @ model.encode_image(images).T).argmax(dim=1)
-    found = [[*photos][i] for i in best.tolist()]
-    cells = [
-        (photos[hit], text, text.split() if hit != name else [])
-        for hit, (name, text) in zip(found, TEXTS.items(), strict=True)
-    ]
-    draw_sheet("search.png", [*cells, (None, SEARCH_KEY, ["Underlined:"])], lines=2)
+    found = [[*photos][i] for i in best.tolist()]  # by the text about each photo
+    cells: list[tuple[Image.Image | None, list[Text]]] = []
+    for name, caption, hit in zip(photos, captions, found, strict=True):
+        text = TEXTS[name]
+        cells.append(
+            (photos[name], [(caption, WRONG[name].split(), BLACK), (text, text.split() if hit != name else [], GREY)])
+        )
+    draw_sheet("photos.png", [*cells, (None, [(KEY, ["Underlined:"], BLACK)])])
 
 
 def as_pixels(images: Images) -> Tensor:
@@ -72,30 +72,34 @@ def as_pixels(images: Images) -> Tensor:
     return images
 
 
-def draw_sheet(name: str, cells: Sequence[tuple[Image.Image | None, str, list[str]]], lines: int) -> None:
-    """Cells of a photo, what stands below it on at most so many lines, and the words to mark."""
+def draw_sheet(name: str, cells: Sequence[tuple[Image.Image | None, list[Text]]]) -> None:
+    """Cells of a photo and the texts below it."""
     rows = -(-len(cells) // COLUMNS)
-    high = SIDE + lines * (SIZE + 4) + 2 * GAP
-    sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, rows * high + GAP), "white")
-    for number, (photo, text, wrong) in enumerate(cells):
+    high = SIDE + LINES * (SIZE + 4) + 2 * GAP
+    sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, rows * high), "white")
+    for number, (photo, texts) in enumerate(cells):
         x, y = GAP + number % COLUMNS * (SIDE + GAP), GAP + number // COLUMNS * high
         if photo is not None:
             sheet.paste(ImageOps.fit(photo, (SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
-        write(ImageDraw.Draw(sheet), x, y + (SIDE if photo is not None else SIDE // 2) + 6, text, wrong)
+        y += (SIDE if photo is not None else SIDE // 3) + 6
+        for text in texts:
+            y = write(ImageDraw.Draw(sheet), x, y, text)
     sheet.quantize(256).save(Path(__file__).with_name(name), optimize=True)
 
 
-def write(draw: ImageDraw.ImageDraw, left: int, y: int, text: str, wrong: list[str]) -> None:
-    """Words from the left, on as many lines as they need."""
+def write(draw: ImageDraw.ImageDraw, left: int, y: int, text: Text) -> int:
+    """Words from the left, on as many lines as they need; returns where the next text goes."""
+    words, marked, colour = text
     font, x = ImageFont.load_default(size=SIZE), left
-    for word in text.split():
+    for word in words.split():
         width = int(draw.textlength(word, font))
         if x + width > left + SIDE and x > left:
             x, y = left, y + SIZE + 4
-        draw.text((x, y), word, RED if word in wrong else BLACK, font)
-        if word in wrong:
+        draw.text((x, y), word, RED if word in marked else colour, font)
+        if word in marked:
             draw.line((x, y + SIZE + 3, x + width, y + SIZE + 3), RED, 2)
         x += width + 5
+    return y + SIZE + 8
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from experiments.study import Row, read_rows, readable, with_about, write_rows
 
 RESULTS = Path(__file__).with_name("results.csv")
 INTERVALS, SPEED = RESULTS.with_name("intervals.csv"), RESULTS.with_name("speed.csv")
+DRAWN = RESULTS.with_name("drawn.csv")
 TRAINED, SHIPPED, FOUR_BEAMS = "rewards", "shipped", "beams4_lp12"  # runs
 RECALLS = [f"{side}_recall@{k}" for side in ("i2t", "t2i") for k in (1, 5, 10)]
 SCORES = [
@@ -23,12 +24,18 @@ def tables() -> dict[str, str]:
     rows = {row["run"]: row for row in read_rows(RESULTS)}
     if not rows:
         return {}
-    speed = {"photos/speed": _speed()} if SPEED.exists() else {}
+    measured = {
+        "photos/speed": (
+            SPEED,
+            ["captions", "precision", "threads", "photos", "photos/s", "processes that wanted a core"],
+        ),
+        "photos/drawn": (DRAWN, ["photo", "caption by the model", "first caption by a person"]),
+    }
     card = SHIPPED if SHIPPED in rows else TRAINED
     return {
         "photos": _scores(rows, [TRAINED, SHIPPED, FOUR_BEAMS], SCORES + WORDS),
         "photos/card": _scores(rows, [card], SCORES),
-        **speed,
+        **{name: _recorded(path, columns) for name, (path, columns) in measured.items() if path.exists()},
     }
 
 
@@ -46,9 +53,8 @@ def _scores(rows: dict[str, Row], runs: Sequence[str], scores: Sequence[str]) ->
     return with_about(header, lines, [rows[run] for run in shown if run != TRAINED])
 
 
-def _speed() -> str:
-    rows = read_rows(SPEED)
-    columns = ["captions", "precision", "threads", "photos", "photos/s", "processes that wanted a core"]
+def _recorded(path: Path, columns: Sequence[str]) -> str:
+    rows = read_rows(path)
     lines = [[readable(row[column]) for column in columns] for row in rows]
     about = f"`{rows[-1]['command']}` at commit {rows[-1]['commit']}, {rows[-1]['machine']}."
     return f"{markdown(Table('', columns, lines))}\n\n{about}"

@@ -34,5 +34,6 @@ score() { # NAME OVERRIDES…
 score shipped scoring.generate.strategy=beam scoring.rerank=8
 score beams4_lp12 evals=flickr8k_captions scoring.generate.strategy=beam scoring.generate.num_beams=4 scoring.generate.length_penalty=1.2
 python experiments/photos/speed.py "$root/images"
+python experiments/photos/drawn.py "$root"
 python experiments/photos/picture.py
 python experiments/report.py photos $runs/seed0 $runs/longer $runs/rewards $runs/shipped $runs/beams4_lp12

@@ -119,17 +119,18 @@ def _installed(package: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+@pytest.mark.parametrize(
+    ("tracker", "logged"),
+    [
+        ("tensorboard", [[*range(12)]]),
+        ("wandb", [[*range(12)]]),
+        ("mlflow", [[*range(4)], [*range(3, 12)]]),  # in a run of its own, with the steps since the checkpoint
+    ],
+)
 @pytest.mark.slow
-def test_every_step_once_in_one_run_after_a_kill(killed: tuple[Path, list[str]], tracker: str) -> None:
+def test_every_step_after_a_kill(killed: tuple[Path, list[str]], tracker: str, logged: list[list[int]]) -> None:
     pytest.importorskip(tracker)
-    assert steps(killed[0], tracker) == [[*range(12)]]
-
-
-@pytest.mark.slow
-def test_every_step_in_some_mlflow_run_after_a_kill(killed: tuple[Path, list[str]]) -> None:
-    """Those since the checkpoint are in both."""
-    assert steps(killed[0], "mlflow") == [[*range(4)], [*range(3, 12)]]
+    assert steps(killed[0], tracker) == logged
 
 
 def test_a_tracker_that_fails_costs_its_rows_alone(

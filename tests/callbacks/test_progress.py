@@ -1,5 +1,6 @@
 """The share of the time for which training waits for data, on a clock that loader and step move."""
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -11,10 +12,11 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from coca_lit.callbacks import Throughput
-from coca_lit.callbacks.progress import PlainProgress, SamplesSeen, not_timed
+from coca_lit.callbacks.progress import PlainProgress, SamplesSeen, TerminalProgress, not_timed
 from coca_lit.data.batch import Batch
 from coca_lit.data.loader import TrainLoader
 from helpers.datamodules import Recorder
@@ -106,8 +108,8 @@ def train(
 class Hours:
     """Progress on a clock of its own: each step ends when `hours` more have passed."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
-        self.now, self.bar = 0.0, PlainProgress()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, every: int, bar: PlainProgress | None = None) -> None:
+        self.now, self.bar = 0.0, bar or PlainProgress()
         self.trainer: Any = SimpleNamespace(
             global_step=0,
             estimated_stepping_batches=100,
@@ -153,6 +155,30 @@ def test_the_time_left_where_every_step_is_logged(
     assert lines[1].endswith("ETA 9:48:00")
 
 
+def test_a_terminal_has_one_line_with_the_time_left_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """80 columns wide; other bars have it to themselves meanwhile."""
+    bar = TerminalProgress(Console(force_terminal=True, width=80, color_system=None))
+    hours = Hours(monkeypatch, every=2, bar=bar)
+    losses = {f"train/{name}_loss": 1.23456 for name in ("contrastive", "caption", "a", "b", "c", "d")}
+    monkeypatch.setattr(PlainProgress, "get_metrics", lambda *_: {"v_num": 1, "val/x_loss": 2.0, **losses})
+    hours.steps(2, 0.25)
+    bar._bar.refresh()
+    with bar.hidden():
+        assert not bar._bar.live.is_started
+    hours.steps(1, 0.25)
+    bar.on_train_end(hours.trainer, None)  # type: ignore[arg-type]
+    said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    lines = [line for line in re.split(r"[\r\n]+", said) if line.strip()]
+    assert max(map(len, lines)) <= 80
+    second = next(line for line in lines if line.startswith("2/100"))
+    assert "1 day, 0:30:00 left contrastive 1.23  caption 1.23" in second
+    assert "  d " not in second
+    assert lines[-1].startswith("3/100")
+    assert "step" not in said
+
+
 def test_the_share_of_the_wait_is_logged_and_leads_to_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,11 +186,6 @@ def test_the_share_of_the_wait_is_logged_and_leads_to_advice(
     # The first two hours of six are in an interval with the 50 for which workers started, which are no wait.
     assert shares == pytest.approx([1 / 57, 1 / 4, 1 / 4, 1 / 4], rel=0.01)
     assert "training waited for data 23% of the time" in capsys.readouterr().out  # 7 of 31 hours
-
-
-def test_no_advice_where_data_are_there_in_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
     assert train(tmp_path, Clock(monkeypatch), 1, 30)[-1] == pytest.approx(1 / 31, rel=0.01)
     assert "waited" not in capsys.readouterr().out
 

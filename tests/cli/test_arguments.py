@@ -131,11 +131,8 @@ def test_a_folder_that_looks_like_a_number_or_a_sweep(
     roots = [to_override(f"{key}={folder}") for key in ("checkpoint", "roots.mscoco", "+evals.mine.records.root")]
     cfg = compose("evaluate", roots)
     assert (cfg.checkpoint, cfg.roots.mscoco, cfg.evals.mine.records.root) == (folder,) * 3
-
-
-def test_a_share_of_windows() -> None:
-    folder = r"\\nas\share\photos"
-    assert compose("train", ["experiment=my_photos", to_override(f"data.root={folder}")]).data.root == folder
+    share = r"\\nas\share\photos"  # of Windows
+    assert compose("train", ["experiment=my_photos", to_override(f"data.root={share}")]).data.root == share
 
 
 def test_years_in_a_list_and_in_a_sweep_are_folders() -> None:
@@ -161,9 +158,6 @@ def test_years_in_a_list_and_in_a_sweep_are_folders() -> None:
 def test_a_text_with_a_comma_that_no_list_could_hold_is_one_text(text: str) -> None:
     assert compose("search", [to_override(f"query={text}")]).query == text
     assert compose("train", [to_override(f"name={text}")]).name == text
-
-
-def test_an_escaped_comma_is_one() -> None:
     assert compose("train", [to_override("name=a\\,5")]).name == "a,5"
 
 

@@ -234,11 +234,6 @@ def test_lightning_gives_ranks_their_samples_where_the_data_do_not(tmp_path: Pat
     assert connector.use_distributed_sampler is not splits
 
 
-def test_no_limit_of_steps_is_no_limit(tmp_path: Path) -> None:
-    cfg = compose(f"output_dir={tmp_path}", "trainer=cpu", "trainer.max_steps=null", "trainer.max_epochs=2")
-    assert build_trainer(cfg, build_scoring(cfg, [])).max_steps == -1
-
-
 def test_a_run_on_the_cpu_has_its_precision_and_not_that_of_the_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +303,7 @@ def test_a_training_needs_a_length_besides_its_time(tmp_path: Path, epochs: str)
     )
     with pytest.raises(ConfigError, match=r"^trainer.max_epochs or trainer.max_steps must be set: "):
         check_length(cfg.trainer)
-    cfg.trainer.max_steps = 3
-    check_length(cfg.trainer)
-    assert build_trainer(cfg, build_scoring(cfg, [])).max_steps == 3
+    for steps, epochs, limit in ((3, cfg.trainer.max_epochs, 3), (None, 2, -1)):
+        cfg.trainer.max_steps, cfg.trainer.max_epochs = steps, epochs
+        check_length(cfg.trainer)
+        assert build_trainer(cfg, build_scoring(cfg, [])).max_steps == limit

@@ -16,30 +16,18 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.cli import command
-from coca_lit.cli.assembly import build, build_trainer, resolve_target
-from coca_lit.cli.command import CONF
+from coca_lit.cli.assembly import build, build_trainer
 from coca_lit.cli.module import build_module
 from coca_lit.cli.schema import argument_defaults, check
 from coca_lit.cli.words import to_override
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
-from helpers.running import CONFIGS, ROOT, TINY, compose, run, train_py
+from helpers.running import CONFIGS, ROOT, TINY, compose, train_py
 
-FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
 GROUPS = ("callbacks", "data", "evals", "experiment", "logger", "model", "trainer")
 OPTIONS = {
     group: sorted(path.stem for folder in CONFIGS for path in (folder / group).glob("[!_]*.yaml")) for group in GROUPS
 }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("experiment", OPTIONS["experiment"])
-def test_experiment_takes_the_advertised_overrides(experiment: str) -> None:
-    weights = ("model.contrastive_weight=0.5", "model.caption_weight=3", "model.optimizer.lr=0.25")
-    cfg = compose(f"experiment={experiment}", *weights, "output_dir=x", "name=x")
-    values = (cfg.model.contrastive_weight, cfg.model.caption_weight, cfg.model.optimizer.lr)
-    assert values == (0.5, 3, 0.25)
-    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
 def test_a_smoke_test_ends_after_two_steps_whatever_an_experiment_says(tmp_path: Path) -> None:
@@ -53,25 +41,6 @@ def test_a_smoke_test_ends_after_two_steps_whatever_an_experiment_says(tmp_path:
     assert compose(*words, "trainer=smoke", "trainer.max_steps=5").trainer.max_steps == 5
 
 
-def evaluates_all() -> DictConfig:
-    return command.compose("evaluate", ["checkpoint=x", "evals=all"])
-
-
-def test_every_file_is_an_option_or_known() -> None:
-    others = {str(path) for path in FILES if path.parent.as_posix() not in GROUPS}
-    commands = {"train", "evaluate", "caption", "search", "export", "demo", "plan"}
-    engines = {"engine", *(f"engine/{name}" for name in ("local", "gpus"))}  # see test_engines.py
-    brought = {
-        "small": compose("trainer=smoke").data.batch_size == 8,
-        "_limits/smoke": compose("trainer=smoke").trainer.max_steps == 2,
-        "skip_missing": evaluates_all().scoring.skip_missing,
-        "roots": compose().roots.mscoco == evaluates_all().roots.mscoco == "data/mscoco",
-        "scoring": compose().scoring.quick == 256 and evaluates_all().scoring.split == "test",
-    }
-    assert {name for name in others if not name.startswith("hydra/")} == {*commands, *engines, *brought}
-    assert all(brought.values())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "data"), [("pretrain_b32", "scenes"), *((name, "mscoco") for name in OPTIONS["experiment"])]
@@ -83,20 +52,6 @@ def test_experiment_on_other_data_is_scored_on_them(experiment: str, data: str) 
     assert {name.split("_")[0] for name in cfg.evals} <= {prefix, "compositional"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("data", [o for o in OPTIONS["data"] if o not in ("records", "laion") and "scenes" not in o])
-def test_evaluation_reads_the_folder_of_the_data(data: str) -> None:
-    evals = compose(f"data={data}", "data.root=/elsewhere").evals
-    assert {node.records.root for node in evals.values()} == {"/elsewhere"}
-
-
-@pytest.mark.parametrize("evals", ["mscoco", "[nocaps_captions]"])
-def test_evaluation_on_other_data_reads_the_folder_of_its_name(evals: str) -> None:
-    nodes = compose("experiment=pretrain_b32", f"evals={evals}", "data_dir=/all").evals.values()
-    assert nodes
-    assert {node.records.root for node in nodes} == {f"/all/{node.name}" for node in nodes}
-
-
 @pytest.mark.parametrize(
     ("overrides", "root"),
     [
@@ -105,6 +60,8 @@ def test_evaluation_on_other_data_reads_the_folder_of_its_name(evals: str) -> No
         (("data=flickr8k", "data.root=/x", "evals=flickr30k"), "data/flickr30k"),
         (("data=flickr30k", "data.root=/x", "evals=[flickr30k_captions]"), "/x"),
         (("experiment=pretrain_b32", "roots.mscoco=/x"), "/x"),
+        (("experiment=pretrain_b32", "evals=[nocaps_captions]", "data_dir=/all"), "/all/nocaps"),
+        (("data=nocaps", "data.root=/x"), "/x"),
     ],
 )
 def test_one_rule_for_where_data_are(overrides: tuple[str, ...], root: str) -> None:
@@ -112,8 +69,13 @@ def test_one_rule_for_where_data_are(overrides: tuple[str, ...], root: str) -> N
     nodes = compose(*overrides).evals.values()
     assert nodes
     assert {node.records.root for node in nodes} == {root}
-    cfg = command.compose("evaluate", ["checkpoint=x", "evals=mscoco", "roots.mscoco=/x"])
-    assert {node.records.root for node in cfg.evals.values()} == {"/x"}
+
+
+def test_a_data_set_goes_with_the_evaluations_of_its_name() -> None:
+    evals = command.compose("evaluate", ["checkpoint=x", "evals=mscoco", "roots.mscoco=/x"]).evals
+    assert evals.keys() == {"mscoco_captions", "mscoco_retrieval"}
+    assert {node.records.root for node in evals.values()} == {"/x"}
+    assert command.compose("evaluate", ["checkpoint=x", "evals=nocaps"]).evals.keys() == {"nocaps_captions"}
 
 
 @pytest.mark.slow
@@ -171,10 +133,7 @@ def test_unknown_key_names_the_right_one(refused: Callable[..., str], override: 
 
 
 TOLD_BY_THE_CONFIGS = {
-    "sede=1": "there is no key 'sede'; did you mean 'seed'?",
-    "roots.mscco=/x": "there is no key 'roots.mscco'; did you mean 'roots.mscoco'?",
     "kernels.enabld=true": "there is no key 'kernels.enabld'; did you mean 'kernels.enabled'?",
-    "modle.optimizer.lr=1": "there is no key 'modle.optimizer.lr'; did you mean 'model.optimizer.lr'?",
     "seed=abc": "seed must be a whole number, got abc",
     "trainer.callbacks=2": "trainer.callbacks cannot be set: set callbacks.NAME instead",
 }
@@ -243,18 +202,6 @@ def test_a_project_without_an_entry_point_is_named(
     assert f"{tmp_path}/projects/mine has it, but pyproject.toml has no entry point of that folder" in said
 
 
-@pytest.mark.parametrize(
-    ("data", "kinds"),
-    [
-        ("mscoco", {"captions", "retrieval"}),
-        ("nocaps", {"captions"}),
-    ],
-)
-def test_a_data_set_goes_with_the_evaluations_of_its_name(data: str, kinds: set[str]) -> None:
-    names = {f"{data}_{kind}" for kind in kinds}
-    assert command.compose("evaluate", ["checkpoint=x", f"evals={data}"]).evals.keys() == names
-
-
 def test_a_file_of_the_name_of_an_option_without_one(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "evals").mkdir()
     (tmp_path / "evals" / "mscoco.yaml").write_text("defaults: [mscoco_captions]\n")
@@ -314,14 +261,10 @@ def test_arguments_of_the_target_that_is_named_beside_them() -> None:
 
 MISTAKES = [  # and what the answer names
     ("typo=1", "typo"),
-    ("trainer.max_epoch=1", "trainer.max_epochs"),
-    ("model.net.text_widht=96", "model.net.text_width"),
-    ("model.net.name=coca_vit_b33", "model.net.name: .*coca_vit_b32"),
     ("model.net.contrastive=sigmoid", "model.net.contrastive .*softmax or siglip"),
     ("scoring.generate.num_beam=3", "scoring: .*num_beams"),
     ("scoring.generate.strategy=beem", "scoring: .*'beam'"),
     ("evals.mine=1", "evals.mine"),
-    ("model.optimizer.lr=abc", "model.optimizer.lr"),
     ("init_from=/nowhere.pt", "init_from: .*/nowhere.pt"),
     ("init_parts.image_encoder=/nowhere.pt", "init_parts.image_encoder: .*/nowhere.pt"),
     ("ckpt_path=/nowhere.ckpt", "ckpt_path: .*/nowhere.ckpt"),
@@ -383,27 +326,11 @@ def test_outputs_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("how", "content", "said"),
     [
-        ("--config-dir", {"modle": {}}, "there is no key 'modle'; did you mean 'model'?"),
-        ("hydra.searchpath", {"seed": "abc"}, "seed must be a whole number, got abc"),
-        (
-            "--config-dir",
-            {"defaults": [{"override /data": "our"}]},
-            "no evaluations go with data=our: add evals=[], or a file evals/our.yaml that lists them",
-        ),
-        (
-            "--config-dir",
-            {"defaults": [{"override /dta": "laion"}]},
-            "In 'experiment/mine': Could not override 'dta'. No match in the defaults list."
-            if version("hydra-core") < "1.4"
-            else "In 'experiment/mine': Invalid Defaults List override '/dta: laion'. "
-            "No earlier Group Default for 'dta' exists to override.",
-        ),
-        (
-            "hydra.searchpath",
-            {"defaults": [{"override /data": "ours"}], "data": {"root": "x"}},
-            "'data' has no option 'ours'; did you mean 'our'? The options: "
-            + ", ".join(sorted({*OPTIONS["data"], "our"})),
-        ),
+        ("--config-dir", {"modle": {}}, "'modle'.*'model'"),
+        ("hydra.searchpath", {"seed": "abc"}, "seed .*abc"),
+        ("--config-dir", {"defaults": [{"override /data": "our"}]}, r"data=our.*evals=\[\].*evals/our\.yaml"),
+        ("--config-dir", {"defaults": [{"override /dta": "laion"}]}, "experiment/mine.*'dta'"),
+        ("hydra.searchpath", {"defaults": [{"override /data": "ours"}]}, "'ours'.*'our'"),
     ],
 )
 def test_mistake_in_an_experiment_file(
@@ -415,8 +342,8 @@ def test_mistake_in_an_experiment_file(
     (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{yaml.safe_dump(content)}")
     (tmp_path / "data" / "our.yaml").write_text("defaults: [scenes]\n")
     where = ("--config-dir", str(tmp_path)) if how == "--config-dir" else (f"{how}=[file://{tmp_path}]",)
-    assert refused("experiment=mine", *where) == said
-    assert refused("experiment=min", *where).startswith("'experiment' has no option 'min'; did you mean 'mine'?")
+    assert re.search(said, refused("experiment=mine", *where))
+    assert re.search("'min'.*'mine'", refused("experiment=min", *where))
 
 
 @pytest.mark.parametrize(
@@ -456,12 +383,6 @@ def test_wrong_trainer_is_one_sentence(override: str, said: str, tmp_path: Path)
     with pytest.raises(ConfigError, match=said) as caught:
         build_trainer(compose("trainer=cpu", f"output_dir={tmp_path}", override), [])
     assert "\n" not in str(caught.value)
-
-
-def test_captions_longer_than_the_context_are_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^scoring\.generate: max_length .* context length of \d+, got 999"):
-        run(tmp_path / "run", *TINY, "evals=[]", "scoring.generate.max_length=999")
-    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 @pytest.mark.parametrize("nothing", ["logger=[]", "logger.csv=null"])
@@ -537,11 +458,6 @@ def test_a_module_that_is_no_python_is_one_sentence(tmp_path: Path, monkeypatch:
         build(OmegaConf.create({"_target_": "torn_module.made"}), "x")
 
 
-@pytest.mark.parametrize("target", ["torch.nn.Linear", "torch.optim.SGD", "lightning.pytorch.loggers.CSVLogger"])
-def test_classes_of_libraries_can_be_named(target: str) -> None:
-    assert resolve_target(target, "x").__name__ == target.rpartition(".")[2]
-
-
 GUEST = """
 import lightning.pytorch as L
 from coca_lit.data.datamodule import ScenesDataModule
@@ -601,12 +517,8 @@ def test_a_run_that_goes_on_does_not_need_the_file_that_it_began_with(
     [
         ("# größer\nseed: 1\n".encode("latin-1"), "error: a config is no text in UTF-8"),
         (b"# @package _global_\nseed: 1\x01\n", r'error: .*(special|control) characters.*mine.yaml", position \d+'),
-        (
-            b"# @package _global_\nname: 'mine\n",
-            r"error: '.*mine\.yaml', line 3: ",
-        ),
+        (b"# @package _global_\nname: 'mine\n", r"error: '.*mine\.yaml', line 3: "),
     ],
-    ids=["latin-1", "a control character", "an open quote"],
 )
 def test_a_config_that_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, said: str

@@ -16,7 +16,7 @@ from coca_lit.cli.words import to_override
 from coca_lit.data.scenes.render import scene_records, scene_training_captions
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.evals.retrieval import RetrievalScores
-from coca_lit.models import CoCa, create_model
+from coca_lit.models import create_model
 from coca_lit.weights.load import load_model, save_model
 from coca_lit.weights.open_clip import to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
@@ -78,16 +78,6 @@ def test_all_skips_what_is_missing_and_says_where_it_looked(checkpoint, tmp_path
 
 
 @pytest.mark.slow
-def test_a_clip_has_no_captions_to_score(tmp_path):
-    save_model(create_model("coca_tiny", decoder_layers=0), tmp_path / "clip.safetensors")
-    evals = "evals=[scenes_captions,scenes_retrieval]"
-    results = run(compose(tmp_path, f"checkpoint={tmp_path}/clip.safetensors", "scoring.images=4", evals))
-    assert "scenes/t2i_recall@1" in results
-    assert "scenes/CIDEr" not in results
-    assert "no decoder" in json.loads((tmp_path / "not_run.json").read_text())["scenes captions"]
-
-
-@pytest.mark.slow
 def test_an_open_clip_clip(tmp_path):
     vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 1}
     text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
@@ -98,33 +88,17 @@ def test_an_open_clip_clip(tmp_path):
     assert "scenes captions" in json.loads((tmp_path / "not_run.json").read_text())
 
 
-def test_a_prompt_without_room_for_a_caption_is_refused_before_anything_is_scored(checkpoint, tmp_path):
-    with pytest.raises(ConfigError, match=r"^scoring\.generate: .*prompt"):
-        run(
-            compose(
-                tmp_path, f"checkpoint={checkpoint}", "evals=[scenes_captions]", f"scoring.generate.prompt={'a_' * 40}"
-            )
-        )
-    assert not (tmp_path / "config.yaml").exists()
-
-
 def test_a_coca_has_the_activations_of_its_file(checkpoint, tmp_path):
     with pytest.raises(ConfigError, match="checkpoint: quick_gelu"):
         run(compose(tmp_path, f"checkpoint={checkpoint}", "quick_gelu=true", "evals=[scenes_retrieval]"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("some.weight", "this is not an OpenCLIP CoCa checkpoint"),
-        ("visual.layer1.0.weight", "this is not an OpenCLIP CLIP with a vision transformer"),
-    ],
-)
-def test_checkpoint_of_another_architecture(tmp_path, name, message):
+@pytest.mark.parametrize(("name", "kind"), [("some.weight", "CoCa"), ("visual.layer1.0.weight", "CLIP")])
+def test_checkpoint_of_another_architecture(tmp_path, name, kind):
     state = {name: torch.zeros(2)} | ({"logit_scale": torch.zeros(())} if "visual" in name else {})
     torch.save(state, tmp_path / "other.pt")
-    with pytest.raises(ConfigError, match=f"checkpoint: .*{message}"):
+    with pytest.raises(ConfigError, match=f"checkpoint: .*not an OpenCLIP {kind}"):
         run(compose(tmp_path, f"checkpoint={tmp_path / 'other.pt'}", "evals=[scenes_retrieval]"))
 
 
@@ -133,8 +107,9 @@ def test_a_scoring_that_cannot_start_moves_nothing(checkpoint, tmp_path):
     before.write_text("{}")
     with pytest.raises(DataError, match="Karpathy"):
         run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[mscoco_captions]"))
-    with pytest.raises(ConfigError, match=r"^report"):
-        run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[scenes_retrieval]", "report=false"))
+    for word in ("report=false", f"scoring.generate.prompt={'a_' * 40}"):
+        with pytest.raises(ConfigError, match=f"^{word.partition('=')[0].rpartition('.')[0]}"):
+            run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[scenes_captions]", word))
     assert [*tmp_path.rglob("*")] == [before]
     (saved := tmp_path / "checkpoints" / "step_1.ckpt").parent.mkdir()
     saved.touch()
@@ -192,12 +167,7 @@ def test_a_strangers_frames_are_a_number_and_its_files_are_there(tmp_path):
     assert with_evals([word]) == [word, "evals=[mscoco_captions]"]
 
 
-def test_the_model_of_the_package_belongs_to_no_scored_run():
-    with pytest.raises(ConfigError, match="photos belongs to no scored run: set evals="):
-        with_evals(["checkpoint=photos"])
-
-
-def test_a_path_with_a_comma_is_one_checkpoint(tmp_path):
+def test_a_path_with_a_comma_is_one_checkpoint(tmp_path, monkeypatch):
     """As each job of a sweep over two keys has; a sweep names several."""
     for name, evaluation in (("lr=1,seed=0", "scenes_captions"), ("a,b", "scenes_retrieval"), ("c", "scenes_choice")):
         run_folder(tmp_path / name, {"evals": {evaluation: {"_target_": ""}}})
@@ -206,13 +176,11 @@ def test_a_path_with_a_comma_is_one_checkpoint(tmp_path):
     assert compose_config("evaluate", [word]).checkpoint == f"{tmp_path}/lr=1,seed=0"
     word = to_override(f"checkpoint='{tmp_path}/a,b',{tmp_path}/c")
     assert with_evals([word]) == [word, "evals=[scenes_retrieval,scenes_choice]"]
-
-
-def test_a_quoted_path_in_the_home_belongs_to_its_run(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    run_folder(tmp_path / "a,b", {"evals": {"scenes_captions": {"_target_": ""}}})
     word = to_override("checkpoint='~/a,b'")
-    assert with_evals([word]) == [word, "evals=[scenes_captions]"]
+    assert with_evals([word]) == [word, "evals=[scenes_retrieval]"]
+    with pytest.raises(ConfigError, match="photos belongs to no scored run"):
+        with_evals(["checkpoint=photos"])
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "~nobody_here/x", "a\0b"])
@@ -262,22 +230,19 @@ def test_a_strangers_options_of_captions_are_plain_or_not_taken_over(tmp_path, c
     assert "scoring.generate holds more than plain options and is not taken over" in capsys.readouterr().out
 
 
-def test_runs_that_wrote_captions_differently_are_scored_alike(tmp_path, capsys):
-    for name, scoring in (("a", {"generate": BEAM}), ("b", {})):
-        run_folder(tmp_path / name, {"evals": {"scenes_captions": {"_target_": ""}}, "scoring": scoring})
-    word = f"checkpoint={tmp_path / 'a'},{tmp_path / 'b'}"
-    assert with_evals([word]) == [word, "evals=[scenes_captions]"]
-    assert "the runs differ in scoring.generate" in capsys.readouterr().out
-
-
-def test_runs_on_different_data_are_scored_on_the_first_ones(tmp_path, capsys):
+def test_runs_that_differ_are_scored_alike(tmp_path, capsys):
+    """On the data of the first one, and with captions as none of them wrote."""
     for name in ("a", "b"):
         (tmp_path / name / "photos").mkdir(parents=True)
         data = {"data": {"root": f"{tmp_path}/{name}/photos"}, "roots": {"my_photos": "${data.root}"}}
-        run_folder(tmp_path / name, {"evals": {"my_photos_captions": {"_target_": ""}}, **data})
-    word = f"checkpoint={tmp_path / 'a'},{tmp_path / 'b'}"
-    assert f'roots.my_photos="{tmp_path}/a/photos"' in with_evals([word])
-    assert "the runs differ in roots.my_photos" in capsys.readouterr().out
+        scoring = {"generate": BEAM} if name == "a" else {}
+        run_folder(tmp_path / name, {"evals": {"my_photos_captions": {"_target_": ""}}, "scoring": scoring, **data})
+    words = with_evals([f"checkpoint={tmp_path / 'a'},{tmp_path / 'b'}"])
+    assert f'roots.my_photos="{tmp_path}/a/photos"' in words
+    assert "scoring.generate" not in str(words)
+    said = capsys.readouterr().out
+    assert "the runs differ in roots.my_photos" in said
+    assert "the runs differ in scoring.generate" in said
 
 
 def test_own_evaluations_are_named_and_can_be_added(tmp_path, capsys):
@@ -294,14 +259,9 @@ def test_own_evaluations_are_named_and_can_be_added(tmp_path, capsys):
     run_folder(tmp_path, {"evals": {"mine": mine, "scenes_captions": {"_target_": ""}}})
     assert with_evals([word]) == [word, "evals=[scenes_captions]"]
     assert "(mine) are not repeated by themselves" in capsys.readouterr().out
-
-
-def test_a_hostile_evaluation_makes_no_long_message(tmp_path):
-    config = {"evals": {f"y\x1b{i}": {"x": 1} for i in range(1000)}}
-    with pytest.raises(ConfigError, match="own evaluations") as error:
-        with_evals([run_folder(tmp_path, config)])
-    assert len(str(error.value)) < 1000
-    assert "\x1b" not in str(error.value)
+    run_folder(tmp_path, {"evals": {f"y\x1b{i}": {"x": 1} for i in range(1000)}})
+    with pytest.raises(ConfigError, match=r"^[^\x1b]{1,1000}$"):
+        with_evals([word])
 
 
 @pytest.fixture
@@ -396,33 +356,15 @@ def test_a_corrupt_image_is_named(checkpoint, folder, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_novel_captions_and_generation_options(checkpoint, tmp_path, monkeypatch):
     without_java(monkeypatch)
-    options = [
-        "scoring.generate={strategy: beam, num_beams: 2, max_length: 8}",
-        "scoring.images=5",
-    ]
+    options = ["scoring.generate={strategy: beam, num_beams: 2, max_length: 8}", "scoring.images=5"]
     results = run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[scenes_captions]", *options))
     captions = [row["caption"] for row in json.loads((tmp_path / "predictions" / "scenes.json").read_text())]
     assert max(len(caption.split()) for caption in captions) <= 6  # 8 tokens with start and end
     known = set(scene_training_captions())
     assert results["scenes/novel"] == sum(caption not in known for caption in captions) / 5
-    with pytest.raises(ConfigError, match=r"^scoring\.generate: max_length .* got 999"):
-        run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[]", "scoring.generate={max_length: 999}"))
-    with pytest.raises(ConfigError, match="no option 'num_beam' for an evaluation; did you mean 'num_beams'"):
-        run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[scenes_captions]", "scoring.generate={num_beam: 2}"))
-
-
-@pytest.mark.slow
-def test_meteor_loads_while_the_model_writes_and_only_then(checkpoint, tmp_path, monkeypatch):
-    without_java(monkeypatch)
-    events = []
-    monkeypatch.setattr("coca_lit.evals.captions.warm_up", lambda: events.append("warm up"))
-    monkeypatch.setattr(
-        CoCa, "generate", lambda model, images: events.append("write") or torch.zeros(len(images), 3).long()
-    )
-    run(compose(tmp_path, f"checkpoint={checkpoint}", "scoring.images=2", "evals=[scenes_retrieval,scenes_zeroshot]"))
-    assert events == []
-    run(compose(tmp_path, f"checkpoint={checkpoint}", "scoring.images=2", "evals=[scenes_captions]"))
-    assert events == ["warm up", "write"]
+    for option, said in (("max_length: 999", "999"), ("num_beam: 2", "'num_beams'")):
+        with pytest.raises(ConfigError, match=f"^scoring.*{said}"):
+            run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[]", f"scoring.generate={{{option}}}"))
 
 
 def all_kinds(folder, checkpoint):

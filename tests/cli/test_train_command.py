@@ -20,7 +20,7 @@ from coca_lit.models import create_model
 from coca_lit.runs.run_folder import start_run_folder
 from coca_lit.tools.prepare.scenes import export_scenes
 from coca_lit.weights.load import load_model, save_model
-from helpers.running import CONFIGS, TINY, compose, logged, results, run, train_py, without_java
+from helpers.running import TINY, compose, logged, results, run, without_java
 from helpers.scene_files import write_data_set
 from helpers.scored_runs import (
     CAPTION,
@@ -28,17 +28,11 @@ from helpers.scored_runs import (
     OVERLAP,
     RETRIEVAL,
     ZERO_SHOT,
-    check_experiment_on_scenes,
     named,
 )
 from helpers.slow import slow
 
 CLIP = ("model.net.decoder_layers=0", "+model.net.pooler_queries=1")
-# An untrained encoder of the experiment, in place of the tiny one, and little text.
-FEW_PHOTOS = (
-    *("init_parts.image_encoder=null", "+model.net.image_encoder_args={}", "data.train_count=8", "data.batch_size=8"),
-    *("model.net.text_width=96", "model.net.text_heads=4"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +93,15 @@ def test_the_next_command_scores_nothing_that_coca_evaluate_would_not_repeat(eva
 
 
 def test_demo_scores(demo: Path) -> None:
-    scores = results(demo)
+    scores, columns = results(demo), logged(demo)
     both = (CAPTION, FACTS, RETRIEVAL)
     assert set(scores) == named("scenes", *both, ZERO_SHOT) | named("compositional", *both)
     assert all(isinstance(value, float) and value >= 0 for value in scores.values())
+    assert columns["scenes/CIDEr"] == [pytest.approx(scores["scenes/CIDEr"])]
+    assert len(columns["train/caption_loss"]) == len(columns["train/contrastive_loss"]) == 2
+    assert len(columns["val/caption_loss"]) == len(columns["val/contrastive_loss"]) == 1
+    assert {"train/logit_scale", "train/grad_norm", "lr-Muon/pg1"} <= set(columns)
+    assert all(samples > 0 for samples in columns["samples/s"])
 
 
 def test_demo_folder_holds_what_its_readme_says(demo: Path) -> None:
@@ -115,15 +114,6 @@ def test_demo_folder_holds_what_its_readme_says(demo: Path) -> None:
     readme = (Path(__file__).parents[2] / "outputs" / "README.md").read_text()
     assert not [path.name for path in demo.iterdir() if path.name not in readme]
     assert json.loads((demo / "environment.json").read_text())["seconds"] >= 0
-
-
-def test_demo_metrics_have_raw_losses_and_final_scores(demo: Path) -> None:
-    columns = logged(demo)
-    assert len(columns["train/caption_loss"]) == len(columns["train/contrastive_loss"]) == 2
-    assert len(columns["val/caption_loss"]) == len(columns["val/contrastive_loss"]) == 1
-    assert columns["scenes/CIDEr"] == [pytest.approx(results(demo)["scenes/CIDEr"])]
-    assert {"samples/s", "train/logit_scale", "train/grad_norm", "lr-Muon/pg1"} <= set(columns)
-    assert all(samples > 0 for samples in columns["samples/s"])
 
 
 @pytest.mark.parametrize("name", ["scenes", "compositional"])
@@ -195,21 +185,6 @@ def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
     assert set(results(tmp_path)) == named("nocaps", CAPTION - {"novel"}).union(*domains) | named("mscoco", RETRIEVAL)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_java")
-@pytest.mark.parametrize(
-    ("experiment", "extra"),
-    [
-        ("flickr8k_frozen", FEW_PHOTOS),
-    ],
-)
-def test_any_experiment_runs_on_scenes(
-    tmp_path: Path, experiment: str, extra: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One of each kind that does not run on data in its own format above."""
-    check_experiment_on_scenes(monkeypatch, tmp_path, experiment, *extra)
-
-
 # Messages
 
 
@@ -260,19 +235,6 @@ def error_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., s
     return call
 
 
-def test_missing_data_are_one_sentence(error_of: Callable[..., str], tmp_path: Path) -> None:
-    shards = f"data.shards={tmp_path}/{{00000..00012}}.tar"
-    said = error_of("experiment=pretrain_b32", "model.net.name=coca_tiny", "image_size=32", "evals=[]", shards)
-    assert said.startswith("error: 13 of 13 shards")
-    assert "data.shards=PLACE" in said
-
-
-def test_a_prompt_that_leaves_no_room_is_told_before_the_training(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^scoring\.generate.*leaves no room for a caption"):
-        run(tmp_path / "run", *TINY, "evals=[]", f"scoring.generate.prompt={'a red cube ' * 40}")
-    assert not (tmp_path / "run" / "config.yaml").exists()
-
-
 def test_a_word_that_evaluates_is_no_code(error_of: Callable[..., str], target: Path) -> None:
     said = error_of(f"""threads=${{eval:'__import__("pathlib").Path("{target}").touch()'}}""")
     assert re.match(r"error: .*Unsupported interpolation type eval", said)
@@ -299,22 +261,16 @@ def test_missing_data_of_an_evaluation_name_their_key(tmp_path: Path, words: lis
 # Real processes
 
 
-@pytest.mark.slow
-def test_help(tmp_path: Path) -> None:
-    done = train_py("--help", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for path in (path for folder in CONFIGS for path in folder.glob("experiment/[!_]*.yaml")):
-        assert f"\n    {path.stem} " in done.stdout
-    groups = ("callbacks: ", "data: ", "evals: ", "logger: ", "model: ", "trainer: ")
-    assert all(f"\n{group}" in done.stdout for group in groups)
-    assert "_records" not in done.stdout
-    assert sum(line.startswith("  python train.py") for line in done.stdout.splitlines()) == 8
-    assert "_target_" not in done.stdout
-    assert len(done.stdout.splitlines()) < 80
-
-
-@pytest.mark.parametrize("report", ["{_target_: coca_lit.tools.report.page.write_reprot, _partial_: true}", "false"])
-def test_a_report_that_cannot_be_written_is_told_before_the_training(tmp_path: Path, report: str) -> None:
-    with pytest.raises(ConfigError, match=r"^report"):
-        run(tmp_path / "run", *TINY, "evals=[]", f"report={report}")
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("report={_target_: coca_lit.tools.report.page.write_reprot, _partial_: true}", "report"),
+        ("report=false", "report"),
+        ("scoring.generate.max_length=999", r"scoring\.generate: max_length .* 999"),
+        (f"scoring.generate.prompt={'a red cube ' * 40}", r"scoring\.generate.*no room"),
+    ],
+)
+def test_what_would_fail_after_the_training_is_told_before_it(tmp_path: Path, word: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        run(tmp_path / "run", *TINY, "evals=[]", word)
     assert not (tmp_path / "run" / "config.yaml").exists()

@@ -21,9 +21,7 @@ from PIL import Image
 
 from coca_lit.cli.command import compose
 from coca_lit.cli.words import parse, to_override
-from coca_lit.data import Record
 from coca_lit.models import create_model
-from coca_lit.tokenizer import get_tokenizer
 from coca_lit.tools.export.open_clip import write_open_clip
 from helpers.hub_server import Hub, Repository, answers_at
 
@@ -262,16 +260,6 @@ def test_python_of_the_pages_runs(capsys: pytest.CaptureFixture[str]) -> None:
     execute("coca_lit/tools/caption/README.md", names)
     assert names["likelihood"].shape == (2,)  # type: ignore[attr-defined]
     assert [path for _, path in names["hits"]] == [Path("photos/1.jpg")]  # type: ignore[attr-defined]
-
-
-@pytest.mark.slow
-def test_python_of_the_page_on_data_runs() -> None:
-    split = [Record(f"{i}", Path(f"{i}.jpg"), [f"photo {i}"]) for i in range(64)]
-    names: dict[str, object] = {"records": split, "others": split[:8], "tokenizer": get_tokenizer("clip")}
-    names["model"] = create_model("coca_tiny")
-    execute("coca_lit/data/README.md", names)
-    assert names["my_records"]("train")[0].captions[1] == "a dog by the sea"  # type: ignore[operator]
-    assert names["data"].steps_per_epoch == 2  # type: ignore[attr-defined]
 
 
 def test_other_python_compiles() -> None:

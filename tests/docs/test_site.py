@@ -1,12 +1,10 @@
 """The site of the pages: nothing in it is dead, and what the pages leave to a forge works there too."""
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -39,38 +37,8 @@ def test_links_to_files_and_folders_lead_somewhere(site: Path) -> None:
             assert link.startswith("/") or (page.parent / link).exists(), f"{page.relative_to(site)}: {link}"
 
 
-def test_folded_tables_are_tables(site: Path) -> None:
-    page = (site / "experiments/decoder_reranking/index.html").read_text()
-    assert page.count("<details") == page.count("<summary") == 6
-    assert "<td>unseen combinations</td>" in page
-
-
 def test_the_stable_names_are_documented(site: Path) -> None:
     import coca_lit
 
     page = (site / "api/index.html").read_text()
     assert [name for name in coca_lit.__all__ if f">coca_lit.{name}<" not in re.sub(r"\s", "", page)] == []
-
-
-@pytest.fixture(scope="module")
-def hooks() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("hooks", ROOT / ".docs" / "hooks.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("written", "read"),
-    [
-        ("[a study](demo)", "[a study](demo/README.md)"),
-        ("[studies](demo/)", "[studies](demo/README.md)"),
-        ("[code](../tests/cli)", "code"),
-        ("[a page](demo/README.md)", "[a page](demo/README.md)"),
-        ("![a picture](demo/samples.png)", "![a picture](demo/samples.png)"),
-    ],
-)
-def test_links_to_folders(hooks: ModuleType, written: str, read: str) -> None:
-    assert hooks.with_pages(written, ROOT / "experiments") == read

@@ -38,13 +38,6 @@ def test_scores_are_recorded_with_what_they_depend_on(tmp_path: Path) -> None:
     assert evaluation.conditions == {}
 
 
-def test_several_questions_about_an_image_are_of_one_image(tmp_path: Path) -> None:
-    records = [record._replace(image=RECORDS[i // 5].image) for i, record in enumerate(RECORDS)]
-    evaluation = FunctionEvaluation("x", records, lambda *_: {"mine": 1.0})
-    evaluation.evaluate(create_model("coca_tiny"), Settings(tmp_path))
-    assert evaluation.conditions["x/mine"].images == 2
-
-
 @dataclass
 class WithoutHash:
     """As an ordinary dataclass is."""
@@ -55,12 +48,12 @@ class WithoutHash:
         return Image.new("RGB", (self.size, self.size))
 
 
-def test_images_need_no_hash(tmp_path: Path) -> None:
-    images = [WithoutHash(8), WithoutHash(8)]
-    records = [Record(i, images[i // 3], "a") for i in range(6)]
-    evaluation = FunctionEvaluation("x", records, lambda *_: {"mine": 1.0})
-    evaluation.evaluate(create_model("coca_tiny"), Settings(tmp_path))
-    assert evaluation.conditions["x/mine"].images == 2
+def test_several_questions_about_an_image_are_of_one_image_with_a_hash_or_without(tmp_path: Path) -> None:
+    for images in ((WithoutHash(8), WithoutHash(8)), ("a.jpg", "b.jpg")):
+        records = [Record(i, images[i // 3], "a") for i in range(6)]
+        evaluation = FunctionEvaluation("x", records, lambda *_: {"mine": 1.0})
+        evaluation.evaluate(create_model("coca_tiny"), Settings(tmp_path))
+        assert evaluation.conditions["x/mine"].images == 2
 
 
 @pytest.mark.parametrize("value", [torch.tensor(1.0), np.float32(1), True, 1])

@@ -40,15 +40,3 @@ def test_choices_are_those_of_the_evaluation(tiny_model, tmp_path) -> None:
     for way, weight, name in (("pmi", "0.0", ""), ("likelihood", "1.0", "likelihood/"), ("pmi", "1.0", "pmi/")):
         for score in ("accuracy", "order_accuracy", "colour_accuracy", "shape_accuracy"):
             assert close(found[way, weight], score, expected[f"few/{name}{score}"])
-
-
-def test_one_view_is_the_image_and_more_are_crops_of_it(tiny_model, tmp_path) -> None:
-    model, records = tiny_model(), scene_records("val", count=6)
-    expected = RetrievalScores("few", records).evaluate(model, Settings(tmp_path))
-    one, three = rows.view_rows(model, records, [1, 3, 5], most=0.0)  # the first that takes longer is the last
-    assert close(one, "i2t_recall@5", expected["few/i2t_recall@5"])
-    assert (one["CPU seconds"], one["times"]) == ("0.0", "1.00")
-    assert float(three["times"]) > 1
-    views = [rows.crop(records[0], 32, view) for view in (1, 1, 2)]
-    assert views[0].size == (32, 32)
-    assert views[0].tobytes() == views[1].tobytes() != views[2].tobytes()

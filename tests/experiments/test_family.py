@@ -10,7 +10,6 @@ from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import build_transform
 from coca_lit.evals import Settings
 from coca_lit.tools.plan.command import build_without_weights
-from experiments import study
 from experiments.family import report
 from experiments.family.family import DecoderRetrieval
 
@@ -44,25 +43,3 @@ def test_decoder_retrieval_is_that_of_every_pair_read_alone(tiny_model, tmp_path
     surprising = read - read.exp().mean(dim=0).log()
     assert found["few/decoder_i2t_recall@1"] == pytest.approx((surprising.argmax(dim=1) == right).double().mean())
     assert found["few/cosine_t2i_recall@1"] == pytest.approx((cosines.argmax(dim=0) == right).double().mean())
-
-
-def test_curves_and_seconds_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two members, of which one takes twice the time for a step: it is read in the middle of its curve."""
-    for name, scores in {"scenes_coca_seed0": (0.2, 0.4), "scenes_cappa_seed0": (0.5, 0.9)}.items():
-        (tmp_path / name).mkdir()
-        lines = [f"{step},{score},0.7" for step, score in zip((99, 200), scores, strict=True)]
-        text = "\n".join(["step,scenes/exact_match,scenes/t2i_recall@1", *lines])
-        (tmp_path / name / "metrics.csv").write_text(text + "\n99,,\n")
-    monkeypatch.setattr(report, "FOLDER", tmp_path)
-    monkeypatch.setattr(report, "CURVES", tmp_path / "curves.csv")
-    report.add_curves([tmp_path / "scenes_coca_seed0"])
-    report.add_curves(sorted(tmp_path.glob("*_seed0")))
-    costs = [{"data": "scenes", "member": m, "seconds": s} for m, s in (("coca", "0.2"), ("cappa", "0.1"))]
-    study.write_rows(tmp_path / "costs.csv", costs)
-    about = dict.fromkeys(report.ABOUT_RUN, "x")
-    rows = [about | {"run": f"{member}_seed0"} for member in ("coca", "cappa")]
-    assert report.equal_seconds("scenes") == pytest.approx(20)
-    coca, cappa = report.at_equal_seconds("scenes", rows)
-    assert (coca["scenes/exact_match"], coca["scenes/t2i_recall@1"]) == ("0.2000", "0.7000")
-    assert cappa["scenes/exact_match"] == "0.9000"
-    assert "scenes/t2i_recall@1" not in cappa  # nothing has trained its cosines

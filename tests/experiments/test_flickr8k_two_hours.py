@@ -1,5 +1,5 @@
 """The study's mixed reward: its parts against the official scorers and a hand-worked case. Its average of teachers,
-against plain loops. Its table of levers.
+against plain loops.
 """
 
 import json
@@ -12,39 +12,30 @@ import torch
 from PIL import Image
 from pycocoevalcap.bleu.bleu import Bleu
 
-from coca_lit.cli.module import build_module
 from coca_lit.data.batch import Batch
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import build_transform
-from coca_lit.errors import ConfigError
 from coca_lit.evals import Settings
 from coca_lit.evals.inference import embed_pairs
 from coca_lit.evals.retrieval import RetrievalScores
 from coca_lit.metrics.cider import CiderD
 from coca_lit.models import CoCa
 from coca_lit.models.coca import IGNORED_LABEL
-from coca_lit.projects.rewards.self_critical import END, SelfCritical
+from coca_lit.projects.rewards.self_critical import END
 from coca_lit.tokenizer import get_tokenizer, split_words
 from coca_lit.weights.load import save_model
-from experiments import study
-from experiments.flickr8k_two_hours import report
 from experiments.flickr8k_two_hours.average_of_teachers import AverageOfTeachers
 from experiments.flickr8k_two_hours.consensus import ConsensusCaptions
 from experiments.flickr8k_two_hours.hubs import BankedRetrieval
 from experiments.flickr8k_two_hours.mixed_reward import MixedReward
 from experiments.flickr8k_two_hours.paraphrases import paraphrased_records
 from experiments.flickr8k_two_hours.subwords import subwords
-from helpers.running import compose
 
 REFERENCES = {
     "dogs": [["a", "brown", "dog", "runs", "through", "the", "snow", END], ["a", "dog", "in", "the", "snow", END]],
     "boys": [["two", "boys", "play", "soccer", END], ["two", "boys", "kick", "a", "ball", END]],
 }
 CAPTIONS = [["a", "dog", "runs", "through", "the", "snow", END], ["a", "dog", END], ["two", "cats"], []]
-MIXED = (
-    "model.objectives.self_critical.reward={_target_: experiments.flickr8k_two_hours.mixed_reward.MixedReward, "
-    "_partial_: true"
-)
 
 
 def test_the_reward_is_the_weighted_sum_of_its_parts() -> None:
@@ -56,17 +47,6 @@ def test_the_reward_is_the_weighted_sum_of_its_parts() -> None:
     best = [1 / (0.85 / 0.875 + 0.15), 1 / (0.85 / 0.5 + 0.15), 0.0, 0.0]
     assert found == pytest.approx([c + 0.5 * b + 3 * f for c, b, f in zip(cider, bleu, best, strict=True)])
     assert found[0] > found[1] > found[2]
-
-
-def test_the_configuration_names_it_and_a_misspelt_weight_is_refused() -> None:
-    small = ("experiment=scst_mscoco", "data=scenes", "init_from=null", "image_size=32", "model.net.name=coca_tiny")
-    objective = build_module(compose(*small, f"{MIXED}, bleu: 0}}")).objectives["self_critical"]
-    assert isinstance(objective, SelfCritical)
-    objective.read({"dogs": ["a dog runs", "the brown dog"], "boys": ["two boys"]})
-    words = {"dogs": [["a", "dog", "runs", END], ["the", "brown", "dog", END]], "boys": [["two", "boys", END]]}
-    assert objective._reward("dogs", [["a", "dog", END]]) == MixedReward(words, bleu=0)("dogs", [["a", "dog", END]])
-    with pytest.raises(ConfigError, match=r"'model.objectives.self_critical.reward.bleu'"):
-        build_module(compose(*small, f"{MIXED}, blue: 0}}"))
 
 
 def test_the_beam_that_is_most_like_the_nearest_captions_is_scored(
@@ -163,25 +143,6 @@ def apart(logits: torch.Tensor, others: torch.Tensor) -> float:
     """KL divergence of the second softmax from the first."""
     p, q = torch.softmax(logits, 0).tolist(), torch.softmax(others, 0).tolist()
     return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-
-
-def test_levers_compare_runs_of_one_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cider = {"long_seed0": 0.50, "long_seed1": 0.60, "long_seed2": 0.99, "long_rewards_seed1": 0.61}
-    cider |= {"long_rewards_seed0": 0.53, "long_8beams_reranked_seed0": 0.49}
-    rows = [
-        dict.fromkeys([*study.ABOUT, *report.SHOWN, *(s.replace("/", "/reranked_") for s in report.RECALL)], "0.2")
-        | {"run": run, "seed": run[-1], "flickr8k/CIDEr": str(score)}
-        for run, score in cider.items()
-    ]
-    rows[-1]["flickr8k/reranked_t2i_recall@1"] = "0.3"
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "results.csv")
-    study.write_rows(report.RESULTS, rows)
-    same = "+0.0 ± 0.0"
-    assert report._levers().splitlines()[2:] == [
-        f"| SCST at 2e-5, four epochs, after 40 epochs | 2 | {same} | {same} | +2.0 ± 1.4 | {same} | {same} |",
-        "| best of 8 beams at weight 0.2, after 40 epochs | 1 | +0.0 | +0.0 | -1.0 |  |  |",
-        "| decoder re-ranking, after 40 epochs | 1 |  |  |  | +0.0 | +10.0 |",
-    ]
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from coca_lit.data.datamodule import ScenesDataModule
 from coca_lit.models import CoCa, create_model
 from coca_lit.weights.load import load_model
 from experiments.image_decoder.image_decoder import ImageDecoder
@@ -49,22 +48,6 @@ def test_patches_lie_where_they_belong(net: CoCa) -> None:
     drawn = decoder.draw(net, net.tokenizer("a ring"), torch.tensor([4]))[0, 0]
     assert drawn[::4, ::4].tolist() == [[0, 1], [2, 3]]
     assert drawn[3, 3] == 0
-
-
-@pytest.mark.slow
-def test_it_learns_to_draw_what_a_caption_says() -> None:
-    """Four scenes are drawn nearer to the truth than by the mean of them, which knows no caption."""
-    torch.manual_seed(0)
-    net = create_model("coca_tiny")
-    batch = next(iter(ScenesDataModule(tokenizer=net.tokenizer, batch_size=4, train_count=4).train_dataloader()))
-    decoder = built(net, layers=1)
-    optimizer = torch.optim.Adam([*net.text.parameters(), *decoder.parameters()], lr=3e-3)
-    for _ in range(60):
-        optimizer.zero_grad()
-        decoder(net, batch)["image_decoder"].backward()
-        optimizer.step()
-    pixels = batch.images.float() / 255
-    assert decoder(net, batch)["image_decoder"].item() < 0.2 * (pixels - pixels.mean(dim=0)).square().mean().item()
 
 
 @pytest.mark.slow

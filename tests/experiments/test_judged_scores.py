@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from coca_lit.projects.judgments.judged import Candidate, Grade, Judged
-from experiments.judged_scores.judge import gained, kept, mean_grades
+from experiments.judged_scores.judge import gained, mean_grades
 
 CANDIDATES = [Candidate("a", "1"), Candidate("a", "2"), Candidate("a", "3"), Candidate("b", "1"), Candidate("b", "2")]
 GRADES = [(1, 2), (3, 4), (3, 4), (2, 2), (1, 1)]  # of two judges
@@ -31,10 +31,3 @@ def test_what_a_difference_means() -> None:
         "higher by, 80 to inf": 200,
     }
     assert rows["right, 0 to 5"]["count"] == "2"
-
-
-def test_scores_are_kept(tmp_path) -> None:
-    path = tmp_path / "x.json"
-    first = kept(path, lambda: {"CIDEr": np.array([0.1, 1 / 3])})
-    again = kept(path, lambda: {})
-    assert first["CIDEr"].tolist() == again["CIDEr"].tolist()

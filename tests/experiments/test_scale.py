@@ -30,12 +30,6 @@ def test_memory_is_what_a_rank_holds(on_ranks, engine: str) -> None:
     assert counted.planned(engine, 2) == pytest.approx(max(on_ranks(2, counted.peak, engine)), rel=0.15)
 
 
-def test_volumes_by_hand() -> None:
-    assert scale.ddp_bytes(400, 2) == 400
-    assert scale.fsdp_bytes(400, 300, 400, 4) == 825
-    assert scale.feature_bytes(10, 8, 2) == 800
-
-
 # Failures
 
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coca_lit.models import CoCa, create_model
+from coca_lit.testing import ENCODER, own_batch
 from experiments.self_distillation.objective import SelfDistillation, local_crops, random_cells, with_masked
 from helpers.running import run
-from helpers.steps import ENCODER, own_batch
 
 
 def build(**options: float) -> tuple[CoCa, SelfDistillation]:

@@ -38,20 +38,3 @@ def test_a_run_that_is_killed_goes_on(soak: ModuleType, tmp_path: Path) -> None:
     content["state_dict"]["net.logit_scale"].view(torch.int32)[...] ^= 1
     torch.save(content, last)
     assert soak.difference(runs[0].folder, runs[1].folder) == "last.ckpt: /state_dict/net.logit_scale"
-
-
-def test_the_table_counts_runs_that_end_otherwise_as_lost(soak: ModuleType) -> None:
-    def event(fault: str, kills: int, problem: str = "", end: str = "same bits") -> dict[str, str]:
-        case = "indexed mixture, 0 workers, texts" if fault == "kill" else "scenes, 0 workers"
-        exit_code = "-9" if kills else "143"
-        return {"fault": fault, "case": case, "kills": str(kills), "exit": exit_code, "problem": problem, "end": end}
-
-    events = [
-        *(event("kill", 1), event("kill", 1, end="last.ckpt: /epoch"), event("terminate", 0)),
-        event("damaged_checkpoint", 2, problem="it hung"),
-    ]
-    rows = {row["run"]: row for row in soak.summary(events)}
-    assert list(rows) == ["kill", "terminate", "damaged_checkpoint", "all", "scenes", "indexed", "mixture", "texts"]
-    assert [rows[run]["lost"] for run in rows] == ["1", "0", "1", "2", "1", "1", "1", "1"]
-    assert (rows["all"]["tried"], rows["all"]["survived"], rows["all"][soak.KILLED]) == ("4", "2", "4")
-    assert (rows["terminate"][soak.SAVED], rows["all"][soak.SAVED]) == ("1", "1")

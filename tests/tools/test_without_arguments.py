@@ -47,8 +47,3 @@ def test_every_folder_with_a_command_starts_it(
     with suppress(SystemExit):
         runpy.run_module(package, run_name="__main__")
     assert PACKAGES[package] in capsys.readouterr().out
-
-
-def test_every_folder_of_the_tools_has_a_command() -> None:
-    folders = {path.parent.name for path in ROOT.glob("coca_lit/tools/*/__init__.py")}
-    assert folders == {package.rpartition(".")[2] for package in PACKAGES if ".tools." in package}

@@ -17,13 +17,13 @@ from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import caption_loss, contrastive_term, loss_terms
 from coca_lit.models import CoCa, CoCaOutput, create_model
 from coca_lit.models.coca import CAPTION, CONTRASTIVE
+from coca_lit.testing import ENCODER, Step, own_batch, trained_with, with_further_captions
 from coca_lit.training.gradient_caching import cached_loss, micro_batches, seeded
 from coca_lit.training.objectives import Captions, Contrastive, Objective
 from coca_lit.training.optim import AdamW
 from helpers.objectives import FurtherTexts
 from helpers.running import run
 from helpers.slow import slow
-from helpers.steps import ENCODER, Step, own_batch, trained_with, with_further_captions
 
 WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
 

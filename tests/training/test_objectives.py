@@ -101,6 +101,27 @@ def test_weighted_terms_are_added_and_logged_raw(scenes: Batch, monkeypatch: pyt
     assert loss.item() == pytest.approx(sum(weight * logged[f"train/{name}_loss"] for name, weight in weights.items()))
 
 
+class OfBoth(Objective):
+    needs = ("image_features",)
+
+    def __init__(self, one: float, other: float) -> None:
+        super().__init__(one=one, other=other)
+
+    def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, Tensor]:
+        return {name: out.image_features.sum(dim=1).square().mean() for name in self.weights}
+
+
+def test_one_of_two_terms_may_have_no_weight(scenes: Batch) -> None:
+    net = create_model("coca_tiny", tokenizer="scenes")
+    losses = [
+        CoCaLit(net, OPTIMIZER, 0, 0.0, 0.0, objectives={"mine": OfBoth(*weights)}).training_step(scenes, 0).item()
+        for weights in ((2.0, 0.0), (1.0, 1.0))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    with pytest.raises(ValueError, match=r"one_weight and other_weight of 0.*objectives\.mine=null"):
+        CoCaLit(net, OPTIMIZER, objectives={"mine": OfBoth(0.0, 0.0)})
+
+
 class OnlyForward(Objective):
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         return {"mine": net.encode_image(batch.images).square().sum()}
@@ -198,7 +219,6 @@ def test_a_term_with_the_name_of_another_is_refused(scenes: Batch, mine: Any, te
     [
         ({"a": Brightness(name="caption")}, "objectives.a.*'caption'"),
         ({"a": Brightness(), "b": Brightness()}, "objectives.b.*'brightness'"),
-        ({"a": Brightness(weight=0)}, "brightness_weight.*objectives.a=null"),
         ({"a": 3}, "objectives.a.*3"),
     ],
 )

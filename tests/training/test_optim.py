@@ -14,9 +14,9 @@ from coca_lit.callbacks.resumed import apply_settings
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa
+from coca_lit.testing import ENCODER as VIT
 from coca_lit.training.optim import AdamW, Timm, optimizer_of, warmup_cosine, warmup_stable_decay
 from helpers.running import run
-from helpers.steps import ENCODER as VIT
 
 Build = Callable[..., CoCa]
 

@@ -2,6 +2,8 @@
 
 import sys
 from collections import Counter
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +15,12 @@ from coca_lit.errors import ConfigError
 from coca_lit.models import create_model
 from coca_lit.tokenizer import WordTokenizer
 from coca_lit.training import recipe
-from coca_lit.training.recipe import Facts, choose, small_data, vocabulary
+from coca_lit.training.recipe import Facts, choose, small_data, start, vocabulary
 
 
 def facts(photos: int, **others: Any) -> Facts:
     given = {"captions": photos, "counts": Counter({"a": 9}), "cores": 4, "gpu": False, "free_bytes": 10**12}
-    return Facts(photos, **{**given, "weights": None, **others})
+    return Facts(photos, **{**given, **others})
 
 
 def values(photos: int, **others: Any) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def test_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert values(45_000, gpu=True)["data.batch_size"] == 256
     assert values(4500, gpu=True)["trainer.max_epochs"] > 3 * values(4500)["trainer.max_epochs"]
     assert values(4500, free_bytes=10**8)["data.cached_augmentations"] == 0
-    assert values(4500, weights="x")["data.cached_augmentations"] == 0
+    assert values(4500, view_bytes=None)["data.cached_augmentations"] == 0
     assert [values(photos)["data.num_workers"] for photos in (999, 1000)] == [0, 3]
     monkeypatch.setattr(sys, "platform", "darwin")  # where each worker imports PyTorch
     assert values(1000)["data.num_workers"] == 0
@@ -72,9 +74,9 @@ def test_vocabularies() -> None:
 
 
 def test_a_tokenizer_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: "installed")
+    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
     for given, kept in (({}, False), ({"model.net.tokenizer.file": "tokenizer.json"}, True)):
-        chosen = {choice.key: choice.value for choice in small_data(data_of(8), given, None)[1]}
+        chosen = {choice.key: choice.value for choice in small_data(data_of(8), {"init_from": None, **given}, None)[1]}
         assert (chosen["vocabulary"] is None) == kept
 
 
@@ -83,15 +85,66 @@ def data_of(count: int) -> RecordsDataModule:
     return RecordsDataModule(records, tokenizer=WordTokenizer(["a"]), batch_size=1)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "coca_lit" / "views"
+
+
+def test_the_photo_model_starts_few_photos_whose_words_it_knows() -> None:
+    words = WordTokenizer(["a", "dog", "runs"])
+    for photos, text, name in (
+        (5000, "A dog runs", "photos"),
+        (5001, "A dog runs", None),
+        (20, "a dog " * 10 + "barks", "photos"),  # one of 21 words
+        (20, "a dog " * 9 + "barks", None),  # one of 19
+        (20, "ein Hund rennt", None),
+    ):
+        choice = start(photos, [text], words)
+        assert (choice.key, choice.value) == ("init_from", name)
+        assert f"init_from={'null' if name else 'photos'}" in choice.why
+
+
+def test_a_start_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
+    records = {"train": [Record(i, render(i).copy, "a dog runs on the beach") for i in range(8)]}
+    data = RecordsDataModule(records, tokenizer=WordTokenizer(["a"]), batch_size=1)
+    chosen = {choice.key: choice.value for choice in small_data(data, {}, None)[1]}
+    assert (chosen["init_from"], chosen["image_size"]) == ("photos", 256)
+    chosen = {choice.key: choice.value for choice in small_data(data, {"init_from": None}, None)[1]}
+    assert "init_from" not in chosen
+    assert chosen["image_size"] == 224
+
+
+def test_views_are_kept_for_all_runs_or_where_that_cannot_be_in_the_run_folder(cache: Path) -> None:
+    def folder(given: dict[str, Any]) -> str | None:
+        choices = small_data(data_of(8), {"init_from": "x", **given}, create_model("coca_tiny"))[1]
+        return next((choice.value for choice in choices if choice.key == "data.cache_dir"), None)
+
+    assert folder({}) == str(cache)
+    assert folder({"data.cache_dir": "/elsewhere"}) is None
+    cache.rmdir()
+    cache.write_text("not a folder")
+    assert folder({}) == "${output_dir}/views"
+
+
 def test_weights_bring_their_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = create_model("coca_tiny", pooler="cascade").config.stored()
+    source = create_model("coca_tiny", pooler="cascade")
     monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"coca_lit\[pretrained\]"):
-        small_data(data_of(8), {}, None)
-    what, choices = small_data(data_of(8), {"init_from": "outputs/x", "trainer.max_epochs": 2}, arguments)
+        small_data(data_of(8), {"init_from": None}, None)
+    what, choices = small_data(data_of(8), {"init_from": "outputs/x", "trainer.max_epochs": 2}, source)
     assert what.startswith("8 photos")
     chosen = {choice.key: choice.value for choice in choices}
-    assert (chosen["image_size"], chosen["model.warmup_steps"], chosen["data.cached_augmentations"]) == (32, 0, 0)
+    assert (chosen["image_size"], chosen["model.warmup_steps"], chosen["data.cached_augmentations"]) == (32, 0, 2)
     net = chosen["model.net"]
     rebuilt = create_model(**net, image_size=32)
-    assert rebuilt.config.stored() == arguments
+    assert rebuilt.config.stored() == source.config.stored()
+
+
+@pytest.mark.parametrize("given", [{"model.freeze": []}, {"lora.rank": 4}])
+def test_an_encoder_that_trains_is_not_cached(given: dict[str, Any]) -> None:
+    cached = small_data(data_of(8), {"init_from": "x"}, create_model("coca_tiny"))[1]
+    trained = small_data(data_of(8), {"init_from": "x", **given}, create_model("coca_tiny"))[1]
+    views = [next(c.value for c in choices if c.key == "data.cached_augmentations") for choices in (cached, trained)]
+    assert views[0] > 0 == views[1]

@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from coca_lit.distributed import rank, world_size
 from coca_lit.errors import ConfigError
 from coca_lit.models import CoCa, create_model
+from coca_lit.testing import ENCODER
 from coca_lit.training.optim import Timm
 from coca_lit.training.sharding import FullySharded, shard
-from helpers.steps import ENCODER
 
 pytestmark = pytest.mark.slow  # five optimizers on two processes
 

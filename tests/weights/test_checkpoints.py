@@ -12,11 +12,13 @@ from torch import Tensor
 
 from coca_lit.errors import CheckpointError
 from coca_lit.models import CoCa, create_model
+from coca_lit.models.registry import OBJECTIVES
 from coca_lit.runs.checkpoint_io import inspect
 from coca_lit.weights.load import MODEL_KEY, load_dual_encoder, load_model, save_model
 from coca_lit.weights.open_clip import to_open_clip
 from coca_lit.weights.start import EFFICIENTNETS, copy_weights, load_image_weights
 from helpers.hostile import Evil
+from helpers.objectives import WordsOfImages
 
 Build = Callable[..., CoCa]
 
@@ -48,6 +50,22 @@ def test_safetensors_round_trip(tiny_model: Build, tmp_path: Path, arguments: di
     assert not loaded.training
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     assert torch.equal(loaded.generate(images), model.eval().generate(images))
+
+
+def test_an_objective_whose_package_is_gone_is_named(
+    tiny_model: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model()
+    model.objectives = {"mine": WordsOfImages()}
+    model.objectives["mine"].build(model)
+    save_model(model, tmp_path / "model.safetensors")
+    assert set(load_model(tmp_path / "model.safetensors").objectives) == {"mine"}
+    assert not caplog.messages
+    monkeypatch.delitem(OBJECTIVES._factories, "words_of_images")
+    assert not load_model(tmp_path / "model.safetensors").objectives
+    (said,) = caplog.messages
+    assert "'mine'" in said
+    assert "'helpers.objectives:words_of_images'" in said
 
 
 @pytest.mark.parametrize("name", ["mine.pt", "mine", "mine.safetensors.bak"])

@@ -12,7 +12,16 @@ from typing import Any
 
 from coca_lit.data.records import Listing, not_found
 from coca_lit.errors import DataError
-from coca_lit.reading import encoding_of, is_int64, open_parquet, parse_json, printable, read_bounded, read_json
+from coca_lit.reading import (
+    encoding_of,
+    is_int64,
+    not_utf8,
+    open_parquet,
+    parse_json,
+    printable,
+    read_bounded,
+    read_json,
+)
 
 MAX_BYTES = 512 * 2**20  # of JSON; the largest known file, the training answers of VQA v2, has 366 MB
 
@@ -198,7 +207,9 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
                     )
                 rows.append(row)
             return columns, rows
-        except (UnicodeDecodeError, csv.Error) as error:
+        except UnicodeDecodeError as error:
+            raise DataError(not_utf8(path, error)) from error
+        except csv.Error as error:
             raise DataError(f"{path} is not a readable table: {error}; save it in UTF-8, with quotes closed") from error
     if path.suffix != ".parquet":
         raise DataError(f"{path} is not a .csv, .tsv or .parquet file")

@@ -3,7 +3,8 @@
 - `captions.csv`, `.tsv`, `.jsonl` or `.json` with rows of file and caption, several rows per file if it has several
   captions, and if you like a column `split` of train, val and test;
 - `captions.json` in the schema of COCO, or COCO's own folder with its annotations/;
-- else `photo.jpg` beside `photo.txt`, however deep, with a caption per line.
+- else `photo.jpg` beside `photo.txt`, however deep, with a caption per line;
+- else the only .csv, .tsv or .jsonl there is, with the same rows.
 
 Files are named relative to the folder, or to images/ in it. The folder may be a stranger's: files are read within
 bounds, and nothing outside of it.
@@ -34,14 +35,15 @@ from coca_lit.data.datasets.annotations import (
 from coca_lit.data.datasets.captions import mscoco_records
 from coca_lit.data.inputs import source_of
 from coca_lit.data.near_duplicates import hash_files, held_out
-from coca_lit.data.pixels import SUFFIXES
+from coca_lit.data.pixels import SUFFIXES, UNREAD
 from coca_lit.data.records import MAX_MISSING, ImageFile, Listing, Record, most_bad, not_found
 from coca_lit.errors import DataError
-from coca_lit.reading import encoding_of, may_pass, printable, read_bounded, read_json, refuse_unlisted
+from coca_lit.reading import encoding_of, may_pass, not_utf8, printable, read_bounded, read_json, refuse_unlisted
 
 log = logging.getLogger(__name__)
 
 CAPTIONS = ("captions.csv", "captions.tsv", "captions.jsonl", "captions.json")
+TABLES = (".csv", ".tsv", ".jsonl")
 HOW = f"put photos into it, with {', '.join(CAPTIONS[:3])} or {CAPTIONS[3]} of file and caption, or a .txt beside each"
 COLUMNS = "call the columns file and caption"
 MAX_TEXT = 2**20  # bytes of a .txt
@@ -172,7 +174,19 @@ def _photos(root: Path, suffixes: tuple[str, ...]) -> tuple[list[Listed], dict[s
     """Every photo that is there and has a caption, in an order that depends on the content alone; and the files."""
     path = captions_file(root)
     rows = list(_rows(path) if path is not None else captions_beside(root, suffixes))
+    if path is None and not any(captions for _, captions, _ in rows):
+        path = _only_table(root)
+        if path is not None:
+            rows = list(_rows(path))
     files = files_inside([name for name, captions, _ in rows if captions], root)
+    unread = [name for name in files if name.lower().endswith(UNREAD)]
+    if unread:
+        kinds = ", ".join(sorted({Path(name).suffix.lower() for name in unread}))
+        message = f"{len(unread)} of {len(files)} photos in {root}, e.g. {printable(unread[0])}"
+        if len(unread) == len(files):
+            raise DataError(f"{message}: {kinds} is not read, convert them to .jpg")
+        _warn(f"left out {message}: {kinds} is not read, convert them to .jpg")
+        files = {name: file for name, file in files.items() if name not in unread}
     first = {file: name for name, file in reversed(files.items())}  # a file may have several names
     listed: dict[str, tuple[list[str], set[str]]] = {}
     for name, captions, split in rows:
@@ -188,6 +202,18 @@ def _photos(root: Path, suffixes: tuple[str, ...]) -> tuple[list[Listed], dict[s
     if len(photos) < len(listed):
         _warn(f"left out {len(listed) - len(photos)} of {len(listed)} photos without a caption in {root}")
     return [(photo, split) for photo, split in photos if photo.filename in files], files
+
+
+def _only_table(root: Path) -> Path | None:
+    """A table under any name, where no other place has captions; raises `DataError` for several, and for a link."""
+    tables = sorted(path for path in root.glob("[!.]*") if path.suffix in TABLES and path.is_file())
+    if len(tables) > 1:
+        names = " and ".join(printable(path.name) for path in tables[:2])
+        raise DataError(f"{root} has the tables {names}: call the one with the captions captions{tables[0].suffix}")
+    for path in tables:
+        _check_inside(path, root.resolve(), path)
+        _warn(f"captions are read from {printable(path.name)}, the only table in {root}")
+    return tables[0] if tables else None
 
 
 @cache  # each split reads the folder
@@ -270,7 +296,7 @@ def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str
                 try:
                     lines = content.decode(encoding_of(content)).splitlines()
                 except UnicodeDecodeError as error:
-                    raise DataError(f"{printable(str(text))} is not in UTF-8 ({error}): save it as UTF-8") from error
+                    raise DataError(not_utf8(text, error)) from error
                 yield path.relative_to(root).as_posix(), clean(lines), None
     if unread:
         known = ", ".join(suffixes)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -29,7 +28,7 @@ from coca_lit.data.inputs import IMAGES
 from coca_lit.data.shards.listing import REQUESTS
 from coca_lit.data.shards.sample import member_kinds, read_limit, suffix_of
 from coca_lit.data.shards.scan import read_fields
-from coca_lit.data.shards.shard import ChangedError, Shard, Stamp, index_name
+from coca_lit.data.shards.shard import ChangedError, Shard, Stamp, index_name, locked_cache
 from coca_lit.errors import DataError
 from coca_lit.files import atomic_write, replacing
 from coca_lit.machine import processors
@@ -104,13 +103,7 @@ def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
         from rich.console import Console
         from rich.progress import track
 
-        try:
-            fallback_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(
-                f"cannot make {fallback_dir}: {error.strerror}; set data.cache_dir to a folder that can be written"
-            ) from error
-        with FileLock(fallback_dir / ".lock"):
+        with locked_cache(fallback_dir, ".lock"):
             again = ((shard, load_index(shard, fallback_dir)) for shard in missing)
             found |= {shard: index for shard, index in again if index is not None}
             todo = [shard for shard in missing if shard not in found]

@@ -7,14 +7,17 @@ sizes are compared when a training starts, the digest when a shard is indexed or
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple
 
+from filelock import FileLock
+
 from coca_lit.errors import DataError
 from coca_lit.files import atomic_write, size_and_time
+from coca_lit.machine import cache_folder
 from coca_lit.reading import MAX_JSON, is_int64, open_regular, parse_json, printable, read_bounded
 
 if TYPE_CHECKING:
@@ -51,9 +54,26 @@ class Stamp(NamedTuple):
 class CacheSettings(NamedTuple):
     """Of the local copies of remote shards."""
 
-    folder: Path = Path("~/.cache/coca_lit/shards").expanduser()
+    folder: Path = cache_folder() / "shards"
     max_bytes: int = 100 * 10**9
     patience: float = 600.0  # seconds without an answer of the store
+
+
+@contextmanager
+def locked_cache(folder: Path, lock: str) -> Iterator[None]:
+    """Makes the folder of a cache and holds a lock in it; raises `DataError` if it is another user's."""
+    held = FileLock(folder / lock)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be written: {error.strerror or error}; set data.cache_dir to a folder of yours"
+        ) from error
+    try:
+        yield
+    finally:
+        held.release()
 
 
 class ChangedError(Exception):

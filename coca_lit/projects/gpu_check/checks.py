@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import coca_lit
 from coca_lit.cli.command import compose
 from coca_lit.cli.train import run
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
+from coca_lit.runs.run_folder import commit, machine
 from coca_lit.tools.plan.estimate import GPUS, Recipe, measure, memory, per_sample
 from coca_lit.tools.plan.trace import cost, on_gpu
 from coca_lit.tools.report.tables import Table, markdown
@@ -85,6 +87,9 @@ def environment() -> dict[str, Any]:
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "coca_lit": coca_lit.__version__,
+        "commit": commit(),
+        "machine": machine(),
     }
 
 

@@ -19,7 +19,7 @@ from braceexpand import braceexpand
 from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.data.inputs import IMAGES, ImageReader, other_endings, reader_of
-from coca_lit.data.pixels import MAX_IMAGE, SUFFIXES, decode_image
+from coca_lit.data.pixels import MAX_IMAGE, SUFFIXES, UNREAD, decode_image
 from coca_lit.data.prefetch import worker_options
 from coca_lit.data.shards.listing import local_shards
 from coca_lit.data.shards.sample import OWN_KINDS, image_of, member_kinds, suffix_of
@@ -30,12 +30,11 @@ from coca_lit.errors import DataError
 from coca_lit.files import state_of
 from coca_lit.machine import is_first_process
 from coca_lit.models.inputs import Images, Preprocessing, stack_images
-from coca_lit.reading import encoding_of, may_pass, open_regular, parse_json, refuse_unlisted
+from coca_lit.reading import encoding_of, may_pass, open_regular, parse_json, printable, refuse_unlisted
 
 log = logging.getLogger(__name__)
 
 SHARD = ".tar"
-UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff", ".jxl", ".jp2", ".dng")  # photos in other formats
 ORIGINAL = "original_caption"  # key of KEY.json that keeps what KEY.txt said
 ALL = "generated_captions"  # key of KEY.json with all new captions, if several were requested
 
@@ -127,22 +126,35 @@ def in_batches(paths: Iterable[Path], batch_size: int, options: Mapping[str, Any
 
 
 def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
-    """The images in a folder and its subfolders, sorted by path; hidden files and folders are left out.
+    """The images in a folder and its subfolders, sorted by path, without hidden files and folders, and without links to
+    files elsewhere.
 
     Raises:
         DataError: there is no such folder, or one in it cannot be listed.
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder '{folder}'")
+    inside = folder.resolve()
     found = []
+    outside = []
     unread = list[str]()
     for parent, folders, names in os.walk(folder, onerror=refuse_unlisted):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
+        for name in names:
+            path = Path(parent, name)
+            if name.startswith(".") or not name.lower().endswith(suffixes):
+                continue
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
+                outside.append(path)
+            else:
+                found.append(path)
         unread += [name for name in names if name.lower().endswith(UNREAD) and not name.startswith(".")]
     if found and unread and is_first_process():
         kinds = ", ".join(sorted({Path(name).suffix.lower() for name in unread}))
         log.warning("left out %d photos in %s: %s is not read, convert them to .jpg", len(unread), folder, kinds)
+    if outside and is_first_process():
+        example = printable(str(min(outside)))
+        log.warning("left out %d links out of %s, e.g. %s: copy the files there", len(outside), folder, example)
     return sorted(found)
 
 

@@ -91,9 +91,9 @@ def rank(candidates: Iterable[Candidate], weight: float, logit_scale: float) -> 
     return sorted(candidates, key=lambda candidate: candidate.score(weight, logit_scale), reverse=True)
 
 
-def fits(candidates: Sequence[Candidate], logit_scale: float) -> list[float]:
-    """How well each caption fits the photo, beside the others: the softmax of the scaled similarities."""
-    return torch.tensor([logit_scale * candidate.similarity for candidate in candidates]).softmax(dim=0).tolist()
+def shares(scores: Sequence[float]) -> list[float]:
+    """How candidates with such scores share 1: their softmax."""
+    return torch.tensor(scores).softmax(dim=0).tolist()
 
 
 def why_second(candidates: Sequence[Candidate]) -> str:

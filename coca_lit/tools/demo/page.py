@@ -29,10 +29,10 @@ from coca_lit.tools.demo.answers import (
     Candidate,
     Strategy,
     classify,
-    fits,
     rank,
     read_photo,
     rerank_images,
+    shares,
     why_second,
     write_captions,
 )
@@ -42,6 +42,7 @@ from coca_lit.weights.hub import released
 EDGE = 1024  # pixels of the longer side of an image on the page
 EXAMPLES = 8
 FOUND = 12  # images that a search shows
+CANDIDATES = 8  # captions of which the best is chosen: as many as in experiments/contrastive_reranking
 RERANKED = 24  # the nearest images: the decoder re-ranks them, or they replace those that have gone
 SCENE_WORDS = "circle, square, triangle, star, cross, ring"
 PHOTO_WORDS = "man, woman, child, dog, cat, car, landscape"
@@ -52,7 +53,8 @@ STRATEGIES = [("best of several", "beam"), ("varied", "sample"), ("a single one,
 SURE = ((0.75, "sure"), (0.5, "fairly sure"), (0.25, "unsure"), (0.0, "guessing"))  # from which share on
 SCORES = (
     "<b>Sure of its words</b>: the probability that the captioner gives each of them, in the mean. "
-    "<b>Fits the photo</b>: how the image and the text encoder share 100 % among these captions."
+    "<b>Fits the photo</b>: how the image and the text encoder share 100 % among these captions. "
+    "<b>Best</b>: the same by both, in the mixture that the slider sets; the captions are in this order."
 )
 HOST = "127.0.0.1"
 MAX_UPLOAD = "30mb"
@@ -139,7 +141,7 @@ def _caption_tab(model: CoCa, photo: gr.Image, changes: list[Trigger]) -> None:
     scale = float(model.logit_scale.detach().exp())
     with gr.Row():
         strategy = gr.Radio(STRATEGIES, value="beam", label="how captions are written")
-        count = gr.Slider(1, 10, value=5, step=1, label="captions")
+        count = gr.Slider(1, 10, value=CANDIDATES, step=1, label="captions")
     weight = gr.Slider(
         0,
         1,
@@ -155,7 +157,7 @@ def _caption_tab(model: CoCa, photo: gr.Image, changes: list[Trigger]) -> None:
     draws = gr.State(0)
 
     def show(found: list[Candidate], weight: float) -> str:
-        return _caption_table(rank(found, weight, scale), scale) if found else EMPTY
+        return _caption_table(rank(found, weight, scale), weight, scale) if found else EMPTY
 
     def on_write(path: str | None, strategy: Strategy, count: int, weight: float, draw: int) -> tuple[Any, ...]:
         path = _require_photo(path)
@@ -321,20 +323,21 @@ def _banner(model: CoCa, checkpoint: str, builtin: bool, vocabulary: Sequence[st
     return f'<h1>Contrastive Captioner</h1>{origin}<div class="note">{" ".join(notes)}{words}</div>'
 
 
-def _caption_table(candidates: Iterable[Candidate], logit_scale: float) -> str:
+def _caption_table(candidates: Iterable[Candidate], weight: float, logit_scale: float) -> str:
     """The first caption in large letters, with a picture per word of where it comes from; below, all captions with
     their scores in words, in the given order, what tells the second from the first, and what the scores mean.
     """
     candidates = list(candidates)
     body = ""
-    for c, fit in zip(candidates, fits(candidates, logit_scale), strict=True):
+    fits, best_by = (shares([c.score(w, logit_scale) for c in candidates]) for w in (1.0, weight))
+    for c, fit, both in zip(candidates, fits, best_by, strict=True):
         sure = next(word for least, word in SURE if c.sureness >= least)
         body += (
             f"<tr{'' if body else ' class=first'}><td>{escape(c.caption) or '(empty)'}</td>"
             f"<td title='log-probability {c.log_prob:.3f}'>{sure}, {c.sureness:.0%}</td>"
-            f"<td title='cosine {c.similarity:.3f}'>{fit:.0%}</td></tr>"
+            f"<td title='cosine {c.similarity:.3f}'>{fit:.0%}</td><td>{both:.0%}</td></tr>"
         )
-    head = "".join(f"<th>{name}</th>" for name in ("caption", "sure of its words", "fits the photo"))
+    head = "".join(f"<th>{name}</th>" for name in ("caption", "sure of its words", "fits the photo", "best"))
     best = escape(candidates[0].caption) or "(empty)"
     looked = "".join(
         f'<figure><img src="{picture}" alt=""><figcaption>{escape(word)}</figcaption></figure>'

@@ -1,1 +1,1 @@
-"""`coca-new NAME` writes a project of your own: a package with an objective, an experiment, a page and a test."""
+"""`coca-new NAME` writes a project of your own: an objective, an evaluation, an experiment, a page and tests."""

@@ -14,7 +14,8 @@ from coca_lit.runs.launch import isolate, started
 TEMPLATE = Path(__file__).with_name("template")
 NAME = "my_method"  # in the template, also in names of files and folders
 DESCRIPTION = """\
-Writes a project of your own into ./NAME: an objective, an experiment, a page and a test, all of them short and running.
+Writes a project of your own into ./NAME: an objective, an evaluation, an experiment, a page
+and tests, all of them short and running.
 Install it by `pip install -e NAME`; coca-train then knows experiment=scenes_NAME."""
 
 

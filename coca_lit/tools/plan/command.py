@@ -40,7 +40,8 @@ def run(cfg: DictConfig) -> None:
     settings = read_settings(cfg)
     source = load_source(cfg) if cfg.recipe is not None else None
     if cfg.recipe is not None:  # whose choices depend on the data
-        cfg = with_recipe(cfg, source)
+        cfg, _ = with_recipe(cfg, source)
+        source = source or load_source(cfg)
     try:
         cfg = with_vocabulary(cfg, source.tokenizer.spec if source is not None else None)
     except DataNotFoundError:

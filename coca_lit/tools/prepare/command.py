@@ -1,5 +1,6 @@
 """`coca-data prepare SOURCE OUTPUT` writes shards, `coca-data check SHARDS` reads and decodes every sample of them,
-`coca-data spice` fetches what SPICE needs. Projects add further subcommands.
+`coca-data spice` fetches what SPICE needs, `coca-data cache` shows or removes what can be made
+again. Projects add further subcommands.
 
 Where shards are worked on is a key as of other commands, engine=gpus engine.devices=[0,1], see
 `coca_lit.tools.engines`.
@@ -45,6 +46,10 @@ SPICE = """\
 Fetches Stanford CoreNLP 3.6.0 (400 MB, GPL 3), by which SPICE parses captions, and keeps its two jars. An interrupted
 download resumes where it stopped."""
 
+CACHE = """\
+Shows what commands keep in your cache folder, $XDG_CACHE_HOME/coca_lit or else ~/.cache/coca_lit, and its size. All of
+it is made or fetched again when it is needed."""
+
 
 def data(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `coca-data`. A `UserError` is one sentence on standard error and exit code 1."""
@@ -55,6 +60,7 @@ def data(arguments: Sequence[str] | None = None) -> None:
     _add_prepare(subcommands)
     _add_check(subcommands)
     _add_spice(subcommands)
+    _add_cache(subcommands)
     is_own = words[:1] and words[0] in subcommands.choices
     for word, declared in extensions.commands_of("data").items():
         if word not in subcommands.choices:
@@ -212,6 +218,26 @@ def _fetch_spice(options: argparse.Namespace) -> None:
     for jar in others:
         print(f"warning: {jar} is not the file that Maven has; SPICE is tested with that one", file=sys.stderr)
     print(f"SPICE is ready: {folder}" + (f"; set {JARS_VARIABLE} to it" if options.folder else ""))
+
+
+def _add_cache(subcommands: "Subcommands") -> None:
+    parser = subcommands.add_parser("cache", help="show or remove the caches of all runs", description=CACHE)
+    parser.add_argument("--remove", action="store_true", help="remove the views of photos")
+    parser.set_defaults(run=_cache)
+
+
+def _cache(options: argparse.Namespace) -> None:
+    from coca_lit.data.view_folder import size_of, view_folder
+    from coca_lit.files import remove
+
+    folder = view_folder()
+    size = size_of(folder)
+    if options.remove:
+        remove(folder)
+        print(f"removed {folder}, {size / 1e9:.2f} GB")
+        return
+    for path, what in ((folder, "views of own photos"), (folder.with_name("shards"), "copies of remote shards")):
+        print(f"{path}: {size_of(path) / 1e9:.2f} GB, {what}")
 
 
 def _add_common(parser: "SubcommandParser") -> None:

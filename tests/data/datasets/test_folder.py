@@ -444,3 +444,50 @@ def test_folders_without_photos_captions_or_with_two_files(tmp_path: Path) -> No
     (tmp_path / "captions.tsv").write_text(LAYOUTS["captions.tsv"])
     with pytest.raises(DataError, match="both"):
         folder_records(tmp_path, "train")
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("labels.csv", ","), ("Photos 2024.tsv", "\t")])
+def test_the_only_table_is_read_under_any_name(
+    tmp_path: Path, name: str, delimiter: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path)
+    (tmp_path / name).write_text(table(delimiter))
+    found = {r.id: r.captions for split in ("train", "val") for r in folder_records(tmp_path, split)}
+    assert found == CAPTIONS
+    assert f"captions are read from {name}, the only table in {tmp_path}" in caplog.text
+    (tmp_path / "exif.csv").write_text("file,camera\n")
+    with pytest.raises(DataError, match=r"tables .*exif\.csv.*: call the one with the captions captions"):
+        folder_records(tmp_path, "train")
+    (tmp_path / "captions.csv").write_text(table(","))
+    assert len(folder_records(tmp_path, "train")) == 9
+
+
+def test_texts_beside_photos_come_before_another_table(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (tmp_path / "exif.csv").write_text("file,text\n0.jpg,f/2.8\n")
+    for name in CAPTIONS:
+        (tmp_path / name).with_suffix(".txt").write_text("beside")
+    assert {r.captions for r in folder_records(tmp_path, "train")} == {("beside",)}
+
+
+def test_photos_of_another_format_are_named_before_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path)
+    for i in (0, 1):
+        (tmp_path / f"{i}.jpg").rename(tmp_path / f"{i}.HEIC")
+    rows = [{**row, "file": row["file"].replace("0.jpg", "0.HEIC").replace("1.jpg", "1.HEIC")} for row in OBJECTS]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = [r.id for split in ("train", "val") for r in folder_records(tmp_path, split)]
+    assert sorted(map(str, found)) == [f"{i}.jpg" for i in range(2, 10)]
+    assert f"2 of 10 photos in {tmp_path}, e.g. 0.HEIC: .heic is not read, convert them to .jpg" in caplog.text
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows[:4])))
+    with pytest.raises(DataError, match=r"2 of 2 photos .* convert them to \.jpg"):
+        folder_records(tmp_path, "train")
+
+
+def test_a_table_of_windows_says_its_line_and_the_way_out(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (tmp_path / "captions.csv").write_bytes("file,caption\n0.jpg,a dog\n1.jpg,ein Hund läuft\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"captions\.csv is not in UTF-8 \(line 3\).*iconv -f WINDOWS-1252"):
+        folder_records(tmp_path, "train")

@@ -13,6 +13,7 @@ from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.remote import cache as remote
 from coca_lit.data.shards.remote.cache import ShardCache
 from coca_lit.data.shards.scan import read_shard
+from coca_lit.data.shards.shard import locked_cache
 from coca_lit.errors import DataError, DataNotFoundError
 from helpers.datamodules import TOKENIZER
 from helpers.shards import contents, in_memory
@@ -214,3 +215,14 @@ def test_many_processes_share_a_small_cache(store, tmp_path):
         process.join(600)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert sum(path.stat().st_size for path in cache.folder.glob("*.tar")) <= cache.max_bytes
+
+
+def test_a_lock_that_another_user_made_a_link_empties_no_file(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("notes")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / ".lock").symlink_to(mine)
+    with pytest.raises(DataError, match=r"set data\.cache_dir to a folder of yours"), locked_cache(cache, ".lock"):
+        pass
+    assert mine.read_text() == "notes"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from coca_lit.models import CoCa
+from coca_lit.testing import ENCODER
 from helpers.slow import slow
-from helpers.steps import ENCODER
 
 WORDS = ["a", "b", "c", "d", "e"]  # few enough for an untrained model to choose the end id now and then
 Build = Callable[..., CoCa]

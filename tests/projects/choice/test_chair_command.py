@@ -52,14 +52,6 @@ def test_hallucinated_objects(files: list[str], tmp_path: Path, capsys: pytest.C
         score([*files, "--synonyms", str(tmp_path / "nothing.txt"), *options[2:]])
 
 
-def test_options_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        score(["--help"])
-    shown = capsys.readouterr().out
-    assert "  --synonyms " in shown
-    assert "  --instances " in shown
-
-
 def test_options_that_would_be_ignored_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     chair = ["--synonyms", "s", "--instances", "i"]
     for words in (["--judgments", "a.csv", *chair], [*chair, "--judgments", "a.csv"], chair[2:]):

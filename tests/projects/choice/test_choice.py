@@ -13,10 +13,11 @@ from PIL import Image
 from coca_lit.cli.assembly import build_evals
 from coca_lit.cli.command import compose
 from coca_lit.data.records import Record
+from coca_lit.data.scenes.facts import scene_facts
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.evals import Settings
-from coca_lit.metrics.uncertainty import bootstrap, exact, resamples
+from coca_lit.metrics.uncertainty import Ratios, bootstrap, exact, resamples
 from coca_lit.projects.choice.evaluation import ChoiceAccuracy, ChoiceScores, is_right, pair_accuracy
 from coca_lit.projects.choice.files import (
     SUGARCREPE,
@@ -25,6 +26,7 @@ from coca_lit.projects.choice.files import (
     sugarcrepe_records,
     winoground_records,
 )
+from coca_lit.projects.choice.scenes import scene_choice_records
 from helpers.evaluating import WORDS, make_model, noise
 
 
@@ -215,12 +217,6 @@ def test_equal_to_clip_benchmark(root: Path, tmp_path: Path) -> None:
     assert ours["x/group_score"] == pytest.approx(found["acc"])
 
 
-@pytest.mark.parametrize("read", [sugarcrepe_records, sugarcrepe_pp_records, winoground_records])
-def test_what_is_missing_is_named(tmp_path: Path, read: Callable[[Path], list[Record]]) -> None:
-    with pytest.raises(DataNotFoundError, match=str(tmp_path)):
-        read(tmp_path)
-
-
 @pytest.mark.parametrize(("kinds", "read"), [(SUGARCREPE, sugarcrepe_records), (SUGARCREPE_PP, sugarcrepe_pp_records)])
 def test_the_first_cases_are_of_all_kinds(kinds: tuple[str, ...], read: Callable, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
@@ -243,6 +239,32 @@ def test_records_without_texts_are_refused_before_training() -> None:
 
 
 def test_missing_data_name_their_key(tmp_path: Path) -> None:
+    for read in (sugarcrepe_records, sugarcrepe_pp_records, winoground_records):
+        with pytest.raises(DataNotFoundError, match=str(tmp_path)):
+            read(tmp_path)
     (tmp_path / "mscoco").mkdir()
     with pytest.raises(DataError, match=r"; set roots.sugarcrepe or roots.mscoco=PLACE .*scoring.skip_missing"):
         build_evals(compose("train", ["evals=[sugarcrepe_choice]", f"data_dir={tmp_path}"]))
+
+
+# Wrong captions of built-in scenes
+
+
+def scores(caption: str, true: str) -> dict[str, tuple[float, float]]:
+    """Precision and recall by kind."""
+    found = exact(1, Ratios(scene_facts([Record(0, "x.png", [true])], {0: caption})))
+    return {kind: (found[f"{kind}_precision"], found[f"{kind}_recall"]) for kind in ("object", "attribute", "relation")}
+
+
+def test_wrong_captions_differ_in_what_their_kind_says() -> None:
+    records = scene_choice_records("val", count=50)
+    kinds = {kind: [record for record in records if record.domain == kind] for kind in ("order", "colour", "shape")}
+    assert len(kinds["shape"]) == 50
+    assert 30 < len(kinds["colour"]) < 50  # objects of one colour have no other order of colours
+    assert len({record.id for record in records}) == len(records)
+    for record in records:
+        found = scores(record.captions[1], true=record.captions[0])
+        assert found["relation"] == (0, 0)
+        assert found["object"] == ((0.5, 0.5) if record.domain == "shape" else (1, 1))
+        if record.domain == "order":
+            assert found["attribute"] == (1, 1)

@@ -21,6 +21,7 @@ from helpers.shards import jpeg
 
 pytestmark = pytest.mark.slow
 
+WRONG_CAPTION = {"filename": "a.jpg", "caption": 1, "negative_caption": "b"}
 WINO = {"id": 0, "image_0": "a", "image_1": "b", "caption_0": "a b", "caption_1": "b a"}
 
 
@@ -32,18 +33,8 @@ def objects(root: Path) -> Chair:
     ("read", "name", "content", "said"),
     [
         (sugarcrepe_records, "add_obj.json", [], "it holds a list, not an object"),
-        (
-            sugarcrepe_records,
-            "add_obj.json",
-            {"0": {"filename": "a.jpg", "caption": 1, "negative_caption": "b"}},
-            "text",
-        ),
-        (
-            sugarcrepe_records,
-            "add_obj.json",
-            {"0": {"filename": "a.jpg", "caption": "a"}},
-            "'negative_caption' is miss",
-        ),
+        (sugarcrepe_records, "add_obj.json", {"0": {"filename": "a.jpg", "caption": "a"}}, "'negative_caption'"),
+        (sugarcrepe_records, "add_obj.json", {"0": WRONG_CAPTION}, "text"),
         (sugarcrepe_pp_records, "replace_obj.json", {}, "it holds an object, not a list"),
         (sugarcrepe_pp_records, "replace_obj.json", [[]], "a list stands where an object belongs"),
         (sugarcrepe_pp_records, "replace_obj.json", [{"caption": "a", "caption2": "b"}], "'negative_caption' is miss"),
@@ -69,36 +60,31 @@ def test_annotations_of_choices(tmp_path, read, name, content, said):
         read(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fuzz")
-
-
 PAIR = {"id": 0, "image_0": "0", "image_1": "1", "caption_0": "a dog", "caption_1": "dog a"}
 INSTANCES = {"categories": [{"id": 1, "name": "dog"}], "annotations": [{"image_id": 0, "category_id": 1}]}
 
 
 @fuzz
 @given(st.data())
-def test_forged_annotations_of_choices(folder, data):
-    (folder / "images").mkdir(exist_ok=True)
+def test_forged_annotations_of_choices(forged_files, data):
+    (forged_files / "images").mkdir(exist_ok=True)
     for name in ("0.jpg", "1.jpg", "0.png", "1.png"):
-        (folder / "images" / name).write_bytes(jpeg(3))
+        (forged_files / "images" / name).write_bytes(jpeg(3))
     for kind in SUGARCREPE:
-        (folder / f"{kind}.json").write_text("{}")
+        (forged_files / f"{kind}.json").write_text("{}")
     for kind in SUGARCREPE_PP:
-        (folder / "pp" / f"{kind}.json").parent.mkdir(exist_ok=True)
-        (folder / "pp" / f"{kind}.json").write_text("[]")
+        (forged_files / "pp" / f"{kind}.json").parent.mkdir(exist_ok=True)
+        (forged_files / "pp" / f"{kind}.json").write_text("[]")
     texts = {"caption": "a", "caption2": "b", "negative_caption": "c"}
     crepe_pp = [{"id": i, "filename": f"{i}.jpg", **texts} for i in range(2)]
     crepe = {str(i): {"filename": f"{i}.jpg", "caption": "a", "negative_caption": "b"} for i in range(2)}
-    (folder / "synonyms.txt").write_bytes(data.draw(damaged(b"dog, puppy\ncat\n")))
+    (forged_files / "synonyms.txt").write_bytes(data.draw(damaged(b"dog, puppy\ncat\n")))
     for name, document, reader in (
-        ("add_obj.json", crepe, lambda: sugarcrepe_records(folder, folder / "images")),
-        ("pp/swap_obj.json", crepe_pp, lambda: sugarcrepe_pp_records(folder / "pp", folder / "images")),
-        ("examples.jsonl", PAIR, lambda: winoground_records(folder)),
-        ("instances.json", INSTANCES, lambda: [Chair(folder / "synonyms.txt", folder / "instances.json")]),
+        ("add_obj.json", crepe, lambda: sugarcrepe_records(forged_files, forged_files / "images")),
+        ("pp/swap_obj.json", crepe_pp, lambda: sugarcrepe_pp_records(forged_files / "pp", forged_files / "images")),
+        ("examples.jsonl", PAIR, lambda: winoground_records(forged_files)),
+        ("instances.json", INSTANCES, lambda: [Chair(forged_files / "synonyms.txt", forged_files / "instances.json")]),
     ):
-        (folder / name).write_bytes(data.draw(forged(document)))
+        (forged_files / name).write_bytes(data.draw(forged(document)))
         with bounded():
             reader()

@@ -8,10 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from coca_lit.cli.assembly import build_evals
 from coca_lit.cli.command import compose
 from coca_lit.cli.module import build_module
-from coca_lit.errors import DataError
 from helpers.evaluated_runs import check_evaluations_follow
 from helpers.running import TINY, results, run
 
@@ -51,14 +49,6 @@ def test_a_pooler_trains_beside_a_frozen_network(tmp_path: Path) -> None:
 def test_pairs_and_classes_as_texts(tmp_path: Path) -> None:
     run(tmp_path, *TINY, "data=scenes_and_classes", "evals=[scenes_zeroshot]")
     assert "scenes/top1" in results(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "key"), [("imagenet_probe", "roots.imagenet or roots.imagenet_train"), ("folder_probe", "roots.folder")]
-)
-def test_missing_data_name_their_key(tmp_path: Path, name: str, key: str) -> None:
-    with pytest.raises(DataError, match=rf"; set {key}=PLACE .*scoring.skip_missing"):
-        build_evals(compose("train", [f"evals=[{name}]", f"data_dir={tmp_path}"]))
 
 
 def test_the_evaluations_name_classes_as_the_run_did(tmp_path: Path) -> None:

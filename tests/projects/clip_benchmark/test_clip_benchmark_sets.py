@@ -25,7 +25,6 @@ from coca_lit.projects.clip_benchmark import command
 from coca_lit.projects.clip_benchmark.sets import captioned_shards, classified_shards, clip_benchmark
 from coca_lit.weights.load import save_model
 from helpers.hub_server import Hub, Repository, answers_at
-from helpers.shards import write_tar
 
 pytest.importorskip("clip_benchmark")
 
@@ -215,10 +214,7 @@ def test_captions_of_another_vocabulary(tiny_model: Any, tmp_path: Path) -> None
     [
         (lambda folder: (folder / "test" / "1.tar").unlink(), DataNotFoundError, r"5 .*1\.tar"),
         (lambda folder: (folder / "test" / "nshards.txt").write_text("0\n"), DataError, "nshards.txt"),
-        (lambda folder: (folder / "classnames.txt").write_text("rose\n"), DataError, "class of .* below 1"),
-        (lambda folder: write_tar(folder / "test" / "0.tar", {"s0000000.webp": b""}), DataError, "s0000000.*cls"),
     ],
-    ids=["a missing shard", "zero shards", "a class beyond the names", "a sample without a class"],
 )
 def test_damaged_data_sets(root: Path, tmp_path: Path, damage: Any, error: type[Exception], message: str) -> None:
     shutil.copytree(root / "flowers", tmp_path / "flowers")

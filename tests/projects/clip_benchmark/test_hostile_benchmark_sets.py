@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from coca_lit.cli.assembly import build_evals
-from coca_lit.cli.command import compose
 from coca_lit.errors import DataError
 from coca_lit.projects.clip_benchmark.sets import classified_shards
 from helpers.shards import jpeg, write_tar
@@ -35,8 +33,3 @@ def test_data_sets_of_evaluations(tmp_path, change, said):
     assert len(classified_shards(benchmark_set(tmp_path / "good")).records) == 1
     with pytest.raises(DataError, match=said):
         classified_shards(benchmark_set(tmp_path / "bad", **change))
-
-
-def test_missing_data_name_their_key(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"; set evals.clip_benchmark.root=PLACE .*scoring.skip_missing"):
-        build_evals(compose("train", ["evals=[clip_benchmark]", f"data_dir={tmp_path}"]))

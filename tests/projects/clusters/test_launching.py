@@ -1,4 +1,4 @@
-"""Launchers and the sweeper on jobs that take no time; test_slurm.py and test_ray.py have those that need a cluster."""
+"""Launchers, the sweeper and options of engines; test_slurm.py and test_ray.py have what needs a cluster."""
 
 import os
 import signal
@@ -16,7 +16,9 @@ from coca_lit.cli.command import compose
 from coca_lit.cli.sweep import check_processes
 from coca_lit.errors import ConfigError
 from coca_lit.projects.clusters import launchers
+from coca_lit.projects.clusters.engines import Slurm
 from coca_lit.projects.clusters.study import OptunaSweeper, distribution
+from coca_lit.tools.engines import engine_from
 from helpers.sweeps import APP, rows_of, run_in
 
 CONF = Path(launchers.__file__).with_name("conf")
@@ -152,3 +154,32 @@ def test_search_spaces_follow_the_grammar_of_hydra() -> None:
     }
     parser = OverridesParser.create()
     assert {text: distribution(parser.parse_override(f"x={text}")) for text in wanted} == wanted
+
+
+# Engines
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("engine=slrum", "'engine' has no option 'slrum'; did you mean 'slurm'"),
+        ("engine=slurm engine.tasks_per_node=8", "engine.nodes and engine.tasks_per_node must be 1"),
+        ("engine=slurm engine.shards_per_job=0", "engine.shards_per_job must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_are_one_sentence(words: str, message: str) -> None:
+    pytest.importorskip("submitit")
+    with pytest.raises(ConfigError) as raised:
+        engine_from(words.split())
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_keys_of_launchers_are_keys_of_engines() -> None:
+    pytest.importorskip("submitit")
+    words = ["engine=slurm", "engine.partition=gpu", "engine.timeout_min=7", "engine.shards_per_job=3"]
+    engine = engine_from(words, ["cpu", "cpu"])
+    assert isinstance(engine, Slurm)
+    assert (engine.options["partition"], engine.options["timeout_min"], engine.size) == ("gpu", 7, 3)
+    assert engine.machine.devices == ["cpu", "cpu"]  # of `coca-data check … --workers 2`
+    assert engine_from(words).machine.devices is None  # a model has the GPU of its job

@@ -142,18 +142,6 @@ def test_nothing_of_another_set_stays(rows, tmp_path, distance, cosine):
     assert chosen(output) == names(expected)
 
 
-def test_two_stars_are_folders_of_any_depth(tmp_path):
-    places = [
-        tmp_path / "0.scores.parquet",
-        tmp_path / "a" / "1.scores.parquet",
-        tmp_path / "a" / "b" / "2.scores.parquet",
-    ]
-    for place in places:
-        place.parent.mkdir(exist_ok=True)
-        place.touch()
-    assert find_scores([f"{tmp_path}/**/*.scores.parquet"]) == places
-
-
 def test_a_duplicate_of_a_duplicate_stays(tmp_path):
     """At angles of 0, 10 and 20 degrees: the second goes, and the third is near nothing that stays."""
     angles = np.deg2rad([0, 10, 20])
@@ -175,13 +163,6 @@ def test_the_share_of_the_best_is_rounded(tmp_path):
 def test_a_formula_that_varies_is_computed_once(rows, tmp_path):
     filter_scores(find_scores([tmp_path / "a"]), tmp_path / "k.parquet", "random() < 2", top=0.1, by="random()")
     assert len(chosen(tmp_path / "k.parquet")) == 30
-
-
-def test_a_formula_may_end_with_a_comment(rows, tmp_path):
-    where, by = "words > 2 -- more than two", "likelihood -- the likeliest"
-    filter_scores(find_scores([tmp_path / "a"]), tmp_path / "k.parquet", where, top=0.3, by=by)
-    filter_scores(find_scores([tmp_path / "a"]), tmp_path / "n.parquet", "words > 2", top=0.3, by="likelihood")
-    assert chosen(tmp_path / "k.parquet") == chosen(tmp_path / "n.parquet") != []
 
 
 def test_cells_find_planted_duplicates(tmp_path, monkeypatch):
@@ -220,19 +201,6 @@ def test_a_word_that_comes_twice_names_both(rows, tmp_path):
     kept = chosen(tmp_path / "k.parquet")
     assert kept
     assert not {(row["shard"], row["key"]) for row in rows if row["phash"] in seen} & {*kept}
-
-
-@pytest.mark.parametrize(
-    ("words", "said"), [("filter a output=k.parquet", "begins again"), ("spice", "resumes from here")]
-)
-def test_what_an_interrupted_command_does_next(monkeypatch, words, said):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("coca_lit.projects.curation.scores.find_scores", interrupted)
-    monkeypatch.setattr("coca_lit.tools.prepare.spice_jars.fetch_jars", interrupted)
-    with pytest.raises(SystemExit, match=f"^interrupted: the same command {said}$"):
-        coca_data(words.split())
 
 
 def test_unknown_hashes_are_no_duplicates_and_no_number_is_not_the_best(tmp_path):
@@ -308,13 +276,6 @@ def test_a_file_of_another_kind_is_not_replaced(rows, tmp_path, name):
     assert output.read_bytes() == before
 
 
-def test_scores_that_other_programs_wrote(tmp_path):
-    table = pa.table({"shard": ["b.tar", "a.tar"], "key": ["2", "1"], "aesthetic": [5.0, 6.0]})
-    parquet.write_table(table, tmp_path / "mine.parquet")
-    filter_scores(find_scores([tmp_path / "mine.parquet"]), tmp_path / "k.parquet", "aesthetic > 4")
-    assert chosen(tmp_path / "k.parquet") == [("a.tar", "1"), ("b.tar", "2")]
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -344,20 +305,6 @@ def test_a_selection_replaces_no_scores(rows, tmp_path, monkeypatch, words):
     with pytest.raises(SystemExit, match=r"00000\.scores\.parquet"):
         coca_data(words.format("00000.scores.parquet").split())
     assert [path.read_bytes() for path in tmp_path.glob("*/*")] == before
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["dedup", "a", "output=k.parquet", "hash-distance=x"], "--hash-distance"),
-        (["check", "a", "workers=x"], "--workers"),
-        (["check", "a", "workers=0"], "--workers"),
-    ],
-)
-def test_words_that_are_no_numbers(words, said, capsys):
-    with pytest.raises(SystemExit):
-        coca_data(words)
-    assert said in capsys.readouterr().err
 
 
 def test_scores_that_do_not_belong_together(rows, tmp_path):

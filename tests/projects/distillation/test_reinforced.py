@@ -136,16 +136,6 @@ def test_finished_shards_are_skipped_and_changed_ones_done_again(shard, teachers
     assert not teach_shard(shard, teaching).skipped
 
 
-def test_words_that_come_twice_name_all(shard, teachers, monkeypatch) -> None:
-    asked: list[Teaching] = []
-    monkeypatch.setattr("coca_lit.projects.distillation.command.annotate", lambda *given: asked.append(given[-1]))
-    words = ["teach", str(shard.parent), *(f"teachers={teacher}" for teacher in teachers)]
-    coca_data(words)
-    coca_data([*words, "caption-keys=json", "caption-keys=txt"])
-    assert [teaching.teachers for teaching in asked] == [teachers] * 2
-    assert [teaching.caption_keys for teaching in asked] == [("txt",), ("json", "txt")]
-
-
 def test_what_teachers_do_not_fit_is_refused(shard, teachers) -> None:
     with pytest.raises(DataError, match=r"00000.teachers.safetensors holds no embeddings.*coca-data teach"):
         laion(shard).train_dataloader()

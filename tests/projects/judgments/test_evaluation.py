@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from coca_lit.cli.command import compose
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
 from coca_lit.evals import Settings
@@ -125,9 +124,3 @@ def test_without_java_the_scores_of_the_model_stay(root: Path, monkeypatch: pyte
     scores = evaluation.evaluate(make_model(), Settings(root))
     assert "experts/tau_c_pmi" in scores
     assert evaluation.not_run["experts CIDEr"] == "no Java"
-
-
-@pytest.mark.parametrize("name", ["flickr8k_expert_judgments", "flickr8k_crowd_judgments"])
-def test_configs_name_their_data(name: str) -> None:
-    cfg = compose("evaluate", [f"evals=[{name}]", "checkpoint=x", "data_dir=/data"])
-    assert cfg.evals[name].records.root == "/data/judgments" == cfg.evals[name].images

@@ -37,19 +37,13 @@ OPENMAMMUT = "laion/openMaMMUT-ViT-L-14-DataComp-1.4B-s12.8B-b180K"
 
 
 def test_what_the_project_declares_is_what_it_has() -> None:
-    target = extensions.declared("presets")["mammut_vit_l14"]
-    assert [name for name, other in extensions.declared("presets").items() if other == target] == [*PRESETS]
+    assert set(PRESETS) <= set(extensions.declared("presets"))
     assert preset("mammut_ViT-L-14") == PRESETS["mammut_vit_l14"]
 
 
 @pytest.mark.parametrize("name", ["mammut2_vit_b32", "mammut_vit_b32", *slow("mammut2_vit_l14", "mammut_vit_h14")])
 def test_presets(name: str) -> None:
     check_preset(name)
-
-
-def test_wrong_arguments() -> None:
-    with pytest.raises(ValueError, match=r"'text_tower_args\.pool'"):
-        create_model("coca_tiny", **MAMMUT, text_tower_args={"pool": "mean"})
 
 
 def test_attention_of_the_decoder() -> None:

@@ -214,12 +214,7 @@ def test_a_run_trains_and_scores() -> None:
     )
     module = CoCaLit(net, AdamW(lr=1e-2), micro_batch_size=1)
     before = net.image_encoder.trunk.embeds.proj.weight.clone()
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", **quiet)
     trainer.fit(module, data)
     assert trainer.global_step == data.steps_per_epoch

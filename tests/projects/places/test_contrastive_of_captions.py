@@ -11,8 +11,8 @@ from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import contrastive_loss
 from coca_lit.models import CoCaOutput, create_model
 from coca_lit.projects.places.objective import ContrastiveOfCaptions
+from coca_lit.testing import ENCODER, PAIRS, check_two_ranks_and_micro_batches, own_batch, trained_with
 from coca_lit.training.optim import AdamW
-from helpers.steps import ENCODER, PAIRS, own_batch, trained_with
 
 ASKED = torch.tensor([1, 1, 1, 3, 1, 2])  # tokens before the answer; 1 for a caption
 
@@ -45,15 +45,7 @@ def test_the_contrastive_loss_of_captions_leaves_questions_out() -> None:
 
 
 def test_captions_among_questions_on_two_ranks_and_in_micro_batches(on_ranks) -> None:
-    expected = trained_on_captions(None)
-    unlike = trained_on_captions(None, weight=0.1)
-    assert any((expected[name] - other).abs().max() > 1e-4 for name, other in unlike.items())
-    for found in [
-        trained_on_captions(2),
-        *on_ranks(2, trained_on_captions, None),
-        *on_ranks(2, trained_on_captions, 1),
-    ]:
-        torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+    check_two_ranks_and_micro_batches(on_ranks, trained_on_captions)
 
 
 def test_it_trains_what_the_contrastive_loss_trains() -> None:

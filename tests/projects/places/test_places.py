@@ -5,18 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coca_lit.data.scenes.render import SHAPES, captions, decode, render, scene_records
+from coca_lit.data.scenes.render import captions, decode, render, scene_records
 from coca_lit.evals.base import Settings
 from coca_lit.metrics import is_share
 from coca_lit.metrics.uncertainty import digest
 from coca_lit.models import create_model
-from coca_lit.models.presets import VOCABULARIES
 from coca_lit.projects.places import evaluation as evaluated
-from coca_lit.projects.places.boxes import BINS, box_text, overlap, read_box
+from coca_lit.projects.places.boxes import box_text, overlap, read_box
 from coca_lit.projects.places.datamodule import ScenePlacesDataModule
 from coca_lit.projects.places.evaluation import PlaceScores, is_right
 from coca_lit.projects.places.scenes import (
-    VOCABULARY,
     boxes_of_things,
     scene_place_questions,
     scene_place_records,
@@ -24,19 +22,6 @@ from coca_lit.projects.places.scenes import (
 from coca_lit.runs.scores import cell, data_name, score_name
 from helpers.datamodules import TOKENIZER
 from helpers.running import TINY, run
-
-PLURALS = {"crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
-ASKING = {"what", "colour", "shape", "is", "the", "thing", "things", "how", "many", "are", "there", "where"}
-ASKING |= {"0", "1", "2", "left", "right", "top", "bottom", *PLURALS}
-
-
-def test_vocabulary_of_places() -> None:
-    """Words of captions first, so that they keep the ids of the tokenizer "scenes", then those of questions."""
-    of_captions = VOCABULARIES["scenes"]
-    words = [*of_captions, *sorted(ASKING - {*of_captions})]
-    words += [edge for edge in map(str, range(BINS + 1)) if edge not in words]
-    assert words == VOCABULARY
-    assert create_model("coca_tiny", tokenizer="scenes_places").tokenizer.spec == words
 
 
 def test_boxes_are_not_mirrored(tmp_path: Path) -> None:

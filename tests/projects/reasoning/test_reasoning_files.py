@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.render import scene_records
@@ -19,7 +21,10 @@ from coca_lit.projects.reasoning.statement_files import (
     pairs_records,
     snli_ve_records,
 )
+from coca_lit.projects.reasoning.vqa_files import vqa_records
 from coca_lit.tools.prepare.scenes import export_scenes
+from helpers.fuzzing import bounded, forged, fuzz
+from helpers.shards import jpeg
 
 
 @pytest.fixture(scope="module")
@@ -131,14 +136,6 @@ def test_missing_files_are_explained(tmp_path: Path) -> None:
         pair_labels(tmp_path)
 
 
-def test_columns_in_capitals(tmp_path: Path) -> None:
-    write_photos(tmp_path)
-    rows = "\n".join(f"{i}.jpg,{9 - i}.jpg,a text,{i % 2},odd,train" for i in range(10))
-    (tmp_path / "pairs.csv").write_text(f"Image,Image2,Text,Label,Kind,Split\n{rows}")
-    records = pairs_records(tmp_path, "train")
-    assert {(len(record.further), record.domain) for record in records} == {(1, "odd")}
-
-
 def test_a_broken_photo_is_not_scored(tmp_path: Path) -> None:
     write_photos(tmp_path)
     (tmp_path / "1.jpg").write_bytes((tmp_path / "1.jpg").read_bytes()[:100])
@@ -150,3 +147,54 @@ def test_a_broken_photo_is_not_scored(tmp_path: Path) -> None:
 def write_photos(folder: Path) -> None:
     for i, record in enumerate(scene_records("val", size=32, count=10)):
         record.image().save(folder / f"{i}.jpg")
+
+
+# Files of strangers
+
+
+QUESTIONS = {"data_subtype": "val2014", "questions": [{"image_id": 1, "question": "what?", "question_id": 10}]}
+ANSWERS = {
+    "annotations": [
+        {
+            "question_id": 10,
+            "multiple_choice_answer": "dog",
+            "answers": [{"answer": "dog"}, {"answer": "cat"}],
+            "answer_type": "yes/no",
+        }
+    ]
+}
+
+
+@pytest.mark.slow
+@fuzz
+@given(st.data())
+def test_forged_questions_and_answers(forged_files, data):
+    (forged_files / "images").mkdir(exist_ok=True)
+    for kind, document in (("OpenEnded_mscoco_val2014_questions", QUESTIONS), ("mscoco_val2014_annotations", ANSWERS)):
+        (forged_files / f"v2_{kind}.json").write_bytes(data.draw(forged(document)))
+    (forged_files / "images" / "COCO_val2014_000000000001.jpg").touch()
+    with bounded():
+        for record in vqa_records(forged_files, "val"):
+            hash(record.id)
+
+
+HYPOTHESIS = {"gold_label": "neutral", "Flickr30K_ID": "0", "pairID": "0.jpg#0r1n", "sentence2": "a dog"}
+STATEMENT = {"identifier": "dev-0-0-0", "sentence": "two dogs", "label": "True", "left_url": "", "right_url": ""}
+LABELLED = {"image": "0.jpg", "image2": "1.png", "text": "a dog", "label": "yes", "split": "train", "kind": "dogs"}
+
+
+@pytest.mark.slow
+@fuzz
+@given(st.data())
+def test_forged_statements(forged_files, data):
+    (forged_files / "images").mkdir(exist_ok=True)
+    for name in ("0.jpg", "1.jpg", "0.png", "1.png", "dev-0-0-img0.png", "dev-0-0-img1.png"):
+        (forged_files / "images" / name).write_bytes(jpeg(3))
+    for name, document, reader in (
+        ("snli_ve_dev.jsonl", HYPOTHESIS, lambda: snli_ve_records(forged_files, "val", forged_files / "images")),
+        ("dev.json", STATEMENT, lambda: nlvr2_records(forged_files, "val")),
+        ("pairs.jsonl", LABELLED, lambda: [pairs_records(forged_files, "train"), pair_labels(forged_files)]),
+    ):
+        (forged_files / name).write_bytes(data.draw(forged(document)))
+        with bounded():
+            reader()

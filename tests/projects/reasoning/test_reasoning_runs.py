@@ -25,12 +25,7 @@ WORDS = "+model.net.tokenizer=scenes_statements"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "further"),
-    [
-        ("nlvr2", ()),
-        ("snli_ve", ()),
-        ("pairs", ("model.objectives.labels.images=2",)),
-    ],
+    ("name", "further"), [("nlvr2", ()), ("snli_ve", ()), ("pairs", ("model.objectives.labels.images=2",))]
 )
 def test_reasoning_on_files(name: str, further: tuple[str, ...], tmp_path: Path) -> None:
     export_scenes(name, tmp_path / name, count=8, size=32)
@@ -42,12 +37,8 @@ def test_reasoning_on_files(name: str, further: tuple[str, ...], tmp_path: Path)
     assert {f"{name}/accuracy", f"{name}/blind/accuracy"} | consistency <= found
     assert found <= {f"{name}/accuracy", f"{name}/blind/accuracy"} | consistency | kinds
     assert (tmp_path / "run" / "predictions" / f"{name}.json").is_file()
-    words = [
-        f"checkpoint={tmp_path}/run",
-        f"evals={name}_labels",
-        f"roots.{name}={tmp_path / name}",
-        "scoring.split=val",
-    ]
+    words = [f"checkpoint={tmp_path}/run", f"evals={name}_labels", f"roots.{name}={tmp_path / name}"]
+    words.append("scoring.split=val")
     cfg = compose("evaluate", [*words, f"output_dir={tmp_path}/scored", "scoring.images=8"])
     scores = evaluate.run(cfg)
     assert scores == pytest.approx(results(tmp_path / "run"))
@@ -126,8 +117,3 @@ def test_finetuning_asks_for_a_model(name: str) -> None:
 
 def test_the_evaluations_find_the_photos_of_the_run(tmp_path: Path) -> None:
     check_evaluations_follow(tmp_path, "snli_ve", "images", str(tmp_path))
-
-
-@pytest.mark.parametrize(("data", "evaluation"), [("vqa", "vqa_answers"), ("nlvr2", "nlvr2_labels")])
-def test_a_data_set_goes_with_the_evaluation_of_its_name(data: str, evaluation: str) -> None:
-    assert compose("train", [f"data={data}"]).evals.keys() == {evaluation}

@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 
 from coca_lit.data.records import Record
-from coca_lit.data.scenes.render import COLOURS, SHAPES, Thing, decode, encode, render, space_size
-from coca_lit.models import create_model
-from coca_lit.projects.reasoning import scene_questions
+from coca_lit.data.scenes.render import COLOURS, SHAPES, Thing, decode, render
 from coca_lit.projects.reasoning.scene_data import SceneStatementsDataModule
 from coca_lit.projects.reasoning.scene_statements import (
     BOARD,
@@ -132,32 +130,11 @@ def test_the_board_hides_a_thing_and_nothing_else() -> None:
     assert hidden > 10
 
 
-def test_numbers_and_scenes_are_one_to_one() -> None:
-    for number in (0, 1, 17, 4711, space_size(3) - 1):
-        assert encode(decode(number, 3)) == number
-
-
 def test_words_are_known() -> None:
     records = [*entailment_records("train", count=600), *comparison_records("train", count=600)]
     words = {word for record in records for text in (record.question, *record.captions) for word in text.split()}
     assert words <= set(VOCABULARY)
     assert len(VOCABULARY) == len(set(VOCABULARY))
-
-
-@pytest.mark.parametrize(
-    ("split", "count", "said"), [("dev", None, "'dev'.*train, val, test"), ("val", 0, "at least 1")]
-)
-def test_wrong_arguments(split: str, count: int | None, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        entailment_records(split, count=count)
-
-
-def test_the_vocabulary_has_the_words_of_statements_after_those_of_questions() -> None:
-    stating = {"at", "both", "in", "least", "middle", "more", "one", "only", "pictures", "show", "two"}
-    stating |= {*LABELS, *TRUTHS}
-    asking = scene_questions.VOCABULARY
-    assert [*asking, *sorted(stating - {*asking})] == VOCABULARY
-    assert create_model("coca_tiny", tokenizer="scenes_statements").tokenizer.spec == VOCABULARY
 
 
 @pytest.mark.parametrize(("task", "splits", "keeps"), [("entailment", 64, 66), ("comparison", 66, 64)])

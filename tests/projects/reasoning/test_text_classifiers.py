@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from coca_lit.cli.module import build_module
 from coca_lit.data.batch import Batch, collate
@@ -27,6 +29,8 @@ from coca_lit.projects.reasoning.classifiers import AnswerClassifier, StateClass
 from coca_lit.projects.reasoning.scene_data import SceneQuestionsDataModule, SceneStatementsDataModule
 from coca_lit.projects.reasoning.scene_statements import LABELS, TRUTHS, comparison_records, entailment_records
 from coca_lit.runs.resume import ResumePoint
+from coca_lit.tools.plan.estimate import measure
+from coca_lit.tools.plan.trace import trace
 from coca_lit.training.optim import AdamW
 from coca_lit.weights import OBJECTIVES_KEY
 from coca_lit.weights.load import load_model
@@ -87,11 +91,8 @@ def test_the_loss_is_that_of_yes_or_no_questions(net: CoCa, questions: Batch) ->
     classifier = built(net)
     torch.nn.init.normal_(classifier.head.weight)
     with torch.no_grad():
-        p = (
-            classifier.head(state_at_end(net, questions.images, questions.tokens, questions.prefix_lengths))
-            .double()
-            .sigmoid()
-        )
+        states = state_at_end(net, questions.images, questions.tokens, questions.prefix_lengths)
+        p = classifier.head(states).double().sigmoid()
         target = classifier.targets(questions.extras["captions"])
         expected = -(target * p.log() + (1 - target) * (1 - p).log()).sum(dim=1).mean()
     torch.testing.assert_close(classifier(net, questions)["answers"], expected.float(), atol=1e-3, rtol=0)
@@ -208,13 +209,7 @@ def test_true_texts_have_the_caption_loss_beside_each_of_their_images(
 
 
 @pytest.mark.parametrize(
-    ("classes", "expected"),
-    [
-        (["right", "wrong"], ["right", "wrong"]),
-        (["Wrong", "Right"], ["Wrong", "Right"]),
-        (["left", "right"], ["right", "left"]),
-        (["Left", "Right"], ["Right", "Left"]),
-    ],
+    ("classes", "expected"), [(["right", "wrong"], ["right", "wrong"]), (["Left", "Right"], ["Right", "Left"])]
 )
 def test_a_mirrored_label_is_a_side_only_where_both_sides_are_classes(
     classes: list[str], expected: list[str], net: CoCa
@@ -228,16 +223,12 @@ def test_a_mirrored_label_is_a_side_only_where_both_sides_are_classes(
     assert {name: term.item() for name, term in terms.items()} == {name: term.item() for name, term in same.items()}
 
 
-def test_texts_about_the_same_images_share_a_batch(net: CoCa) -> None:
+def test_a_training_batch_has_the_images_and_texts_of_its_records(net: CoCa) -> None:
+    """In the order of the keys: first and second image of each, the text as prefix, the label as answer."""
     batch = statements(net, "comparison")
     pairs = [key.rpartition("/")[0] for key in batch.keys]
     assert pairs[::2] == pairs[1::2]
     assert len(set(pairs)) == 4
-
-
-def test_a_training_batch_has_the_images_and_the_text_of_its_records(net: CoCa) -> None:
-    """In the order of the keys: first and second image of each, the text as prefix, the label as answer."""
-    batch = statements(net, "comparison")
     records = {record.id: record for record in comparison_records("train", size=32, count=8)}
     for i, key in enumerate(batch.keys):
         record = records[key]
@@ -289,11 +280,7 @@ def test_samples_of_a_batch_have_equally_many_images(net: CoCa) -> None:
 # Checkpoints
 
 
-@pytest.mark.parametrize(
-    "classifier",
-    [StateClassifier(TRUTHS, images=2), AnswerClassifier(ANSWERS)],
-    ids=lambda made: type(made).__name__,
-)
+@pytest.mark.parametrize("classifier", [StateClassifier(TRUTHS, images=2), AnswerClassifier(ANSWERS)])
 def test_a_checkpoint_keeps_its_classifier(classifier: Any, tmp_path: Path) -> None:
     net = create_model("coca_tiny", tokenizer="scenes_statements").eval()
     make = comparison_records if classifier.images == 2 else entailment_records
@@ -351,3 +338,43 @@ def test_forged_classifiers_are_refused_in_one_sentence(forged: Any, tmp_path: P
     with pytest.raises(ValueError, match=r"an objective in .* is damaged") as caught:
         load_model(path)
     assert "\n" not in str(caught.value)
+
+
+# In the plan
+
+
+WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
+BATCH, TOKENS = 8, 12
+
+
+def planned_net() -> CoCa:
+    with torch.device("meta"):
+        return create_model("coca_tiny")
+
+
+def classifier_of(net: CoCa) -> StateClassifier:
+    classifier = StateClassifier(["no", "yes", "perhaps"], images=2)
+    classifier.build(net)
+    return classifier
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", [{"contrastive": 0.0, "caption": 0.0}, WEIGHTS], ids=["alone", "and pairs"])
+def test_a_classifier_beside_the_network_is_counted(weights: dict[str, float]) -> None:
+    """Two images of each sample, against the counter in a real step."""
+    real, planned = create_model("coca_tiny").train(), planned_net()
+    beside = classifier_of(real)
+    with torch.device("meta"):
+        counted = classifier_of(planned)
+    tokens, lengths = torch.randint(3, 30, (BATCH, TOKENS)), torch.full((BATCH,), TOKENS)
+    images = torch.zeros(2 * BATCH, 3, 32, 32, dtype=torch.uint8)
+    batch = Batch(images, tokens, lengths, [], prefix_lengths=lengths, extras={"captions": [("yes",)] * BATCH})
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        beside(real, batch)["labels"].backward()
+    without = trace(planned_net(), weights, TOKENS, None, BATCH).total if any(weights.values()) else 0
+    step = trace(planned, weights, TOKENS, None, BATCH, [counted])
+    assert step.total - without == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert all(step.forward[part] > 0 for part in ("image encoder", "pooling", "text tower", "decoder"))
+    assert step.forward["objectives"] == 2 * BATCH * 2 * real.config.text_width * 3
+    head = sum(p.numel() for p in beside.parameters())
+    assert measure(real, [beside]).weights == measure(real).weights + 4 * head

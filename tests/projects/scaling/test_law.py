@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ from PIL import Image
 
 from coca_lit.errors import DataError
 from coca_lit.metrics.uncertainty import Conditions
-from coca_lit.projects.scaling import law
 from coca_lit.projects.scaling.law import Law, Point, fit_scaling, frontier, points_of, published_points
 from coca_lit.runs.results import write_conditions
 from coca_lit.tools.report.command import report
@@ -39,13 +37,6 @@ def test_a_known_law_is_found_again() -> None:
     assert found.law.c == pytest.approx(0.5, abs=2e-2)
     assert {point.compute for point in found.fitted} == set(COMPUTE[COMPUTE[-1] / 4 * 1.001 >= COMPUTE])
     assert {prediction.point.compute for prediction in found.held_out} == set(COMPUTE[-2:])
-
-
-@pytest.mark.slow
-def test_a_score_that_falls_is_said_to_fall() -> None:
-    points = [Point(f"{i}", float(c), -1 - 14 * (c / COMPUTE[0]) ** -0.5) for i, c in enumerate(COMPUTE)]
-    line, *_ = law._said("scenes/t2i_median_rank", "", fit_scaling(points, top=-1.0))
-    assert re.search(r"median rank: 1\.0 \+ \d", line)
 
 
 @pytest.mark.slow

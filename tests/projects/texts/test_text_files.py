@@ -1,11 +1,12 @@
-"""Texts without images: their files, their order, and their place between batches of pairs."""
+"""Texts without images: their files, their order, their place between batches of pairs, and in a resumed run."""
 
-from collections import Counter
-from itertools import chain
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from coca_lit.data.datamodule import ScenesDataModule
 from coca_lit.errors import DataError
@@ -13,6 +14,7 @@ from coca_lit.models.presets import VOCABULARIES
 from coca_lit.projects.texts.batches import TextBatches, TextsBetweenPairs
 from coca_lit.projects.texts.files import read_texts
 from coca_lit.tokenizer import WordTokenizer
+from helpers.fuzzing import bounded, forged, fuzz
 from helpers.scene_files import write_data_set
 
 TOKENIZER = WordTokenizer(VOCABULARIES["scenes"])
@@ -42,13 +44,6 @@ def test_files_of_every_kind(tmp_path: Path, file: Path) -> None:
 def test_the_mark_that_windows_puts_first_is_no_text(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8-sig")
     assert read_texts(str(tmp_path / name)) == ["a star", "a ring"]
-
-
-def test_a_file_whose_name_is_a_pattern(tmp_path: Path) -> None:
-    (tmp_path / "x[1].txt").write_text("a star")
-    (tmp_path / "x1.txt").write_text("a ring")
-    assert read_texts(f"{tmp_path}/x[1].txt") == ["a star"]
-    assert read_texts(f"{tmp_path}/x[12].txt") == ["a ring"]
 
 
 @pytest.mark.parametrize(
@@ -83,14 +78,6 @@ def test_a_pass_holds_every_text_once_in_a_new_order(file: Path) -> None:
     assert batch.lengths.tolist() == [5, 5, 5]
 
 
-def test_global_batches_do_not_depend_on_the_number_of_ranks(file: Path) -> None:
-    alone = TextBatches(str(file), TOKENIZER, batch_size=4, image_size=16)
-    ranks = [TextBatches(str(file), TOKENIZER, batch_size=4, image_size=16) for _ in range(2)]
-    for n in range(5):
-        parts = [texts.batch(n, rank, 2) for rank, texts in enumerate(ranks)]
-        assert Counter(chain(*(part.keys for part in parts))) == Counter(alone.batch(n).keys)
-
-
 @pytest.mark.parametrize(("every", "kinds"), [(1, "tt"), (2, "ptptptpt"), (3, "pptppt"), (9, "pppp")])
 def test_texts_come_at_every_nth_step(file: Path, every: int, kinds: str) -> None:
     data = ScenesDataModule(**SMALL, train_count=16, batch_schedule=TextsBetweenPairs(str(file), every))
@@ -113,3 +100,21 @@ def test_a_resumed_run_sees_the_same_batches(file: Path, every: int, monkeypatch
             rest = list(data.train_dataloader())
             assert [batch.keys for batch in rest] == [batch.keys for batch in whole[done:]]
             assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(rest, whole[done:], strict=True))
+
+
+# Files of strangers
+
+
+def test_a_fifo_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "texts.jsonl")
+    with pytest.raises(DataError, match=r"texts\.jsonl"):
+        read_texts(str(tmp_path / "texts.jsonl"))
+
+
+@pytest.mark.slow
+@fuzz
+@given(st.data())
+def test_forged_texts(forged_files: Path, data: st.DataObject) -> None:
+    (forged_files / "texts.jsonl").write_bytes(data.draw(forged({"text": "a dog"})))
+    with bounded():
+        read_texts(str(forged_files / "texts.jsonl"))

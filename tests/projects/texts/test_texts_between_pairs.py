@@ -20,6 +20,7 @@ from coca_lit.lit_module import CoCaLit
 from coca_lit.models import create_model
 from coca_lit.projects.texts.batches import TextBatches, TextsBetweenPairs
 from coca_lit.projects.texts.objective import TextLoss
+from coca_lit.testing import ENCODER, PAIRS, Step, own_batch
 from coca_lit.tokenizer import get_tokenizer
 from coca_lit.tools.plan import command as plan
 from coca_lit.training.optim import AdamW
@@ -29,7 +30,6 @@ from helpers.objectives import check_means
 from helpers.resuming import MAP, Die, assert_same, rows
 from helpers.resuming import train as train_apart
 from helpers.running import compose, run
-from helpers.steps import ENCODER, PAIRS, Step, own_batch
 
 SHORT = (
     *("trainer=cpu", "trainer.max_epochs=2", "trainer.limit_val_batches=0", "data.train_count=32", "data.batch_size=8"),

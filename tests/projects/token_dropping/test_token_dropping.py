@@ -9,9 +9,9 @@ import torch
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import create_model
 from coca_lit.projects.token_dropping.callback import TokenDropping, drawn_tokens
+from coca_lit.testing import own_batch
 from coca_lit.training.optim import AdamW
 from helpers.running import run
-from helpers.steps import own_batch
 
 
 @pytest.mark.parametrize(("share", "kept"), [(0.35, 7), (0.5, 10), (1.0, 20), (0.001, 1)])

@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from coca_lit.cli.command import compose
-from coca_lit.cli.evaluate import with_evals
 from coca_lit.data.inputs import IMAGES
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import ConfigError
@@ -147,10 +145,3 @@ def test_frames_belong_to_graphs(tmp_path: Path, tiny_model) -> None:
     words = [f"checkpoint={tmp_path}/tiny.safetensors", f"output={tmp_path}/model", "format=safetensors", "frames=8"]
     with pytest.raises(ConfigError, match=r"^frames .*format=onnx.*safetensors"):
         export.run(compose("export", words))
-
-
-def test_clips_are_scored_on_the_split_of_the_run(tmp_path: Path) -> None:
-    config = {"evals": {"kinetics_labels": {"_target_": ""}}, "scoring": {"split": "val"}}
-    OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
-    words = with_evals([f"checkpoint={tmp_path}"])
-    assert [word.partition("=")[2].strip('"') for word in words if word.startswith("scoring.split=")] == ["val"]

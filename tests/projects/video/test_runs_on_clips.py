@@ -12,7 +12,7 @@ pytest.importorskip("av")
 
 from coca_lit import load_model
 from coca_lit.cli import evaluate
-from coca_lit.cli.assembly import build_evals, plain
+from coca_lit.cli.assembly import plain
 from coca_lit.cli.command import compose
 from coca_lit.errors import DataError
 from coca_lit.projects.video.scenes import motion_records
@@ -22,6 +22,7 @@ from helpers.running import TINY, results, run, without_java
 from helpers.shards import write_tar
 
 pytestmark = pytest.mark.slow
+SMALL = ("data.records.frames=3", "data.batch_size=4", "data.num_workers=0")
 MOTION = ("experiment=scenes_motion", "data.train_count=64", "data.frames=2", "evals=[scenes_motion_choice]")
 
 
@@ -31,17 +32,12 @@ def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_built_in_clips(tmp_path: Path) -> None:
-    run(tmp_path, *TINY, *MOTION, "+model.net.frame_positions=2")
-    kinds = {f"{kind}_accuracy" for kind in ("object", "time", "mover")}
-    assert {f"scenes_motion_choice/{kind}" for kind in kinds} <= set(results(tmp_path))
+    run(tmp_path, *TINY, *MOTION[:3], "+model.net.frame_positions=2")
+    kinds = {f"scenes_motion_choice/{kind}_accuracy" for kind in ("object", "time", "mover")}
+    assert {"scenes_motion/CIDEr", "scenes_motion/t2i_recall@10", *kinds} <= set(results(tmp_path))
+    assert (tmp_path / "samples" / "scenes_motion_retrieval.png").is_file()
     model = load_model(tmp_path)
     assert model.pooling.frame_positions.abs().sum() > 0  # trained
-
-
-def test_captions_and_retrieval_of_built_in_clips(tmp_path: Path) -> None:
-    run(tmp_path, *TINY, *MOTION[:3], "evals=scenes_motion", "+model.net.frame_pooling=mean")
-    assert {"scenes_motion/CIDEr", "scenes_motion/t2i_recall@10"} <= set(results(tmp_path))
-    assert (tmp_path / "samples" / "scenes_motion_retrieval.png").is_file()
 
 
 def test_cached_features(tmp_path: Path) -> None:
@@ -69,13 +65,7 @@ def write_msrvtt(root: Path) -> None:
 
 def test_files_of_msrvtt(tmp_path: Path) -> None:
     write_msrvtt(tmp_path / "msrvtt")
-    data = (
-        "data=msrvtt",
-        f"data.root={tmp_path}/msrvtt",
-        "data.records.frames=3",
-        "data.batch_size=4",
-        "data.num_workers=0",
-    )
+    data = ("data=msrvtt", f"data.root={tmp_path}/msrvtt", *SMALL)
     run(tmp_path / "run", *TINY, *data, "evals=msrvtt", "+model.net.tokenizer=scenes_motion")
     scores: dict[str, dict[str, float]] = {}
     for way in ("tokens", "mean"):
@@ -112,13 +102,7 @@ def test_classes_of_clips(tmp_path: Path) -> None:
             folder = tmp_path / "kinetics" / split / record.image.motion.event
             folder.mkdir(parents=True, exist_ok=True)
             write_clip(folder / f"{number}.mp4", [np.asarray(frame) for frame in record.image.frames()])
-    data = (
-        "data=kinetics",
-        f"data.root={tmp_path}/kinetics",
-        "data.records.frames=3",
-        "data.batch_size=4",
-        "data.num_workers=0",
-    )
+    data = ("data=kinetics", f"data.root={tmp_path}/kinetics", *SMALL)
     run(tmp_path / "run", *TINY, "experiment=finetune_classes", *data, "evals=kinetics", "init_from=null", "ema=null")
     assert "kinetics/accuracy" in results(tmp_path / "run")
     words = [
@@ -153,9 +137,3 @@ def test_the_evaluations_read_as_those_of_the_run(
     assert evals
     for node in evals.values():
         assert {key: node.records[key] for key in expected} == expected
-
-
-def test_missing_shards_of_an_evaluation_name_their_key(tmp_path: Path) -> None:
-    config = compose("train", ["evals=[clip_shards_captions]", f"data_dir={tmp_path}"])
-    with pytest.raises(DataError, match=r"; set roots\.clip_shards=PLACE .*scoring.skip_missing"):
-        build_evals(config)

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from coca_lit.errors import ConfigError, DataError
 from coca_lit.files import append_lines
 from coca_lit.tools.caption import inputs, outputs
 from helpers.applying import caption, fill
-from helpers.forking import Program
 
 
 @pytest.fixture(scope="module")
@@ -216,17 +214,3 @@ def test_two_commands_on_one_folder(folder: Path, tmp_path: Path, monkeypatch: p
     write(folder, tmp_path / "new")
     assert contents(tmp_path / "new") == contents(folder / "expected" / "new")
     assert not list((tmp_path / "new").glob(".*-tmp"))
-
-
-@pytest.mark.slow
-def test_command_killed_from_outside(folder: Path, tmp_path: Path) -> None:
-    words = [f"checkpoint={folder}/tiny.safetensors", "num_workers=2", "precision=fp32", "batch_size=1"]
-    command = ("-m", "coca_lit.tools.caption", str(folder / "photos"), *words, f"output={tmp_path}/c.jsonl")
-    program = Program(*command, cwd=tmp_path, environment=os.environ)
-    while not (tmp_path / "c.jsonl").exists() and program.process.is_alive():
-        time.sleep(0.002)
-    program.process.kill()
-    program.wait()
-    caption(f"images=[{folder}/photos]", *words[:1], "batch_size=1", f"output={tmp_path}/c.jsonl")
-    caption(f"images=[{folder}/photos]", *words[:1], "batch_size=1", f"output={tmp_path}/whole.jsonl")
-    assert (tmp_path / "c.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

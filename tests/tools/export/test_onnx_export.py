@@ -24,7 +24,6 @@ from coca_lit.data.transforms import build_transform
 from coca_lit.models import CoCa, create_model
 from coca_lit.tools.export import command as cli
 from coca_lit.tools.export import onnx
-from coca_lit.tools.export.folder import Exported, write_card
 from coca_lit.tools.export.onnx_captioner import Captioner
 from coca_lit.weights.load import save_model
 from helpers.family import check_graphs
@@ -151,12 +150,9 @@ def test_the_captioner_is_a_program(exported: tuple[CoCa, Path], tmp_path: Path)
     again = subprocess.run(several, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert again.stdout == done.stdout * 18
     assert "skipped: page.jpg: " in again.stderr
-
-
-def test_the_captioner_without_photos_says_how(exported: tuple[CoCa, Path]) -> None:
-    done = subprocess.run([sys.executable, exported[1] / "captioner.py"], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith("Captions from exported graphs")
+    without = subprocess.run(command[:2], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert without.returncode == 1
+    assert without.stderr.startswith("Captions from exported graphs")
 
 
 def test_the_card_lists_the_files_and_its_code_runs_without_pytorch(exported: tuple[CoCa, Path]) -> None:
@@ -172,15 +168,6 @@ def test_the_card_lists_the_files_and_its_code_runs_without_pytorch(exported: tu
     done = subprocess.run([sys.executable, "-c", code], cwd=folder.parent, capture_output=True, text=True, timeout=600)
     pixels = build_transform(size=32)(Image.open(folder.parent / "photo.jpg"))[None]
     assert done.stdout.startswith(f"{model.tokenizer.decode(model.generate(pixels)[0])}\n[["), done.stderr
-
-
-def test_the_card_of_a_repository_opens_files_of_the_folder(tmp_path: Path) -> None:
-    facts = Exported("onnx", {}, "onnxruntime", onnx.FEATURES, "", [])
-    write_card(tmp_path, "mine", create_model("coca_tiny"), facts, repo="me/mine")
-    card = (tmp_path / "README.md").read_text()
-    assert 'InferenceSession("mine/image_encoder.onnx")' in card
-    assert "In the folder that holds `mine`:" in card
-    assert "hf-hub:" not in card
 
 
 def test_a_graph_that_computes_something_else_is_refused(

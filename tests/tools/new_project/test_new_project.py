@@ -23,8 +23,8 @@ def test_a_new_project_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     written = {str(path.relative_to("nearer")) for path in Path("nearer").rglob("*") if path.is_file()}
     assert written == {
         *("README.md", "pyproject.toml", "tests/test_nearer.py"),
-        *(f"src/nearer/{name}" for name in ("__init__.py", "objective.py", "project.toml")),
-        "src/nearer/conf/experiment/scenes_nearer.yaml",
+        *(f"src/nearer/{name}" for name in ("__init__.py", "objective.py", "evaluation.py", "project.toml")),
+        *(f"src/nearer/conf/{group}/scenes_nearer.yaml" for group in ("experiment", "evals")),
     }
     assert not [path for path in Path("nearer").rglob("*") if path.is_file() and "my_method" in path.read_text()]
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", "own"], check=True)
@@ -33,10 +33,12 @@ def test_a_new_project_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     install = ["pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(packages), "./nearer"]
     subprocess.run([sys.executable, "-m", *install], check=True)
     python = Path("own/bin/python").absolute()
-    smoke = (str(ROOT / "train.py"), "experiment=scenes_nearer", "trainer=smoke", "evals=[]", "name=nearer")
-    in_environment(python, *smoke, folder=tmp_path)
+    train = str(ROOT / "train.py")
+    smoke = ("experiment=scenes_nearer", "trainer=smoke", "evals=[scenes_nearer]", "name=nearer")
+    in_environment(python, train, *smoke, folder=tmp_path)
     assert "train/nearness_loss" in Path("outputs/nearer/metrics.csv").read_text()
-    assert "1 passed" in in_environment(python, "-m", "pytest", "-p", "no:xdist", "nearer", folder=tmp_path)
+    assert "scenes_nearer/nearness" in Path("outputs/nearer/results.json").read_text()
+    assert "3 passed" in in_environment(python, "-m", "pytest", "-p", "no:xdist", "nearer", folder=tmp_path)
 
 
 @pytest.mark.parametrize(

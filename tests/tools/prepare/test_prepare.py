@@ -188,9 +188,9 @@ def test_a_csv_is_read_by_its_own_separator(photos, tmp_path, separator):
 def test_texts_are_in_utf_8(photos, tmp_path):
     (photos / "1.txt").write_bytes("Straße\n\nein  Haus\n".encode("utf-8-sig"))
     assert Pair(photos / "1.jpg", ("Straße", "ein Haus")) in read_pairs(photos)
-    for content, said in (("café".encode("latin-1"), "can't decode byte 0xe9"), (b"x" * 200_000, "field larger than")):
+    for content, said in (("café".encode("latin-1"), r"\(line 2\)"), (b"x" * 200_000, "field larger than")):
         (tmp_path / "t.csv").write_bytes(b"image,caption\nphotos/1.jpg," + content + b"\n")
-        with pytest.raises(DataError, match=rf"t\.csv.*{said}.*UTF-8") as caught:
+        with pytest.raises(DataError, match=rf"t\.csv.*{said}") as caught:
             read_pairs(tmp_path / "t.csv")
         assert "\n" not in str(caught.value)
 
@@ -329,25 +329,6 @@ def test_a_photo_that_was_repaired_is_taken_in(photos, tmp_path):
     assert before.items() <= found.items()  # a selection that was made before names the same samples
 
 
-@pytest.mark.parametrize("words", [("--caption-column", "alt"), ("--split", "test"), ("--samples-per-shard", "5")])
-def test_tars_have_no_columns_and_splits(tmp_path, words):
-    (tmp_path / "raw").mkdir()
-    write_tar(tmp_path / "raw" / "0.tar", members("1", 1))
-    with pytest.raises(SystemExit, match="are for tables and folders"):
-        run(tmp_path / "raw", tmp_path / "out", *words)
-
-
-def test_a_photo_that_was_replaced_is_taken_in(photos, tmp_path):
-    source = table(tmp_path / "t.csv", [(f"photos/{i}.jpg", "a dog") for i in range(4)])
-    run(source, tmp_path / "out", "--samples-per-shard", "2")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.tar")}
-    (photos / "0.jpg").write_bytes((photos / "3.jpg").read_bytes())
-    run(source, tmp_path / "out", "--samples-per-shard", "2")
-    assert [name for name, content in before.items() if (tmp_path / "out" / name).read_bytes() != content] == [
-        "00000.tar"
-    ]
-
-
 def test_shards_of_photos_that_are_gone_are_kept(photos, tmp_path):
     rows = [(f"photos/{i}.jpg", "a dog") for i in range(3)] + [("x" * 300, "no path"), ("photos/3.jpg", "a dog")]
     source, output = table(tmp_path / "t.csv", rows), tmp_path / "out"
@@ -365,19 +346,14 @@ def test_shards_of_photos_that_are_gone_are_kept(photos, tmp_path):
     assert len(samples(output)) == 4
 
 
-def test_the_next_command_trains_on_all_captions(photos, tmp_path, capsys):
-    for name, rows in (("one", [("photos/1.jpg", "a")]), ("all", [("photos/1.jpg", "a"), ("photos/1.jpg", "b")])):
-        run(table(tmp_path / f"{name}.csv", rows), tmp_path / name)
-        assert ("data.caption_keys=captions" in capsys.readouterr().out) == (name == "all")
-
-
-def test_files_are_for_all_who_may_read_the_folder(photos, tmp_path):
+def test_files_are_for_all_who_may_read_the_folder(photos, tmp_path, capsys):
     before = os.umask(0o022)
     try:
         run(table(tmp_path / "t.csv", [("photos/1.jpg", "a")]), tmp_path / "out")
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
+    assert "data.caption_keys" not in capsys.readouterr().out  # of one caption each
 
 
 def test_mistakes_are_one_sentence(photos, tmp_path):
@@ -403,3 +379,7 @@ def test_mistakes_are_one_sentence(photos, tmp_path):
     (tmp_path / "t.txt").touch()
     with pytest.raises(SystemExit, match=r"t\.txt.*\.parquet"):
         run(tmp_path / "t.txt", tmp_path / "out2")
+    write_tar(tmp_path / "void" / "0.tar", members("1", 1))
+    for words in (("--caption-column", "alt"), ("--split", "test"), ("--samples-per-shard", "5")):
+        with pytest.raises(SystemExit, match="are for tables and folders"):
+            run(tmp_path / "void", tmp_path / "out2", *words)

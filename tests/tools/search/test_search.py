@@ -172,11 +172,6 @@ def test_mistakes_are_one_sentence(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"index\.safetensors"):
         ImageIndex.load(tmp_path / "index.safetensors", model(seed=1))
     with pytest.raises(DataError, match="absent"):
-        ImageIndex.load(tmp_path / "absent", index.model)
-    (tmp_path / "text").write_text("text")
-    with pytest.raises(DataError, match="text'"):
-        ImageIndex.load(tmp_path / "text", index.model)
-    with pytest.raises(DataError, match="absent"):
         ImageIndex(index.model, tmp_path / "absent").update()
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty.*\.jpg"):
@@ -186,20 +181,10 @@ def test_mistakes_are_one_sentence(folder: Path, tmp_path: Path) -> None:
         ImageIndex(index.model, tmp_path / "empty").update()
     with pytest.raises(DataError, match=r"a\.png/x"):
         index.save(folder / "a.png" / "x")
-    with pytest.raises(ValueError, match="empty"):
-        index.query(" ")
-    with pytest.raises(ValueError, match="'dog'"):
-        index.query("a red dog")
     for nothing in ("🐕", "?!..."):  # which the model would read as the empty text
         with pytest.raises(ValueError, match=r"has no word that the model knows"):
             index.query(nothing)
-    with pytest.raises(ValueError, match=r"k .*0"):
-        index.query("a red circle", k=0)
-
-
-def test_byte_pairs_know_every_character() -> None:
-    for text in ("🐕", "?!..."):
-        check_query(get_tokenizer("clip"), text)
+        check_query(get_tokenizer("clip"), nothing)  # byte pairs know every character
 
 
 def test_clip_has_an_index_of_its_own(folder: Path, tmp_path: Path) -> None:

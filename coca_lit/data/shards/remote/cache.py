@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from coca_lit.data.shards.remote.store import Stored, ask, stored
-from coca_lit.data.shards.shard import CacheSettings, ChangedError
+from coca_lit.data.shards.shard import CacheSettings, ChangedError, locked_cache
 from coca_lit.errors import DataError
 from coca_lit.files import append_lines, csv_line
 
@@ -53,7 +53,6 @@ class ShardCache(CacheSettings):
             ChangedError: the store has another file than was expected.
             StoreError, FileNotFoundError: as `ask`.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(url, expected)
         reader = FileLock(_beside(path, f".{uuid.uuid4().hex}{READER}"), thread_local=False)
         try:
@@ -84,7 +83,7 @@ class ShardCache(CacheSettings):
 
     def accounts(self) -> AbstractContextManager[Any]:
         """Held by the one process of a machine that adds up or changes what takes room."""
-        return FileLock(self.folder / ".accounts.lock")
+        return locked_cache(self.folder, ".accounts.lock")
 
     def _download(self, url: str, path: Path, expected: Stored | None, check: Callable[[Path], None] | None) -> None:
         """By the process that holds the download lock of `path`."""
