@@ -1,8 +1,8 @@
 """What a config may run: the classes and functions that its `_target_`s may name.
 
 These are what `PACKAGES` lists, installed projects, the user's own modules, and modules that the user names in
-`imports`. A module is the user's own if it is not installed: it lies beside the configs or on `PYTHONPATH`. Hydra 1.4
-checks the same list while it builds; Hydra 1.3 has no such list.
+`imports`. A module is the user's own if it is not installed: it lies beside the configs or on `PYTHONPATH`.
+`coca_lit.cli.assembly` builds no others; Hydra builds only its plugins.
 """
 
 import pkgutil
@@ -75,14 +75,13 @@ def check_targets(targets: Iterable[str]) -> None:
             raise ConfigError(_refusal(target, module))
 
 
-def hydra_checks(targets: Iterable[str]) -> AbstractContextManager[Any]:
-    """Within it Hydra 1.4 builds these targets, which passed `check_targets`, and what is allowed anyway."""
+def hydra_builds(*packages: str) -> AbstractContextManager[Any]:
+    """Within it Hydra 1.4, which has a list of its own, builds what is in these packages and in projects."""
     try:
         from hydra.utils import execution_whitelist  # type: ignore[attr-defined, unused-ignore] # since 1.4
     except ImportError:
         return nullcontext()
-    own = [root for target in targets if _is_own(root := target.partition(".")[0])]
-    names = dict.fromkeys([*targets, *own, *PACKAGES, *_packages_of_projects(), *_named])
+    names = [*packages, *_packages_of_projects()]
     allowed: AbstractContextManager[Any] = execution_whitelist([*names, *(f"{name}.*" for name in names)])
     return allowed
 

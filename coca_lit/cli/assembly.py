@@ -8,14 +8,12 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from coca_lit import extensions
-from coca_lit.cli.allowed import check_targets, hydra_checks
+from coca_lit.cli.allowed import check_targets
 from coca_lit.cli.runtime import best_precision
-from coca_lit.cli.schema import AUTO, BATCH_SCHEDULE, read_signature, targets, unresolved
+from coca_lit.cli.schema import AUTO, BATCH_SCHEDULE, BUILD_KEYS, read_signature, targets, unresolved
 from coca_lit.errors import ConfigError, DataError, DataNotFoundError, error_context
 from coca_lit.machine import best_device, processors
 from coca_lit.runs.redaction import mask
@@ -37,7 +35,7 @@ VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None, **objects: Any) -> Any:
-    """Instantiates a config node with Hydra.
+    """Builds what a config node names, as Hydra's `instantiate` would.
 
     Args:
         path: key of the node, for errors.
@@ -50,38 +48,38 @@ def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None,
     values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
     if not isinstance(values, dict) or "_target_" not in values:
         raise ConfigError(f"{path} names nothing to build: set {path}._target_ to a class or a function")
-    named = targets(values)  # also those that only the values of references have
-    check_targets(named)
+    check_targets(targets(values))  # also those that only the values of references have
     resolve_target(values["_target_"], path)
     taken = read_signature(values["_target_"]).arguments
     if BATCH_SCHEDULE in taken:
         others = extensions.schedule_keys(path).keys() - taken.keys()  # arguments of the schedule alone
         values = {key: value for key, value in values.items() if key not in others}
     objects |= {key: value for key, value in (offered or {}).items() if key not in values and key in taken}
-    node = OmegaConf.create(without_references(values))  # Hydra 1.4 would look up a changed copy of a node by its key
-    for key in FUNCTIONS:  # Hydra would call these: `_partial_` keeps those that await arguments
-        for name, part in (node.get(key) or {}).items():
-            if isinstance(part, DictConfig) and "_target_" in part and _awaits_arguments(part, f"{path}.{key}.{name}"):
+    for key in FUNCTIONS:  # `_partial_` keeps those that await arguments
+        for name, part in (values.get(key) or {}).items():
+            if isinstance(part, dict) and "_target_" in part and _awaits_arguments(part, f"{path}.{key}.{name}"):
                 part["_partial_"] = True
     try:
-        with hydra_checks(named):
-            return instantiate(node, _convert_="all", **objects)
-    except (InstantiationException, TypeError, ValueError, ModuleNotFoundError) as error:
-        cause = error.__cause__ if isinstance(error, InstantiationException) else error  # Hydra 1.3 wraps it
-        if not isinstance(cause, TypeError | ValueError | ModuleNotFoundError):
-            raise cause or error from error
-        raise ConfigError(f"{path}: {cause}") from error
+        return _built(values, path, **objects)
+    except (TypeError, ValueError, ModuleNotFoundError) as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
-def without_references(value: Any) -> Any:
-    """Plain values whose texts OmegaConf takes as they are, also where "${" is in them."""
-    if isinstance(value, dict):
-        return {key: without_references(part) for key, part in value.items()}
+def _built(value: Any, path: str, **objects: Any) -> Any:
+    """A value, with what its `_target_`s name built from the inside out. What Hydra 1.4 itself makes of `_partial_`
+    cannot be sent to the processes of data workers.
+    """
     if isinstance(value, list):
-        return [without_references(part) for part in value]
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
-    return value
+        return [_built(part, f"{path}.{i}") for i, part in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    parts = {key: _built(part, f"{path}.{key}") for key, part in value.items()} | objects
+    if "_target_" not in parts:
+        return parts
+    target = resolve_target(parts["_target_"], path)
+    arguments = {key: part for key, part in parts.items() if key not in BUILD_KEYS}
+    function = partial(target, *parts.get("_args_", ()), **arguments)
+    return function if parts.get("_partial_") else function()
 
 
 def resolve_target(target: Any, path: str) -> Callable[..., Any]:
@@ -96,7 +94,7 @@ def resolve_target(target: Any, path: str) -> Callable[..., Any]:
     return found
 
 
-def _awaits_arguments(node: DictConfig, path: str) -> bool:
+def _awaits_arguments(node: Mapping[str, Any], path: str) -> bool:
     """Whether the target is a function that takes more than the node gives."""
     target = resolve_target(node["_target_"], path)
     parameters = inspect.signature(target).parameters.values() if inspect.isfunction(target) else ()

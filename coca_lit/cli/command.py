@@ -38,7 +38,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit import __version__, extensions
-from coca_lit.cli.allowed import check_targets, hydra_checks, trust_modules
+from coca_lit.cli.allowed import check_targets, hydra_builds, trust_modules
 from coca_lit.cli.early import check_data_folder, check_length, check_values, check_weights, resumes
 from coca_lit.cli.runtime import keep_imports
 from coca_lit.cli.schema import MissingValueError, check, targets, unresolved
@@ -206,7 +206,7 @@ def _hydra(config: str = "train", words: Sequence[str] = ()) -> Iterator[Any]:
         warnings.filterwarnings("ignore", "The version_base parameter")  # Hydra 1.3 needs it
         initialized = hydra.initialize_config_dir(str(CONF), job_name=config, version_base="1.3")
     try:
-        with hydra_checks(["hydra", "hydra_plugins"]), initialized:  # its launchers and sweepers, and those of plugins
+        with hydra_builds("hydra", "hydra_plugins"), initialized:  # its launchers and sweepers, and those of plugins
             yield GlobalHydra.instance().hydra
     except UnicodeDecodeError as error:
         raise ConfigError(f"a config is no text in UTF-8 ({error}): save it as UTF-8") from error
@@ -214,10 +214,11 @@ def _hydra(config: str = "train", words: Sequence[str] = ()) -> Iterator[Any]:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         raise ConfigError(_no_such_option(config, group, option, words)) from error
     except ConfigCompositionException as error:
-        lacks_package = re.match(r"In 'experiment/(.+)': Could not override '\w+@experiment\.", str(error))
+        lacks_package = re.match(r"In 'experiment/([^']+)': (?s:.*)'\w+@experiment\.", str(error))
         if lacks_package:
             file = f"experiment/{lacks_package[1]}.yaml"
             raise ConfigError(f"the first line of {file} must be: # @package _global_") from error
+        # Of Hydra 1.3; with 1.4 the user's file is taken.
         same_name = re.match(r"'(.+)' is validated against ConfigStore schema", str(error))
         if same_name:
             raise ConfigError(f"{same_name[1]}.yaml has the name of an option of coca_lit: choose another") from error

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from coca_lit.errors import NO_SUGGESTION, ConfigError, suggest
 from coca_lit.extensions import DeclaredArguments, names_in, schedule_keys
 
-HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # that `instantiate` reads itself
+BUILD_KEYS = ("_target_", "_args_", "_partial_")  # of a node, which are no arguments
 NUMBERS = (int, float, bool)
 BATCH_SCHEDULE = "batch_schedule"  # the argument to which keys of projects belong
 AUTO = "auto"  # a recipe chooses the value, see `coca_lit.training.recipe`
@@ -271,7 +271,7 @@ def _known(place: Place, constructors: bool) -> tuple[dict[str, Argument], bool]
     beside = {key: listed[key] for key in listed.keys() - before.arguments.keys()} if before.arguments else {}
     if {"records", "settings"} <= signature.arguments.keys():  # a function as evaluation
         beside["every"] = Argument(int)
-    return dict.fromkeys(HYDRA_KEYS, Argument()) | signature.arguments | beside, signature.takes_any
+    return dict.fromkeys(BUILD_KEYS, Argument()) | signature.arguments | beside, signature.takes_any
 
 
 def _names(node: Any, constructors: bool, path: str = "") -> list[str]:

@@ -1,6 +1,7 @@
 """Parts of a run that a user has written, as small as they can be."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,17 @@ def test_a_function_or_a_callable_is_an_objective(guest: None, words: list[str],
     terms = terms_of(None, [made], torch.tensor(5.0))  # type: ignore[arg-type]
     assert terms.weighted_sum([made]).item() == 5 * factor
     assert list(terms.values) == ["mine"]
+
+
+def test_a_function_that_is_called_later_reaches_other_processes() -> None:
+    node = {
+        "_target_": "coca_lit.data.batch.Batch",
+        "images": [{"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 0.5}],
+    }
+    later = pickle.loads(
+        pickle.dumps(build(OmegaConf.create(node | dict.fromkeys(("tokens", "lengths", "keys"))), "x"))
+    )
+    assert later.images[0]([torch.nn.Parameter(torch.zeros(1))]).defaults["lr"] == 0.5
 
 
 def test_a_function_may_name_what_it_trains(guest: None) -> None:
