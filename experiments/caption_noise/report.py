@@ -20,8 +20,9 @@ def tables() -> dict[str, str]:
     rows = read_rows(RESULTS)
     if not rows:
         return {}
-    scores = lines([row for row in rows if not row["against"] and row["low"]], "data", "captions", "images")
-    parts = lines([row for row in rows if not row["low"]], "data", "captions", "images")
+    photos = [row for row in rows if row["data"].startswith("COCO")]  # the CSV has the scenes, too
+    scores = lines([row for row in photos if not row["against"] and row["low"]], "data", "captions", "images")
+    parts = lines([row for row in photos if not row["low"]], "data", "captions", "images")
     differences = lines([row for row in rows if row["against"]], "data", "captions", "against", "images")
     found = cells(scores, lambda own: pair(value(own[0]), half_width(own[0])))
     found += cells(parts, of_parts)

@@ -3,13 +3,9 @@
 from pathlib import Path
 from statistics import fmean
 
-from coca_lit.tools.report.tables import Table, markdown
 from experiments.study import (
-    Row,
-    as_they_are,
     by_variant,
     draw_lines,
-    mean_std,
     numbers,
     read_rows,
     renamed,
@@ -34,19 +30,12 @@ SCORES = {
     "scenes/t2i_recall@1": "text to image R@1",
     "scenes/i2t_recall@1": "image to text R@1",
 }
-LEFT_OUT = ("mismatches before", "mismatches after", "mismatches found", "copies left")
 
 
 def tables() -> dict[str, str]:
-    """What training on each choice gives, what each choice leaves out, and what choosing costs."""
-    found = {}
-    if rows := read_rows(RESULTS):
-        found["curation"] = by_variant(renamed(rows, NAMES), SCORES)
-    if chosen := read_rows(RESULTS.with_name("choices.csv")):
-        found["curation/choices"] = _left_out(chosen)
-    if measured := read_rows(RESULTS.with_name("rows.csv")):
-        found["curation/rows"] = as_they_are(measured)
-    return found
+    """What training on each choice gives; other CSVs have what it leaves out, and what choosing costs."""
+    rows = read_rows(RESULTS)
+    return {"curation": by_variant(renamed(rows, NAMES), SCORES)} if rows else {}
 
 
 def draw() -> None:
@@ -62,16 +51,3 @@ def draw() -> None:
         for score, title in SCORES.items()
     }
     draw_lines(panels, "noise, %", "", RESULTS.with_name("curation.png"))
-
-
-def _left_out(rows: list[Row]) -> str:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(NAMES[f"noise{float(row['noise']) * 100:.0f}_{row['choice']}"], []).append(row)
-    lines = [
-        [name, str(len(group)), mean_std([float(row["kept"]) for row in group])]
-        + [mean_std([100 * float(row[column]) for row in group]) for column in LEFT_OUT]
-        for name, group in sorted(groups.items(), key=lambda item: [*NAMES.values()].index(item[0]))
-    ]
-    header = ["choice", "n", "samples", *(f"{column}, %" for column in LEFT_OUT)]
-    return markdown(Table("", header, lines))

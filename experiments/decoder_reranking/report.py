@@ -13,10 +13,10 @@ from experiments.study import DATA, Row, mean_std, numbers, read_rows, unit, wit
 
 RESULTS = Path(__file__).with_name("results.csv")
 DEFAULT = "0.5"  # weight in coca-evaluate
-SHOWN = ("0.0", "0.1", "0.2", "0.3", "0.5", "0.7", "1.0")  # of the weights, in tables
+SHOWN = ("0.0", "0.2", "0.7", "1.0")  # of the weights, in tables; the CSV has all
+COUNTS = ("0", "2", "16")  # of the candidates
 COUNT = "16"  # candidates where weights are compared
-RECALLS = {f"{way}_recall@{k}": f"{arrow} R@{k}" for k in (1, 5) for way, arrow in (("t2i", "t→i"), ("i2t", "i→t"))}
-FIRST = {score: title for score, title in RECALLS.items() if score.endswith("@1")}
+RECALLS = {"t2i_recall@1": "t→i R@1", "i2t_recall@1": "i→t R@1"}
 ACCURACIES = {"accuracy": "all"} | {f"{kind}_accuracy": kind for kind in ("order", "colour", "shape")}
 
 COSTS = {"pairs": ("pairs read", ",.0f"), "times": ("CPU time", ".1f")}  # column: title, format
@@ -25,10 +25,9 @@ COSTS = {"pairs": ("pairs read", ",.0f"), "times": ("CPU time", ".1f")}  # colum
 def tables() -> dict[str, str]:
     found = {}
     for name, keys, rows, costs, scores in (
-        ("", {"count": "candidates"}, _read(), COSTS, RECALLS),
-        ("/views", {"count": "views"}, _of("views"), {"times": COSTS["times"]}, FIRST),
-        ("/weights", {"weight": "weight"}, _shown(_compared()), {}, FIRST),
-        ("/choices", {"way": "decoder", "weight": "weight"}, _shown(_choices()), {}, ACCURACIES),
+        ("", {"count": "candidates"}, [row for row in _read() if row["count"] in COUNTS], COSTS, RECALLS),
+        ("/weights", {"weight": "weight"}, _shown(_compared()), {}, RECALLS),
+        ("/choices", {"way": "decoder", "weight": "weight"}, _shown(_of("likelihood")), {}, ACCURACIES),
     ):
         if rows:
             lines = [

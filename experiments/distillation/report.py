@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from statistics import fmean
 
-from experiments.study import as_they_are, by_variant, draw_lines, numbers, read_rows, renamed, unit, variants
+from experiments.study import by_variant, draw_lines, numbers, read_rows, renamed, unit, variants
 
 RESULTS = Path(__file__).with_name("results.csv")
 WAYS = {
@@ -34,11 +34,7 @@ def tables() -> dict[str, str]:
         "distillation": (renamed(rows, NAMES | {"teacher": "teacher"}), SCORES),
         "distillation/photos": (renamed(rows, PHOTO_NAMES), PHOTO_SCORES),
     }
-    made = {name: by_variant(chosen, scores) for name, (chosen, scores) in found.items() if chosen}
-    if measured := read_rows(RESULTS.with_name("cost.csv")):
-        paired = [{key: value for key, value in row.items() if key != "CPU seconds a step"} for row in measured]
-        made["distillation/cost"] = as_they_are(paired)
-    return made
+    return {name: by_variant(chosen, scores) for name, (chosen, scores) in found.items() if chosen}
 
 
 def draw() -> None:

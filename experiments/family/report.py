@@ -1,4 +1,4 @@
-"""Tables and figures of the family: scores of its members at equal steps and at equal seconds, and what a step costs.
+"""Tables and figures of the family: scores of its members at equal steps and at equal seconds.
 
 A run of member M with seed N on data D is named D_M_seedN. Seconds are the cost of a step in costs.csv times the
 steps: CPU seconds of training on one thread, without scoring.
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
-from experiments.study import Row, by_variant, read_rows, renamed, unit, variants, with_about, write_rows
+from experiments.study import Row, by_variant, read_rows, renamed, unit, variants, write_rows
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results.csv"
@@ -27,26 +27,16 @@ SCORES = {
     "scenes": {
         **{"scenes/exact_match": "exact captions", "scenes/CIDEr": "CIDEr"},
         **{f"scenes/{score}": title for score, title in RECALL.items()},
-        **{f"scenes_128/decoder_{score}": f"{title}, %" for score, title in RECALL.items()},
         "scenes/top1": "zero-shot top-1",
-        "scenes/likelihood/top1": "zero-shot by likelihood",
-        "scenes/pmi/top1": "zero-shot by PMI",
     },
     "flickr8k": {
         **{"flickr8k/CIDEr": "CIDEr", "flickr8k/Bleu_4": "BLEU-4"},
         **{f"flickr8k/{score}": title for score, title in RECALL.items()},
-        **{f"flickr8k_100/decoder_{score}": f"{title}, %" for score, title in RECALL.items()},
     },
 }
 ALONG = {  # scores that curves have, in the figures the first two
     "scenes": ("scenes/CIDEr", "scenes/t2i_recall@1", "scenes/exact_match", "scenes/i2t_recall@1"),
     "flickr8k": ("flickr8k/CIDEr", "flickr8k/t2i_recall@1", "flickr8k/Bleu_4", "flickr8k/i2t_recall@1"),
-}
-COSTS = {
-    "trained": "trained parameters, M",
-    "GFLOP": "GFLOP per pair",
-    "seconds": "CPU ms per step",
-    "ratio": "times CoCa's",
 }
 ABOUT_RUN = ("run", "seed", "commit", "machine", "torch", "command")
 MARKERS = "osD^vP"
@@ -74,19 +64,10 @@ def _points(folder: Path) -> list[Row]:
 def tables() -> dict[str, str]:
     found = {}
     for data, scores in SCORES.items():
-        if costs(data):
-            found[f"family/{data}_cost"] = cost_table(data)
-        if not (rows := rows_of(data)):
-            continue
-        named = renamed(rows, MEMBERS)
-        for kind, by_decoder in ((data, False), (f"{data}_decoder", True)):
-            found[f"family/{kind}"] = by_variant(
-                named, {k: v for k, v in scores.items() if of_decoder(k) == by_decoder}
-            )
-        if costs(data):
-            found[f"family/{data}_seconds"] = by_variant(
-                renamed(at_equal_seconds(data, rows), MEMBERS), {name: scores[name] for name in ALONG[data]}
-            )
+        if rows := rows_of(data):
+            found[f"family/{data}"] = by_variant(renamed(rows, MEMBERS), scores)
+            shown = {name: scores[name] for name in ALONG[data][:2]}
+            found[f"family/{data}_seconds"] = by_variant(renamed(at_equal_seconds(data, rows), MEMBERS), shown)
     return found
 
 
@@ -97,18 +78,6 @@ def costs(data: str) -> list[Row]:
 
 def seconds_per_step(data: str) -> dict[str, float]:
     return {row["member"]: float(row["seconds"]) for row in costs(data)}
-
-
-def cost_table(data: str) -> str:
-    rows = costs(data)
-    lines = [[MEMBERS[row["member"]], *(_shown(what, row[what]) for what in COSTS)] for row in rows]
-    return with_about(["", *COSTS.values()], lines, rows)
-
-
-def _shown(what: str, value: str) -> str:
-    if what == "trained":
-        return f"{int(value) / 1e6:.3f}"
-    return f"{1000 * float(value):.0f}" if what == "seconds" else value
 
 
 def rows_of(data: str) -> list[Row]:
@@ -125,13 +94,9 @@ def _named_after_members(rows: Sequence[Row], data: str) -> list[Row]:
     return found
 
 
-def of_decoder(score: str) -> bool:
-    """Retrieval and classification by what the decoder says of a pair."""
-    return any(way in score for way in ("decoder", "likelihood", "pmi"))
-
-
 def _of_cosines(score: str) -> bool:
-    return score.endswith(("/top1", "_recall@1")) and not of_decoder(score)
+    by_decoder = any(way in score for way in ("decoder", "likelihood", "pmi"))
+    return score.endswith(("/top1", "_recall@1")) and not by_decoder
 
 
 def curves(data: str) -> dict[str, dict[str, Points]]:

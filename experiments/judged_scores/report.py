@@ -1,32 +1,28 @@
 """Tables and figure of judged_scores: which scores people agree with, and what a difference of CIDEr means."""
 
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from coca_lit.projects.judgments.evaluation import OF_MODEL
 from coca_lit.runs.scores import NAMES
-from experiments.judged_scores.judge import ALL, BASE, HALF, PUBLISHED
+from experiments.judged_scores.judge import ALL, BASE, PUBLISHED
 from experiments.study import Row, mean_std, read_rows, with_about
 
 RESULTS = Path(__file__).with_name("results.csv")
 COMMAND = "experiments/judged_scores/run.sh"
 USUAL = {"experts": "tau_c", "crowd": "tau_b"}  # as in papers
 TITLES = {"experts": "experts, tau-c", "crowd": "crowd, tau-b"}
+LIKELIHOODS = ("likelihood", "pmi")  # agree less than CIDEr: in the figure and the CSV alone
 FEWEST = 30  # pairs of captions behind a line
-COMPARED = ("CIDEr", "RefCLIPScore")  # with mixtures, in the table; the CSV has all
 
 
 def tables() -> dict[str, str]:
     rows = read_rows(RESULTS)
     if not rows:
         return {}
-    found = {"judged_scores": _scores(rows), "judged_scores/mixtures": _mixtures(rows)}
-    found["judged_scores/judges"] = _judges(rows)
-    found["judged_scores/cider"] = _differences(rows)
-    return found
+    return {"judged_scores": _scores(rows), "judged_scores/cider": _differences(rows)}
 
 
 def _name(row: Row) -> str:
@@ -72,7 +68,7 @@ VALUE, GAP = ("value", "low", "high"), ("minus_cider", "minus_low", "minus_high"
 
 
 def _scores(rows: Sequence[Row]) -> str:
-    shown = [row for row in rows if row["images"] == ALL]
+    shown = [row for row in rows if row["images"] == ALL and not row["score"].startswith(LIKELIHOODS)]
     lines = []
     for name, by_data in _by_name(shown).items():
         line = [name, str(max(map(len, by_data.values()))) if by_data[next(iter(by_data))][0]["model"] else ""]
@@ -92,36 +88,9 @@ def _noise(own: Sequence[Row]) -> str:
     return _value(own, GAP) + noise
 
 
-def _mixtures(rows: Sequence[Row]) -> str:
-    shown = [row for row in rows if row["images"] == HALF and (" + " in row["score"] or row["score"] in COMPARED)]
-    lines = []
-    for name, by_data in _by_name(shown).items():
-        line = [name]
-        for data in _recorded(shown):
-            own = by_data.get(data, [])
-            shares = [row["share"] for row in own if row["share"]]
-            line += [", ".join(shares), _value(own, VALUE), _noise(own)]
-        lines.append(line)
-    header = ["score"]
-    for title in map(TITLES.__getitem__, _recorded(shown)):
-        header += ["weight of the second", title, "minus CIDEr"]
-    return with_about(header, lines, shown, COMMAND)
-
-
-def _judges(rows: Sequence[Row]) -> str:
-    """CIDEr against the mean grade of one, two and three experts."""
-    shown = [row for row in rows if "mean grade of" in row["measure"]]
-    lines = []
-    for measure in dict.fromkeys(row["measure"] for row in shown):
-        values = [float(row["value"]) for row in shown if row["measure"] == measure]
-        tau, _, panel = measure.partition(", ")
-        spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-        lines.append([panel, tau.replace("_", "-"), f"{statistics.mean(values):.1f}{spread}"])
-    return with_about(["grades", "measure", "CIDEr"], lines, shown, COMMAND)
-
-
 def _differences(rows: Sequence[Row]) -> str:
-    shown = [row for row in rows if row["measure"].startswith(("right, ", "higher by, "))]
+    measures = ("right, ", "higher by, ")
+    shown = [row for row in rows if row["score"] == BASE and row["measure"].startswith(measures)]
     lines = []
     for (score, limits), own in _bins(shown).items():
         if int(own["right"]["count"]) < FEWEST:

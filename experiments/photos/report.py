@@ -1,4 +1,4 @@
-"""Tables of the small photo model: its scores before and after quantisation, and its speed."""
+"""Tables of the small photo model: its scores before and after quantisation, and captions of photos drawn at random."""
 
 import json
 from collections.abc import Sequence
@@ -9,8 +9,7 @@ from coca_lit.tools.report.tables import Table, markdown
 from experiments.study import Row, read_rows, readable, with_about, write_rows
 
 RESULTS = Path(__file__).with_name("results.csv")
-INTERVALS, SPEED = RESULTS.with_name("intervals.csv"), RESULTS.with_name("speed.csv")
-DRAWN = RESULTS.with_name("drawn.csv")
+INTERVALS, DRAWN = RESULTS.with_name("intervals.csv"), RESULTS.with_name("drawn.csv")
 TRAINED, SHIPPED, FOUR_BEAMS = "rewards", "shipped", "beams4_lp12"  # runs
 RECALLS = [f"{side}_recall@{k}" for side in ("i2t", "t2i") for k in (1, 5, 10)]
 SCORES = [
@@ -18,24 +17,18 @@ SCORES = [
     for score in ("CIDEr", "Bleu_4", "METEOR", *RECALLS, *(f"{RERANKED}{recall}" for recall in RECALLS))
 ]
 WORDS = ["flickr8k/mean_length", "flickr8k/vocabulary"]
+TABLED = [score for score in SCORES if not score.endswith(("@5", "@10"))] + WORDS  # the card has all
 
 
 def tables() -> dict[str, str]:
     rows = {row["run"]: row for row in read_rows(RESULTS)}
     if not rows:
         return {}
-    measured = {
-        "photos/speed": (
-            SPEED,
-            ["captions", "precision", "threads", "photos", "photos/s", "processes that wanted a core"],
-        ),
-        "photos/drawn": (DRAWN, ["photo", "caption by the model", "first caption by a person"]),
-    }
     card = SHIPPED if SHIPPED in rows else TRAINED
     return {
-        "photos": _scores(rows, [TRAINED, SHIPPED, FOUR_BEAMS], SCORES + WORDS),
+        "photos": _scores(rows, [TRAINED, SHIPPED, FOUR_BEAMS], TABLED),
         "photos/card": _scores(rows, [card], SCORES),
-        **{name: _recorded(path, columns) for name, (path, columns) in measured.items() if path.exists()},
+        "photos/drawn": _drawn(),
     }
 
 
@@ -53,8 +46,9 @@ def _scores(rows: dict[str, Row], runs: Sequence[str], scores: Sequence[str]) ->
     return with_about(header, lines, [rows[run] for run in shown if run != TRAINED])
 
 
-def _recorded(path: Path, columns: Sequence[str]) -> str:
-    rows = read_rows(path)
+def _drawn() -> str:
+    rows = read_rows(DRAWN)
+    columns = ["photo", "caption by the model", "first caption by a person"]
     lines = [[readable(row[column]) for column in columns] for row in rows]
     about = f"`{rows[-1]['command']}` at commit {rows[-1]['commit']}, {rows[-1]['machine']}."
     return f"{markdown(Table('', columns, lines))}\n\n{about}"

@@ -6,6 +6,7 @@ from coca_lit.tools.report.tables import Table, markdown
 from experiments.study import read_rows, readable
 
 RESULTS = Path(__file__).with_name("results.csv")
+TABLED = tuple(f"{family}_ViT-{size}" for family in ("coca", "mammut") for size in ("S-32", "B-32", "L-14", "H-14"))
 COLUMNS = (
     "model",
     "parameters, M",
@@ -20,7 +21,7 @@ COLUMNS = (
 
 
 def tables() -> dict[str, str]:
-    rows = read_rows(RESULTS)
+    rows = [row for row in read_rows(RESULTS) if row["model"] in TABLED]  # the CSV has all sizes
     if not rows:
         return {}
     lines = [[readable(row[column]) for column in COLUMNS] for row in rows]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from coca_lit.models.kernels.process import enabled, on_intel
 
-# Measured thresholds; the table is in experiments/benchmarks/README.md.
+# Measured thresholds; experiments/benchmarks/cpu_linear.csv has them.
 INTEL_ROWS = 3 if on_intel() else 0  # up to here MKL is faster than oneDNN on an Intel processor
 MKL_ROWS, MKL_WIDTH = 4, 1024  # and on others, with the weights on the left
 LEFT_ROWS = 16  # up to here oneDNN is faster with the weights on the left
