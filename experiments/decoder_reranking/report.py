@@ -42,7 +42,7 @@ def tables() -> dict[str, str]:
                 *(title for title, _ in costs.values()),
                 *(unit(score, title) for score, title in scores.items()),
             ]
-            found[f"decoder_reranking{name}"] = with_about(header, lines, rows, "experiments/decoder_reranking/run.sh")
+            found[f"decoder_reranking{name}"] = with_about(header, lines, rows)
     return found
 
 
