@@ -178,6 +178,15 @@ def parse_json(content: bytes | str, name: str, kind: type = object, keep_surrog
     return found
 
 
+def check_inside(path: Path, folder: Path) -> Path:
+    """Where a path leads, links followed; raises `DataError` if that is out of the folder."""
+    target = Path(os.path.realpath(path))  # unlike `Path.resolve`, it takes links in a circle
+    if not target.is_relative_to(os.path.realpath(folder)):
+        shown = printable(str(path))
+        raise DataError(f"{shown} is a link out of its folder, which is not followed: replace it by what it leads to")
+    return target
+
+
 def read_run_file(folder: Path, name: str, limit: int) -> bytes:
     """The content of a file of a run folder.
 
@@ -192,15 +201,12 @@ def read_run_file(folder: Path, name: str, limit: int) -> bytes:
     path = folder / name
     shown = printable(str(path))
     try:
-        target = path.resolve()
-        if not target.is_relative_to(folder.resolve()):
-            raise DataError(f"{shown} is a link out of its folder, which is not followed: remove it")
-        with open_regular(target, follow=False) as file:  # nor a link that appears meanwhile
+        with open_regular(check_inside(path, folder), follow=False) as file:  # nor a link that appears meanwhile
             content = file.read(limit + 1)
     except FileNotFoundError as error:
         raise DataNotFoundError(f"{shown} does not exist") from error
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise DataError(f"{shown} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise DataError(f"{shown} cannot be read: {error.strerror or error}") from error
     if len(content) > limit:
         raise DataError(f"{shown} holds more than {limit:,} bytes")
     return content

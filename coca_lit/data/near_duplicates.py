@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from coca_lit.data.inputs import source_of
 from coca_lit.distributed import stable_seed
@@ -73,9 +71,17 @@ def look_alikes(hashes: Sequence[int | None]) -> list[list[int]]:
     unknown hash is alone.
     """
     different = np.array([*{found for found in hashes if found is not None}], dtype=np.int64)
-    pairs = np.array([*_near_pairs(different)], dtype=np.int64).reshape(-1, 2)
-    near = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(different),) * 2)
-    chain = dict(zip(different.tolist(), connected_components(near, directed=False)[1].tolist(), strict=True))
+    parents = [*range(len(different))]  # a union-find: a hash leads to another of its chain, the last one to itself
+
+    def end(i: int) -> int:
+        while parents[i] != i:
+            parents[i] = parents[parents[i]]  # next time the way is half as long
+            i = parents[i]
+        return i
+
+    for i, j in _near_pairs(different):
+        parents[end(i)] = end(j)
+    chain = {found: end(i) for i, found in enumerate(different.tolist())}
     groups: dict[int, list[int]] = {}
     for i, found in enumerate(hashes):
         groups.setdefault(-1 - i if found is None else chain[found], []).append(i)

@@ -28,6 +28,7 @@ from coca_lit.runs.run_folder import (
     JOBS,
     NEWEST,
     RESULTS,
+    check_links,
     command,
     is_of_run,
     restarted,
@@ -94,6 +95,7 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
 
     Raises:
         CheckpointError: the path names no usable checkpoint, or the folder has none that is whole.
+        ConfigError, DataError: see `check_links`.
     """
     if ckpt_path is None:
         return None
@@ -109,6 +111,7 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
                 f"init_from={ckpt_path} takes its weights"
             )
         return ResumePoint(path, content)
+    check_links(folder)
     last = folder / CHECKPOINTS / LAST
     if not step_files(last.parent):
         return None

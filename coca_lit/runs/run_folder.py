@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.files import atomic_write, csv_line, remove_leftovers, whole_lines, write_json
 from coca_lit.machine import in_shell, is_first_process
-from coca_lit.reading import parse_json, printable, read_json
+from coca_lit.reading import check_inside, parse_json, printable, read_json
 from coca_lit.runs.redaction import masked_yaml, redact
 
 CONFIG = "config.yaml"
@@ -242,14 +242,14 @@ def start_run_folder(
         chosen: what its recipe chose and why, for the same file; a run that resumes keeps what it says.
 
     Raises:
-        ConfigError: the folder holds files of these names that no run wrote, or a link of its checkpoints is a folder.
+        ConfigError, DataError: the folder holds files of these names that no run wrote, or see `check_links`.
     """
     if not is_first_process():
         return
     folder = Path(cfg.output_dir)
     if resumed is None:
         check_is_run(folder)
-    check_links(folder / CHECKPOINTS)
+    check_links(folder)
     for place in (folder, folder / CHECKPOINTS):
         remove_leftovers(place)
     if resumed is None:
@@ -279,12 +279,14 @@ def check_is_run(folder: Path) -> None:
         )
 
 
-def check_links(checkpoints: Path) -> None:
-    """Raises `ConfigError` if a folder has the name of a link that the run renews: the run neither removes nor moves
-    it.
+def check_links(folder: Path) -> None:
+    """Raises `DataError` if a file of a run is a link out of its folder: the run would read, write or delete elsewhere.
+    `ConfigError` if a folder has the name of a link that the run renews: the run neither removes nor moves it.
     """
-    for name in LINKS:
-        link = checkpoints / name
+    links = [folder / CHECKPOINTS / name for name in LINKS]
+    for path in (*(folder / name for name in RUN_FILES), *step_files(folder / CHECKPOINTS), *links):
+        check_inside(path, folder)
+    for link in links:
         if link.is_dir() and not link.is_symlink():
             raise ConfigError(f"{link} is a folder, and no run wrote it: move it away, or choose another name")
 

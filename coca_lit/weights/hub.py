@@ -37,6 +37,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_session, validate_repo_id
 
 from coca_lit.errors import CheckpointError, suggest
+from coca_lit.reading import check_inside
 from coca_lit.weights.sharded import is_checkpoint
 
 log = logging.getLogger(__name__)
@@ -133,21 +134,25 @@ def locate(name: str | Path) -> Path:
     Raises:
         FileNotFoundError: there is no such file, folder or released model; the message suggests a name.
         CheckpointError: the download failed, or there are several files to choose from.
+        DataError: what was found in a folder is a link out of it.
     """
     text = os.path.expanduser(name)  # a shell leaves the ~ of checkpoint=~/run
     path = Path(text)
     if text == PHOTOS:
         return PHOTOS_WEIGHTS
-    if is_checkpoint(path):
+    if path.is_file():
         return path
     if path.is_dir():
-        names = (*(f"checkpoints/{name}" for name in CHECKPOINTS), *CHECKPOINTS, *WEIGHTS)
+        names = ("", *(f"checkpoints/{name}" for name in CHECKPOINTS), *CHECKPOINTS, *WEIGHTS)
         found = next((path / name for name in names if is_checkpoint(path / name)), None)
         if found:
+            _check_links(found, path)
             return found
         weights = [file.name for file in path.iterdir() if file.suffix in FILE_SUFFIXES and is_checkpoint(file)]
         if weights:
-            return path / choose(weights, "", str(path))
+            found = path / choose(weights, "", str(path))
+            _check_links(found, path)
+            return found
         expected = ", ".join((*CHECKPOINTS, *WEIGHTS))
         raise FileNotFoundError(f"there is no checkpoint in the folder '{path}': expected {expected}")
     file = Path(f"{path}.pt")
@@ -164,6 +169,17 @@ def locate(name: str | Path) -> Path:
         _tell(model)
         return download(model.repo, sha256=model.sha256)
     raise FileNotFoundError(f"there is no checkpoint '{name}'{hint(text)}")
+
+
+def _check_links(found: Path, folder: Path) -> None:
+    """Raises `DataError` if weights in a folder, or what is read with them, are links out of it. In the Hub's cache
+    `snapshots/COMMIT` links to `blobs`.
+    """
+    beside = [found.parent / name for name in CONFIGS] if found != folder else []
+    caches = (place.parent for place in Path(os.path.abspath(folder)).parents if place.name == "snapshots")
+    whole = next((cache for cache in caches if (cache / "blobs").is_dir()), folder)
+    for file in (found, *found.glob("*"), *beside):
+        check_inside(file, whole)
 
 
 @cache

@@ -73,6 +73,7 @@ def load_model(path: str | Path, imports: Sequence[str] = ()) -> CoCa:
     Raises:
         FileNotFoundError: there is no such file and no such name.
         CheckpointError: it cannot be downloaded.
+        DataError: a folder links to weights elsewhere.
         ValueError: the file cannot be read safely, holds something else such as a CLIP, or needs an encoder or tower
             that is not registered.
     """

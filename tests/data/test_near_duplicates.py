@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -36,6 +37,22 @@ def test_groups_are_those_of_a_naive_walk() -> None:
         hashes.append(flipped - 2**64 if flipped >= 2**63 else flipped)
     assert {frozenset(group) for group in look_alikes(hashes)} == naive_groups(hashes)
     assert sorted(map(len, look_alikes([None, None, 5, 5]))) == [1, 1, 2]
+
+
+def test_groups_of_long_chains_are_those_of_scipy() -> None:
+    components = pytest.importorskip("scipy.sparse.csgraph").connected_components
+    rng = random.Random(3)
+    for steps in (5, 50, 150):
+        hashes = {found := rng.getrandbits(63)} | {rng.getrandbits(63) for _ in range(20)}
+        for _ in range(steps):  # two walks from one hash, whose ways may cross, each step as far as near-duplicates are
+            for start in (found, rng.choice([*hashes])):
+                found = start ^ sum(1 << bit for bit in rng.sample(range(63), rng.randint(2, MAX_DISTANCE)))
+                hashes.add(found)
+        shuffled = rng.sample([*hashes], len(hashes))
+        near = [[(one ^ other).bit_count() <= MAX_DISTANCE for other in shuffled] for one in shuffled]
+        count, labels = components(np.array(near), directed=False)
+        expected = {frozenset(np.flatnonzero(labels == label).tolist()) for label in range(count)}
+        assert {frozenset(group) for group in look_alikes(shuffled)} == expected
 
 
 def test_differences_are_found_wherever_they_are() -> None:

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+pytest.importorskip("scipy")
+
 from coca_lit.projects.judgments.judged import Candidate, Grade, Judged
 from experiments.judged_scores.judge import gained, mean_grades
 

@@ -14,7 +14,7 @@ import lightning.pytorch as L
 import pytest
 
 from coca_lit.cli import command, evaluate, train
-from coca_lit.errors import ConfigError
+from coca_lit.errors import ConfigError, DataError
 from coca_lit.runs import run_folder
 from coca_lit.runs.run_folder import PATIENCE, add_to_environment, in_use
 from helpers.running import ROOT, TINY, compose, run, watched
@@ -160,8 +160,8 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
         pass
 
 
-def training(folder: Path) -> None:
-    train.run(compose(*TINY, f"output_dir={folder}", "name=x", "evals=[]"))
+def training(folder: Path, *overrides: str) -> None:
+    train.run(compose(*TINY, f"output_dir={folder}", "name=x", "evals=[]", *overrides))
 
 
 def scoring(folder: Path) -> None:
@@ -196,6 +196,28 @@ def test_a_folder_with_the_name_of_a_link_stays(tmp_path: Path, name: str) -> No
         assert [path.name for path in tmp_path.rglob("*.txt")] == ["diary.txt"]
         assert diary.read_text() == "mine"
         (tmp_path / "results.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "link",
+    ["checkpoints", "checkpoints/step_9.ckpt", "checkpoints/last.ckpt", "metrics.csv", "bad_steps.jsonl", "samples"],
+)
+def test_a_run_folder_with_a_link_out_of_it_is_refused(tmp_path: Path, link: str) -> None:
+    """The run would remove checkpoints there, or append to that file."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for step in range(1, 5):
+        (elsewhere / f"step_{step}.ckpt").write_text("mine")
+    target = elsewhere if link in ("checkpoints", "samples") else elsewhere / "step_1.ckpt"
+    (tmp_path / "run" / link).parent.mkdir(parents=True)
+    (tmp_path / "run" / link).symlink_to(target)
+    environment = {"command": "x", "started": "x", "lightning": "2"}
+    (tmp_path / "run" / "environment.json").write_text(json.dumps(environment))
+    for ckpt_path in ("auto", "null"):
+        with pytest.raises(DataError, match=rf"run/{link} is a link out of its folder, which is not followed"):
+            training(tmp_path / "run", f"ckpt_path={ckpt_path}")
+    assert [path.read_text() for path in elsewhere.iterdir()] == ["mine"] * 4
+    assert (tmp_path / "run" / link).is_symlink()
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.write_bytes(b"caf\xe9")])

@@ -23,7 +23,7 @@ from safetensors.torch import save
 import coca_lit
 from coca_lit.cli.command import compose
 from coca_lit.cli.words import to_override
-from coca_lit.errors import CheckpointError
+from coca_lit.errors import CheckpointError, DataError
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.image import CLIP_NORMALISATION
 from coca_lit.tools.caption import command as caption_cli
@@ -36,6 +36,7 @@ from coca_lit.weights.hub import DEFAULT, PHOTOS_WEIGHTS, _say, download, list_m
 from coca_lit.weights.load import load_model, save_model
 from coca_lit.weights.open_clip import to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
+from coca_lit.weights.sharded import REST
 from helpers.hub_server import TOKEN, Hub, Repository, answers_at
 
 SMALL = {
@@ -207,6 +208,41 @@ def test_a_run_folder_comes_before_a_file_beside_it(tmp_path: Path, monkeypatch:
     assert locate(tmp_path / "run") == tmp_path / "run" / "last.ckpt"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert locate("~/run") == tmp_path / "run" / "last.ckpt"
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "checkpoints", "model.safetensors", "mine.pt"),
+        *("checkpoints/last.ckpt/checkpoint.ckpt", "last.ckpt/shard-00001.safetensors", "checkpoint.ckpt"),
+        "config.json",
+    ],
+)
+def test_a_folder_that_links_to_weights_elsewhere_is_refused(tmp_path: Path, link: str) -> None:
+    """A stranger's could show whoever exports its model a file of his own."""
+    beside = {"config.json": "model.safetensors", "last.ckpt/shard-00001.safetensors": f"last.ckpt/{REST}"}
+    for name in (f"private/{REST}", "private/last.ckpt", f"run/{beside.get(link, 'README.md')}"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "run" / link).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "run" / link).symlink_to(tmp_path / "private" / ("" if link == "checkpoints" else REST))
+    with pytest.raises(DataError, match="is a link out of its folder, which is not followed"):
+        locate(tmp_path / "run")
+
+
+def test_links_within_a_run_folder_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step_2.ckpt").touch()
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").symlink_to("step_2.ckpt")
+    (tmp_path / "link").symlink_to("run")
+    assert locate(tmp_path / "link") == tmp_path / "link" / "checkpoints" / "last.ckpt"
+
+
+def test_a_folder_of_the_hubs_cache_links_to_its_blobs(hub: Hub, cache: Path, files: dict[str, bytes]) -> None:
+    hub.repositories[B32] = Repository(files)
+    file = locate(f"hf-hub:{B32}")
+    assert file.is_symlink()
+    assert locate(file.parent) == file
 
 
 @pytest.mark.slow

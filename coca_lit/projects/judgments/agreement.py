@@ -15,8 +15,6 @@ import numpy as np
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
-from scipy.sparse import csr_array
-from scipy.stats import kendalltau
 
 from coca_lit.errors import DataError
 from coca_lit.metrics.cider import CiderD
@@ -28,6 +26,12 @@ from coca_lit.progress import ProgressBar
 from coca_lit.projects.judgments.judged import Judged, read_judgments
 from coca_lit.reading import printable
 from coca_lit.runs.scores import aligned, score_name
+
+try:
+    from scipy.sparse import csr_array
+    from scipy.stats import kendalltau
+except ModuleNotFoundError as error:
+    raise DataError("judgments need an optional package: pip install 'coca_lit[statistics]'") from error
 
 MAX_UNITS = 4096  # drawn; of more images, some are drawn together
 ROWS = 256  # grades that are compared with all others at a time

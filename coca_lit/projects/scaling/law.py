@@ -174,7 +174,10 @@ def fit(compute: Numbers, scores: Numbers, top: float = np.inf) -> tuple[Law, Re
     """The law of runs (n,), which does not exceed `top`, and those that the runs do not contradict, which may: a bound
     on parameters would make their intervals too narrow.
     """
-    from scipy.stats import t
+    try:
+        from scipy.stats import t
+    except ModuleNotFoundError as error:
+        raise DataError("--scaling needs an optional package: pip install 'coca_lit[statistics]'") from error
 
     unit = float(np.exp(np.log(compute).mean()))
     x = compute / unit

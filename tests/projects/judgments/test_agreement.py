@@ -6,10 +6,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+
+kendalltau = pytest.importorskip("scipy.stats").kendalltau
+
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
-from scipy.stats import kendalltau
 
 from coca_lit.metrics.cider import CiderD
 from coca_lit.metrics.java.runtime import ptb_tokenize

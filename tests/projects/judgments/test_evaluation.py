@@ -5,6 +5,9 @@ from typing import NoReturn
 
 import numpy as np
 import pytest
+
+pytest.importorskip("scipy")
+
 import torch
 from PIL import Image
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.io
+
+scipy_io = pytest.importorskip("scipy.io")
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -144,8 +146,8 @@ def pascal(folder: Path, votes: list[list[int]], compressed: bool = True) -> Pat
             place += 1
     kinds = np.array([[n % 4 + 1 for n in range(len(votes))]], dtype=np.uint8)
     path = folder / "pair_pascal.mat"
-    scipy.io.savemat(path, {"new_input": pairs, "category": kinds}, do_compression=compressed)
-    scipy.io.savemat(folder / "consensus_pascal.mat", {"triplets": triplets}, do_compression=compressed)
+    scipy_io.savemat(path, {"new_input": pairs, "category": kinds}, do_compression=compressed)
+    scipy_io.savemat(folder / "consensus_pascal.mat", {"triplets": triplets}, do_compression=compressed)
     return path
 
 
@@ -192,10 +194,10 @@ def test_matlab_files_are_read_as_scipy_reads_them(tmp_path: Path) -> None:
         "none": np.zeros((0, 0)),
     }
     for compressed in (True, False):
-        scipy.io.savemat(tmp_path / "x.mat", {**values, "text": "é dog"}, do_compression=compressed)
+        scipy_io.savemat(tmp_path / "x.mat", {**values, "text": "é dog"}, do_compression=compressed)
         found = read_mat(tmp_path / "x.mat")
         for name, truth in values.items():
-            np.testing.assert_array_equal(found[name], scipy.io.loadmat(tmp_path / "x.mat")[name])
+            np.testing.assert_array_equal(found[name], scipy_io.loadmat(tmp_path / "x.mat")[name])
             assert found[name].shape == truth.shape
         assert found["text"] == "é dog"
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.importorskip("scipy")
+
 from coca_lit.tools.score.command import score
 from helpers.shared_data import SHARED
 

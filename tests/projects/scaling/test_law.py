@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("scipy")
+
 from PIL import Image
 
 from coca_lit.errors import DataError

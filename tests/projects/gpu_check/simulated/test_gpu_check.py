@@ -73,7 +73,9 @@ def test_after_a_failed_check_the_others_continue(tmp_path: Path, monkeypatch: p
     with SimulatedGpu(), pytest.raises(SystemExit) as ended:
         gpu_check(["--output", str(tmp_path), "--quick"])
     assert ended.value.code == 1
-    lines = json.loads((tmp_path / "gpu_check.json").read_text())["checks"]
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert found["measurements"] == [{"model": "coca_tiny", "batch": 16}] * 2
+    lines = found["checks"]
     assert [(line["name"], line["detail"]) for line in lines if line["outcome"] == "FAIL"] == [
         ("captions equal those of the CPU", "RuntimeError: an illegal memory access"),
         ("attention in bf16", "AssertionError: no message"),
