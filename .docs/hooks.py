@@ -37,8 +37,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     markdown = with_pages(indented(markdown), (ROOT / page.file.src_uri).parent)
-    markdown = markdown.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")  # in the cells of tables
-    return markdown.replace("<details>", '<details markdown="1">')  # whose tables a forge renders without being told
+    return markdown.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")  # in the cells of tables
 
 
 def indented(markdown: str) -> str:

@@ -246,11 +246,9 @@ def mean_std(values: Sequence[float]) -> str:
     return f"{mean:.{digits}f}" if len(values) == 1 else f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def with_about(
-    header: Sequence[str], lines: Sequence[Sequence[str]], rows: Sequence[Row], command: str | None = None
-) -> str:
-    """A table, and below it the command (default: of the first row) and where all rows were measured: up to three
-    commits, else two and the number of others, which the CSV names.
+def with_about(header: Sequence[str], lines: Sequence[Sequence[str]], rows: Sequence[Row]) -> str:
+    """A table, and below it where all rows were measured: up to three commits, else two and the number of others, which
+    the CSV names beside the commands.
     """
 
     def all_of(column: str) -> str:
@@ -259,8 +257,7 @@ def with_about(
     commits = list(dict.fromkeys(row["commit"] for row in rows))
     more = f" and {len(commits) - 2} others" if len(commits) > 3 else ""
     named = ", ".join(commits[:2] if more else commits) + more
-    about = f"at commit {named}, torch {all_of('torch')}, {all_of('machine')}."
-    return f"{markdown(Table('', header, lines))}\n\n`{command or rows[0]['command']}` {about}"
+    return f"{markdown(Table('', header, lines))}\n\nCommit {named}, torch {all_of('torch')}, {all_of('machine')}."
 
 
 def write_tables(tables: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coca_lit.errors import ConfigError
-from coca_lit.reading import read_json
+from coca_lit.reading import check_inside, read_json
 from coca_lit.runs.run_folder import ARCHIVED
 
 if TYPE_CHECKING:
@@ -65,12 +65,15 @@ def chosen_checkpoint(checkpoint: str | None, smaller: str = "coca_ViT-B-32", of
 
 
 def find_demo_model(outputs: Path) -> Path | None:
-    """The checkpoint of the run in `outputs` with the best captions of unseen scenes; None if none is good."""
+    """The checkpoint of the run in `outputs` with the best captions of unseen scenes; None if none is good. Raises
+    `DataError` for a link out of its run folder.
+    """
     good = []
     for results in (*outputs.glob("*/results.json"), *outputs.glob("*/*/results.json")):
         checkpoint = results.parent / "checkpoints" / "last.ckpt"
         is_archived = ARCHIVED.fullmatch(results.parent.name)
         if checkpoint.is_file() and not is_archived and (score := read_json(results, dict).get(SCORE, 0.0)) >= GOOD:
+            check_inside(checkpoint, results.parent)
             good.append((score, checkpoint))
     return max(good)[1] if good else None
 

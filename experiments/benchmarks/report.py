@@ -149,8 +149,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
 }
 
-
-IN_THE_PAGE = ("train_step", "memory", "input_pipeline", "generation", "startup")  # moved.py reads all
+IN_THE_PAGE = ("train_step", "input_pipeline", "generation")  # moved.py reads all
 
 
 def tables() -> dict[str, str]:

@@ -9,6 +9,7 @@ from experiments.study import Row, read_rows, with_about
 
 RESULTS = Path(__file__).with_name("results.csv")
 SCORES = {score: NAMES.get(score, score) for score in ("Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE")}
+TABLED = {score: title for score, title in SCORES.items() if score != "ROUGE_L"}
 
 MARKS = tuple(zip(SCORES, "osD^v", (-0.2, -0.1, 0.0, 0.1, 0.2), strict=True))  # score, marker, place within the line
 COLOURS = dict(zip(SCORES, ("tab:blue", "tab:green", "tab:purple", "tab:red", "tab:orange"), strict=True))
@@ -36,10 +37,10 @@ def tables() -> dict[str, str]:
 
 def table(names: Sequence[str], body: Sequence[Sequence[str]], rows: Sequence[Row]) -> str:
     """Markdown of the lines, without scores that no line has."""
-    header = [*names, *SCORES.values()]
+    header = [*names, *TABLED.values()]
     kept = [i for i in range(len(header)) if any(line[i] for line in body)]
     lines = [[line[i] for i in kept] for line in body]
-    return with_about([header[i] for i in kept], lines, rows, "experiments/caption_noise/run.sh")
+    return with_about([header[i] for i in kept], lines, rows)
 
 
 def lines(rows: Sequence[Row], *named_by: str) -> list[Line]:
@@ -53,7 +54,7 @@ def lines(rows: Sequence[Row], *named_by: str) -> list[Line]:
 def cells(found: Sequence[Line], shown: Callable[[Sequence[Row]], str]) -> list[list[str]]:
     """A line of cells for each: its names, then what is shown of the rows of each score."""
     return [
-        [*names, *(shown(own) if (own := [row for row in rows if row["score"] == score]) else "" for score in SCORES)]
+        [*names, *(shown(own) if (own := [row for row in rows if row["score"] == score]) else "" for score in TABLED)]
         for names, rows in found
     ]
 

@@ -28,20 +28,19 @@ def groups() -> dict[tuple[str, str, str], list[Row]]:
 
 
 def tables() -> dict[str, str]:
-    """A table per data set: a line for each model, kind of candidates and score, a column for each weight."""
+    """A table per data set: a line for each model and score of the beams, a column for each weight."""
     found, all_groups = {}, groups()
     for data in TABLED:
         lines, all_rows = [], []
         for score, title in SCORES.items():
             for (own, model, candidates), rows in all_groups.items():
-                if own == data and any(numbers(rows, score)):
+                if own == data and candidates.endswith("beams") and any(numbers(rows, score)):
                     n = len({row["seed"] for row in rows})
                     values = [[row for row in rows if row["weight"] == weight] for weight in SHOWN]
                     lines.append([title, model, candidates, str(n), *(mean_std(numbers(v, score)) for v in values)])
                     all_rows += rows
         header = ["score", "model", "candidates", "n", *(f"weight {weight}" for weight in SHOWN)]
-        command = "experiments/contrastive_reranking/run.sh"
-        found[f"contrastive_reranking/{data}"] = with_about(header, lines, all_rows, command)
+        found[f"contrastive_reranking/{data}"] = with_about(header, lines, all_rows)
     return found
 
 

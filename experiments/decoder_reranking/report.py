@@ -26,8 +26,14 @@ def tables() -> dict[str, str]:
     found = {}
     for name, keys, rows, costs, scores in (
         ("", {"count": "candidates"}, [row for row in _read() if row["count"] in COUNTS], COSTS, RECALLS),
-        ("/weights", {"weight": "weight"}, _shown(_compared()), {}, RECALLS),
-        ("/choices", {"way": "decoder", "weight": "weight"}, _shown(_of("likelihood")), {}, ACCURACIES),
+        ("/weights", {"weight": "weight"}, _shown(_compared(), "flickr8k"), {}, RECALLS),
+        (
+            "/choices",
+            {"way": "decoder", "weight": "weight"},
+            _shown(_of("likelihood"), "compositional"),
+            {},
+            ACCURACIES,
+        ),
     ):
         if rows:
             lines = [
@@ -42,12 +48,12 @@ def tables() -> dict[str, str]:
                 *(title for title, _ in costs.values()),
                 *(unit(score, title) for score, title in scores.items()),
             ]
-            found[f"decoder_reranking{name}"] = with_about(header, lines, rows, "experiments/decoder_reranking/run.sh")
+            found[f"decoder_reranking{name}"] = with_about(header, lines, rows)
     return found
 
 
-def _shown(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row["weight"] in SHOWN]
+def _shown(rows: Sequence[Row], data: str) -> list[Row]:
+    return [row for row in rows if row["weight"] in SHOWN and row["data"] == data]
 
 
 def _choices() -> list[Row]:

@@ -1,4 +1,4 @@
-"""Table and figure of distillation: scores of each way of training against the samples that it saw."""
+"""Table and figure of distillation on scenes: scores of each way of training against the samples that it saw."""
 
 import re
 from pathlib import Path
@@ -15,26 +15,16 @@ WAYS = {
 }
 SAMPLES = (3840, 7680, 15360)
 NAMES = {f"{way}_{samples}": f"{name}, {samples:,}" for way, name in WAYS.items() for samples in SAMPLES}
-PHOTO_NAMES = {
-    f"photos_{way}_{samples}": f"{name}, {samples:,}"
-    for way, name in {"plain": "pairs alone", "distilled": "teachers"}.items()
-    for samples in (6000, 30000)
-}
 SCORES = {
     "scenes/CIDEr": "CIDEr",
     "scenes/t2i_recall@1": "text to image R@1",
     "scenes/i2t_recall@1": "image to text R@1",
 }
-PHOTO_SCORES = {score.replace("scenes", "flickr8k"): title for score, title in SCORES.items()}
 
 
 def tables() -> dict[str, str]:
-    rows = read_rows(RESULTS)
-    found = {
-        "distillation": (renamed(rows, NAMES | {"teacher": "teacher"}), SCORES),
-        "distillation/photos": (renamed(rows, PHOTO_NAMES), PHOTO_SCORES),
-    }
-    return {name: by_variant(chosen, scores) for name, (chosen, scores) in found.items() if chosen}
+    rows = renamed(read_rows(RESULTS), NAMES | {"teacher": "teacher"})
+    return {"distillation": by_variant(rows, SCORES)} if rows else {}
 
 
 def draw() -> None:

@@ -8,14 +8,14 @@ from typing import Any
 from experiments.study import Row, by_variant, numbers, read_rows, renamed, variants
 
 RESULTS = Path(__file__).with_name("results.csv")
-NAMES = {
+NAMES = {  # the figure has runs between before and weight 0, too
     "before": "before finetuning",
     "c0": "contrastive weight 0",
     "frozen": "weight 0, towers and pooler frozen",
     "lora": "weight 0, LoRA in towers and pooler",
     "c0.3": "weight 0.3",
     "lora_c0.3": "weight 0.3, LoRA in towers and pooler",
-} | {f"c0_wise{share}": f"between before and weight 0, share {share}" for share in (0.3, 0.5, 0.7)}
+}
 MARKERS = {"before": "o", "c0": "X", "frozen": "s", "lora": "D", "c0.3": "v", "lora_c0.3": "P"}
 # prefix of runs: the captions that are learned, the data whose recall is kept
 STARTS = {"": ("narrated", "scenes"), "modern_": ("narrated", "scenes"), "flickr8k_": ("flickr8k", "flickr8k")}

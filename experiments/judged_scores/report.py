@@ -11,7 +11,6 @@ from experiments.judged_scores.judge import ALL, BASE, PUBLISHED
 from experiments.study import Row, mean_std, read_rows, with_about
 
 RESULTS = Path(__file__).with_name("results.csv")
-COMMAND = "experiments/judged_scores/run.sh"
 USUAL = {"experts": "tau_c", "crowd": "tau_b"}  # as in papers
 TITLES = {"experts": "experts, tau-c", "crowd": "crowd, tau-b"}
 LIKELIHOODS = ("likelihood", "pmi")  # agree less than CIDEr: in the figure and the CSV alone
@@ -80,7 +79,7 @@ def _scores(rows: Sequence[Row]) -> str:
     header = ["score", "seeds"]
     for title in map(TITLES.__getitem__, _recorded(shown)):
         header += [title, "minus CIDEr", "published, all photos"]
-    return with_about(header, lines, shown, COMMAND)
+    return with_about(header, lines, shown)
 
 
 def _noise(own: Sequence[Row]) -> str:
@@ -101,7 +100,7 @@ def _differences(rows: Sequence[Row]) -> str:
         grade = " ".join((f"{float(gap['value']) / 100:.2f}", f"[{_hundredth(gap['low'])}, {_hundredth(gap['high'])}]"))
         lines.append([NAMES.get(score, score), where, f"{int(right['count']):,}", _value([right], VALUE), grade])
     header = ["score", "difference", "pairs of captions", "people prefer the higher, %", "its grade is higher by"]
-    return with_about(header, lines, shown, COMMAND)
+    return with_about(header, lines, shown)
 
 
 def _hundredth(text: str) -> str:

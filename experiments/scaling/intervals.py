@@ -14,7 +14,7 @@ import numpy as np
 
 from coca_lit.projects.scaling.law import Law, Numbers, Point, fit_scaling
 from coca_lit.runs.run_folder import environment
-from experiments.study import read_rows, with_about, write_rows
+from experiments.study import write_rows
 
 RESULTS = Path(__file__).with_suffix(".csv")
 SEED = 20261202
@@ -32,7 +32,7 @@ NOISES: dict[str, Callable[[Numbers, np.random.Generator], Numbers]] = {
     "heavy tails (t of 4)": lambda scores, rng: scores + SPREAD * rng.standard_t(4, scores.shape) / np.sqrt(2),
     "share of 2,000": lambda scores, rng: rng.binomial(IMAGES, scores) / IMAGES,
 }
-MEASURES = {"runs": "held-out runs", "curve": "the law at their computes", "exponent": "exponent"}
+MEASURES = ("runs", "curve", "exponent")
 
 
 def simulate(law: Law, noise: Callable[[Numbers, np.random.Generator], Numbers], seed: list[int]) -> dict[str, float]:
@@ -48,21 +48,6 @@ def simulate(law: Law, noise: Callable[[Numbers, np.random.Generator], Numbers],
         "curve": float(np.mean((low <= truth) & (truth <= high))),
         "exponent": float(exponents.min() <= law.c <= exponents.max()),
     }
-
-
-def tables() -> dict[str, str]:
-    rows = read_rows(RESULTS)
-    if not rows:
-        return {}
-    header = ["law", "noise", "studies", *(f"{title}, %" for title in MEASURES.values())]
-    lines = [[row["law"], row["noise"], row["studies"], *(_percent([row], m) for m in MEASURES)] for row in rows]
-    total = str(sum(int(row["studies"]) for row in rows))
-    lines.append(["all", "", total, *(_percent(rows, measure) for measure in MEASURES)])
-    return {"intervals": with_about(header, lines, rows)}
-
-
-def _percent(rows: list[dict[str, str]], measure: str) -> str:
-    return f"{100 * np.mean([float(row[measure]) for row in rows]):.1f}"
 
 
 def main() -> None:

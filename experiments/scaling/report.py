@@ -1,8 +1,7 @@
-"""Tables: what the scaling law expected of the runs that were held out, and how often its intervals hold the truth."""
+"""Table: what the scaling law expected of the runs that were held out."""
 
 from pathlib import Path
 
-from experiments.scaling import intervals
 from experiments.study import numbers, read_rows, with_about
 
 RESULTS = Path(__file__).with_name("results.csv")
@@ -11,10 +10,9 @@ COLUMNS = ("value", "expected", "low", "high")
 
 def tables() -> dict[str, str]:
     """From scaling.csv, which `coca-report --scaling` writes; the runs and where they ran are in results.csv."""
-    shown = intervals.tables()
     law, runs = read_rows(RESULTS.with_name("scaling.csv")), read_rows(RESULTS)
     if not (law and runs):
-        return shown
+        return {}
     header = ["run", "GFLOP", "expected", "95 % interval", "measured", "inside"]
     lines = []
     for row in (row for row in law if row["expected"]):
@@ -23,4 +21,4 @@ def tables() -> dict[str, str]:
         interval = f"[{low:.1f}, {high:.1f}]"
         name = f"{row['family']} {row['run']}".strip()
         lines.append([name, f"{float(row['GFLOP']):.3g}", f"{expected:.1f}", interval, f"{value:.1f}", inside])
-    return shown | {"scaling": with_about(header, lines, runs)}
+    return {"scaling": with_about(header, lines, runs)}

@@ -61,7 +61,7 @@ CLAIMS = [
         (RE_RANKED[1], RE_RANKED[3]),
     ),
     Claim(
-        (STUDIES, "decoder_reranking"),
+        ("decoder_reranking",),
         r"text to image recall@1 from (\d+) to (\d+) %, on unseen combinations from (\d+) to (\d+) %",
         (
             *cells("decoder_reranking", "t→i R@1, %", "scenes | 0", "scenes | 2"),
@@ -69,7 +69,7 @@ CLAIMS = [
         ),
     ),
     Claim(
-        (STUDIES, "decoder_reranking"),
+        ("decoder_reranking",),
         r"(\d+) → (\d+) % right on unseen combinations",
         cells(
             "decoder_reranking/choices",
@@ -104,9 +104,9 @@ CLAIMS = [
             "photos in images | all, indexed shards",
         ),
     ),
-    Claim((STUDIES, "family"), r"CIDEr (\d+) instead of (\d+) on scenes, (\d+) instead of (\d+) on photos", MEMBERS),
+    Claim(("family",), r"CIDEr (\d+) instead of (\d+) on scenes, (\d+) instead of (\d+) on photos", MEMBERS),
     Claim(
-        (STUDIES, "family"),
+        ("family",),
         r"recall@1 (?:of )?(\d+) % on scenes and (\d+) % on photos[ ,(]+CoCa (\d+) and (\d+) %",
         MAMMUT,
     ),

@@ -13,7 +13,7 @@ import pytest
 
 from coca_lit.cli import command
 from coca_lit.data.scenes.render import scene_records
-from coca_lit.errors import ConfigError
+from coca_lit.errors import ConfigError, DataError
 from coca_lit.progress import ProgressBar
 from coca_lit.tools import checkpoint as models
 from coca_lit.tools.checkpoint import OUTPUTS
@@ -63,7 +63,12 @@ def test_finds_the_best_finished_demo(tmp_path, tiny_model):
         fake_run(tmp_path / name, score, tiny_model())
     (tmp_path / "evaluate").mkdir()  # scores without a model
     (tmp_path / "evaluate" / "results.json").write_text('{"scenes/exact_match": 1.0}')
-    assert models.find_demo_model(tmp_path) == tmp_path / "demo_seed1" / "checkpoints" / "last.ckpt"
+    best = tmp_path / "demo_seed1" / "checkpoints" / "last.ckpt"
+    assert models.find_demo_model(tmp_path) == best
+    best.rename(tmp_path / "mine.ckpt")
+    best.symlink_to(tmp_path / "mine.ckpt")
+    with pytest.raises(DataError, match=r"last\.ckpt is a link out of its folder, which is not followed"):
+        models.find_demo_model(tmp_path)
 
 
 @pytest.mark.slow
