@@ -3,6 +3,7 @@ generated parts are current.
 """
 
 import importlib
+import itertools
 import os
 import re
 import shlex
@@ -275,6 +276,12 @@ def test_other_python_compiles() -> None:
 def test_every_extra_is_explained() -> None:
     extras = PROJECT["optional-dependencies"].keys() - {"test", "dev"}  # those are in CONTRIBUTING.md
     assert [name for name in extras if f"`{name}`" not in text_of(Path("README.md"))] == []
+
+
+def test_every_dependency_is_explained() -> None:
+    wanted = [*PROJECT["dependencies"], *itertools.chain(*PROJECT["optional-dependencies"].values())]
+    names = {name for line in wanted if (name := re.split(r"[\[<>=,;]", line)[0]) != "coca_lit"}
+    assert set(re.findall(r"^\| `([\w-]+)`", text_of(Path("coca_lit/DEPENDENCIES.md")), re.MULTILINE)) == names
 
 
 def test_every_key_is_listed_and_explained() -> None:
