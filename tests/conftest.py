@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,9 @@ import pytest
 if TYPE_CHECKING:  # else functions import what takes seconds: the process that hands out the tests needs none of it
     from coca_lit.models import CoCa
     from coca_lit.testing import Ranks
+
+# Tests on a simulated GPU need a process of their own, which `gpu_check/test_simulation.py` starts.
+collect_ignore_glob = [] if "simulated_gpu" in sys.modules else ["*/simulated"]
 
 gc.disable()  # until the first test, see `_only_new_garbage`; the process that hands out tests has nothing to collect
 os.environ["COCA_SPICE_JARS"] = os.devnull  # else tests would parse for minutes where the user has the jars
@@ -133,3 +137,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     if lacking := sum("could not import" in str(report.longrepr) for report in skipped):
         terminalreporter.write_line(f"{lacking} tests or files of tests need packages of: pip install -e '.[dev]'")
+
+
+@pytest.fixture(scope="module")
+def forged_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for a module that forges files."""
+    return tmp_path_factory.mktemp("fuzz")

@@ -95,7 +95,7 @@ from coca_lit.runs.scores import cell, score_name
 for score in ("x/counted", "x/missed", "x/other"):
     print(score_name(score), cell(score, 0.5), is_share(score), lower_is_better(score))
 """
-    expected = ["things counted, % 50.00 True False", "things missed 0.50 False True", "other 0.50 False False"]
+    expected = ["things counted, % 50.00 True False", "things missed 0.5000 False True", "other 0.5000 False False"]
     assert python(site, program).stdout.splitlines() == expected
 
 

@@ -325,7 +325,7 @@ def test_damaged_draws_are_one_sentence(tmp_path):
         ("nocaps/in-domain/CIDEr", 1.2345, "CIDEr", "123.45"),
         ("choices/colour_accuracy", 0.5, "accuracy on colour, %", "50.00"),
         ("imagenet/linear/top1", 0.5, "top-1, %", "50.00"),
-        ("mine/words", 10.5, "words", "10.50"),
+        ("mine/words", 10.5, "words", "10.5000"),
     ],
 )
 def test_names_and_units(score, value, name, printed):
@@ -515,8 +515,8 @@ def test_scores_of_ones_own_stand_where_headline_scores_would(tmp_path):
     runs = find_runs([tmp_path])[0]
     assert runs_table(runs, [], None).header == ["", "status", "mine right", "mine left"]
     assert runs_table(runs, [], "mine/left").header == ["", "status", "mine left", "mine right"]
-    assert [line.split()[:2] for line in summary(runs[:1]).splitlines()] == [["right", "0.25"], ["left", "0.75"]]
-    assert "right  0.25  0.75" in summary(runs[:2])
+    assert [line.split()[:2] for line in summary(runs[:1]).splitlines()] == [["right", "0.2500"], ["left", "0.7500"]]
+    assert "right  0.2500  0.7500" in summary(runs[:2])
 
 
 def test_mistakes_are_samples_too():

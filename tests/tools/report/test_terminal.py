@@ -70,8 +70,8 @@ def test_a_sweep_over_an_evaluation_of_ones_own(objective, tmp_path, capsys):
     report_sweep(tmp_path, jobs, objective)
     said = capsys.readouterr().out
     assert ["lr", "status", "mine/right", "mine/left"] in map(str.split, said.splitlines())
-    assert ["1e-3", "ok", "0.75", "0.25"] in map(str.split, said.splitlines())
-    assert (f"best mine/right: 0.75 in {tmp_path / 'lr=1e-3'}" in said) is (objective is not None)
+    assert ["1e-3", "ok", "0.7500", "0.2500"] in map(str.split, said.splitlines())
+    assert (f"best mine/right: 0.7500 in {tmp_path / 'lr=1e-3'}" in said) is (objective is not None)
     assert ("scoring.objective=mine/right names the best run" in said) is (objective is None)
 
 
