@@ -206,7 +206,7 @@ def _hydra(config: str = "train", words: Sequence[str] = ()) -> Iterator[Any]:
         warnings.filterwarnings("ignore", "The version_base parameter")  # Hydra 1.3 needs it
         initialized = hydra.initialize_config_dir(str(CONF), job_name=config, version_base="1.3")
     try:
-        with hydra_builds("hydra", "hydra_plugins"), initialized:  # its launchers and sweepers, and those of plugins
+        with hydra_builds("hydra", "hydra_plugins", "coca_lit"), initialized:  # also the filter of secrets in logs
             yield GlobalHydra.instance().hydra
     except UnicodeDecodeError as error:
         raise ConfigError(f"a config is no text in UTF-8 ({error}): save it as UTF-8") from error
