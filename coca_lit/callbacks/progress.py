@@ -94,24 +94,24 @@ class PlainProgress(ProgressBar):
         began, first = self._seen[0]
         left = timedelta(seconds=round((now - began) / max(step - first, 1) * (total - step)))
         if trainer.is_global_zero:
-            metrics: dict[str, Any] = {}
+            metrics = None
             if logged_step_ended(trainer) or step == total:
                 self._seen.append((now, step))
-                metrics = self.get_metrics(trainer, pl_module)
-                metrics = {k: v for k, v in metrics.items() if k != "v_num" and not k.startswith("val/")}
-                self.log_line(f"step {step}/{total}", f"epoch {trainer.current_epoch + 1}", f"ETA {left}", metrics)
-            self.show(step, total, left, metrics)
+                logged = self.get_metrics(trainer, pl_module).items()
+                metrics = {name: x for name, x in logged if name != "v_num" and not name.startswith("val/")}
+            self.show(trainer, total, left, metrics)
         if self._begins and step > first:  # the first step waits for workers and sets kernels up: it says nothing
             self._begins = False
             self._seen.clear()
             self._seen.append((now, step))
 
-    def log_line(self, step: str, epoch: str, eta: str, metrics: dict[str, Any]) -> None:
-        """Writes a line about a step whose metrics are logged."""
-        print(" · ".join([step, epoch, eta, *(f"{name} {value:.4g}" for name, value in metrics.items())]), flush=True)
-
-    def show(self, step: int, total: int, left: timedelta, metrics: dict[str, Any]) -> None:
-        """Called after every step; metrics are those of a logged one, else none."""
+    def show(self, trainer: L.Trainer, total: int, left: timedelta, metrics: dict[str, Any] | None) -> None:
+        """Called after every step, of `total`; with the metrics of a step that is logged, else with None."""
+        if metrics is None:
+            return
+        parts = [f"step {trainer.global_step}/{total}", f"epoch {trainer.current_epoch + 1}", f"ETA {left}"]
+        parts += [f"{name} {value:.4g}" for name, value in metrics.items()]
+        print(" · ".join(parts), flush=True)
 
 
 class TerminalProgress(PlainProgress):
@@ -137,20 +137,17 @@ class TerminalProgress(PlainProgress):
         if trainer.is_global_zero:
             self._bar.start()
 
-    def log_line(self, step: str, epoch: str, eta: str, metrics: dict[str, Any]) -> None:
-        """The bar shows it."""
-
-    def show(self, step: int, total: int, left: timedelta, metrics: dict[str, Any]) -> None:
-        numbers = [
-            f"{name.removeprefix('train/').removesuffix('_loss')} {value:.3g}" for name, value in metrics.items()
-        ]
-        if numbers:
+    def show(self, trainer: L.Trainer, total: int, left: timedelta, metrics: dict[str, Any] | None) -> None:
+        if metrics:
+            names = {name: name.removeprefix("train/").removesuffix("_loss") for name in metrics}
+            numbers = [f"{names[name]} {value:.3g}" for name, value in metrics.items()]
             self._bar.update(self._task, numbers="  ".join(numbers[:SHOWN]))
+        step = trainer.global_step
         self._bar.update(self._task, completed=step, total=total, description=f"{step}/{total}", left=f"{left} left")
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """For other bars, such as those of scores."""
+        """Makes room for other bars, such as the bar of an evaluation."""
         shown = self._bar.live.is_started
         self._bar.live.transient = True
         self._bar.stop()

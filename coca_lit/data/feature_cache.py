@@ -151,18 +151,19 @@ class FeatureCache:
                 wanted = [(view, path) for view, path in own if path in missing]
                 with ProgressBar("encoding") as progress:
                     for done, (view, path) in enumerate(wanted):
-                        read = (done * len(records), len(wanted) * len(records))
-                        self._write(path, view, records, num_workers, device, trained, progress, read)
+                        total = len(wanted) * len(records)
+                        before = done * len(records)
+                        self._write(path, view, records, num_workers, device, trained, progress, before, total)
             except DataError as error:
                 reason = str(error)
         reasons = [found for found in gather_objects(reason) if found]
         if reasons:
             raise DataError(reasons[0])
         absent = [path for path in paths if not path.exists()]
-        if not absent and rank() == 0:
-            use(self.folder)
         if absent:
             raise DataError(f"{absent[0]} is not there: data.cache_dir must be a folder that all processes see")
+        if rank() == 0:
+            use(self.folder)
         return paths
 
     def _write(
@@ -174,19 +175,20 @@ class FeatureCache:
         device: torch.device,
         trained: bool,
         progress: ProgressBar,
-        read: tuple[int, int],
+        before: int,
+        total: int,
     ) -> None:
-        """`read` is how many images of how many the progress has."""
-        before = next(self.encoder.parameters()).device
+        """Writes one view. Of `total` images to encode, `before` were encoded for other views."""
+        device_before = next(self.encoder.parameters()).device
         try:
             with replacing(path) as temporary, temporary.open("wb") as file:
                 for done, features in self._features(view, records, num_workers, device, trained):
                     if file.tell() == 0:
                         _write_header(file, path.parent, (len(records), *features.shape[1:]))
                     file.write(features.numpy().tobytes())
-                    progress.reach(read[0] + done, read[1])
+                    progress.reach(before + done, total)
         finally:
-            self.encoder.to(before)
+            self.encoder.to(device_before)
 
     @torch.no_grad()
     def _features(

@@ -21,10 +21,10 @@ from coca_lit.machine import best_device, processors, workers_start_at_once
 from coca_lit.models import CoCa
 from coca_lit.tokenizer import Tokenizer, split_words, unknown_words
 from coca_lit.training.suitability import SOME
+from coca_lit.weights.hub import PHOTOS
 from coca_lit.weights.load import load_model
 
 ENCODER = "efficientnet_lite0"
-PHOTOS = "photos"
 # To train on. With 5,000 photos of Flickr8k the ImageNet encoder reaches CIDEr 29 to 31 (experiments/own_photos); the
 # package's model, which never saw the photos that are scored, has 50 before it is trained further (experiments/photos).
 MAX_FROM_PHOTOS = 5000

@@ -1,8 +1,8 @@
 """Launchers for the jobs of a sweep: processes on this machine, a Ray cluster, SLURM.
 
-Hydra's own plugins for these lose all results when one process dies. A launcher here takes picklable
-jobs and returns for each its result, or the reason why its process ended without one. A dead job is recorded as failed;
-all others run to their end. `coca_lit.projects.clusters.engines` runs other jobs with them.
+Hydra's own plugins for these lose all results when one process dies. A launcher here takes picklable jobs and returns
+for each its result, or the reason why its process ended without one. A dead job is recorded as failed; all others run
+to their end. `coca_lit.projects.clusters.engines` runs other jobs with them.
 """
 
 import logging

@@ -5,7 +5,7 @@ The law of a score over the compute C is top - a · (C + b) ^ -c. The compute is
 of the training. Only runs on the frontier count: no run of less compute scores higher. Runs of equal compute are seeds
 of one point.
 
-For given b and c the law is linear in top and a, so least squares have a closed form. Intervals are those of the
+For given b and c the law is linear in top and a, so least squares have a closed form. Intervals come from the
 profile likelihood (Bates and Watts 1988, section 6.1): what the laws say whose sum of squared residuals S is at most
 min S · (1 + t² / (n - 4)), with Student's t of n - 4 degrees of freedom.
 """

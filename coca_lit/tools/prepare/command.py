@@ -1,6 +1,6 @@
 """`coca-data prepare SOURCE OUTPUT` writes shards, `coca-data check SHARDS` reads and decodes every sample of them,
-`coca-data spice` fetches what SPICE needs, `coca-data cache` shows or removes what can be made
-again. Projects add further subcommands.
+`coca-data spice` fetches what SPICE needs, `coca-data cache` shows or removes what can be made again. Projects add
+further subcommands.
 
 Where shards are worked on is a key as of other commands, engine=gpus engine.devices=[0,1], see
 `coca_lit.tools.engines`.
