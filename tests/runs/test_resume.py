@@ -624,6 +624,16 @@ def test_a_changed_run_is_not_finished(tmp_path: Path, change: str, capsys: pyte
     assert finished_results(changed, start_at(path)) == {"scenes/CIDEr": 2.0}
 
 
+def test_a_resumed_run_keeps_what_its_recipe_chose(tmp_path: Path) -> None:
+    """A resume reads these values from `config.yaml`, and chooses none."""
+    cfg = compose(f"output_dir={tmp_path}")
+    start_run_folder(cfg, chosen=["init_from=photos  # the package's model knows the words"])
+    path = save(tmp_path, 3)
+    start_run_folder(cfg, start_at(path).run)
+    kept = json.loads((tmp_path / "environment.json").read_text())["chosen"]
+    assert kept == ["init_from=photos  # the package's model knows the words"]
+
+
 def write_report(folder: Path) -> None:
     (folder / "report.html").touch()
 
