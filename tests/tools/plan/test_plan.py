@@ -369,6 +369,7 @@ def test_a_recipe_chooses_by_the_photos(capsys: pytest.CaptureFixture[str], tmp_
     else:  # which the recipe chooses
         parameters = sum(p.numel() for p in load_model("photos").parameters())
         assert f"{parameters / 1e6:.2f} M" in text
+        assert "Of the preset" not in text  # it is of the model itself
 
 
 @pytest.mark.parametrize("there", [True, False])
