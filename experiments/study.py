@@ -1,7 +1,7 @@
 """Building blocks of the studies: rows of finished runs, tables and figures made of rows, places of tables in pages.
 
 `experiments/report.py` puts them together. A table stands between the lines `<!-- table:NAME -->` and `<!-- /table -->`
-of a page: in `experiments/`, beside the code of a study, or in the package. Runs are named VARIANT_seedN, which groups the seeds of a variant.
+of a page in `experiments/` or in the package. Runs are named VARIANT_seedN, which groups the seeds of a variant.
 """
 
 import csv
