@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
+from experiments.study import PAGES
+
 ROOT = Path(__file__).resolve().parents[2]
 FRONT, STUDIES = "README.md", "experiments/README.md"
 TABLE = re.compile(r"<!-- table:(\S+) -->\n(.*?)<!-- /table -->", re.DOTALL)
@@ -114,15 +116,15 @@ CLAIMS = [
         (STUDIES, "family"), r"\(?CIDEr (\d+), CoCa (\d+)\)", cells("family/flickr8k", "CIDEr", "CoCa2 modern", "CoCa")
     ),
     Claim(
-        (STUDIES, "loss_weights"), r"raises CIDEr from (\d+) to (\d+)", cells("loss_weights", "CIDEr", "1 : 2", "1 : 4")
+        (STUDIES, "experiments/losses.md"), r"raises CIDEr from (\d+) to (\d+)", cells("loss_weights", "CIDEr", "1 : 2", "1 : 4")
     ),
     Claim(
-        (STUDIES, "negative"),
+        (STUDIES, "experiments/losses.md"),
         r"side by side(?: raise CIDEr|: CIDEr rises) from (\d+) to (\d+)",
         cells("negative", "CIDEr", "as it is", "two poolers side by side"),
     ),
     Claim(
-        (STUDIES, "negative"),
+        (STUDIES, "experiments/losses.md"),
         r"lower mean CIDEr from (\d+) to between (\d+) and (\d+)",
         cells("negative", "CIDEr", "few pairs: alone", "few pairs: both", "few pairs: texts first"),
     ),
@@ -175,8 +177,7 @@ def text_of(page: str) -> str:
 
 def value(cell: Cell) -> float:
     """The mean that a cell of a study's table begins with."""
-    pages = (ROOT / "experiments").glob("*/README.md")
-    tables = {name: table for page in pages for name, table in TABLE.findall(page.read_text())}
+    tables = {name: table for page in PAGES for name, table in TABLE.findall(page.read_text())}
     lines = [line.strip("| ").split(" | ") for line in tables[cell.table].splitlines() if line.startswith("|")]
     start = cell.row.split(" | ")
     (row,) = [line for line in lines if line[: len(start)] == start]
