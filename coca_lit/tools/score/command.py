@@ -143,7 +143,7 @@ def warnings(references: References, captions: Captions) -> Iterator[str]:
     if len(captions) < FEW_IMAGES:
         yield (
             f"warning: CIDEr weighs words by these {len(captions):,} images: compare it on the same images only (the "
-            "same captions of COCO have CIDEr 94.8 on 1,000 images and 91.9 on 5,000, see experiments/caption_noise)"
+            "same captions of COCO have CIDEr 94.8 on 1,000 images and 91.9 on 5,000, see experiments/scores.md)"
         )
     counts = Counter(captions.values())
     if len(counts) < DIFFERENT * len(captions):
