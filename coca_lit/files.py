@@ -5,15 +5,18 @@ Everything that the project writes in order to resume from it later is written b
 
 import csv
 import errno
+import hashlib
 import json
 import logging
 import os
 import re
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from io import FileIO, StringIO
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -24,7 +27,8 @@ from coca_lit.reading import MAX_JSON, open_regular, printable, read_json
 
 T = TypeVar("T")
 TEMPORARY = ".coca_lit-tmp"  # ends names of unfinished files and folders; in these it is a file, too
-_OURS = re.compile(rf"\..+\.\d+-[0-9a-f]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)
+OLD = 3600.0  # seconds after which nobody is still writing an unfinished file
+_OURS = re.compile(rf"\..+\.(\d+)-([0-9a-f]{{8}})-[0-9a-f]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)
 _FORMULA = re.compile(r"[=+@\t\r-]")
 _NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of file systems that cannot sync a folder
@@ -46,12 +50,42 @@ def remove_leftovers(folder: Path, name: str = "*", older: float = 0.0) -> None:
 
     Args:
         name: a pattern of final names.
-        older: seconds since a file changed last; what is newer stays, where other processes may be at work.
+        older: seconds since a file changed last; what is newer stays, where other processes may be at work, unless its
+            writer was a process of this machine and has ended.
     """
     for path in folder.glob(f".{name}.*{TEMPORARY}"):
-        with suppress(FileNotFoundError):  # whoever was at work has given it its name
-            if is_leftover(path) and (not older or time.time() - path.lstat().st_mtime >= older):
+        with suppress(OSError):  # whoever was at work has given it its name, or it is another user's
+            age = time.time() - path.lstat().st_mtime
+            if is_leftover(path) and (not older or age >= older or _writer_has_ended(path)):
                 remove(path)
+
+
+def _writer_has_ended(path: Path) -> bool:
+    """Whether a process of this machine wrote an unfinished file, and is gone."""
+    match = _OURS.fullmatch(path.name)
+    if match is None or match[2] != _machine():
+        return False
+    return has_ended(int(match[1]))
+
+
+def has_ended(process: int) -> bool:
+    """Whether this machine has no process of that number. Windows, which cannot be asked, says no."""
+    if os.name == "nt":
+        return False
+    try:
+        os.kill(process, 0)  # asks, and sends nothing
+    except (OSError, OverflowError) as error:
+        return isinstance(error, ProcessLookupError)
+    return False
+
+
+@cache
+def _machine() -> str:
+    """A digest of what shares the numbers of processes: a machine, or a container on it."""
+    container = ""
+    with suppress(OSError):  # where the system has no containers
+        container = os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(f"{socket.gethostname()} {container}".encode()).hexdigest()[:8]
 
 
 def temporary_folder(path: Path) -> Path:
@@ -121,7 +155,7 @@ def claim(file: Path, settings: Mapping[str, Any], taken: bool = False) -> None:
     Raises:
         DataError: the output is made with other settings, or is not ours; or nothing can be written there.
     """
-    if not taken and _created(file, (json.dumps(settings, indent=2) + "\n").encode()):
+    if not taken and not file.exists() and _created(file, (json.dumps(settings, indent=2) + "\n").encode()):
         return
     if not file.exists():
         raise DataError(f"the output exists and this command did not write it ({file} is missing): choose another")
@@ -316,7 +350,7 @@ def csv_line(row: Iterable[Any]) -> str:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+    return path.with_name(f".{path.name}.{os.getpid()}-{_machine()}-{secrets.token_hex(4)}{TEMPORARY}")
 
 
 def _remove_incomplete_line(file: FileIO) -> int:
