@@ -23,9 +23,7 @@ from coca_lit.files import (
     OLD,
     append_lines,
     atomic_write,
-    claim,
     is_leftover,
-    is_of_another,
     remove_leftovers,
     state_of,
     whole_lines,
@@ -33,6 +31,7 @@ from coca_lit.files import (
 )
 from coca_lit.reading import is_int64, parse_json, printable, read_json
 from coca_lit.tools.caption.inputs import OpenShard, Source, Unit, open_shard, write_shard
+from coca_lit.tools.claims import claim, is_of_another
 
 SETTINGS = "settings.json"
 Captions = Sequence[str]  # of one image, the best first
@@ -299,8 +298,8 @@ def print_rows(rows: Sequence[Sequence[str]]) -> None:
 
 
 def _claim(file: Path, taken: bool, settings: dict[str, Any], outputs: str, older: float = 0.0) -> None:
-    """`coca_lit.files.claim`, with the same error on every process; then what killed processes left of `outputs`, a
-    pattern of names, is removed, see `remove_leftovers`.
+    """`coca_lit.tools.claims.claim`, with the same error on every process; then what killed processes left of
+    `outputs`, a pattern of names, is removed, see `remove_leftovers`.
     """
     problem = None
     if rank() == 0:
