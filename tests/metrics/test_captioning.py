@@ -177,10 +177,6 @@ def test_meteor_of_empty_captions():
     assert shared_meteor().score([["a dog"], [""]], ["", ""]).corpus == 0
     half = shared_meteor().score([["a dog runs fast", ""], ["a dog"]], ["a dog runs fast", ""]).corpus
     assert 0.3 < half < 1
-    with pytest.raises(ValueError, match="0 hypotheses"):
-        shared_meteor().score([], [])
-    with pytest.raises(ValueError, match="at least one reference"):
-        shared_meteor().score([[]], ["a dog"])
 
 
 @pytest.mark.slow
@@ -296,5 +292,5 @@ def test_wrong_captions(references, predictions, message):
 
 @pytest.mark.parametrize(("name", "hint"), [("cider", "'CIDEr'"), ("BLUE", "'Bleu'"), ("Rouge", "'ROUGE_L'")])
 def test_unknown_metric(name, hint):
-    with pytest.raises(ValueError, match=f"{name}.*{hint}"):
+    with pytest.raises(ValueError, match=f"{hint}.*got '{name}'"):
         caption_scores({1: ["a"]}, {1: "a"}, ["Bleu", name], split)
