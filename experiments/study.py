@@ -1,7 +1,7 @@
-"""Building blocks of the studies: rows of finished runs, tables and figures made of rows, places of tables in READMEs.
+"""Building blocks of the studies: rows of finished runs, tables and figures made of rows, places of tables in pages.
 
 `experiments/report.py` puts them together. A table stands between the lines `<!-- table:NAME -->` and `<!-- /table -->`
-of any README of the repository. Runs are named VARIANT_seedN, which groups the seeds of a variant.
+of a page in `experiments/` or in the package. Runs are named VARIANT_seedN, which groups the seeds of a variant.
 """
 
 import csv
@@ -20,11 +20,7 @@ from coca_lit.tools.report.tables import Table, markdown
 Row = dict[str, str]
 
 EXPERIMENTS = Path(__file__).resolve().parent
-READMES = (
-    *(EXPERIMENTS.parent / "README.md", EXPERIMENTS.parent / "coca_lit" / "assets" / "photos" / "README.md"),
-    *(EXPERIMENTS / "README.md", *sorted(EXPERIMENTS.glob("*/README.md"))),
-    *sorted(EXPERIMENTS.parent.glob("coca_lit/projects/*/README.md")),
-)
+PAGES = (*sorted(EXPERIMENTS.rglob("*.md")), *sorted(EXPERIMENTS.parent.glob("coca_lit/**/*.md")))
 MARK = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
 ABOUT = ("run", "seed", "seconds", "commit", "machine", "torch", "command")
 DATA = {"scenes": "scenes", "compositional": "unseen combinations", "flickr8k": "photos"}
@@ -261,11 +257,11 @@ def with_about(header: Sequence[str], lines: Sequence[Sequence[str]], rows: Sequ
 
 
 def write_tables(tables: Mapping[str, str]) -> None:
-    """Writes each table into every README that has a place for it."""
-    for readme in READMES:
-        old = readme.read_text()
+    """Writes each table into every page that has a place for it."""
+    for page in PAGES:
+        old = page.read_text()
         if (new := with_tables(old, tables)) != old:
-            readme.write_text(new)
+            page.write_text(new)
 
 
 def with_tables(text: str, tables: Mapping[str, str]) -> str:

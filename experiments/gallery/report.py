@@ -139,20 +139,15 @@ def scores_of(method: str, data: str) -> dict[str, str]:
 
 
 def overview() -> str:
-    """A line for each method: its question, its number, its picture and the lines of its code."""
+    """A line for each method: its question, its number and the lines of its code."""
     lines = [
-        [linked(name), question, number(name), picture(name), str(code_lines(PACKAGE / name))]
-        for name, question in PROJECTS.items()
+        [linked(name), question, number(name), str(code_lines(PACKAGE / name))] for name, question in PROJECTS.items()
     ]
-    return markdown(Table("", ["project", "question", "number", "picture", "lines of code"], lines))
+    return markdown(Table("", ["project", "question", "number", "lines of code"], lines))
 
 
 def linked(name: str) -> str:
-    return f"[`{name}`](../../coca_lit/projects/{name}/README.md)"
-
-
-def picture(name: str) -> str:
-    return f'<img src="{name}.png" width="240" alt="">' if (FOLDER / f"{name}.png").exists() else ""
+    return f"[`{name}`](../coca_lit/projects/{name}/README.md)"
 
 
 def number(name: str) -> str:
