@@ -22,7 +22,6 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from torch import Tensor
 
-from coca_lit.errors import check_choice
 from coca_lit.metrics.cider import ResampledCider
 from coca_lit.metrics.java.meteor import meteor_of_sums, shared_meteor, summable, warm_up
 from coca_lit.metrics.java.runtime import JavaError, ptb_tokenize
@@ -406,7 +405,8 @@ def score_tokens(tokens: Tokens, metrics: Sequence[str] = STANDARD) -> dict[str,
 def check_metrics(metrics: Sequence[str]) -> None:
     """Raises ValueError for a metric that is unknown."""
     for name in metrics:
-        check_choice("a caption metric", name, SCORERS)
+        if name not in SCORERS:
+            raise ValueError(f"a caption metric must be {' or '.join(map(repr, SCORERS))}, got {name!r}")
 
 
 def clip_scores(images: Tensor, captions: Tensor, references: Tensor, image_of_reference: Tensor) -> dict[str, Tensor]:
