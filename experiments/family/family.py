@@ -44,10 +44,10 @@ class CaptionsAndCosines(Evaluation):
         captions = write_texts(model, records, write, settings.batch_size, settings.workers)
         references = {record.id: record.captions for record in records}
         texts = embed_texts(model, [text for group in references.values() for text in group], settings.batch_size)
-        image_of_text = [i for i, record in enumerate(records) for _ in record.captions]
+        image_of_text = torch.tensor([i for i, record in enumerate(records) for _ in record.captions])
         return {
             **caption_scores(references, captions, ("Bleu", "CIDEr"), self.tokenize),
-            "exact_match": mean(is_reference(captions[key], texts) for key, texts in references.items()),
+            "exact_match": mean(is_reference(captions[key], group) for key, group in references.items()),
             **feature_ranks(torch.cat(features), texts, image_of_text).recalls([1]),
         }
 

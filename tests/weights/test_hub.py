@@ -343,7 +343,7 @@ def test_a_model_in_the_cache_needs_no_connection(
     assert_equal(load_model(f"hf-hub:{B32}"), model)
     with pytest.raises(CheckpointError, match=rf"^'me/absent'.*{NOBODY} cannot be reached"):
         locate("hf-hub:me/absent")
-    with pytest.raises(CheckpointError, match=f"^{NOBODY} cannot be reached for 'me/own'.*'photos'"):
+    with pytest.raises(CheckpointError, match=f"^'me/own' could not be fetched from {NOBODY}.*'photos'"):
         list_models("hf-hub:me/own/*")
 
 
@@ -428,7 +428,7 @@ def test_a_broken_connection_is_resumed(
 def test_a_connection_that_never_holds_leaves_nothing(hub: Hub, cache: Path, files: dict[str, bytes]) -> None:
     hub.repositories[B32] = Repository(files)
     hub.breaks = 1000
-    with pytest.raises(CheckpointError, match=r"^the connection to \S+ broke"):
+    with pytest.raises(CheckpointError, match=rf"^'{B32}' could not be fetched"):
         locate(f"hf-hub:{B32}")
     assert_nothing_left(cache)
     hub.breaks = 0
@@ -451,7 +451,7 @@ def test_a_file_of_another_size_than_announced_is_refused(
 ) -> None:
     hub.repositories[B32] = Repository(files)
     hub.lies = lies
-    with pytest.raises(CheckpointError, match=r"^the connection"):
+    with pytest.raises(CheckpointError, match=rf"^'{B32}' could not be fetched"):
         locate(f"hf-hub:{B32}")
     assert names_in(cache) == set()
 

@@ -13,7 +13,6 @@ bounds, and nothing outside of it.
 import logging
 import os
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -38,7 +37,16 @@ from coca_lit.data.near_duplicates import hash_files, held_out
 from coca_lit.data.pixels import SUFFIXES, UNREAD
 from coca_lit.data.records import MAX_MISSING, ImageFile, Listing, Record, most_bad, not_found
 from coca_lit.errors import DataError
-from coca_lit.reading import encoding_of, may_pass, not_utf8, printable, read_bounded, read_json, refuse_unlisted
+from coca_lit.reading import (
+    check_inside,
+    encoding_of,
+    may_pass,
+    not_utf8,
+    printable,
+    read_bounded,
+    read_json,
+    refuse_unlisted,
+)
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +84,13 @@ def folder_records(
     root = Path(root)
     if not root.is_dir():
         raise not_found("the folder of photos", [root], HOW)
-    inside = root.resolve()
     if not captions_file(root) and [*root.glob("annotations/captions_*.json")]:
         for path in (root / "dataset_coco.json", *root.glob("annotations/*.json")):
-            _check_inside(path, inside, path)
+            check_inside(path, root)
         records = mscoco_records(root, split)
         files = {str(r.image.path): r.image.path for r in records if isinstance(r.image, ImageFile)}  # all are
         for path in files.values():
-            _check_inside(path, inside, path)
+            check_inside(path, root)
         readable = _decodable(files, files, split) if hold_out and split != "train" else files
         return [r for r in records if isinstance(r.image, ImageFile) and str(r.image.path) in readable]
     photos, files = _photos(root, suffixes)
@@ -166,7 +173,7 @@ def captions_file(root: Path) -> Path | None:
     if len(found) > 1:
         raise DataError(f"{root} has both {found[0].name} and {found[1].name}: leave one of them")
     for path in found:
-        _check_inside(path, root.resolve(), path)
+        check_inside(path, root)
     return found[0] if found else None
 
 
@@ -211,7 +218,7 @@ def _only_table(root: Path) -> Path | None:
         names = " and ".join(printable(path.name) for path in tables[:2])
         raise DataError(f"{root} has the tables {names}: call the one with the captions captions{tables[0].suffix}")
     for path in tables:
-        _check_inside(path, root.resolve(), path)
+        check_inside(path, root)
         _warn(f"captions are read from {printable(path.name)}, the only table in {root}")
     return tables[0] if tables else None
 
@@ -260,9 +267,6 @@ def split_of(row: Mapping[str, Any], path: Path) -> str | None:
     """The split that a row names, by our names; None if it names none. Raises `DataError` for another name."""
     split = row.get(named(row, ["split"]) or "split")
     if split is None:
-        other = named(row, ["set", "partition"])
-        if other is not None and str(row[other]).strip().lower() in SPLITS.keys() - {""}:
-            raise DataError(f"{path} has the column {other!r} with {row[other]!r}: call it split, or something else")
         return None
     if not isinstance(split, str) or split.strip().lower() not in SPLITS:
         raise DataError(f"{path} has the split {printable(str(split)[:80])!r}: expected train, val or test")
@@ -271,19 +275,15 @@ def split_of(row: Mapping[str, Any], path: Path) -> str | None:
 
 def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...], None]]:
     """(file, captions, no split) of every photo that is not hidden, with the lines of the .txt of the same name."""
-    inside = root.resolve()
     unread: list[str] = []
-    shared: list[str] = []
     for folder, folders, files in os.walk(root, onerror=refuse_unlisted):  # follows no links to folders
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(folder, name) for name in folders):
-            _check_inside(path, inside, path)
+        for name in folders:
+            check_inside(Path(folder, name), root)
         photos = [name for name in sorted(files) if Path(name).suffix.lower() in suffixes]
-        shown = Counter(map(_stem, photos))
         texts = {_stem(name): name for name in sorted(files) if name.lower().endswith(".txt")}
-        described = texts.keys() - shown
+        described = texts.keys() - {_stem(name) for name in photos}
         unread += [n for n in sorted(files) if not n.lower().endswith(".txt") and _stem(n) in described]
-        shared += [texts[stem] for stem in texts if shown[stem] > 1]
         for path in (Path(folder, name) for name in sorted(files) if not name.startswith(".")):
             if path.suffix.lower() in suffixes:
                 text = path.with_name(texts.get(_stem(path.name), f"{path.stem}.txt"))
@@ -291,7 +291,7 @@ def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str
                 if text.is_file():
                     for file in (path, text):
                         if file.is_symlink():  # what else is found in the folder lies there
-                            _check_inside(file, inside, file)
+                            check_inside(file, root)
                     content = read_bounded(text, MAX_TEXT, "is not readable")
                 try:
                     lines = content.decode(encoding_of(content)).splitlines()
@@ -301,8 +301,6 @@ def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str
     if unread:
         known = ", ".join(suffixes)
         _warn(f"left out {len(unread)} files with a .txt in {root}, e.g. {printable(unread[0])}: only {known} are read")
-    if shared:
-        _warn(f"{len(shared)} .txt in {root} are the captions of several photos each, e.g. {printable(shared[0])}")
 
 
 def _stem(name: str) -> str:
@@ -318,7 +316,6 @@ def files_inside(names: Iterable[str], root: Path) -> dict[str, Path]:
         DataError: a name or a link leads out of the folder, or more than `MAX_MISSING` of the files are missing.
     """
     given = list(dict.fromkeys(names))
-    inside = root.resolve()
     files = dict[str, Path]()
     ways = [given]
     plain = [PurePosixPath(text).as_posix() for text in given]
@@ -332,7 +329,7 @@ def files_inside(names: Iterable[str], root: Path) -> dict[str, Path]:
     for i, text in enumerate(given):
         path = next((paths[i] for _, paths in found if paths[i] is not None), None)
         if path is not None:
-            _check_inside(path, inside, text)
+            check_inside(path, root)
             files[text] = path
         elif all(_leads_out(way[i]) for way, _ in found):
             raise DataError(f"{root} names {printable(text)!r}, which is not relative to the folder")
@@ -362,10 +359,3 @@ def _file(text: str, root: Path) -> Path | None:
         return None
     forms = dict.fromkeys((text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))))
     return next(filter(os.path.isfile, (place / form for form in forms for place in (root, root / "images"))), None)
-
-
-def _check_inside(path: Path, inside: Path, name: str | Path) -> None:
-    if not path.resolve().is_relative_to(inside):
-        raise DataError(
-            f"{printable(str(name))} is a link out of the folder, which is not followed: copy the file there"
-        )
