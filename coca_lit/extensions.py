@@ -63,7 +63,8 @@ TABLES = {  # of "module:object" by name, but for the last, which holds texts
     "scene_files": "functions that write built-in scenes in the files of a data set, by the name of their format",
     "inputs": "readers of files, by their ending",
     "resolvers": "functions that configs call, as ${name:argument}",
-    "word_maps": "functions that say where in an image the words of its caption come from",
+    "word_maps": "functions that say where in an image the words of its caption come from, for the demo",
+    "word_map_samples": "functions that draw this for the report",
     "titles": "what readers call the other parts of names of scores: the evaluation, and how answers were found",
 }
 KEYS = (

@@ -15,7 +15,7 @@ from coca_lit.models import kernels
 from coca_lit.models.kernels.process import Fp32Matmul
 from coca_lit.runs.launch import launched_devices, under_srun
 from coca_lit.training.compatibility import check_run
-from coca_lit.training.lightning_fixes import say_which_rank_ended, set_ddp_options
+from coca_lit.training.lightning_fixes import set_ddp_options
 from coca_lit.training.objectives import without_replaced
 from coca_lit.training.safe_checkpoints import SafeCheckpointIO
 
@@ -38,7 +38,6 @@ def trainer_parts(
             f"trainer.strategy={name} does not know how to shard the network: use trainer=ddp, or trainer=fsdp if the "
             "model does not fit one GPU"
         )
-    say_which_rank_ended()
     plugins: list[Any] = [SafeCheckpointIO()]
     if under_srun() and not TorchElasticEnvironment.detect():
         # `srun --ntasks=2` sets no number per node, without which Lightning refuses to start.
