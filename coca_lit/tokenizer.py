@@ -192,7 +192,7 @@ class WordTokenizer(Tokenizer):
     word becomes the unknown id, which decodes to nothing. A call warns of such words, of each once.
 
     Raises:
-        ValueError: a word is not one that is read.
+        ValueError: a word is listed twice, or is not one that is read.
     """
 
     pad_id = 0
@@ -202,6 +202,8 @@ class WordTokenizer(Tokenizer):
 
     def __init__(self, words: Sequence[str], context_length: int = CONTEXT_LENGTH) -> None:
         super().__init__(context_length)
+        if len(set(words)) != len(words):
+            raise ValueError("the vocabulary lists a word twice")
         unread = [word for word in words if not isinstance(word, str) or split_words(word) != [word]]
         if unread:
             raise ValueError(f"the vocabulary has {unread[0]!r}, which is not read as one word in lower case")
@@ -318,6 +320,9 @@ def _renamed(described: Mapping[str, Any], names: Mapping[str, str]) -> dict[str
         model["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
     else:
         model["vocab"] = {names.get(token, token): i for token, i in vocabulary.items()}
+    if "merges" in model:
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        model["merges"] = [pair for pair in pairs if not {"".join(pair), *pair} & names.keys()]
     if model.get("unk_token") is not None:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     added = [
@@ -383,6 +388,9 @@ def get_tokenizer(
         ValueError: another name, a list with words that are not read, or a file that cannot be used.
     """
     if isinstance(spec, Mapping):
+        if spec.keys() != {"packed", "start", "end", "pad"} or not all(isinstance(v, str) for v in spec.values()):
+            given = ", ".join(f"{key}: {value!r:.40}" for key, value in spec.items())
+            raise ValueError(f"a tokenizer.json needs packed, start, end and pad, each a text; got {given}")
         return JsonTokenizer(**spec, context_length=context_length)
     if not isinstance(spec, str):
         return WordTokenizer(spec, context_length)

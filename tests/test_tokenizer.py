@@ -240,6 +240,8 @@ def test_spec_builds_the_same_tokenizer(spec: str | list[str]) -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"'bert'.*'clip', 'r50k'"):
         get_tokenizer("bert")
+    with pytest.raises(ValueError, match="lists a word twice"):
+        WordTokenizer(["a", "b", "a"])
     for word in ("Red", "hot dog", "-", "", "snake_case", 3):
         with pytest.raises(ValueError, match=f"vocabulary.* {word!r}, "):
             get_tokenizer(["circle", word])
@@ -321,11 +323,15 @@ def test_the_end_is_a_label_where_it_is_the_unknown_token_of_bytes(tmp_path: Pat
     texts = texts_of_many_scripts(4)
     labels = model(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), model.tokenizer(texts)).labels
     assert int((labels == model.tokenizer.eot_id).sum()) == 4
-    described = json.loads(trained_file("WordPiece", tmp_path).read_text())
-    described["model"]["unk_token"] = SPECIAL["end"]
-    (tmp_path / "words.json").write_text(json.dumps(described))
-    with pytest.raises(ValueError, match="token for unknown words is '</s>': name another token as end"):
-        get_tokenizer({"packed": pack(tmp_path / "words.json"), **SPECIAL})
+    for kind in ("ByteLevel", "WordPiece"):
+        described = json.loads(trained_file(kind, tmp_path).read_text())
+        described["model"]["unk_token"] = SPECIAL["end"]
+        if kind == "ByteLevel":  # without the first byte of many Cyrillic letters
+            del described["model"]["vocab"]["Ð"]
+            described["model"]["merges"] = [pair for pair in described["model"]["merges"] if "Ð" not in "".join(pair)]
+        (tmp_path / "words.json").write_text(json.dumps(described))
+        with pytest.raises(ValueError, match="token for unknown words is '</s>': name another token as end"):
+            get_tokenizer({"packed": pack(tmp_path / "words.json"), **SPECIAL})
 
 
 def test_a_file_of_clip_writes_words_with_blanks_between_them(clip: Tokenizer, tmp_path: Path) -> None:
@@ -365,7 +371,8 @@ def test_a_tokenizer_file_that_cannot_be_used(tmp_path: Path) -> None:
         ({"start": "[CLS]"}, r"\[CLS\]"),
         ({"pad": "<s>"}, "three tokens"),
         ({"packed": "abc"}, "not a tokenizer"),
-        ({"pad": 0}, "not a tokenizer"),
+        ({"file": "/etc/passwd"}, "packed, start"),
+        ({"pad": 0}, "pad, each a text; got .*, pad: 0$"),
     ):
         with pytest.raises(ValueError, match=message):
             get_tokenizer({"packed": packed, **SPECIAL, **change})

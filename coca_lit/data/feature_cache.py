@@ -123,9 +123,11 @@ class FeatureCache:
             trained: a broken image is left out, as training replaces it; otherwise it is an error.
 
         Raises:
-            DataError: nothing can be written, or the disk has no room; on all processes. Or a record has several
-                images.
+            DataError: nothing can be written, or the disk has no room; on all processes. Or there are no records, or
+                one has several images.
         """
+        if not records:
+            raise DataError("there are no images whose features can be cached: the split is empty, set another one")
         several = [record.id for record in records if record.further]
         if several:
             raise DataError(
@@ -298,7 +300,13 @@ def read_features(path: Path, i: int) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _map(path: Path) -> np.ndarray:
     """Opened in the process that reads it: sending a map to another process would copy all of its content."""
-    return np.lib.format.open_memmap(path, mode="r")
+    try:
+        features = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, OverflowError) as error:
+        raise DataError(f"{path} holds no features: remove it, and they are encoded again ({error})") from error
+    if features.dtype != np.float16 or features.ndim != 3:
+        raise DataError(f"{path} holds other values than features: remove it, and they are encoded again")
+    return features
 
 
 def _write_header(file: IO[bytes], folder: Path, shape: tuple[int, ...]) -> None:

@@ -421,6 +421,11 @@ def clip_scores(images: Tensor, captions: Tensor, references: Tensor, image_of_r
         images, captions: (I, D), one caption for each image; all features are of unit length.
         references: (T, D); reference t belongs to image ``image_of_reference[t]``.
     """
+    if images.shape != captions.shape or len(references) != len(image_of_reference):
+        raise ValueError(
+            f"expected one caption per image and one image per reference, got images {tuple(images.shape)}, captions "
+            f"{tuple(captions.shape)}, {len(references)} references and {len(image_of_reference)} owners"
+        )
     fit = CLIP_WEIGHT * (images * captions).sum(dim=1).clamp(min=0)  # (I,)
     cosines = (captions[image_of_reference] * references).sum(dim=1)  # (T,)
     nearest = cosines.new_zeros(len(images)).scatter_reduce(0, image_of_reference, cosines, "amax")  # (I,), at least 0

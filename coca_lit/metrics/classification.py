@@ -31,7 +31,7 @@ def classification_scores(similarity: Tensor, labels: Tensor) -> dict[str, float
     equally similar scores 0. torchmetrics' MulticlassAccuracy and MulticlassRecall are equal to these scores if there
     are no ties and every class occurs; they count a tie by the order of the classes, and a class without images as 0.
 
-    Raises ValueError for NaN.
+    Raises ValueError for NaN, for shapes that disagree and for labels beyond the classes.
     """
     return _scores(class_ranks(similarity, labels), labels, similarity.shape[1])
 
@@ -79,6 +79,14 @@ class ZeroShotAccuracy(RowMetric):
 
 def class_ranks(similarity: Tensor, labels: Tensor) -> Tensor:
     """(I,): how many wrong classes come no later than the right one; 0 is best. Raises as `classification_scores`."""
+    if similarity.ndim != 2 or labels.shape != similarity.shape[:1] or not len(labels):
+        raise ValueError(
+            f"expected similarities (images, classes) and a label for each of one or more images, got "
+            f"{tuple(similarity.shape)} and {tuple(labels.shape)}"
+        )
+    classes = similarity.shape[1]
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"labels must be class numbers from 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
     check_numbers(similarity)
     right = similarity.gather(1, labels[:, None])  # (I, 1)
     return (similarity >= right).sum(dim=1) - 1  # the right class itself is not counted

@@ -33,6 +33,8 @@ class Ranks(NamedTuple):
 
     def recalls(self, ks: Sequence[int] = KS) -> dict[str, float]:
         """Shares in [0, 1] of queries with a right answer among their k most similar candidates."""
+        if not ks or min(ks) < 1:
+            raise ValueError(f"ks must be one or more numbers from 1 on, got {list(ks)}")
         both = {"t2i": self.t2i, "i2t": self.i2t}
         return {f"{name}_recall@{k}": (ranks < k).sum().item() / len(ranks) for name, ranks in both.items() for k in ks}
 
@@ -81,7 +83,7 @@ def recall_at_k(similarity: Matrix, image_of_text: Tensor | Sequence[int], ks: S
 
     A wrong candidate that ties with the right one is placed before it: a model that finds everything equally similar
     scores 0 instead of 1. Without ties this is the top-k recall of CLIP_benchmark. Any k from the number of candidates
-    on gives 1. Raises ValueError for NaN, for shapes that disagree and for an image without a text.
+    on gives 1. Raises ValueError for NaN, for a k below 1, for shapes that disagree and for an image without a text.
     """
     return similarity_ranks(similarity, image_of_text).recalls(ks)
 

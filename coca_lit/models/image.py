@@ -182,6 +182,8 @@ def _build_trunk(name: str, arguments: dict[str, Any], image_size: int) -> nn.Mo
         trunk = timm.create_model(name, num_classes=0, global_pool="", **arguments)
     except TypeError as error:
         raise ValueError(f"image_encoder_args: {error}") from error
+    except AssertionError as error:  # of four families that have no tokens without their head
+        raise TypeError(f"the image encoder {name} cannot be used: {error}") from error
     use_global_batch_norms(trunk)
     kernels.replace_timm_layers(trunk)
     return trunk

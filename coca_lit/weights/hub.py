@@ -5,6 +5,7 @@ HF_HUB_OFFLINE), its progress bar. Fetched are one file of weights and OpenCLIP'
 they sit in one folder. The config comes first, so cached weights are never without it.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from socket import gaierror
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -429,6 +431,7 @@ def _hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
 
 def _sentence(repo: str, error: Exception) -> str:
     hub = constants.ENDPOINT
+    folder = constants.HF_HUB_CACHE
     if isinstance(error, OfflineModeIsEnabled):
         return f"HF_HUB_OFFLINE forbids reaching {hub} for '{repo}': unset it"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
@@ -440,4 +443,13 @@ def _sentence(repo: str, error: Exception) -> str:
         return f"{hub} refuses access to '{repo}' ({status}): HF_TOKEN is not valid, or its rights do not suffice"
     if status is not None:
         return f"{hub} answered {status} for '{repo}': try again later"
-    return f"'{repo}' could not be fetched from {hub} ({error}): try again, or {WITHOUT_HUB}"
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in str(cause):
+            return f"there is no space left in {folder} for '{repo}': free some, or set HF_HOME to a folder elsewhere"
+        if isinstance(cause, PermissionError):
+            return f"{folder} cannot be written: set HF_HOME to a folder of yours"
+        if isinstance(cause, ConnectionRefusedError | gaierror):
+            return f"{hub} cannot be reached for '{repo}': {WITHOUT_HUB}"
+        cause = cause.__cause__ or cause.__context__
+    return f"the connection to {hub} broke while files of '{repo}' were on their way: run the same command again"

@@ -179,6 +179,9 @@ def architecture(config: Any, path: str | Path) -> dict[str, Any]:
     """
     if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
         raise ValueError(f"'{path}' is damaged: expected the arguments of a model, found {type(config).__name__}")
+    encoder = config.get("image_encoder_args") or {}
+    if not isinstance(encoder, dict):
+        raise ValueError(f"'{path}' is damaged: image_encoder_args is a {type(encoder).__name__}, not a dictionary")
     return config
 
 

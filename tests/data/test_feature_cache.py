@@ -238,6 +238,11 @@ def test_images_to_score_must_be_whole_and_a_users_function_may_raise_what_pillo
     assert [bad.reason for bad in example.bad] == ["unreadable image"]
 
 
+def test_an_empty_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="split is empty"):
+        views(tmp_path, Encoder()).encode([], 1, 0, CPU)
+
+
 def ignores_signals() -> Image.Image:
     kept = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     return Image.new("RGB", (SIZE, SIZE), "white" if kept else "black")

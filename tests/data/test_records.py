@@ -139,7 +139,7 @@ def test_coco_layouts(tmp_path, year, folder, name):
     write_json(tmp_path / f"annotations/captions_val{year}.json", coco_content({42: name}))
     (record,) = mscoco_records(tmp_path, "val")
     assert (record.id, record.captions) == (42, ("42 first", "42 second"))
-    with pytest.raises(DataError, match=r"put Karpathy's dataset_coco\.json"):
+    with pytest.raises(DataNotFoundError, match="alone has a public test set"):
         mscoco_records(tmp_path, "test")
     with pytest.raises(DataNotFoundError, match=r"captions_train2017\.json"):
         mscoco_records(tmp_path, "train")

@@ -32,6 +32,8 @@ def test_clip_scores_by_hand():
     # Image 0: 2.5 * 0.6 and the better of 0.96 and 0.8. Image 1: a negative cosine counts as 0, which makes the
     # harmonic mean 0.
     assert means(scores) == pytest.approx({"CLIPScore": 1.5 / 2, "RefCLIPScore": 2 * 1.5 * 0.96 / (1.5 + 0.96) / 2})
+    with pytest.raises(ValueError, match="caption"):
+        clip_scores(images, captions[:1], references, torch.tensor([0, 0, 1]))
 
 
 def test_a_caption_far_from_all_references_fits_them_at_zero():

@@ -177,6 +177,10 @@ def test_meteor_of_empty_captions():
     assert shared_meteor().score([["a dog"], [""]], ["", ""]).corpus == 0
     half = shared_meteor().score([["a dog runs fast", ""], ["a dog"]], ["a dog runs fast", ""]).corpus
     assert 0.3 < half < 1
+    with pytest.raises(ValueError, match="0 hypotheses"):
+        shared_meteor().score([], [])
+    with pytest.raises(ValueError, match="at least one reference"):
+        shared_meteor().score([[]], ["a dog"])
 
 
 @pytest.mark.slow

@@ -343,7 +343,7 @@ def test_a_model_in_the_cache_needs_no_connection(
     assert_equal(load_model(f"hf-hub:{B32}"), model)
     with pytest.raises(CheckpointError, match=rf"^'me/absent'.*{NOBODY} cannot be reached"):
         locate("hf-hub:me/absent")
-    with pytest.raises(CheckpointError, match=f"^'me/own' could not be fetched from {NOBODY}.*'photos'"):
+    with pytest.raises(CheckpointError, match=f"^{NOBODY} cannot be reached for 'me/own'.*'photos'"):
         list_models("hf-hub:me/own/*")
 
 
@@ -428,7 +428,7 @@ def test_a_broken_connection_is_resumed(
 def test_a_connection_that_never_holds_leaves_nothing(hub: Hub, cache: Path, files: dict[str, bytes]) -> None:
     hub.repositories[B32] = Repository(files)
     hub.breaks = 1000
-    with pytest.raises(CheckpointError, match=rf"^'{B32}' could not be fetched"):
+    with pytest.raises(CheckpointError, match=r"^the connection to \S+ broke"):
         locate(f"hf-hub:{B32}")
     assert_nothing_left(cache)
     hub.breaks = 0
@@ -451,7 +451,7 @@ def test_a_file_of_another_size_than_announced_is_refused(
 ) -> None:
     hub.repositories[B32] = Repository(files)
     hub.lies = lies
-    with pytest.raises(CheckpointError, match=rf"^'{B32}' could not be fetched"):
+    with pytest.raises(CheckpointError, match=r"^the connection"):
         locate(f"hf-hub:{B32}")
     assert names_in(cache) == set()
 
@@ -643,6 +643,8 @@ def test_a_photo_is_captioned_without_naming_a_model(
 
 def test_the_table_of_public_models_has_all_captioners() -> None:
     page = Path(coca_lit.__file__).parent / "weights" / "README.md"
-    rows = re.findall(r"^\| `([^`/:]+/[^`/]+)` \|", page.read_text(), re.MULTILINE)
+    rows = []
+    for name, contexts in re.findall(r"^\| `([^`/:]+/[^`/]+)` \| ([\d, ]*)", page.read_text(), re.MULTILINE):
+        rows += [name.replace("contextN", f"context{n}") for n in contexts.strip().split(", ")]
     assert sorted(rows) == sorted(list_models("coca*") + list_models("mammut*"))
     assert sorted(rows) == sorted(name for name, model in released_models().items() if model.captions)

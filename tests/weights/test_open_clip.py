@@ -1,6 +1,7 @@
 """Parity with OpenCLIP: the same weights give the same features, logits, losses and gradients, and travel both ways."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from coca_lit.losses import caption_loss, contrastive_loss
 from coca_lit.models import CoCa, create_model
-from coca_lit.weights.load import load_model
+from coca_lit.weights.load import load_dual_encoder, load_model
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.start import copy_weights
 from helpers.beam_oracle import TEXT as DECODER
@@ -239,6 +240,37 @@ def test_models_that_open_clip_lacks_are_refused() -> None:
     ):
         with torch.device("meta"), pytest.raises(ValueError, match=reason):
             to_open_clip(create_model("coca_vit_b32", **overrides))
+
+
+def relative(**vision: Any) -> dict[str, Tensor]:
+    """The state dict of a CoCa that OpenCLIP 3.3 builds with other arguments of its image tower."""
+    return OpenClipCoCa(64, vision_cfg={**VISION, **vision}, text_cfg=TEXT, multimodal_cfg=DECODER).state_dict()
+
+
+def named(*names: str) -> Callable[[], dict[str, Tensor]]:
+    """A state dict with tensors of these names, for what OpenCLIP 3.3 cannot build."""
+    return lambda: {name: torch.zeros(1) for name in ("logit_scale", *names)}
+
+
+@pytest.mark.parametrize(
+    ("state", "called"),
+    [
+        (lambda: relative(attentional_pool=False), "a coca_base, which has no attentional pooler"),
+        (lambda: relative(timm_model_name="resnet10t"), "a CoCa whose image tower is not a CLIP vision transformer"),
+        (named("text_decoder.ln_final.weight", "text.transformer.embeddings.x.weight"), "a coca_roberta-ViT-B-32"),
+        (
+            named("attn_pool_contrastive.query", "visual.trunk.x", "text_decoder.ln_final.weight"),
+            "a CoCa whose image tower is not a CLIP vision transformer",
+        ),
+    ],
+)
+def test_relatives_that_cannot_be_read_are_called_by_their_names(
+    tmp_path: Path, state: Callable[[], dict[str, Tensor]], called: str
+) -> None:
+    torch.save(state(), tmp_path / "model.pt")
+    for load in (load_model, load_dual_encoder):
+        with pytest.raises(ValueError, match=f"this is {called}"):
+            load(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize(

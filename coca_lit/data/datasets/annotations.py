@@ -69,6 +69,8 @@ def coco_listings(content: Any, path: Path) -> list[Listing]:
         captions: dict[int | str, list[str]] = defaultdict(list)
         for annotation in content["annotations"]:
             captions[annotation["image_id"]].append(annotation["caption"])
+        if captions and not captions.keys() & {image["id"] for image in content["images"]}:
+            raise ValueError(f"no image has the image_id of a caption, such as {next(iter(captions))!r}")
         return [
             listing(
                 id=image["id"],
@@ -165,9 +167,14 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
         content = read_bounded(path, MAX_BYTES, "is not a readable table")
         try:
             text = content.decode(encoding_of(content))
-            delimiter = "\t"
-            if path.suffix == ".csv":  # a semicolon where the comma separates decimals
-                delimiter = max(",;\t", key=text.partition("\n")[0].count)
+            start = re.match(r"[\r\n]*(?:\"?sep=(?P<delimiter>.)\"?[\r\n]+)?", text)  # a line for Excel
+            assert start is not None
+            lines_before = start[0].count("\n")
+            text = text[start.end() :]
+            if path.suffix == ".tsv":
+                delimiter = "\t"
+            else:  # a semicolon where the comma separates decimals
+                delimiter = start["delimiter"] or max(",;\t", key=text.partition("\n")[0].count)
             reader = csv.DictReader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
             columns = [*_different(reader.fieldnames or [], path)]
             while columns and not columns[-1].strip():  # spreadsheets write empty ones
@@ -177,7 +184,7 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
             for row in reader:
                 if any(row.pop(None, ())):  # fields without a column
                     raise DataError(
-                        f"line {reader.line_num} of {path} has more fields than the {len(columns)} "
+                        f"line {lines_before + reader.line_num} of {path} has more fields than the {len(columns)} "
                         f"columns: put texts that contain {delimiter!r} in quotes, or name all columns"
                     )
                 rows.append(row)
@@ -233,9 +240,17 @@ def column(path: Path, columns: Sequence[str], usual: Sequence[str], how: str, w
         how: the user can name it, for the error.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or several have usual names.
     """
-    found = named(columns, [wanted] if wanted else usual)
+    if wanted:
+        found = wanted if wanted in columns else None
+    else:
+        found = named(columns, usual)
+        folded = {str(name).strip().lower() for name in columns}
+        several = [name for name in usual if name in folded and (name != "captions" or "caption" not in folded)]
+        if len(several) > 1:
+            either = " and ".join(several)
+            raise DataError(f"{path} has the columns {either}, of which either may be meant: {how}, or leave one out")
     if found is None:
         what = repr(wanted) if wanted else f"of the usual names ({', '.join(usual)})"
         raise DataError(f"{path} has no column {what}, but {', '.join(map(str, columns)) or 'none'}: {how}")

@@ -57,9 +57,13 @@ def _karpathy_file(root: Path, karpathy: str | Path | None) -> Path | None:
 
 
 def _official_file(root: Path, split: str) -> Path:
+    if split == "test":
+        how = "put Karpathy's dataset_coco.json into that folder; the validation set needs none: scoring.split=val"
+        raise not_found(
+            "the Karpathy split of MS-COCO, which alone has a public test set,", [root, root / "annotations"], how
+        )
     if split not in ("train", "val"):
-        how = "put Karpathy's dataset_coco.json into that folder, or set scoring.split=val"
-        raise DataError(f"MS-COCO without dataset_coco.json has the splits train and val, not {split!r}: {how}")
+        raise DataError(f"MS-COCO without dataset_coco.json has the splits train and val, not {split!r}")
     candidates = [root / f"annotations/captions_{split}{year}.json" for year in (2017, 2014)]
     return find_file("MS-COCO captions", [*candidates, root / "dataset_coco.json"], _COCO)
 

@@ -89,6 +89,9 @@ def image_folder(
     if empty:
         of = f"{len(empty)} of {len(folders)} classes in {root}"
         log.warning("%s have no image, e.g. %s", of, printable(empty[0]))
+    unread = [file for _, file in files if not file.lower().endswith(reader.endings)]
+    if unread:
+        log.warning("left out %d files or folders of classes in %s, e.g. %s", len(unread), root, printable(unread[0]))
     random.Random(0).shuffle(images)
     number = {folder: i for i, folder in enumerate(names)}
     records = [Record(file, reader.file(root / file)) for _, file in images]
@@ -117,8 +120,13 @@ def read_classes(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
         raise DataError(f'{path} must hold {{"classes": {{folder: name}}, "templates": [...]}}, "classes" is missing')
     templates = content.get("templates", IMAGES.prompts)
     templates = tuple(templates) if isinstance(templates, list | tuple) else (templates,)
-    if not templates or any(not isinstance(t, str) or t.count("{}") != 1 for t in templates):
-        raise DataError(f'{path}: "templates" must hold texts with one {{}} for the name of the class: {templates!r}')
+    if not templates:
+        raise DataError(
+            f'{path}: "templates" must hold one or more texts with {{}} for the name of the class, got none'
+        )
+    wrong = [t for t in templates if not isinstance(t, str) or t.count("{}") != 1]
+    if wrong:
+        raise DataError(f"{path}: each template must hold one {{}} for the name of the class, got {wrong[0]!r}")
     return classes, templates
 
 

@@ -13,6 +13,7 @@ bounds, and nothing outside of it.
 import logging
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -267,6 +268,9 @@ def split_of(row: Mapping[str, Any], path: Path) -> str | None:
     """The split that a row names, by our names; None if it names none. Raises `DataError` for another name."""
     split = row.get(named(row, ["split"]) or "split")
     if split is None:
+        other = named(row, ["set", "partition"])
+        if other is not None and str(row[other]).strip().lower() in SPLITS.keys() - {""}:
+            raise DataError(f"{path} has the column {other!r} with {row[other]!r}: call it split, or something else")
         return None
     if not isinstance(split, str) or split.strip().lower() not in SPLITS:
         raise DataError(f"{path} has the split {printable(str(split)[:80])!r}: expected train, val or test")
@@ -276,14 +280,17 @@ def split_of(row: Mapping[str, Any], path: Path) -> str | None:
 def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...], None]]:
     """(file, captions, no split) of every photo that is not hidden, with the lines of the .txt of the same name."""
     unread: list[str] = []
+    shared: list[str] = []
     for folder, folders, files in os.walk(root, onerror=refuse_unlisted):  # follows no links to folders
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in folders:
             check_inside(Path(folder, name), root)
         photos = [name for name in sorted(files) if Path(name).suffix.lower() in suffixes]
+        shown = Counter(map(_stem, photos))
         texts = {_stem(name): name for name in sorted(files) if name.lower().endswith(".txt")}
-        described = texts.keys() - {_stem(name) for name in photos}
+        described = texts.keys() - shown
         unread += [n for n in sorted(files) if not n.lower().endswith(".txt") and _stem(n) in described]
+        shared += [texts[stem] for stem in texts if shown[stem] > 1]
         for path in (Path(folder, name) for name in sorted(files) if not name.startswith(".")):
             if path.suffix.lower() in suffixes:
                 text = path.with_name(texts.get(_stem(path.name), f"{path.stem}.txt"))
@@ -301,6 +308,8 @@ def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str
     if unread:
         known = ", ".join(suffixes)
         _warn(f"left out {len(unread)} files with a .txt in {root}, e.g. {printable(unread[0])}: only {known} are read")
+    if shared:
+        _warn(f"{len(shared)} .txt in {root} are the captions of several photos each, e.g. {printable(shared[0])}")
 
 
 def _stem(name: str) -> str:

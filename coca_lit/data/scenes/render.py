@@ -125,6 +125,8 @@ def space_size(objects: int) -> int:
 
 def decode(number: int, objects: int = 2) -> Scene:
     """The scene of a number in range(space_size(objects)): a mixed-radix code of the axis and the objects."""
+    if not 0 <= number < space_size(objects):
+        raise ValueError(f"scene number must be in 0..{space_size(objects) - 1} for {objects} objects, got {number}")
     rest, axis = divmod(number, len(AXES))
     things = []
     for _ in range(objects):

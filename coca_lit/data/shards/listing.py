@@ -150,6 +150,8 @@ def _expanded(pattern: str) -> list[str]:
         raise DataError(f"shards are read from paths and {known}, not from {scheme.group()!r} as in {pattern!r}")
     if pattern.startswith("https://") and "@" in pattern.split("/")[2]:
         raise DataError("a URL of shards is printed and stored, so it must not hold a user and a password")
+    if os.path.exists(pattern):  # braces are part of its name
+        return [pattern]
     try:
         return list(braceexpand(pattern))
     except ValueError as error:
@@ -169,7 +171,10 @@ def _matches(name: str, folders: Callable[[str], "Folder"]) -> list[str]:
     if not glob.has_magic(name) or os.path.isfile(name):
         return [name]
     folder, last = split(name)
-    if glob.has_magic(folder):
+    if os.path.isdir(folder):  # brackets are part of its name
+        if not glob.has_magic(last):
+            return [name]
+    elif glob.has_magic(folder):
         if is_remote(folder):
             raise DataError(f"{name}: only the last part of a URL may hold * and ?")
         parents = sorted({*glob.glob(folder, recursive=True), *(["."] if folder == "**" else [])})

@@ -66,6 +66,11 @@ class Meteor:
 
         Raises JavaError when the process dies or is overdue; the next call then starts another one.
         """
+        if not hypotheses or len(references) != len(hypotheses) or not all(references):
+            raise ValueError(
+                "METEOR needs at least one hypothesis, and at least one reference for each; "
+                f"got {len(hypotheses)} hypotheses and {len(references)} lists of references"
+            )
         with self._lock:
             process = self.start()
             try:

@@ -91,16 +91,22 @@ def encode_prompts(model: "DualEncoder", prompt: str | Sequence[str] | None, cou
     """The beginnings of `count` captions.
 
     Raises:
-        ValueError: a prompt that leaves no room for a caption, or another number of prompts than of images.
+        ValueError: a prompt that is no text, is empty or leaves no room for a caption, or another number of prompts
+            than of images.
     """
     rows = [[model.tokenizer.sot_id]] * count
     if prompt is not None:
         prompts = [prompt] * count if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, Sequence) or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"prompt must be a text, or a list with one for each image, got {prompt!r}")
         if len(prompts) != count:
             raise ValueError(f"got {len(prompts)} prompts for {count} images: give one for all, or one for each image")
         if isinstance(model.tokenizer, WordTokenizer):
             model.tokenizer.warn_of_unknown(prompts)
         rows = [ids[:-1] for ids in model.tokenizer.encode_batch(prompts)]
+        empty = [i for i, ids in enumerate(rows) if len(ids) == 1]
+        if empty:
+            raise ValueError(f"prompt {empty[0]} has no words: give words, or no prompt at all (None)")
     longest = max(map(len, rows), default=1)
     if longest > max(max_length - 2, 1):  # the end and, after words, one more token
         raise ValueError(

@@ -5,6 +5,7 @@ effect on what a trained model computes, may have any value; of the others those
 part of a model, see `parts`, takes a table and says where it differs.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -175,6 +176,8 @@ def _check(section: Mapping[str, Any], known: Allowed, prefix: str = "") -> None
 def _channels(section: Mapping[str, Any], key: str) -> list[float]:
     value = section.get(key, CLIP_NORMALISATION[key])
     value = value if isinstance(value, list | tuple) else [value] * 3
-    if len(value) != 3 or not all(isinstance(x, int | float) for x in value):
+    if len(value) != 3 or not all(isinstance(x, int | float) and math.isfinite(x) for x in value):
         raise ValueError(f"{FILE}: preprocess_cfg.{key} must be three numbers, got {value!r}")
+    if key == "std" and not all(x > 0 for x in value):
+        raise ValueError(f"{FILE}: preprocess_cfg.std must be above 0, got {value!r}")
     return [float(x) for x in value]

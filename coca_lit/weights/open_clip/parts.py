@@ -22,6 +22,7 @@ OWN = {
     "visual.attn_pool_contrastive.query": "coca_lit.weights.open_clip.poolers:TwoPoolers",
     "text.cls_emb": "coca_lit.weights.open_clip.text:ClassicText",
 }
+OTHER_TEXT_TOWERS = ("text.transformer.embeddings.", "text.transformer.encoder.", "text.transformer.shared.")
 _TOKENIZERS = {49408: "clip", 50260: "r50k"}  # by the size of the vocabulary
 Tensors = Mapping[str, Tensor]
 
@@ -177,8 +178,7 @@ def is_captioner(theirs: Collection[str]) -> bool:
 
 def expect_captioner(theirs: Tensors, parts: Parts) -> tuple[ImagePart, PoolerPart, TextPart]:
     """The parts in a file; raises `ValueError` if it is no captioner of OpenCLIP, or one that cannot be read."""
-    reasons = [part.unreadable(theirs) for part in parts if part is not None]
-    reason = next(filter(None, reasons), None)
+    reason = _unreadable(theirs, parts)
     if reason is not None:
         readable = [name for target in _known().values() for name in extensions.load(target).models]
         raise ValueError(
@@ -190,6 +190,27 @@ def expect_captioner(theirs: Tensors, parts: Parts) -> tuple[ImagePart, PoolerPa
     needed = ((pooler, "visual.attn_pool.query"), (text, "text.cls_emb"), (image, "visual.conv1.weight"))
     missing = [tensor for part, tensor in needed if part is None]
     raise ValueError(f"this is not an OpenCLIP CoCa checkpoint: it has no tensor '{missing[0]}'")
+
+
+def _unreadable(theirs: Collection[str], parts: Parts) -> str | None:
+    """What a captioner of OpenCLIP that cannot be read is called, and why; None for all other files."""
+
+    def has(*starts: str) -> bool:
+        return any(name.startswith(starts) for name in theirs)
+
+    for part in parts:
+        reason = None if part is None else part.unreadable(theirs)
+        if reason is not None:
+            return reason
+    if not has("text_decoder."):
+        return None
+    if has(*OTHER_TEXT_TOWERS):
+        return "a coca_roberta-ViT-B-32, whose text tower is a Hugging Face model and sees the tokens it should predict"
+    if parts.image is None and has("visual.trunk.", "visual.layer1."):
+        return "a CoCa whose image tower is not a CLIP vision transformer (timm_model_name, or a ResNet)"
+    if parts.pooler is None and not has("visual.attn_pool.", "attn_pool."):
+        return "a coca_base, which has no attentional pooler"
+    return None
 
 
 def tokenizer_of(vocab_size: int) -> str:

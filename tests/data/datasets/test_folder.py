@@ -26,7 +26,8 @@ def table(delimiter: str, head: str = "file{}caption", quote: str = '"') -> str:
 LAYOUTS = {
     "captions.csv": table(","),
     "captions.csv with ;": table(";", "\ufefffilename{}text"),
-    "captions.csv of Excel": table(";", "\ufeff File{}Caption "),
+    "captions.csv of Excel": table(";", "\ufeffsep=;\n\n File{}Caption "),
+    "captions.csv that names a sign": table("|", '"sep=|"\nfile{}caption'),
     "captions.csv of pandas": "\n".join([",file,caption", *(f'{i},{n},"{c}"' for i, (n, c) in enumerate(ROWS))]),
     "captions.jsonl with folder": "\n".join(json.dumps({"path": f"FOLDER/{n}", "caption": c}) for n, c in ROWS),
     "captions.tsv": table("\t", quote=""),
@@ -122,6 +123,11 @@ def test_photos_that_look_alike_are_on_one_side(tmp_path: Path) -> None:
         ("captions.json", "[1]", "schema"),
         ("captions.json", '[{"file": 7, "caption": "x"}]', "7"),
         ("captions.json", '{"images": []}', "annotations"),
+        (
+            "captions.json",
+            '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": "1", "caption": "x"}]}',
+            "no image has the image_id of a caption, such as '1'",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, name: str, content: str, said: str) -> None:
@@ -365,11 +371,38 @@ def test_links_out_of_layouts_are_not_followed(tmp_path: Path, link: str) -> Non
         folder_records(tmp_path / "mine", "train")
 
 
+def test_one_text_for_two_photos_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.png", "a.PNG", "b.png"):
+        render(1).save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("a dog")
+    (tmp_path / "b.txt").write_text("a cat")
+    assert len(folder_records(tmp_path, "train", hold_out=False)) == 3
+    assert "1 .txt in" in caplog.text
+    assert "are the captions of several photos each, e.g. a.txt" in caplog.text
+
+
 def test_accents_of_a_text_may_be_decomposed_beside_a_photo(tmp_path: Path) -> None:
     render(1).save(tmp_path / "cafe\u0301.png")
     (tmp_path / "caf\u00e9.txt").write_text("a dog")
     (record,) = folder_records(tmp_path, "train", hold_out=False)
     assert record.captions == ("a dog",)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("image,file,caption\na.png,b.png,a dog\n", "has the columns image and file, of which either may be meant"),
+        ("file,caption,text\na.png,a dog,a cat\n", "has the columns caption and text, of which either may be meant"),
+        ("file,caption,set\na.png,a dog,test\n", "has the column 'set' with 'test': call it split"),
+        ("file,caption,Partition\na.png,a dog,train\n", "has the column 'Partition' with 'train': call it split"),
+    ],
+)
+def test_a_table_that_may_be_read_in_two_ways_is_refused(tmp_path: Path, table: str, said: str) -> None:
+    for name in ("a.png", "b.png"):
+        render(1).save(tmp_path / name)
+    (tmp_path / "captions.csv").write_text(table)
+    with pytest.raises(DataError, match=said):
+        folder_records(tmp_path, "train", hold_out=False)
 
 
 def test_accents_may_be_decomposed_on_disk(tmp_path: Path) -> None:

@@ -53,6 +53,24 @@ def test_find_shards(tmp_path):
     assert find_shards([str(paths[2]), f"{tmp_path}/*.tar"]) == local([paths[2], *paths[:2]])
 
 
+@pytest.mark.parametrize("folder", ["laion [v2]", "laion {v2,v3}", "laion {v2"])
+def test_names_with_brackets_and_braces(tmp_path, folder):
+    (tmp_path / folder).mkdir()
+    paths = [str(path) for path in write_shards(tmp_path / folder, 2, 1)]
+    assert [shard.name for shard in find_shards(str(tmp_path / folder))] == paths
+    assert [shard.name for shard in find_shards(paths)] == paths
+
+
+def test_patterns_in_a_folder_with_brackets(tmp_path):
+    folder = tmp_path / "laion [v2]"
+    folder.mkdir()
+    paths = [str(path) for path in write_shards(folder, 2, 1)]
+    for pattern in ("*.tar", "0000?.tar", "{00000..00001}.tar"):
+        assert [shard.name for shard in find_shards(f"{folder}/{pattern}")] == paths
+    with pytest.raises(DataNotFoundError, match=r"1 of 3 .*00002\.tar"):
+        find_shards(f"{folder}/{{00000..00002}}.tar")
+
+
 def test_paths_of_windows(tmp_path, monkeypatch):
     """A drive is no scheme, and a backslash separates folders."""
     (tmp_path / "C:" / "shards").mkdir(parents=True)

@@ -185,6 +185,8 @@ def test_attention_is_that_of_the_cross_blocks(model: CoCa, monkeypatch: pytest.
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"max_length": 13}, "max_length.*12.*13"),
         ({"min_length": 12}, "min_length.*12.*max_length"),
+        ({"prompt": 5}, "prompt.*5"),
+        ({"prompt": ""}, "prompt 0"),
         ({"prompt": ["a dog"]}, "1 prompts.* 2 images"),
     ],
 )
