@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO, StringIO
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
 from coca_lit.errors import DataError
-from coca_lit.reading import MAX_JSON, open_regular, printable, read_json
+from coca_lit.reading import MAX_JSON, open_regular
 
 T = TypeVar("T")
 TEMPORARY = ".coca_lit-tmp"  # ends names of unfinished files and folders; in these it is a file, too
@@ -78,8 +78,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         DataError: nothing can be written there.
     """
-    temporary = _beside(path)
-    with _write_errors(path):
+    temporary = beside(path)
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode & 0o777
@@ -106,51 +106,6 @@ def write_json(path: Path, content: Any) -> None:
     atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def is_of_another(made: str, path: Path) -> bool:
-    """Whether a result that was made of the file `made` is not of this one, and not of one that has moved here."""
-    return os.path.exists(made) and not os.path.samefile(made, path)
-
-
-def claim(file: Path, settings: Mapping[str, Any], taken: bool = False) -> None:
-    """Records in `file`, beside an output, the settings that make it. Of several processes that begin at once, the
-    first one records its own.
-
-    Args:
-        taken: whether the output exists already: then the record must, too.
-
-    Raises:
-        DataError: the output is made with other settings, or is not ours; or nothing can be written there.
-    """
-    if not taken and _created(file, (json.dumps(settings, indent=2) + "\n").encode()):
-        return
-    if not file.exists():
-        raise DataError(f"the output exists and this command did not write it ({file} is missing): choose another")
-    known = read_json(file, dict)
-    for key in {**settings, **known}:
-        if known.get(key) != settings.get(key):
-            was, now = (printable(f"{key}={values.get(key)}") for values in (known, settings))
-            raise DataError(f"{file} says {was}, but now {now}: choose another output")
-
-
-def _created(path: Path, content: bytes) -> bool:
-    """Writes a new file, complete or not at all where the system has hard links; False if there is one."""
-    temporary = _beside(path)
-    with _write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            try:
-                os.link(temporary, path)  # unlike a renaming, it fails if the file exists
-            except (OSError, NotImplementedError):  # it does, or there are no hard links here
-                with path.open("xb") as file:
-                    file.write(content)
-            return True
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
 def atomic_link(link: Path, target: Path) -> None:
     """Makes `link` another name of a file beside it, replacing in one step whatever was there: a symbolic link, or a
     hard link or a copy where the system has none, as Windows does without the right to them.
@@ -158,8 +113,8 @@ def atomic_link(link: Path, target: Path) -> None:
     Raises:
         DataError: nothing can be written there.
     """
-    temporary = _beside(link)
-    with _write_errors(link):
+    temporary = beside(link)
+    with write_errors(link):
         temporary.unlink(missing_ok=True)
         try:
             os.symlink(target.name, temporary)
@@ -201,7 +156,7 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
     """
     rest = memoryview("".join(f"{line}\n" for line in lines).encode())
     end = None
-    with _write_errors(path):
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with path.open("a+b", buffering=0) as file:
@@ -315,7 +270,8 @@ def csv_line(row: Iterable[Any]) -> str:
     return text.getvalue()
 
 
-def _beside(path: Path) -> Path:
+def beside(path: Path) -> Path:
+    """A new temporary path beside another, which `remove_leftovers` knows."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
 
 
@@ -335,7 +291,8 @@ def _remove_incomplete_line(file: FileIO) -> int:
 
 
 @contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
+    """Turns an error of writing a file into a `DataError` that names it."""
     try:
         yield
     except OSError as error:

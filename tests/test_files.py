@@ -19,7 +19,6 @@ from coca_lit.files import (
     Waiting,
     append_lines,
     atomic_link,
-    claim,
     durable_rename,
     remove_leftovers,
     replacing,
@@ -27,6 +26,7 @@ from coca_lit.files import (
     temporary_folder,
     write_waiting,
 )
+from coca_lit.tools.claims import claim
 from helpers.disks import at_most
 from helpers.forking import called
 

@@ -2,8 +2,9 @@
 
 import logging
 import math
+import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from coca_lit.errors import DataError
 from coca_lit.files import atomic_link, write_json
@@ -14,6 +15,7 @@ log = logging.getLogger(__name__)
 
 BEST = "best.ckpt"
 BEST_SCORE = "best.json"
+EARLIER_BEST = "earlier_best.ckpt"  # by another score, or by one of other images
 
 
 class BestRecord(NamedTuple):
@@ -29,11 +31,15 @@ class BestCheckpoint:
     Args:
         folder: of the checkpoints.
         score: by which checkpoints are compared, e.g. `mscoco/CIDEr`.
+
+    Attributes:
+        of: what the score is computed of; scores of something else are not compared.
     """
 
     def __init__(self, folder: Path, score: str) -> None:
         self.folder = folder
         self.score = score
+        self.of: dict[str, Any] = {}
 
     def record(self) -> BestRecord | None:
         """The best so far by this score; None if there is none, or if its checkpoint is gone."""
@@ -44,8 +50,8 @@ class BestCheckpoint:
             record = BestRecord(float(content["value"]), int(content["step"]))
         except (DataError, ValueError, KeyError, TypeError, OverflowError):  # whatever a crash has left there
             return None
-        is_by_this_score = content.get("score") == self.score
-        return record if is_by_this_score and (self.folder / f"step_{record.step}.ckpt").exists() else None
+        comparable = content.get("score") == self.score and content.get("of") == self.of
+        return record if comparable and (self.folder / f"step_{record.step}.ckpt").exists() else None
 
     def is_better(self, value: float) -> bool:
         """Whether a score is better than the best so far, which may be undefined (NaN)."""
@@ -61,9 +67,12 @@ class BestCheckpoint:
         if not self.is_better(value):
             return
         try:
+            if self.record() is None and (self.folder / BEST).exists():  # by a score that does not compare
+                os.replace(self.folder / BEST, self.folder / EARLIER_BEST)
             atomic_link(self.folder / BEST, path)
-            write_json(self.folder / BEST_SCORE, {"score": self.score, "value": value, "step": step})
-        except DataError as error:
+            content = {"score": self.score, "value": value, "step": step, "of": self.of}
+            write_json(self.folder / BEST_SCORE, content)
+        except (DataError, OSError) as error:
             log.warning("%s; training continues without this best checkpoint", error)
 
     def forget_after(self, step: int) -> None:

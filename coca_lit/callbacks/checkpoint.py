@@ -2,22 +2,24 @@
 
 Lightning saves inside its hooks: before the metrics of the step are logged, and at the last batch of an epoch before
 validation, which a resumed run then never does. Here a checkpoint is taken when the next batch is about to begin and
-the one before is completely done; a resumed run begins with that next batch.
+the one before is completely done; a resumed run begins with that next batch. Only a signal during a validation does not
+wait for its end: the resumed run begins with that validation.
 """
 
 import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as L
 import torch
 
-from coca_lit.callbacks.best import BEST, BestCheckpoint
+from coca_lit.callbacks.averaging import scored_weights
+from coca_lit.callbacks.best import BEST, EARLIER_BEST, BestCheckpoint
 from coca_lit.callbacks.progress import samples_seen
 from coca_lit.callbacks.resumed import announce, apply_settings, limits, workers
 from coca_lit.data.batch import Batch
@@ -26,11 +28,13 @@ from coca_lit.errors import DataError, TrainingError, check_number
 from coca_lit.files import atomic_link, remove, retry_waiting_rows
 from coca_lit.models import kernels
 from coca_lit.runs.resume import LAST, RUN_KEY
-from coca_lit.runs.run_folder import CHECKPOINTS, step_files
+from coca_lit.runs.run_folder import CHECKPOINTS, ENVIRONMENT, step_files
 from coca_lit.runs.signals import Signals
 from coca_lit.training import lightning_fixes
 
 log = logging.getLogger(__name__)
+
+Phase = Literal["training", "validating", "finished"]
 
 
 class StepSeeds(L.Callback):
@@ -66,18 +70,20 @@ class TrainingState:
     """What `Checkpoints` knows of the training under way.
 
     Attributes:
-        is_finished: whether training is over.
-        saved: step of the last checkpoint, and whether it says that training is over.
+        phase: what the trainer does.
+        saved: step and phase of the last checkpoint.
         unlinked: the last checkpoint, until it has its links.
         score: the score `best` of the weights at hand, on every rank; None where it was not computed.
         due_at: when the next checkpoint is due, by the monotonic clock.
+        is_described: whether the run folder has its `environment.json`, as far as was seen.
     """
 
-    is_finished: bool = False
-    saved: tuple[int, bool] | None = None
+    phase: Phase = "training"
+    saved: tuple[int, Phase] | None = None
     unlinked: Unlinked | None = None
     score: float | None = None
     due_at: float = math.inf
+    is_described: bool = False
 
 
 class Checkpoints(L.Callback):
@@ -135,7 +141,8 @@ class Checkpoints(L.Callback):
         step_exchange.reset()
         step = trainer.global_step
         self.state = TrainingState()  # also where it trains once more
-        self.state.saved = (step, False)  # there is nothing to save before the first step
+        self.state.saved = (step, "training")  # there is nothing to save before the first step
+        self.state.is_described = (self.folder.parent / ENVIRONMENT).exists()
         self._trained = True
         self._set_clock()
         if self.best is not None and rank() == 0:
@@ -143,6 +150,9 @@ class Checkpoints(L.Callback):
         if self._resumed:
             announce(trainer, self._resumed)
             apply_settings(trainer, getattr(pl_module, "optimizer_settings", ()))
+        if self._resumed.get("validating"):
+            lightning_fixes.repeat_validation(trainer)
+            self.state.saved = None  # the next checkpoint of this step will know that the validation is over
 
     def _set_clock(self) -> None:
         if self.every_minutes is not None:
@@ -193,8 +203,25 @@ class Checkpoints(L.Callback):
         print_rank_zero(f"stopping after step {step} on signal {number}: {saved}")
         self.signals.answer(trainer, number)
 
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.state.phase = "training" if trainer.sanity_checking else "validating"
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.state.phase != "validating" or not lightning_fixes.can_repeat_validation(trainer):
+            return
+        (stop,) = max_over_ranks([self.signals.received])
+        if stop:
+            self.signals.cancel_requeue()
+            self._save(trainer, pl_module)
+            self._stop(trainer, int(stop))
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.state.phase = "training"
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.state.is_finished = True
+        self.state.phase = "finished"
         self.signals.cancel_requeue()
         self._save(trainer, pl_module)
         self._finish_saving(trainer)
@@ -205,12 +232,12 @@ class Checkpoints(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Saves, so that broken data do not cost the steps since the last checkpoint. An error within a step, such as a
-        lack of memory, or within a validation does. On a single process only: several would wait for each other.
+        lack of memory, does. On a single process only: several would wait for each other.
         """
         if not isinstance(exception, SystemExit):
             self.signals.release()
         alone = isinstance(exception, Exception) and world_size() == 1
-        if alone and trainer.global_step and not trainer.validating and lightning_fixes.is_between_steps(trainer):
+        if alone and trainer.global_step and lightning_fixes.is_between_steps(trainer):
             self._save(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -223,19 +250,33 @@ class Checkpoints(L.Callback):
         if self._is_saved(step):
             return
         retry_waiting_rows()  # a run that resumes from here does not make the rows of earlier steps again
-        self._saving = True
-        try:
-            trainer.save_checkpoint(self._path(step))
-        finally:
-            self._saving = False
-        self.state.saved = (step, self.state.is_finished)
+        self._notice_moved()
+        # Within a validation Lightning has put the averaged weights into the module: exchanged once more, the trained
+        # ones are saved, with the average beside them.
+        with scored_weights(trainer, pl_module) if self.state.phase == "validating" else nullcontext():
+            self._saving = True
+            try:
+                trainer.save_checkpoint(self._path(step))
+            finally:
+                self._saving = False
+        self.state.saved = (step, self.state.phase)
         self._set_clock()
         self._link()  # the one before, which is written now
         self.state.unlinked = Unlinked(step, self.state.score)
         self._link()
 
+    def _notice_moved(self) -> None:
+        """Says once that the run folder was moved or deleted. The run goes on, since its checkpoints are whole."""
+        if self.state.is_described and not (self.folder.parent / ENVIRONMENT).exists():
+            self.state.is_described = False
+            if rank() == 0:
+                log.warning(
+                    "%s was moved or deleted: the run goes on writing there, and what it wrote before is not with it",
+                    self.folder.parent,
+                )
+
     def _is_saved(self, step: int) -> bool:
-        return self.state.saved == (step, self.state.is_finished)
+        return self.state.saved == (step, self.state.phase)
 
     def _link(self) -> None:
         """Gives the last checkpoint its names once it exists: a sharded one is written in the background, and a
@@ -255,8 +296,8 @@ class Checkpoints(L.Callback):
         self._remove_old()
 
     def _remove_old(self) -> None:
-        # The best stays, also where none is asked for by now, or where it is a copy and no link.
-        kept = {(self.folder / BEST).resolve()}
+        # The best stays, also where the score that chose it is another one by now, or where it is a copy and no link.
+        kept = {(self.folder / name).resolve() for name in (BEST, EARLIER_BEST)}
         record = self.best.record() if self.best is not None else None
         if record is not None:
             kept.add(self._path(record.step).resolve())
@@ -293,26 +334,31 @@ class Checkpoints(L.Callback):
 
     def offer_final(self, trainer: L.Trainer, score: float) -> None:
         """Takes the score of the trained weights, whose checkpoint is written."""
-        self.state.unlinked = Unlinked(trainer.global_step, score)
+        assert self.best is not None
+        comparable = self._trained or self.best.record() is not None or not (self.folder / BEST).exists()
+        self.state.unlinked = Unlinked(trainer.global_step, score if comparable else None)
         self._link()
 
     def _is_best(self, score: float | None) -> bool:
         return self.best is not None and score is not None and self.best.is_better(score)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        validating = self.state.phase == "validating"
+        finished = self.state.phase == "finished"
         checkpoint[RUN_KEY] = {
             "config": self.identity(),
             "step": trainer.global_step,
-            "logged_steps": lightning_fixes.logged_steps(trainer),
+            "logged_steps": lightning_fixes.logged_steps(trainer) + validating,
             **limits(trainer),
             "processes": world_size(),
             "workers": workers(trainer),
             "fp32_matmul": kernels.fp32_matmul(),
-            "finished": self.state.is_finished,
+            "finished": finished,
+            "validating": validating,
             **samples_seen(trainer),
         }
         if self._saving:  # Lightning knows the position of those that its own callbacks take
-            lightning_fixes.set_position(trainer, checkpoint, self.state.is_finished)
+            lightning_fixes.set_position(trainer, checkpoint, validating, finished)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resumed = checkpoint.get(RUN_KEY, {})

@@ -64,8 +64,17 @@ class ScoreDuringTraining(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for checkpoints in callbacks_of(trainer, Checkpoints):
-            if checkpoints.best is not None:
-                self.check_score("callbacks.checkpoint.best", checkpoints.best.score, at_end=False)
+            if checkpoints.best is None:
+                continue
+            self.check_score("callbacks.checkpoint.best", checkpoints.best.score, at_end=False)
+            checkpoints.best.of = {
+                "quick": self.quick,
+                "split": self.settings.split,
+                "images": self.settings.images,
+                "clip_score_model": self.settings.clip_score_model,
+                "rerank": self.settings.rerank,
+                "generate": str(self.settings.generate),
+            }
 
     def check_score(self, key: str, score: str, at_end: bool) -> None:
         """Raises `ConfigError`, which names `key`, for a score that no evaluation computes at the end or, unless

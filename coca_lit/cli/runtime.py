@@ -52,15 +52,10 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bo
         lightning_log = logging.getLogger(name)
         lightning_log.setLevel(logging.WARNING)
         lightning_log.propagate = False
-    told = {
-        "lightning.pytorch.profilers": sys.stdout,  # whose table is what trainer.profiler=simple is for
-        "lightning.fabric.strategies.launchers.subprocess_script": sys.stderr,  # why it ends all ranks
-    }
-    for name, stream in told.items():
-        shown_log = logging.getLogger(name)
-        shown_log.setLevel(logging.INFO)
-        shown_log.handlers = [logging.StreamHandler(stream)]
-        shown_log.propagate = False
+    profilers = logging.getLogger("lightning.pytorch.profilers")  # whose table is what trainer.profiler=simple is for
+    profilers.setLevel(logging.INFO)
+    profilers.handlers = [logging.StreamHandler(sys.stdout)]
+    profilers.propagate = False
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts: on purpose

@@ -194,10 +194,11 @@ def fit(cfg: DictConfig, parts: RunParts, checkpoint: "ResumePoint | None") -> N
     """Trains. A signal ends the process here, with everything saved."""
     from coca_lit.data.prefetch import worker_errors
     from coca_lit.runs.resume import resume_command
+    from coca_lit.training.lightning_fixes import error_of_an_ended_rank
 
     path = checkpoint.path if checkpoint is not None else None
     try:
-        with worker_errors():
+        with worker_errors(), error_of_an_ended_rank(parts.trainer):
             parts.trainer.fit(parts.module, datamodule=parts.data, ckpt_path=path, weights_only=True)
     except SystemExit as stopped:
         if parts.trainer.is_global_zero and not os.environ.get(SWEEP_VARIABLE):  # else it is the command of the sweep

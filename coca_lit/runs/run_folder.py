@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ ARCHIVED = re.compile(r"earlier_\d+")  # the folders of earlier runs in the fold
 METRICS = "metrics.csv"
 BAD_STEPS = "bad_steps.jsonl"
 CHECKPOINTS = "checkpoints"
-LINKS = ("last.ckpt", "best.ckpt")  # in the folder of checkpoints, to some of them
+LINKS = ("last.ckpt", "best.ckpt", "earlier_best.ckpt")  # in the folder of checkpoints, to some of them
 EARLIER = "earlier_results.json"  # of a run that went on
 # What belongs to one run, as outputs/README.md lists it.
 RUN_FILES = (
@@ -307,7 +308,7 @@ def rewind_run(folder: Path, resumed: Mapping[str, Any]) -> None:
     newer = [path for path in step_files(folder / CHECKPOINTS) if int(path.stem.removeprefix("step_")) > step]
     if newer:
         print(f"{len(newer)} newer checkpoints were moved to {archive(folder, newer)}", flush=True)
-    rewind_logs(folder, resumed.get("logged_steps", 0), step)
+    rewind_logs(folder, resumed.get("logged_steps", 0), step, resumed.get("validating", False))
 
 
 def start_fresh(folder: Path) -> None:
@@ -333,13 +334,14 @@ def archive(folder: Path, files: list[Path]) -> Path:
     return target
 
 
-def rewind_logs(folder: Path, logged_steps: int, step: int) -> None:
+def rewind_logs(folder: Path, logged_steps: int, step: int, validating: bool = False) -> None:
     """Drops log entries of steps that will be repeated, so that nothing is logged twice.
 
     Args:
         folder: the run folder.
         logged_steps: rows of metrics.csv are dropped from this value of the column `step` on.
         step: number of the first optimizer step that is repeated.
+        validating: the validation after the last step is repeated, too.
     """
     metrics = folder / METRICS
     bad_steps = folder / BAD_STEPS
@@ -349,6 +351,10 @@ def rewind_logs(folder: Path, logged_steps: int, step: int) -> None:
         column = header.index("step") if "step" in header else 0
         whole = [row for row in others if len(row) == len(header) and row[column].isdigit()]
         kept = [row for row in whole if int(row[column]) < logged_steps]
+        if validating:  # the rows of that validation go, too
+            measured = [i for i, name in enumerate(header) if name.startswith("val/")]
+            last = logged_steps - 1
+            kept = [*takewhile(lambda row: int(row[column]) < last or not any(row[i] for i in measured), kept)]
         rows = [header, *kept] if rows else []
         atomic_write(metrics, "".join(f"{csv_line(row)}\n" for row in rows).encode())
     if bad_steps.exists():

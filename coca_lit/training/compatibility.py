@@ -1,16 +1,18 @@
 """What goes with what in a training: the parts of a run state what they can do, and one table refuses. Besides, a batch
-must split over processes and micro-batches.
+must split over processes and micro-batches, and values of Lightning's trainer must suit a training that resumes.
 """
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch.nn.utils.parametrize import is_parametrized
 
 from coca_lit.data.datamodule import CaptionDataModule
-from coca_lit.errors import ConfigError, check_number, error_context
+from coca_lit.errors import ConfigError, check_number, error_context, why_unreadable
 from coca_lit.models import CoCa
 from coca_lit.runs.launch import launched_processes
 from coca_lit.training.lightning_fixes import callbacks_of, is_sharded
@@ -48,9 +50,12 @@ def check_run(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
     _check_processes(trainer)
     if isinstance(data, CaptionDataModule):
         _check_batch(data.batch_size, trainer.world_size, module.micro_batch_size)
+        _check_interval(trainer, data)
     if isinstance(module.make_optimizer, Grouped) and any(p.requires_grad for p in module.net.parameters()):
         with error_context("model.optimizer"):
             module.make_optimizer.groups(module.net)
+    _check_hyperparameters("data", data)
+    _check_hyperparameters("model", module)
 
 
 def features(
@@ -93,6 +98,9 @@ def _check_numbers(trainer: L.Trainer) -> None:
         raise ConfigError("trainer.gradient_clip_algorithm must be norm or null: the global norm is clipped")
     with error_context("trainer"):
         check_number("accumulate_grad_batches", trainer.accumulate_grad_batches, whole=True, at_least=1)
+        check_number("limit_train_batches", trainer.limit_train_batches, above=0)
+        if trainer.gradient_clip_val is not None:  # a negative norm would turn the gradients around
+            check_number("gradient_clip_val", trainer.gradient_clip_val, at_least=0)
 
 
 def _check_processes(trainer: L.Trainer) -> None:
@@ -117,3 +125,32 @@ def _check_batch(batch_size: int, processes: int, micro_batch_size: int | None) 
             f"data.batch_size: the {pairs_of_process} pairs of a process are no multiple of trainer.micro_batch_size="
             f"{micro_batch_size}"
         )
+
+
+def _check_interval(trainer: L.Trainer, data: CaptionDataModule) -> None:
+    """Refuses a validation that no epoch reaches: Lightning would, when the run has begun."""
+    interval = trainer.val_check_interval
+    limit = trainer.limit_train_batches
+    if type(interval) is not int or not trainer.check_val_every_n_epoch or not trainer.limit_val_batches:
+        return
+    all_batches = data.batches_per_epoch
+    batches = int(all_batches * limit) if isinstance(limit, float) else min(all_batches, limit)
+    if interval > batches:
+        raise ConfigError(
+            f"trainer.val_check_interval={interval} is more than the {batches} batches of an epoch: to count on over "
+            "epochs, set trainer.check_val_every_n_epoch=null too"
+        )
+
+
+def _check_hyperparameters(name: str, module: Any) -> None:
+    """Refuses what a user's class keeps with `save_hyperparameters` and no checkpoint may hold."""
+    stored = BytesIO()
+    try:
+        torch.save(dict(getattr(module, "hparams", {})), stored)
+        stored.seek(0)
+        torch.load(stored, weights_only=True)
+    except Exception as error:  # anything may be among them
+        raise ConfigError(
+            f"{name}: save_hyperparameters() keeps what no checkpoint may hold ({why_unreadable(error)}): leave it "
+            "out, or name it in ignore=[…]"
+        ) from error

@@ -6,14 +6,24 @@ It is written for Lightning 2.6, to which pyproject.toml pins it; tests/runs com
 undisturbed ones bit by bit.
 """
 
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import wraps
+from subprocess import Popen, TimeoutExpired
 from typing import Any, TypeVar
 
 import lightning.pytorch as L
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from coca_lit.errors import TrainingError
 
 Kind = TypeVar("Kind", bound=L.Callback)
 
@@ -33,6 +43,58 @@ def is_sharded(trainer: L.Trainer) -> bool:
     lets pass. No other training imports that module.
     """
     return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+# Processes
+
+
+def say_which_rank_ended() -> None:
+    """Has Lightning say why it ends all processes with SIGKILL: one that it started has ended. It tells its log alone,
+    at a level that is not shown. No issue is known.
+    """
+    end_all: Callable[[_ChildProcessObserver], None] = _ChildProcessObserver._terminate_all
+    if hasattr(end_all, "__wrapped__"):
+        return
+
+    @wraps(end_all)
+    def end_all_and_say_why(observer: _ChildProcessObserver) -> None:
+        for ended in ended_ranks(observer._child_processes):
+            print(f"error: {ended}", file=sys.stderr, flush=True)
+        end_all(observer)
+
+    _ChildProcessObserver._terminate_all = end_all_and_say_why  # type: ignore[assignment,method-assign]
+
+
+def ended_ranks(processes: Sequence[Popen[bytes]]) -> list[str]:
+    """A sentence for each rank that failed or was killed, of those that the first process has started."""
+    codes = {rank: process.poll() for rank, process in enumerate(processes, start=1)}
+    causes = {
+        rank: f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+        for rank, code in codes.items()
+        if code
+    }
+    end = "so all ranks are ended; the same command resumes from the newest checkpoint"
+    return [f"rank {rank} {cause}, {end}" for rank, cause in causes.items()]
+
+
+@contextmanager
+def error_of_an_ended_rank(trainer: L.Trainer) -> Iterator[None]:
+    """Names the rank that ended, where the first process notices it by an error of its connection and not by looking.
+
+    Raises:
+        TrainingError: a rank that Lightning has started failed or was killed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        processes = getattr(trainer.strategy.launcher, "procs", [])
+        with suppress(TimeoutExpired):  # the connection ends before the process does
+            for process in processes:
+                process.wait(0.5)
+        ended = ended_ranks(processes)
+        if ended:
+            raise TrainingError("; ".join(ended)) from error
+        raise
 
 
 # Which step this is
@@ -136,21 +198,38 @@ def clip_gradients(
 # Where a resumed run begins
 
 
+def can_repeat_validation(trainer: L.Trainer) -> bool:
+    """Not while gradients wait for more batches, nor after the last step: Lightning would consider the run finished."""
+    return not accumulates(trainer) and not 0 <= trainer.max_steps <= trainer.global_step
+
+
+def repeat_validation(trainer: L.Trainer) -> None:
+    """The resumed run begins with the validation in which it was stopped. Lightning would make its last batch alone
+    (#20288).
+    """
+    trainer.fit_loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+
+
 def begun_epochs(checkpoint: dict[str, Any]) -> int:
     """How many epochs a checkpoint has seen, the one that it is within included."""
     within = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["completed"] > 0
     return int(checkpoint["epoch"]) + within
 
 
-def set_position(trainer: L.Trainer, checkpoint: dict[str, Any], finished: bool) -> None:
+def set_position(trainer: L.Trainer, checkpoint: dict[str, Any], validating: bool, finished: bool) -> None:
     """Corrects the loops' counters in a checkpoint that is taken in `on_train_batch_start`, where the current batch has
     not begun yet (#18060), or when training is over (#19617).
 
     Args:
+        validating: it is taken within a validation, which will be repeated from its first batch.
         finished: training is over. If more is asked for later, it begins at the batch after the last optimizer step.
     """
     loops = checkpoint["loops"]["fit_loop"]
-    progress = loops["epoch_loop.batch_progress"]
+    progress, validation = (loops[f"epoch_loop.{loop}batch_progress"] for loop in ("", "val_loop."))
+    if validating:
+        for count, batches in validation["current"].items():
+            validation["total"][count] -= batches
+        validation["current"] = dict.fromkeys(validation["current"], 0)
     if finished and trainer.fit_loop.epoch_loop._num_ready_batches_reached():
         progress["current"] = dict.fromkeys(progress["current"], 0)
     elif finished:  # within an epoch, which Lightning counts as done

@@ -2,9 +2,11 @@
 come of the run, else a warning. A bounded number of captions and images is looked at.
 """
 
+import filecmp
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, islice
+from pathlib import Path
 from statistics import median
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +25,10 @@ from coca_lit.tokenizer import Tokenizer, unknown_words
 CAPTIONS, IMAGES = 1000, 8  # that are looked at
 ALIKE = 64  # images that are looked at where the first `IMAGES` are equal: they may be by chance
 SOME, MOST = 0.05, 0.25  # share of unknown words or cut captions worth a warning; of unknown words: an error
+SPACED = 12  # characters; longer texts should be several words
 FAR = 2  # times that the model's input is larger than an image
+MAX_TRAINING = 20_000  # training photos up to which contents are compared
+MAX_HELD_OUT = 200  # photos held out that are compared with them
 
 
 def check_data(
@@ -53,6 +58,12 @@ def check_data(
     for texts in (captions, [record.question for record in records if record.question]):
         if texts:
             check_captions(texts, net.tokenizer)
+    joined = sum(len(text) > SPACED and len(text.split()) == 1 for text in captions)
+    if joined > len(captions) / 2:
+        _warn(
+            "half of the training captions have no blanks between words: BLEU, METEOR, ROUGE-L and CIDEr take each for "
+            "one word; retrieval scores do not depend on it"
+        )
     context = net.tokenizer.context_length
     lengths = [min(length, context) for length in net.tokenizer.lengths(captions)]
     written = complete(generate).lengths(context)[1]
@@ -116,18 +127,33 @@ def _readable(records: Sequence[Record]) -> Iterator[Image.Image]:
 
 
 def check_held_out(training: Sequence[Record], sets: Mapping[str, Sequence[Record]]) -> None:
-    """Warns if photos that are trained on are, by their paths, in a set to score on too.
+    """Warns if photos that are trained on are in a set to score on too: by their paths, and for few photos by content.
 
     Args:
         sets: records by the name of the set.
     """
     files = {record.image.path for record in training if isinstance(record.image, ImageFile)}
+    if not files:
+        return
+    by_size: dict[int, list[Path]] = {}
+    for path in files if len(files) <= MAX_TRAINING else ():
+        if path.is_file():
+            by_size.setdefault(path.stat().st_size, []).append(path)
     for name, records in sets.items():
         paths = [record.image.path for record in records if isinstance(record.image, ImageFile)]
         shared = [path for path in paths if path in files]
+        looked_at = len(paths)
+        if not shared and by_size:
+            some = [path for path in drawn(paths, MAX_HELD_OUT) if path.is_file()]
+            looked_at = len(some)
+            shared = [
+                path
+                for path in some
+                if any(filecmp.cmp(path, p, shallow=False) for p in by_size.get(path.stat().st_size, ()))
+            ]
         if shared:
             _warn(
-                f"{len(shared)} of {len(paths)} photos of {name} are trained on too, e.g. {shared[0].name}: "
+                f"{len(shared)} of {looked_at} photos of {name} are trained on too, e.g. {shared[0].name}: "
                 "scores on them say little; leave them out of one"
             )
 

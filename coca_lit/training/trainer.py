@@ -15,7 +15,7 @@ from coca_lit.models import kernels
 from coca_lit.models.kernels.process import Fp32Matmul
 from coca_lit.runs.launch import launched_devices, under_srun
 from coca_lit.training.compatibility import check_run
-from coca_lit.training.lightning_fixes import set_ddp_options
+from coca_lit.training.lightning_fixes import say_which_rank_ended, set_ddp_options
 from coca_lit.training.objectives import without_replaced
 from coca_lit.training.safe_checkpoints import SafeCheckpointIO
 
@@ -38,6 +38,7 @@ def trainer_parts(
             f"trainer.strategy={name} does not know how to shard the network: use trainer=ddp, or trainer=fsdp if the "
             "model does not fit one GPU"
         )
+    say_which_rank_ended()
     plugins: list[Any] = [SafeCheckpointIO()]
     if under_srun() and not TorchElasticEnvironment.detect():
         # `srun --ntasks=2` sets no number per node, without which Lightning refuses to start.
@@ -54,12 +55,6 @@ def trainer_parts(
         "plugins": plugins,
         "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in kept),  # no default one
     }
-
-
-def full_precision_name(precision: str | int | None) -> str:
-    """Lightning's full name of a precision, which it also takes as a number or a short name: 16 -> "16-mixed"."""
-    short = {"64": "64-true", "32": "32-true", "None": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
-    return short.get(str(precision), str(precision))
 
 
 def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:

@@ -66,6 +66,7 @@ PROJECTS = {  # each with its question
     "fact_reward": "Does a reward for facts make captions truer than CIDEr?",
     "semantic_score": "Does a sentence encoder agree with people better than CIDEr?",
 }
+JUDGED = ("CIDEr", "SPICE", "semantic_best", "semantic_mean")  # of the scores, in the table
 JUDGES = {"experts": ("experts, tau-c", "tau_c"), "crowd": ("crowd, tau-b", "tau_b")}  # as in papers
 WITHOUT_COSINES = "captions_"  # nothing has trained the cosines of these variants
 ARROWS = {"t2i": "t→i", "i2t": "i→t"}
@@ -193,7 +194,7 @@ def agreement_with_people(rows: list[Row]) -> str:
     for title, _ in JUDGES.values():
         header += [title, "minus CIDEr"]
     lines = []
-    for score in dict.fromkeys(row["score"] for row in rows):
+    for score in JUDGED:
         line = [score_name(score)]
         for judges, (_, measure) in JUDGES.items():
             own = next(r for r in rows if (r["judgments"], r["measure"], r["score"]) == (judges, measure, score))

@@ -207,6 +207,20 @@ def test_the_best_so_far_survives_a_resumed_run(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints" / "best.ckpt").exists()
 
 
+def test_a_score_of_other_images_is_not_the_best(tmp_path: Path) -> None:
+    """Only the images change: 5 of them, and then 3. The best by the first 5 stays, too."""
+    keep = ("callbacks.checkpoint.best=probe/value", "callbacks.checkpoint.keep_last=1")
+    train(tmp_path, *keep, "trainer.max_epochs=1", evals=[Planned(5, 0, 1)], **STEPS)
+    assert best(tmp_path) == (2, 5)
+    checkpoints = tmp_path / "checkpoints"
+    train(tmp_path, *keep, f"ckpt_path={checkpoints}/step_4.ckpt", evals=[Planned(4, 0, 3)], **(STEPS | {"quick": 3}))
+    assert best(tmp_path) == (6, 4)
+    assert (checkpoints / "earlier_best.ckpt").resolve() == checkpoints / "step_2.ckpt"
+    assert {path.name for path in checkpoints.glob("step_*")} == {"step_2.ckpt", "step_6.ckpt", "step_8.ckpt"}
+    train(tmp_path, *keep, f"ckpt_path={checkpoints}/step_8.ckpt", evals=[Planned(9, 9)], **(STEPS | {"quick": 2}))
+    assert best(tmp_path) == (6, 4)  # of a finished run other scores alone were made
+
+
 @pytest.mark.slow
 def test_the_best_stays_where_a_link_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on file systems without links."""

@@ -78,7 +78,7 @@ def test_runs_become_rows_and_failed_ones_too(tmp_path: Path) -> None:
     assert rows[0]["command"] == "python train.py data.root=PATH --config-dir experiments/x"
     (good / "results.json").write_text('{"scenes/CIDEr": 2}')
     assert [row.get("scenes/CIDEr") for row in study.add_runs(rows, [good])] == ["2.0000", ""]
-    assert "| built-in scenes: CIDEr | 125.0 |  |  |" in study.by_seed(rows)
+    assert "| a | 1 | 125.0 |\n| b | 1 |  |" in study.by_variant(rows, {"scenes/CIDEr": "CIDEr"})
 
 
 def test_rows_of_a_case_replace_its_earlier_ones(tmp_path: Path) -> None:

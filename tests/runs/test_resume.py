@@ -35,7 +35,7 @@ from coca_lit.runs.resume import (
     is_requeued,
     resume_command,
 )
-from coca_lit.runs.run_folder import rewind_run, start_fresh, start_run_folder, step_files
+from coca_lit.runs.run_folder import rewind_logs, rewind_run, start_fresh, start_run_folder, step_files
 from coca_lit.runs.signals import requeue_once
 from coca_lit.tools.prepare.scenes import export_scenes
 from helpers.forking import Program
@@ -181,6 +181,33 @@ def test_a_run_that_had_ended_goes_on_where_it_was(tmp_path: Path, whole: Path, 
     for name in found.keys() & {"state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"}:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
     assert rows(tmp_path)[:-1] == rows(whole)[:-1]
+
+
+class SignalInValidation(L.Callback):
+    """SIGTERM to its own process in the first batch of the validation after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_validation_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            assert batch_idx == 0, "the signal was not answered"
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_signal_in_a_validation_is_answered_there(tmp_path: Path) -> None:
+    """And the validation is repeated: twice the one within the epoch, since a kill comes before the next checkpoint,
+    and the one at its end.
+    """
+    often = ("data.train_count=32", "trainer.val_check_interval=4", "trainer.limit_val_batches=2")
+    overrides = (*often, *EMA_AND_ACCUMULATION)
+    assert train(tmp_path / "whole", *overrides) == 0
+    for watch, code in ((SignalInValidation(2), 143), (Die(6), -signal.SIGKILL), (SignalInValidation(4), 143)):
+        assert train(tmp_path / "stopped", *overrides, watch=watch) == code
+        assert state(tmp_path / "stopped")[RUN_KEY]["validating"]
+    assert train(tmp_path / "stopped", *overrides) == 0
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
 @pytest.mark.parametrize(
@@ -718,6 +745,15 @@ def test_going_back_to_an_older_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "earlier_1" / "checkpoints" / "step_2.ckpt").exists()
     assert (tmp_path / "metrics.csv").read_text().split() == ["step,loss", "0,1.0"]
     assert (tmp_path / "bad_steps.jsonl").read_text() == '{"step": 0}\n'
+
+
+@pytest.mark.parametrize(
+    ("validating", "kept"), [(False, ["0,1.0,", "1,0.9,", "1,,0.8"]), (True, ["0,1.0,", "1,0.9,"])]
+)
+def test_a_validation_that_is_repeated_leaves_the_log(validating: bool, kept: list[str], tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,loss,val/loss\n0,1.0,\n1,0.9,\n1,,0.8\n2,0.7,\n")
+    rewind_logs(tmp_path, logged_steps=2, step=2, validating=validating)
+    assert (tmp_path / "metrics.csv").read_text().split() == ["step,loss,val/loss", *kept]
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import lightning.pytorch as L
 import pytest
 
 from coca_lit.cli import command, evaluate, train
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.runs import run_folder
 from coca_lit.runs.run_folder import PATIENCE, add_to_environment, in_use
-from helpers.running import ROOT, TINY, compose
+from helpers.running import ROOT, TINY, compose, run, watched
 
 HOLD = """
 import os, sys, time
@@ -83,6 +84,22 @@ def test_killed_process_holds_nothing(tmp_path: Path, hold: Callable, words: tup
     with in_use(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_folder_was_moved_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "run"
+
+    class Moves(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+            if trainer.global_step == 2:
+                folder.rename(tmp_path / "moved")
+
+    with watched(Moves()):
+        run(folder, *TINY, "evals=[]", "callbacks.checkpoint.every_n_steps=1", "trainer.max_steps=4")
+    said = [record.getMessage() for record in caplog.records if "was moved or deleted" in record.getMessage()]
+    assert [text.partition(":")[0] for text in said] == [f"{folder} was moved or deleted"]
+    assert (tmp_path / "moved" / "checkpoints" / "step_1.ckpt").exists()
+    assert (folder / "checkpoints" / "step_4.ckpt").exists()
 
 
 def test_a_folder_whose_name_controls_the_terminal_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Doomed data are named before the first step."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -82,7 +83,8 @@ def test_captions_longer_than_generated_ones(capsys: pytest.CaptureFixture[str])
     data = RecordsDataModule({"train": records}, tokenizer=net.tokenizer, batch_size=2)
     need = max(net.tokenizer.lengths(texts))
     check_data(data, net)
-    assert f"scoring.generate.max_length={need}" in said(capsys)
+    assert f"scoring.generate.max_length={need}" in (text := said(capsys))
+    assert "no blanks between words" in text
     for given in ({"max_length": need}, {"max_length": need + 3}):
         check_data(data, net, given)
         assert "max_length" not in said(capsys)
@@ -107,10 +109,13 @@ def test_questions_of_unknown_words() -> None:
 def test_photos_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for i in range(6):
         render(i, size=48).save(tmp_path / f"{i}.png")
-    photos = {name: Record(name, tmp_path / f"{name}.png", "a") for name in "012345"}
+    shutil.copy(tmp_path / "1.png", tmp_path / "copy.png")
+    photos = {name: Record(name, tmp_path / f"{name}.png", "a") for name in [*"012345", "copy"]}
     training = [photos["0"], photos["1"], Record("scene", partial(render, 0), "a")]
     check_held_out(training, {"mine": [photos["2"], photos["3"]], "scenes": [Record(1, partial(render, 0), "a")]})
     assert said(capsys) == ""
-    check_held_out(training, {"mine": [photos["0"], photos["2"]], "other": [photos["3"], photos["4"]]})
-    (line,) = said(capsys).splitlines()
-    assert "1 of 2 photos of mine" in line
+    check_held_out(training, {"mine": [photos["0"], photos["2"]], "other": [photos["3"], photos["copy"], photos["4"]]})
+    first, second = said(capsys).splitlines()
+    assert "1 of 2 photos of mine" in first
+    assert "1 of 3 photos of other" in second
+    assert "copy.png" in second

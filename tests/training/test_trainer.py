@@ -1,5 +1,6 @@
 """What does not go together in a training is refused, by the keys that chose it, before the run folder is made."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,12 +86,43 @@ def test_fp16_and_micro_batches() -> None:
         check_together(found)
 
 
+def test_a_validation_that_no_epoch_reaches_is_refused(tmp_path: Path) -> None:
+    """Lightning would stop the run when it has begun."""
+    for words, refused in (
+        (["trainer.val_check_interval=5"], True),
+        (["trainer.val_check_interval=4"], False),
+        (["trainer.val_check_interval=4", "trainer.limit_train_batches=3"], True),
+        (["trainer.val_check_interval=3", "trainer.limit_train_batches=0.5"], True),
+        (["trainer.val_check_interval=5", "trainer.limit_val_batches=0"], False),
+        (["trainer.val_check_interval=5", "trainer.check_val_every_n_epoch=null"], False),
+    ):
+        batches = ("data.train_count=32", "data.batch_size=8", "trainer.limit_train_batches=1.0")
+        cfg = compose(*TINY, *batches, f"output_dir={tmp_path}", *words)
+        module, trainer = build_module(cfg), build_trainer(cfg, ScoreDuringTraining([], Settings(tmp_path)))
+        data = build_data(cfg, module.net.tokenizer)
+        with pytest.raises(ConfigError, match=r"trainer\.val_check_interval=\d") if refused else nullcontext():
+            prepare(trainer, module, data)
+
+
 def test_rates_that_cannot_fall_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = compose(*TINY[:-1], f"output_dir={tmp_path}", "model.optimizer.layer_decay=0.5")
     module, trainer = build_module(cfg), build_trainer(cfg, ScoreDuringTraining([], Settings(tmp_path)))
     monkeypatch.setattr(module.net.image_encoder, "depths", lambda: {})
     with pytest.raises(ConfigError, match=r"model\.optimizer: layer_decay"):
         prepare(trainer, module, build_data(cfg, module.net.tokenizer))
+
+
+def test_hyperparameters_that_no_checkpoint_may_hold_are_refused(tmp_path: Path) -> None:
+    class Own(L.LightningDataModule):
+        def __init__(self, tokenizer: Any, size: int) -> None:
+            super().__init__()
+            self.save_hyperparameters(ignore=["tokenizer"] if size == 1 else [])
+
+    cfg = compose(*TINY, f"output_dir={tmp_path}")
+    module, trainer = build_module(cfg), build_trainer(cfg, ScoreDuringTraining([], Settings(tmp_path)))
+    prepare(trainer, module, Own(module.net.tokenizer, 1))
+    with pytest.raises(ConfigError, match=r"data: save_hyperparameters.*ignore="):
+        prepare(trainer, module, Own(module.net.tokenizer, 2))
 
 
 @pytest.mark.parametrize("kind", ["EMAWeightAveraging", "StochasticWeightAveraging"])

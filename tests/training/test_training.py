@@ -80,9 +80,10 @@ def test_values_are_not_clipped_one_by_one(tmp_path: Path) -> None:
         fit(tmp_path, "+trainer.gradient_clip_algorithm=value")
 
 
-def test_a_wrong_number_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"trainer: accumulate_grad_batches.*1"):
-        fit(tmp_path, "trainer.accumulate_grad_batches=0")
+@pytest.mark.parametrize("wrong", ["gradient_clip_val=nan", "accumulate_grad_batches=0"])
+def test_a_wrong_number_is_refused(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(ConfigError, match=rf"trainer: {wrong.partition('=')[0]}.*[01]"):
+        fit(tmp_path, f"trainer.{wrong}")
 
 
 class AfterStep(L.Callback):

@@ -22,11 +22,11 @@ from coca_lit.cli.assembly import build
 from coca_lit.cli.command import command, register_resolver
 from coca_lit.cli.runtime import chosen_dtype, configure_libraries
 from coca_lit.errors import ConfigError, DataError, error_context
-from coca_lit.files import claim
 from coca_lit.machine import processors, workers_start_at_once
 from coca_lit.models.generation.options import OPTIONS, complete, describe
 from coca_lit.runs.run_folder import in_use
 from coca_lit.tools.checkpoint import chosen_checkpoint
+from coca_lit.tools.claims import claim
 from coca_lit.tools.engines import Engine, Machine, Work
 
 if TYPE_CHECKING:
