@@ -4,14 +4,14 @@ Training, evaluation, curation, captions and search get the same pixels. They ar
 applied, as photos from phones need it. OpenCLIP's pipelines ignore it, so the pixels of such photos differ from theirs.
 """
 
+import struct
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from coca_lit.errors import DataError
 
@@ -22,6 +22,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # pixels only: Pillow would run
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")  # of files in these formats
 UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff", ".jxl", ".jp2", ".dng")  # photos in other formats
 _JPEG = b"\xff\xd8\xff"  # its first bytes
+_SCAN, _EXIF = 0xDA, 0xE1  # markers of a JPEG
+_ORIENTATION = 0x0112  # tag of EXIF
 
 
 def decode_pixels(content: bytes, name: str | Path) -> np.ndarray:
@@ -51,12 +53,17 @@ def check_shape(width: int, height: int, name: str | Path, most: int) -> None:
 
 def orientation_of(exif: bytes) -> int:
     """The orientation in EXIF data, 1 to 8, see `upright`; 1 without one."""
-    found = Image.Exif()
-    with suppress(Exception):  # it is damaged
-        found.load(exif)
-        orientation: Any = found.get(ExifTags.Base.Orientation)
-        if orientation in range(1, 9):
-            return int(orientation)
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None:
+        return 1
+    with suppress(struct.error):  # it ends too early
+        (first,) = struct.unpack_from(f"{order}I", exif, 4)
+        (count,) = struct.unpack_from(f"{order}H", exif, first)
+        for at in range(first + 2, first + 2 + 12 * count, 12):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", exif, at)
+            if tag == _ORIENTATION and kind == 3 and 1 <= value <= 8:  # 3: a number of 16 bits
+                return int(value)
     return 1
 
 
@@ -92,15 +99,23 @@ def _with_simplejpeg(content: bytes, name: str | Path) -> np.ndarray | None:
         pixels = simplejpeg.decode_jpeg(content, "RGB")
     except ValueError:
         return None
-    return upright(pixels, _orientation_of_jpeg(content))
+    return upright(pixels, orientation_of(_exif_of(content)))
 
 
-def _orientation_of_jpeg(content: bytes) -> int:
-    """Most images of the web have no EXIF data; only of others does Pillow read the segments before the pixels."""
-    if b"Exif\0\0" in content:
-        with suppress(Exception), Image.open(BytesIO(content), formats=("JPEG",)) as image:
-            return orientation_of(image.info.get("exif", b""))
-    return 1
+def _exif_of(jpeg: bytes) -> bytes:
+    """The first EXIF data of a JPEG: after its first two bytes come segments of a marker, two bytes that tell the
+    length from there on, and content, until the pixels.
+    """
+    at = 2
+    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF and jpeg[at + 1] != _SCAN:
+        if jpeg[at + 1] == 0xFF:  # a filling byte
+            at += 1
+            continue
+        end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4])
+        if jpeg[at + 1] == _EXIF and jpeg.startswith(b"Exif\0\0", at + 4):
+            return jpeg[at + 4 : end]
+        at = end
+    return b""
 
 
 def _with_pillow(content: bytes, name: str | Path) -> np.ndarray:
