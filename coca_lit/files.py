@@ -5,15 +5,18 @@ Everything that the project writes in order to resume from it later is written b
 
 import csv
 import errno
+import hashlib
 import json
 import logging
 import os
 import re
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from io import FileIO, StringIO
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -24,7 +27,8 @@ from coca_lit.reading import MAX_JSON, open_regular
 
 T = TypeVar("T")
 TEMPORARY = ".coca_lit-tmp"  # ends names of unfinished files and folders; in these it is a file, too
-_OURS = re.compile(rf"\..+\.\d+-[0-9a-f]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)
+OLD = 3600.0  # seconds after which nobody is still writing an unfinished file
+_OURS = re.compile(rf"\..+\.(\d+)-([0-9a-f]{{8}})-[0-9a-f]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)
 _FORMULA = re.compile(r"[=+@\t\r-]")
 _NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of file systems that cannot sync a folder
@@ -46,12 +50,42 @@ def remove_leftovers(folder: Path, name: str = "*", older: float = 0.0) -> None:
 
     Args:
         name: a pattern of final names.
-        older: seconds since a file changed last; what is newer stays, where other processes may be at work.
+        older: seconds since a file changed last; what is newer stays, where other processes may be at work, unless its
+            writer was a process of this machine and has ended.
     """
     for path in folder.glob(f".{name}.*{TEMPORARY}"):
-        with suppress(FileNotFoundError):  # whoever was at work has given it its name
-            if is_leftover(path) and (not older or time.time() - path.lstat().st_mtime >= older):
+        with suppress(OSError):  # whoever was at work has given it its name, or it is another user's
+            age = time.time() - path.lstat().st_mtime
+            if is_leftover(path) and (not older or age >= older or _writer_has_ended(path)):
                 remove(path)
+
+
+def _writer_has_ended(path: Path) -> bool:
+    """Whether a process of this machine wrote an unfinished file, and is gone."""
+    match = _OURS.fullmatch(path.name)
+    if match is None or match[2] != _machine():
+        return False
+    return has_ended(int(match[1]))
+
+
+def has_ended(process: int) -> bool:
+    """Whether this machine has no process of that number. Windows, which cannot be asked, says no."""
+    if os.name == "nt":
+        return False
+    try:
+        os.kill(process, 0)  # asks, and sends nothing
+    except (OSError, OverflowError) as error:
+        return isinstance(error, ProcessLookupError)
+    return False
+
+
+@cache
+def _machine() -> str:
+    """A digest of what shares the numbers of processes: a machine, or a container on it."""
+    container = ""
+    with suppress(OSError):  # where the system has no containers
+        container = os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(f"{socket.gethostname()} {container}".encode()).hexdigest()[:8]
 
 
 def temporary_folder(path: Path) -> Path:
@@ -272,7 +306,7 @@ def csv_line(row: Iterable[Any]) -> str:
 
 def beside(path: Path) -> Path:
     """A new temporary path beside another, which `remove_leftovers` knows."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+    return path.with_name(f".{path.name}.{os.getpid()}-{_machine()}-{secrets.token_hex(4)}{TEMPORARY}")
 
 
 def _remove_incomplete_line(file: FileIO) -> int:
