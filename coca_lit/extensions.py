@@ -42,7 +42,7 @@ import pkgutil
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -63,27 +63,10 @@ TABLES = {  # of "module:object" by name, but for the last, which holds texts
     "scene_files": "functions that write built-in scenes in the files of a data set, by the name of their format",
     "inputs": "readers of files, by their ending",
     "resolvers": "functions that configs call, as ${name:argument}",
-    "word_maps": "functions that say where in an image the words of its caption come from",
+    "word_maps": "functions that say where in an image the words of its caption come from, for the demo",
+    "word_map_samples": "functions that draw this for the report",
     "titles": "what readers call the other parts of names of scores: the evaluation, and how answers were found",
 }
-KEYS = (
-    "about",
-    "requires",
-    "usual_evals",
-    "rarely_tested",
-    "groups",
-    "text_keys",
-    "roots",
-    "presets",
-    "scores",
-    "input_options",
-    "model_options",
-    "sample_steps",
-    "batch_schedules",
-    "batch_sizes",
-    "commands",
-    *TABLES,
-)
 
 
 @dataclass(frozen=True)
@@ -187,13 +170,29 @@ class DeclaredSizes:
     help: str
 
 
-DECLARATIONS = {
+@dataclass(frozen=True)
+class DeclaredCommand:
+    """A subcommand of a tool, such as "check", or an option, such as "--examples".
+
+    Attributes:
+        run: "module:function" of the words of the command.
+    """
+
+    run: str
+    help: str
+
+
+DECLARATIONS: dict[str, Callable[..., Any]] = {  # tables of objects by name; of commands there is one for each tool
+    "scores": Score,
     "input_options": InputOption,
     "model_options": ModelOption,
     "sample_steps": DeclaredStep,
     "batch_schedules": DeclaredSchedule,
     "batch_sizes": DeclaredSizes,
+    "commands": DeclaredCommand,
 }
+LISTS = ("requires", "usual_evals", "rarely_tested", "groups", "text_keys")
+KEYS = ("about", *LISTS, "roots", "presets", *DECLARATIONS, *TABLES)
 
 
 @dataclass(frozen=True)
@@ -220,20 +219,33 @@ class Project:
     def is_own(self) -> bool:
         return self.distribution == OWN
 
+    def kinds(self) -> list[str]:
+        """The tables that it may have."""
+        commands = [f"commands.{tool}" for tool in self.manifest.get("commands", {})]
+        others = [kind for kind in DECLARATIONS if kind != "commands"]
+        return ["roots", "presets", *TABLES, *others, *commands]
+
     def table(self, kind: str) -> dict[str, Any]:
-        """What it declares of a kind: name -> "module:object"."""
-        table = dict(self.manifest.get(kind, {}))
+        """What it declares of a kind: name -> "module:object", or an object of the class in `DECLARATIONS`.
+
+        Raises:
+            ValueError: an entry lacks a key, or has one that it cannot have.
+        """
+        group, _, tool = kind.partition(".")
+        table = self.manifest.get(group, {})
+        if tool:
+            table = table.get(tool, {})
         if kind == "presets":
-            return {name: table["module"] for name in table.get("names", ())}
-        return table
-
-    def scores(self) -> dict[str, Score]:
-        """The names of scores that it declares."""
-        return {name: Score(**meaning) for name, meaning in self.table("scores").items()}
-
-    def commands(self, tool: str) -> dict[str, dict[str, str]]:
-        """What it adds to the command of a tool, see `commands_of`."""
-        return dict(self.manifest.get("commands", {}).get(tool, {}))
+            return dict.fromkeys(table.get("names", ()), table.get("module"))
+        if group not in DECLARATIONS:
+            return dict(table)
+        found: dict[str, Any] = {}
+        for name, values in table.items():
+            try:
+                found[name] = DECLARATIONS[group](**values)
+            except TypeError as error:
+                raise ValueError(f"'{name}' of [{kind}]: {error}") from error
+        return found
 
 
 @functools.cache
@@ -279,21 +291,10 @@ def _read(entry: EntryPoint) -> Project:
     check_names(str(folder / MANIFEST), manifest, KEYS)
     if "about" not in manifest:
         raise ValueError(f"{folder / MANIFEST} lacks the key 'about'")
-    for name, meaning in manifest.get("scores", {}).items():
-        check_names(f"{folder / MANIFEST}: scores.{name}", meaning, [field.name for field in fields(Score)])
-        if "title" not in meaning:
-            raise ValueError(f"{folder / MANIFEST}: '{name}' of [scores] lacks a title")
-    for kind, declaration in DECLARATIONS.items():
-        keys = [field.name for field in fields(declaration)]
-        for name, given in manifest.get(kind, {}).items():
-            if given.keys() != set(keys):
-                needed = f"{', '.join(keys[:-1])} and {keys[-1]}"
-                raise ValueError(f"{folder / MANIFEST}: '{name}' of [{kind}] must have {needed}")
-    for tool, commands in manifest.get("commands", {}).items():
-        for word, command in commands.items():
-            if command.keys() != {"run", "help"}:
-                raise ValueError(f"{folder / MANIFEST}: '{word}' of [commands.{tool}] must have run and help")
-    return Project(entry.name, entry.value, folder, _distribution(entry), manifest)
+    project = Project(entry.name, entry.value, folder, _distribution(entry), manifest)
+    for kind in project.kinds():
+        project.table(kind)
+    return project
 
 
 def _folder_of(package: str) -> Path:
@@ -313,53 +314,41 @@ def _check_names(project: Project, others: Mapping[str, Project]) -> None:
     if project.name in others:
         raise ValueError(f"the package '{others[project.name].distribution}' has a project of the same name")
     for other in others.values():
-        for kind in (*TABLES, "presets", "roots", "scores", *DECLARATIONS):
+        for kind in project.kinds():
             twice = project.table(kind).keys() & other.table(kind).keys()
             if twice:
                 raise ValueError(f"'{min(twice)}' of its {kind} is also the name of one of the project '{other.name}'")
-        for tool in project.manifest.get("commands", {}):
-            twice = project.commands(tool).keys() & other.commands(tool).keys()
-            if twice:
-                raise ValueError(f"its command '{min(twice)}' is also one of the project '{other.name}'")
 
 
 @functools.cache
-def declared(kind: str) -> dict[str, str]:
-    """What all projects declare of a kind, a table of `project.toml`: name -> "module:object"."""
-    return {name: target for project in projects() for name, target in project.table(kind).items()}
+def declared(kind: str) -> dict[str, Any]:
+    """What all projects declare of a kind, see `Project.table`."""
+    return {name: entry for project in projects() for name, entry in project.table(kind).items()}
 
 
-@functools.cache
 def scores() -> dict[str, Score]:
     """What all projects declare of names of scores, by their last part."""
-    return {name: score for project in projects() for name, score in project.scores().items()}
-
-
-@functools.cache
-def _declarations(table: str) -> dict[str, Any]:
-    """What all projects declare in one of the tables of `DECLARATIONS`, by name."""
-    declaration = DECLARATIONS[table]
-    return {name: declaration(**values) for project in projects() for name, values in project.table(table).items()}
+    return declared("scores")
 
 
 def input_options() -> dict[str, InputOption]:
     """What all projects declare of arguments of readers of other kinds of input, by name."""
-    return _declarations("input_options")
+    return declared("input_options")
 
 
 def model_options() -> dict[str, ModelOption]:
     """What all projects declare of arguments of models for other kinds of input, by name."""
-    return _declarations("model_options")
+    return declared("model_options")
 
 
 def sample_steps() -> dict[str, DeclaredStep]:
     """What all projects declare of steps for samples of shards, by the argument that asks for them."""
-    return _declarations("sample_steps")
+    return declared("sample_steps")
 
 
 def batch_schedules() -> dict[str, DeclaredSchedule]:
     """What all projects declare of batch schedules, by the key of data sets that asks for each."""
-    return _declarations("batch_schedules")
+    return declared("batch_schedules")
 
 
 @functools.cache
@@ -378,12 +367,12 @@ def schedule_keys(part: str) -> dict[str, str]:
 
 def batch_sizes() -> dict[str, DeclaredSizes]:
     """What all projects declare of plans of sizes of batches, by the argument of data sets that chooses one."""
-    return _declarations("batch_sizes")
+    return declared("batch_sizes")
 
 
-def names_in(kind: str) -> list[str]:
-    """The names in a table of all projects."""
-    return [name for project in projects() for name in project.table(kind)]
+def commands(tool: str) -> dict[str, DeclaredCommand]:
+    """What all projects add to the command of a tool, by word."""
+    return declared(f"commands.{tool}")
 
 
 def listed(key: str) -> list[str]:
@@ -416,32 +405,3 @@ def where_to_get(target: str) -> str:
     if module == target.partition(":")[0] or name in known:
         return ""
     return f"; the project '{name}' is not installed{suggest(name, known)} It comes with the package {OWN}"
-
-
-def command_for(tool: str, words: Sequence[str]) -> Callable[[Sequence[str]], None] | None:
-    """The function of a project that answers these words of a tool's command: its first word is a subcommand that the
-    project declares, or any word is an option that it declares.
-
-    Raises:
-        ConfigError: the function is not there.
-    """
-    commands = commands_of(tool)
-    for position, word in enumerate(words):
-        name = word.partition("=")[0] if word.startswith("--") else word
-        if name in commands and (position == 0 or name.startswith("--")):
-            run: Callable[[Sequence[str]], None] = load(commands[name]["run"])
-            return run
-    return None
-
-
-def commands_of(tool: str) -> dict[str, dict[str, str]]:
-    """What projects add to the command of a tool: word -> {"run": "module:function", "help": sentence}. A word is a
-    subcommand, such as "check", or an option, such as "--examples".
-    """
-    return {word: command for project in projects() for word, command in project.commands(tool).items()}
-
-
-def further_commands(tool: str) -> str:
-    """What projects add to the command of a tool, for the end of its help; nothing if they add nothing."""
-    lines = [f"  {word:20}{command['help']}" for word, command in commands_of(tool).items()]
-    return "\n".join(["\n\nadded by projects:", *lines]) if lines else ""

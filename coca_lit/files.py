@@ -5,26 +5,31 @@ Everything that the project writes in order to resume from it later is written b
 
 import csv
 import errno
+import glob
+import hashlib
 import json
 import logging
 import os
 import re
 import secrets
 import shutil
+import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from io import FileIO, StringIO
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
 from coca_lit.errors import DataError
-from coca_lit.reading import MAX_JSON, open_regular, printable, read_json
+from coca_lit.reading import MAX_JSON, open_regular
 
 T = TypeVar("T")
 TEMPORARY = ".coca_lit-tmp"  # ends names of unfinished files and folders; in these it is a file, too
-_OURS = re.compile(rf"\..+\.\d+-[0-9a-f]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)
+OLD = 3600.0  # seconds after which nobody is still writing an unfinished file
+_OURS = re.compile(rf"\..+\.(\d+)-([0-9a-f]{{8}})-[0-9a-f]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)
 _FORMULA = re.compile(r"[=+@\t\r-]")
 _NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of file systems that cannot sync a folder
@@ -46,12 +51,42 @@ def remove_leftovers(folder: Path, name: str = "*", older: float = 0.0) -> None:
 
     Args:
         name: a pattern of final names.
-        older: seconds since a file changed last; what is newer stays, where other processes may be at work.
+        older: seconds since a file changed last; what is newer stays, where other processes may be at work, unless its
+            writer was a process of this machine and has ended.
     """
     for path in folder.glob(f".{name}.*{TEMPORARY}"):
-        with suppress(FileNotFoundError):  # whoever was at work has given it its name
-            if is_leftover(path) and (not older or time.time() - path.lstat().st_mtime >= older):
+        with suppress(OSError):  # whoever was at work has given it its name, or it is another user's
+            age = time.time() - path.lstat().st_mtime
+            if is_leftover(path) and (not older or age >= older or _writer_has_ended(path)):
                 remove(path)
+
+
+def _writer_has_ended(path: Path) -> bool:
+    """Whether a process of this machine wrote an unfinished file, and is gone."""
+    match = _OURS.fullmatch(path.name)
+    if match is None or match[2] != _machine():
+        return False
+    return has_ended(int(match[1]))
+
+
+def has_ended(process: int) -> bool:
+    """Whether this machine has no process of that number. Windows, which cannot be asked, says no."""
+    if os.name == "nt":
+        return False
+    try:
+        os.kill(process, 0)  # asks, and sends nothing
+    except (OSError, OverflowError) as error:
+        return isinstance(error, ProcessLookupError)
+    return False
+
+
+@cache
+def _machine() -> str:
+    """A digest of what shares the numbers of processes: a machine since its start, or a container on it."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # Linux has these
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:8]
 
 
 def temporary_folder(path: Path) -> Path:
@@ -73,14 +108,16 @@ def remove(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, which replaces `path` when the block ends without an error.
 
-    It is synced first, so that a crash of the machine leaves either the old content or the new one.
+    It is synced first, so that a crash of the machine leaves either the old content or the new one. What killed
+    processes left of `path` is removed.
 
     Raises:
         DataError: nothing can be written there.
     """
-    temporary = _beside(path)
-    with _write_errors(path):
+    temporary = beside(path)
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, glob.escape(path.name), OLD)
         temporary.touch()
         mode = temporary.stat().st_mode & 0o777
         try:
@@ -106,51 +143,6 @@ def write_json(path: Path, content: Any) -> None:
     atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def is_of_another(made: str, path: Path) -> bool:
-    """Whether a result that was made of the file `made` is not of this one, and not of one that has moved here."""
-    return os.path.exists(made) and not os.path.samefile(made, path)
-
-
-def claim(file: Path, settings: Mapping[str, Any], taken: bool = False) -> None:
-    """Records in `file`, beside an output, the settings that make it. Of several processes that begin at once, the
-    first one records its own.
-
-    Args:
-        taken: whether the output exists already: then the record must, too.
-
-    Raises:
-        DataError: the output is made with other settings, or is not ours; or nothing can be written there.
-    """
-    if not taken and _created(file, (json.dumps(settings, indent=2) + "\n").encode()):
-        return
-    if not file.exists():
-        raise DataError(f"the output exists and this command did not write it ({file} is missing): choose another")
-    known = read_json(file, dict)
-    for key in {**settings, **known}:
-        if known.get(key) != settings.get(key):
-            was, now = (printable(f"{key}={values.get(key)}") for values in (known, settings))
-            raise DataError(f"{file} says {was}, but now {now}: choose another output")
-
-
-def _created(path: Path, content: bytes) -> bool:
-    """Writes a new file, complete or not at all where the system has hard links; False if there is one."""
-    temporary = _beside(path)
-    with _write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            try:
-                os.link(temporary, path)  # unlike a renaming, it fails if the file exists
-            except (OSError, NotImplementedError):  # it does, or there are no hard links here
-                with path.open("xb") as file:
-                    file.write(content)
-            return True
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
 def atomic_link(link: Path, target: Path) -> None:
     """Makes `link` another name of a file beside it, replacing in one step whatever was there: a symbolic link, or a
     hard link or a copy where the system has none, as Windows does without the right to them.
@@ -158,8 +150,8 @@ def atomic_link(link: Path, target: Path) -> None:
     Raises:
         DataError: nothing can be written there.
     """
-    temporary = _beside(link)
-    with _write_errors(link):
+    temporary = beside(link)
+    with write_errors(link):
         temporary.unlink(missing_ok=True)
         try:
             os.symlink(target.name, temporary)
@@ -201,7 +193,7 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
     """
     rest = memoryview("".join(f"{line}\n" for line in lines).encode())
     end = None
-    with _write_errors(path):
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with path.open("a+b", buffering=0) as file:
@@ -315,8 +307,9 @@ def csv_line(row: Iterable[Any]) -> str:
     return text.getvalue()
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+def beside(path: Path) -> Path:
+    """A new temporary path beside another, which `remove_leftovers` knows."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{_machine()}-{secrets.token_hex(4)}{TEMPORARY}")
 
 
 def _remove_incomplete_line(file: FileIO) -> int:
@@ -335,7 +328,8 @@ def _remove_incomplete_line(file: FileIO) -> int:
 
 
 @contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
+    """Turns an error of writing a file into a `DataError` that names it."""
     try:
         yield
     except OSError as error:

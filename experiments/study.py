@@ -1,7 +1,7 @@
-"""Building blocks of the studies: rows of finished runs, tables and figures made of rows, places of tables in READMEs.
+"""Building blocks of the studies: rows of finished runs, tables and figures made of rows, places of tables in pages.
 
 `experiments/report.py` puts them together. A table stands between the lines `<!-- table:NAME -->` and `<!-- /table -->`
-of any README of the repository. Runs are named VARIANT_seedN, which groups the seeds of a variant.
+of a page in `experiments/` or in the package. Runs are named VARIANT_seedN, which groups the seeds of a variant.
 """
 
 import csv
@@ -14,21 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from coca_lit.runs.scores import data_name, in_print_units, score_name
+from coca_lit.runs.scores import in_print_units, score_name
 from coca_lit.tools.report.tables import Table, markdown
 
 Row = dict[str, str]
 
 EXPERIMENTS = Path(__file__).resolve().parent
-READMES = (
-    *(EXPERIMENTS.parent / "README.md", EXPERIMENTS.parent / "coca_lit" / "assets" / "photos" / "README.md"),
-    *(EXPERIMENTS / "README.md", *sorted(EXPERIMENTS.glob("*/README.md"))),
-    *sorted(EXPERIMENTS.parent.glob("coca_lit/projects/*/README.md")),
-)
+PAGES = (*sorted(EXPERIMENTS.rglob("*.md")), *sorted(EXPERIMENTS.parent.glob("coca_lit/**/*.md")))
 MARK = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
 ABOUT = ("run", "seed", "seconds", "commit", "machine", "torch", "command")
 DATA = {"scenes": "scenes", "compositional": "unseen combinations", "flickr8k": "photos"}
-SHOWN = re.compile(r"/(Bleu_4|METEOR|CIDEr|exact_match|\w+_recall@[15]|top1)$")  # the CSV has all scores
 
 
 class TableStudy(NamedTuple):
@@ -193,31 +188,11 @@ def draw_lines(panels: Mapping[str, Mapping[str, list[tuple[float, float]]]], x:
 # Tables
 
 
-def by_seed(rows: Sequence[Row]) -> str:
-    """Markdown for a study of few runs: a line per score, a column per run, mean ± std where there are several."""
-    several = len(rows) > 1
-    names = [f"seed {row['seed']}" for row in rows]
-    end = ["mean ± std"] if several else []
-    header = ["score", *names, *end]
-    lines = [["seconds, all included", *(row["seconds"] for row in rows), *[""] * several]]
-    for score in filter(SHOWN.search, rows[0]):
-        spread = [mean_std(numbers(rows, score))] if several and len(numbers(rows, score)) > 1 else [""] * several
-        values = [mean_std(numbers([row], score)) for row in rows]
-        lines.append([f"{data_name(score.rpartition('/')[0])}: {score_name(score)}", *values, *spread])
-    return with_about(header, lines, rows)
-
-
 def by_variant(rows: Sequence[Row], scores: Mapping[str, str]) -> str:
     """Markdown for a study that compares variants: a line for each, with n, mean ± std of `scores`, {column: title}."""
     groups = variants(rows).items()
     lines = [[name, str(len(runs)), *(mean_std(numbers(runs, score)) for score in scores)] for name, runs in groups]
     return with_about(["variant", "n", *(unit(score, title) for score, title in scores.items())], lines, rows)
-
-
-def as_they_are(rows: Sequence[Row]) -> str:
-    """Markdown of the columns of the CSV: a line per row."""
-    columns = [key for key in rows[0] if key not in ABOUT]
-    return with_about(columns, [[readable(row[key]) for key in columns] for row in rows], rows)
 
 
 def readable(text: str, factor: float = 1) -> str:
@@ -261,11 +236,11 @@ def with_about(header: Sequence[str], lines: Sequence[Sequence[str]], rows: Sequ
 
 
 def write_tables(tables: Mapping[str, str]) -> None:
-    """Writes each table into every README that has a place for it."""
-    for readme in READMES:
-        old = readme.read_text()
+    """Writes each table into every page that has a place for it."""
+    for page in PAGES:
+        old = page.read_text()
         if (new := with_tables(old, tables)) != old:
-            readme.write_text(new)
+            page.write_text(new)
 
 
 def with_tables(text: str, tables: Mapping[str, str]) -> str:

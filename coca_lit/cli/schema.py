@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from coca_lit.errors import NO_SUGGESTION, ConfigError, suggest
-from coca_lit.extensions import DeclaredArguments, names_in, schedule_keys
+from coca_lit.extensions import DeclaredArguments, declared, schedule_keys
 
 BUILD_KEYS = ("_target_", "_args_", "_partial_")  # of a node, which are no arguments
 NUMBERS = (int, float, bool)
@@ -113,7 +113,7 @@ def _signature(target: Callable[..., Any]) -> Signature:
         takes_any = False
         for source in others.__metadata__:
             if isinstance(source, DeclaredArguments):
-                shared |= {name: Argument(source) for name in names_in(source.kind)}  # of modules not imported yet
+                shared |= {name: Argument(source) for name in declared(source.kind)}  # of modules not imported yet
             elif isinstance(source, str):  # the arguments of a class, which gets other defaults
                 further = read_signature(source)
                 shared |= {name: Argument(argument.annotation) for name, argument in further.arguments.items()}
@@ -122,8 +122,8 @@ def _signature(target: Callable[..., Any]) -> Signature:
                 shared |= _fields(source, inherited)
         return Signature(arguments | shared | arguments, takes_any)  # its own first
     if get_origin(others) is Unpack:
-        declared = {name: a for name, a in inherited.items() if isinstance(a.annotation, DeclaredArguments)}
-        return Signature(arguments | _fields(get_args(others)[0], inherited) | declared | arguments, False)
+        of_projects = {name: a for name, a in inherited.items() if isinstance(a.annotation, DeclaredArguments)}
+        return Signature(arguments | _fields(get_args(others)[0], inherited) | of_projects | arguments, False)
     return Signature(arguments | inherited | arguments, True)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
+from coca_lit import extensions
 from coca_lit.data.records import Record
 from coca_lit.distributed import host_group, rank, world_size
 from coca_lit.errors import DataError
@@ -94,13 +95,11 @@ class CaptionScores(Evaluation):
         return caption_images(model, records, settings.batch_size, settings.workers, settings.generate or {})
 
     def _write_word_maps(self, model: CoCa, records: Sequence[Record], settings: Settings) -> None:
-        from coca_lit.evals.word_maps import declared_word_maps, word_map_samples  # which loads matplotlib
-
-        word_maps = declared_word_maps()
-        if word_maps is None:
+        targets = list(extensions.declared("word_map_samples").values())
+        if not targets:
             self.not_run[f"{self.name} attention"] = "no installed project says where words come from"
             return
-        samples = word_map_samples(model, records, settings.attention, settings.generate or {}, word_maps)
+        samples = extensions.load(targets[0])(model, records, settings.attention, settings.generate or {})
         settings.write_json("samples", f"{self.name}_attention.json", samples)
 
     def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
 from coca_lit.errors import ConfigError, DataError
-from coca_lit.files import atomic_write, csv_line, remove_leftovers, whole_lines, write_json
+from coca_lit.files import atomic_write, csv_line, has_ended, remove_leftovers, whole_lines, write_json
 from coca_lit.machine import in_shell, is_first_process
 from coca_lit.reading import check_inside, parse_json, printable, read_json
 from coca_lit.runs.redaction import masked_yaml, redact
@@ -228,13 +228,7 @@ def _holder(folder: Path) -> dict[str, Any]:
 def _ended(holder: dict[str, Any]) -> bool:
     """Whether the process that took the lock is gone, and only processes that it started still hold it."""
     process = holder.get("process")
-    if os.name == "nt" or holder.get("host") != socket.gethostname() or not isinstance(process, int):
-        return False
-    try:
-        os.kill(process, 0)  # asks, and sends nothing
-    except (OSError, OverflowError) as error:
-        return isinstance(error, ProcessLookupError)
-    return False
+    return holder.get("host") == socket.gethostname() and isinstance(process, int) and has_ended(process)
 
 
 # Its beginning: what an earlier run left is archived, or its logs end where the run resumes

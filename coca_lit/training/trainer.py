@@ -57,12 +57,6 @@ def trainer_parts(
     }
 
 
-def full_precision_name(precision: str | int | None) -> str:
-    """Lightning's full name of a precision, which it also takes as a number or a short name: 16 -> "16-mixed"."""
-    short = {"64": "64-true", "32": "32-true", "None": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
-    return short.get(str(precision), str(precision))
-
-
 def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
     """Checks that this trainer can fit this module to these data, and sets what of the trainer depends on them.
 

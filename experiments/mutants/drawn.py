@@ -1,9 +1,9 @@
 """Breaks lines of the package that are drawn at random, and lists what no test notices.
 
-    pip install cosmic-ray
-    python experiments/mutants/drawn.py draw --count 150     # a row of drawn.csv for each; those that ran stay
-    python experiments/mutants/drawn.py run                  # the test files near the line
-    python experiments/mutants/drawn.py run --survivors      # then their slow tests, and the package's other tests
+    pip install cosmic-ray                                   # and Python 3.12
+    python experiments/mutants/drawn.py record               # which lines each test runs; a run of all tests
+    python experiments/mutants/drawn.py draw --seed 1        # a row of drawn.csv for each
+    python experiments/mutants/drawn.py run                  # the tests that run the line, the quickest first
     python experiments/mutants/drawn.py check                # what noticed a mutant passes without it
 
 Every folder of the package gives as many lines as any other. A line is drawn among those that cosmic-ray's operators
@@ -15,21 +15,26 @@ import ast
 import contextlib
 import csv
 import fcntl
+import os
 import random
 import re
+import sqlite3
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.mutants import lines
 from experiments.mutants.mutants import NOBODY, OUT_OF_TIME, ROOT, RUNNING, copied, first_failure, prepare
 
 RESULTS = Path(__file__).with_name("drawn.csv")
-NEAR = 6  # files of tests; most mutants fail one of the first
-LIMIT_S, LIMIT_ALONE_S, CHECK_S = 600, 300, 3600  # for files of tests together, for one test, for all that noticed
+RECORDED = ROOT / "outputs" / "mutants" / "lines.sqlite"
+LIMIT_S, LIMIT_ALONE_S, CHECK_S = 900, 300, 3600  # for the tests of a mutant, for one test, for all that noticed
+LAST = 10**9  # a line after all
+QUICK_S = 20  # tests of this time together run first: they notice most
 LIBRARIES = (
     "hypothesis",
     "duckdb",
@@ -40,14 +45,15 @@ LIBRARIES = (
     "transformers",
 )
 NO_START = "(pytest cannot start)"
-SCOPES = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+SCOPES = FUNCTIONS | ast.ClassDef
 
 
 class Row(NamedTuple):
     """A row of `drawn.csv`: what an operator does to one place of a file, and what became of it.
 
-    `noticed_by` is the first test that failed; `ring` is how far one was looked for: in files of tests "near" the line,
-    or also "wide". `seconds` is empty before the mutant has run; `verdict` is written by hand for a survivor.
+    `noticed_by` is the first test that failed, of `tests` that run the line. `seconds` is empty before the mutant has
+    run; `verdict` is written by hand for a survivor.
     """
 
     file: str
@@ -56,7 +62,7 @@ class Row(NamedTuple):
     occurrence: str
     mutation: str
     noticed_by: str = NOBODY
-    ring: str = ""
+    tests: str = ""
     seconds: str = ""
     verdict: str = ""
 
@@ -66,6 +72,8 @@ def draw(count: int, seed: int) -> None:
     rng = random.Random(seed)
     rooms: dict[str, dict[tuple[str, int], list[Row]]] = {}
     for path in sorted((ROOT / "coca_lit").rglob("*.py")):
+        if "template" in path.parts:  # what `coca-new` copies
+            continue
         parents = path.relative_to(ROOT / "coca_lit").parts[:-1]
         room = "/".join(parents[: 2 if parents[:1] == ("tools",) else 1])
         for change in changes(str(path.relative_to(ROOT))):
@@ -138,87 +146,112 @@ def _difference(before: str, after: str) -> str:
     return f"{old.strip()} → {new.strip()}"
 
 
-def related(row: Row) -> tuple[list[str], list[str], list[str]]:
-    """Files of tests, the likeliest first: near a mutant's file, of the same folder, and of the same package.
+def record_lines() -> None:
+    """Runs all tests but the blocks of pages, and writes `RECORDED`: which tests run a line, and the time of each."""
+    with tempfile.TemporaryDirectory(prefix="lines_") as folder:
+        tree, notes = copied(Path(folder, "tree")), Path(folder, "notes")
+        notes.mkdir()
+        (tree / "sitecustomize.py").write_text(lines.SITECUSTOMIZE)
+        environment = {lines.FOLDER: str(notes), lines.PACKAGE: str(tree / "coca_lit"), "PYTHONPATH": str(tree)}
+        chosen = ["-m", "slow or not slow", "--ignore", "tests/docs/test_blocks.py"]
+        command = [sys.executable, "-m", "pytest", "-p", "experiments.mutants.lines", *chosen]
+        subprocess.run(command, cwd=tree, env=os.environ | environment)  # a test that fails has run its lines, too
+        write_lines(notes)
 
-    Near are those that import the file or a public name of it, or that have its name. Those of the package import
-    another part of it.
+
+def write_lines(notes: Path) -> None:
+    """Writes `RECORDED` from what the processes of the tests wrote."""
+    RECORDED.parent.mkdir(parents=True, exist_ok=True)
+    RECORDED.unlink(missing_ok=True)
+    with contextlib.closing(sqlite3.connect(RECORDED)) as base, base:
+        base.execute("CREATE TABLE seconds (test TEXT PRIMARY KEY, seconds REAL)")
+        base.executemany("INSERT INTO seconds VALUES (?, ?)", lines.seconds(notes).items())
+        base.execute("CREATE TABLE runs (test TEXT, line TEXT)")
+        base.executemany("INSERT INTO runs VALUES (?, ?)", set(lines.recorded(notes)))
+        base.execute("CREATE INDEX by_line ON runs (line, test)")
+
+
+def tests_of(row: Row) -> dict[str, float]:
+    """Tests that run the statement of a row, the quickest first, with the time of each.
+
+    A statement outside functions runs at the import, in whichever test comes first. Its tests are those that run any
+    line of the class or the file around it, or of a file that has the name which it assigns.
     """
-    tree, line = ast.parse((ROOT / row.file).read_text()), int(row.line)
-    module = row.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    package = module.rpartition(".")[0]
-    around = [node for node in ast.walk(tree) if isinstance(node, SCOPES) and node.lineno <= line <= _last(node)]
-    names = {node.name for node in around if not node.name.startswith("__")}
-    public = {node.name for node in tree.body if isinstance(node, SCOPES) and not node.name.startswith("_")}
-    exported = {f"{place}.{name}" for place in (package, package.rpartition(".")[0]) for name in public}
-    mirrored = Path(row.file).with_suffix("").parts[1:]
-    near, folder, wide = list[str](), list[str](), list[str]()
-
-    def distance(path: Path) -> tuple[int, int]:
-        text, folder = path.read_text(), path.relative_to(ROOT / "tests").parts[:-1]
-        return -sum(re.search(rf"\b{name}\b", text) is not None for name in names) - (folder == mirrored[:-1]), len(
-            text
-        )
-
-    for path in sorted((ROOT / "tests").rglob("test_*.py"), key=distance):
-        test, parts = str(path.relative_to(ROOT / "tests")), path.relative_to(ROOT / "tests").with_suffix("").parts
-        imports, beside = _imported(path), parts[:-1] == mirrored[:-1]
-        if "simulated" in test or test == "projects/gpu_check/test_simulation.py":
-            continue  # a simulated GPU needs a process of its own, which one test starts: see below
-        if _has(imports, module) or imports & exported or (beside and mirrored[-1] in parts[-1]):
-            near.append(test)
-        elif beside:
-            folder.append(test)
-        elif package != "coca_lit" and _has(imports, package):
-            wide.append(test)
-    if "gpu_check" in row.file:
-        near.append("projects/gpu_check/test_simulation.py")
-    near, folder = (near, folder) if near else (folder, [])
-    return near[:NEAR], folder, near[NEAR:] + wide
-
-
-def _last(node: ast.stmt) -> int:
-    return node.end_lineno or node.lineno
-
-
-@cache
-def _imported(path: Path) -> set[str]:
-    """Dotted names: modules, and what is imported from them."""
-    names = set[str]()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    tree, number = ast.parse((ROOT / row.file).read_text()), int(row.line)
+    around = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.stmt | ast.ExceptHandler) and node.lineno <= number <= (node.end_lineno or node.lineno)
+    ]
+    innermost = max(around, key=lambda node: node.lineno, default=None)
+    functions = [node for node in around if isinstance(node, FUNCTIONS) and node.body[0].lineno <= number]
+    if innermost is None:  # a decorator
+        places = [(row.file, 1, LAST)]
+    elif functions:
+        places = [(row.file, innermost.lineno, _end_of_head(innermost))]
+    elif isinstance(innermost, SCOPES):  # a default
+        places = [(row.file, innermost.body[0].lineno, innermost.end_lineno or number)]
+    else:
+        names = {
+            node.id for node in ast.walk(innermost) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        }
+        users = [
+            str(path.relative_to(ROOT))
+            for path in (ROOT / "coca_lit").rglob("*.py")
+            if any(re.search(rf"\b{name}\b", path.read_text()) for name in names)
+        ]
+        places = [(file, 1, LAST) for file in {row.file, *users}]
+    with contextlib.closing(sqlite3.connect(RECORDED)) as base:
+        found = set[str]()
+        for file, first, last in places:
+            run = base.execute(
+                "SELECT test, CAST(substr(line, ?) AS INTEGER) AS number FROM runs WHERE line GLOB ?"
+                " AND number BETWEEN ? AND ?",
+                (len(file) + 2, f"{file}:*", first, last),
+            )
+            found |= {test for test, _ in run}
+        times = dict(base.execute("SELECT test, seconds FROM seconds ORDER BY seconds"))
+    return {test: time for test, time in times.items() if {test, test.partition("::")[0]} & found}
 
 
-def _has(imports: set[str], module: str) -> bool:
-    return any(f"{name}.".startswith(f"{module}.") for name in imports)
+def _end_of_head(node: ast.stmt | ast.ExceptHandler) -> int:
+    """The last line of a statement without the statements in it."""
+    body = getattr(node, "body", None)
+    return max(node.lineno, body[0].lineno - 1) if body else node.end_lineno or node.lineno
 
 
-def run(survivors: bool, first: int, count: int) -> None:
+def run(first: int, count: int) -> None:
     with tempfile.TemporaryDirectory(prefix="mutants_") as folder:
         suite = Suite(copied(Path(folder)))
         for row in read()[first : first + count]:
-            if bool(row.seconds) != survivors or row.noticed_by or row.verdict:
+            if row.seconds:
                 continue
             if not (ROOT / row.file).exists():
                 print(row.file, "is no longer there", flush=True)
                 continue
-            near, beside, wide = related(row)
-            steps = [["-m", "slow", *near, *beside], [*beside, *wide]] if survivors else [near]
             began, path = time.monotonic(), suite.tree / row.file
             changed = mutated(source := path.read_text(), row)
             if changed is None or _difference(source, changed) != row.mutation:
                 print(row.file, row.line, row.operator, "another line is there now", flush=True)
                 continue
+            tests = tests_of(row)
             with changed_to(path, changed) as back:
-                noticed_by = next(filter(None, (suite.noticing(step, back) for step in steps if step)), NOBODY)
-            seconds = f"{time.monotonic() - began + float(row.seconds or 0):.1f}"
-            ring = ("wide" if wide or beside else "slow") if survivors else "near"
-            record(row._replace(noticed_by=noticed_by, ring=ring, seconds=seconds))
+                noticed_by = next(filter(None, (suite.noticing(step, back) for step in _steps(tests))), NOBODY)
+            seconds = f"{time.monotonic() - began:.1f}"
+            record(row._replace(noticed_by=noticed_by, tests=str(len(tests)), seconds=seconds))
             print(row.file, row.line, row.operator, noticed_by or "SURVIVED", seconds, flush=True)
+
+
+def _steps(tests: dict[str, float]) -> Iterator[list[str]]:
+    """Some quick tests, then the others."""
+    total = 0.0
+    quick = list[str]()
+    for test, duration in tests.items():
+        total += duration
+        if total < QUICK_S:
+            quick.append(test)
+    others = [test for test in tests if test not in quick]
+    yield from filter(None, (quick, others))
 
 
 @contextlib.contextmanager
@@ -256,7 +289,7 @@ class Suite:
     def failing(self, arguments: list[str], seconds: float) -> str:
         arguments = [argument.removeprefix("tests/") for argument in arguments]
         try:
-            return first_failure(self.tree, arguments, seconds)
+            return first_failure(self.tree, ["-m", "slow or not slow", *arguments], seconds)
         except ValueError as error:
             return NOBODY if "ended with 5" in str(error) else NO_START  # 5: no test is selected
 
@@ -266,7 +299,7 @@ def check() -> None:
     noticing = sorted({row.noticed_by for row in read() if "::" in row.noticed_by})
     with tempfile.TemporaryDirectory(prefix="mutants_") as folder:
         suite = Suite(copied(Path(folder)))
-        while failed := suite.failing(["-m", "slow or not slow", *noticing], CHECK_S):
+        while failed := suite.failing(noticing, CHECK_S):
             print(f"{failed} fails without any mutation", flush=True)
             noticing.remove(failed)
     print(f"{len(noticing)} tests pass without a mutation")
@@ -297,18 +330,20 @@ def main() -> None:
     options = commands.add_parser("draw")
     options.add_argument("--count", type=int, default=150)
     options.add_argument("--seed", type=int, default=0)
+    commands.add_parser("record")
     commands.add_parser("check")
     options = commands.add_parser("run")
-    options.add_argument("--survivors", action="store_true")
     options.add_argument("--first", type=int, default=0, help="row")
     options.add_argument("--count", type=int, default=sys.maxsize)
     given = parser.parse_args()
     if given.command == "draw":
         draw(given.count, given.seed)
+    elif given.command == "record":
+        record_lines()
     elif given.command == "check":
         check()
     else:
-        run(given.survivors, given.first, given.count)
+        run(given.first, given.count)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """Training on 8 to 384 GPUs, on paper: communication, memory, throughput, input, failures. Writes throughput.csv,
-input.csv, failures.csv, the tables of the README and failures.png.
+input.csv, failures.csv, the table of the page and failures.png.
 
 python experiments/scale/scale.py
 """

@@ -12,8 +12,12 @@ from typing import NamedTuple
 
 import pytest
 
+from experiments.study import PAGES
+
 ROOT = Path(__file__).resolve().parents[2]
 FRONT, STUDIES = "README.md", "experiments/README.md"
+LOSSES, MODELS = "experiments/losses.md", "experiments/models.md"
+RERANKING, TWO_CORES = "experiments/reranking.md", "experiments/two_cores.md"
 TABLE = re.compile(r"<!-- table:(\S+) -->\n(.*?)<!-- /table -->", re.DOTALL)
 
 
@@ -51,17 +55,17 @@ BEST = "40 epochs, mixed SCST, best of 8 beams, 288 px"
 FASTER = "times as fast"
 CLAIMS = [
     Claim(
-        (FRONT, STUDIES, "decoder_reranking"),
+        (FRONT, STUDIES, RERANKING),
         r"from (\S+) to (\S+) % \(image to text\) and from (\S+) to (\S+) % \(text to image\)",
         RE_RANKED,
     ),
     Claim(
-        ("flickr8k_two_hours",),
+        (TWO_CORES,),
         r"weight 0.7 the model before the reward training reaches \[(\S+) and (\S+) %",
         (RE_RANKED[1], RE_RANKED[3]),
     ),
     Claim(
-        ("decoder_reranking",),
+        (RERANKING,),
         r"text to image recall@1 from (\d+) to (\d+) %, on unseen combinations from (\d+) to (\d+) %",
         (
             *cells("decoder_reranking", "t→i R@1, %", "scenes | 0", "scenes | 2"),
@@ -69,13 +73,13 @@ CLAIMS = [
         ),
     ),
     Claim(
-        ("decoder_reranking",),
+        (RERANKING,),
         r"(\d+) → (\d+) % right on unseen combinations",
         cells(
             "decoder_reranking/choices",
             "all, %",
-            "unseen combinations | likelihood | 0.0",
-            "unseen combinations | likelihood | 0.2",
+            "unseen combinations | 0.0",
+            "unseen combinations | 0.2",
         ),
     ),
     Claim(
@@ -96,7 +100,7 @@ CLAIMS = [
     Claim(("benchmarks",), r"greedy (\S+) times", cells("benchmarks/generation", "fp32, times as fast", "greedy | 8")),
     Claim(
         ("benchmarks",),
-        r"\| input pipeline \| (\S+) to (\S+) times faster",
+        r"\*\*Input pipeline\*\*: (\S+) to (\S+) times faster",
         cells(
             "benchmarks/input_pipeline",
             FASTER,
@@ -104,30 +108,28 @@ CLAIMS = [
             "photos in images | all, indexed shards",
         ),
     ),
-    Claim(("family",), r"CIDEr (\d+) instead of (\d+) on scenes, (\d+) instead of (\d+) on photos", MEMBERS),
+    Claim((MODELS,), r"CIDEr (\d+) instead of (\d+) on scenes, (\d+) instead of (\d+) on photos", MEMBERS),
     Claim(
-        ("family",),
+        (MODELS,),
         r"recall@1 (?:of )?(\d+) % on scenes and (\d+) % on photos[ ,(]+CoCa (\d+) and (\d+) %",
         MAMMUT,
     ),
     Claim(
-        (STUDIES, "family"), r"\(?CIDEr (\d+), CoCa (\d+)\)", cells("family/flickr8k", "CIDEr", "CoCa2 modern", "CoCa")
+        (STUDIES, MODELS), r"\(?CIDEr (\d+), CoCa (\d+)\)", cells("family/flickr8k", "CIDEr", "CoCa2 modern", "CoCa")
     ),
+    Claim((STUDIES, LOSSES), r"raises CIDEr from (\d+) to (\d+)", cells("loss_weights", "CIDEr", "1 : 2", "1 : 4")),
     Claim(
-        (STUDIES, "loss_weights"), r"raises CIDEr from (\d+) to (\d+)", cells("loss_weights", "CIDEr", "1 : 2", "1 : 4")
-    ),
-    Claim(
-        (STUDIES, "negative"),
+        (STUDIES, LOSSES),
         r"side by side(?: raise CIDEr|: CIDEr rises) from (\d+) to (\d+)",
         cells("negative", "CIDEr", "as it is", "two poolers side by side"),
     ),
     Claim(
-        (STUDIES, "negative"),
+        (STUDIES, LOSSES),
         r"lower mean CIDEr from (\d+) to between (\d+) and (\d+)",
         cells("negative", "CIDEr", "few pairs: alone", "few pairs: both", "few pairs: texts first"),
     ),
     Claim(
-        (STUDIES, "decoder_reranking"),
+        (STUDIES, RERANKING),
         r"self-critical training from (\S+) to (\S+) \(two|CIDEr on photos from (\S+) to (\S+) \(two",
         tuple(
             Cell("contrastive_reranking/flickr8k", "CIDEr | two hours, SCST | 8 beams", f"weight {w}")
@@ -136,22 +138,25 @@ CLAIMS = [
     ),
     Claim((STUDIES,), r"LoRA keeps (\d+) %", cells("forgetting", "R@5 kept, %", "weight 0, LoRA in towers and pooler")),
     Claim(
-        (STUDIES, "flickr8k_two_hours"),
+        (STUDIES, TWO_CORES),
         r"CIDEr (\d+), BLEU-4 (\S+?),? and recall@1 of|CIDEr (\d+), BLEU-4 (\S+?), recall@1 of",
-        cells("flickr8k", "seed 0", "Flickr8k: CIDEr", "Flickr8k: BLEU-4"),
+        (Cell("flickr8k", "experiment=flickr8k", "CIDEr"), Cell("flickr8k", "experiment=flickr8k", "BLEU-4")),
     ),
     Claim(
-        (STUDIES, "flickr8k_two_hours"),
+        (STUDIES, TWO_CORES),
         r"recall@1 of (\d+) % \(text to image\) and (\d+) % \(image to text\)",
-        cells("flickr8k", "seed 0", "Flickr8k: text to image recall@1, %", "Flickr8k: image to text recall@1, %"),
+        (
+            Cell("flickr8k", "experiment=flickr8k", "text to image R@1, %"),
+            Cell("flickr8k", "experiment=flickr8k", "image to text R@1, %"),
+        ),
     ),
     Claim(
-        (STUDIES, "flickr8k_two_hours"),
+        (STUDIES, TWO_CORES),
         r"CIDEr (\S+), BLEU-4 (\S+)(?:,| and) METEOR (\S+)",
         tuple(Cell("flickr8k_two_hours", BEST, score) for score in ("CIDEr", "BLEU-4", "METEOR")),
     ),
     Claim(
-        ("flickr8k_two_hours",),
+        (TWO_CORES,),
         r"one seed of such a model reaches CIDEr (\S+), METEOR (\S+) and BLEU-4 (\S+)\. All",
         tuple(
             Cell("flickr8k_two_hours", "40 epochs again, mixed SCST, consensus of 8 beams", score)
@@ -159,7 +164,7 @@ CLAIMS = [
         ),
     ),
     Claim(
-        ("flickr8k_two_hours",),
+        (TWO_CORES,),
         r"its recall@1 is (\S+) % \(image to text\) and (\S+) % \(text to image\)",
         tuple(
             Cell("flickr8k_two_hours/retrieval", "40 epochs, mixed SCST, 16 re-ranked, 288 px", f"{way} R@1, %")
@@ -175,8 +180,7 @@ def text_of(page: str) -> str:
 
 def value(cell: Cell) -> float:
     """The mean that a cell of a study's table begins with."""
-    pages = (ROOT / "experiments").glob("*/README.md")
-    tables = {name: table for page in pages for name, table in TABLE.findall(page.read_text())}
+    tables = {name: table for page in PAGES for name, table in TABLE.findall(page.read_text())}
     lines = [line.strip("| ").split(" | ") for line in tables[cell.table].splitlines() if line.startswith("|")]
     start = cell.row.split(" | ")
     (row,) = [line for line in lines if line[: len(start)] == start]

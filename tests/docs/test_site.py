@@ -25,7 +25,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_pages_are_where_their_folders_are(site: Path) -> None:
-    for page in ("index.html", "conf/KEYS/index.html", "experiments/demo/index.html"):
+    for page in ("index.html", "conf/KEYS/index.html", "experiments/two_cores/index.html"):
         assert (site / page).is_file(), page
     assert (site / "experiments/demo/samples.png").read_bytes() == (ROOT / "experiments/demo/samples.png").read_bytes()
 

@@ -1,6 +1,7 @@
-"""Recorded numbers: every table in a README is what the CSV of its study says, and every study is complete."""
+"""Recorded numbers: every table on a page is what the CSV of its study says, and every study is complete."""
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,11 +34,11 @@ def test_tables_are_those_of_the_csvs() -> None:
         else:
             tables |= reported.tables()
     shown = []
-    for readme in study.READMES:
-        assert study.with_tables(readme.read_text(), tables) == readme.read_text(), f"{readme}: run report.py"
-        shown += [match[2] for match in study.MARK.finditer(readme.read_text())]
+    for page in study.PAGES:
+        assert study.with_tables(page.read_text(), tables) == page.read_text(), f"{page}: run report.py"
+        shown += [match[2] for match in study.MARK.finditer(page.read_text())]
     assert set(tables) <= set(shown)
-    for match in (m for readme in study.READMES for m in study.MARK.finditer(readme.read_text())):
+    for match in (m for page in study.PAGES for m in study.MARK.finditer(page.read_text())):
         assert match[2] in tables or match[0].splitlines()[1] == "Not recorded yet."
 
 
@@ -45,13 +46,12 @@ def test_tables_are_those_of_the_csvs() -> None:
 def test_a_study_has_all_that_the_contract_asks_for(name: str) -> None:
     assert name in report.STUDIES
     assert f"experiments/report.py {name}" in (ROOT / "experiments" / name / "run.sh").read_text()
-    tables = {match[2]: readme for readme in study.READMES for match in study.MARK.finditer(readme.read_text())}
-    page = next(
-        readme for table, readme in tables.items() if table.partition("/")[0] == name and "assets" not in readme.parts
-    )
-    assert f"({page.parent.name}/README.md" in (ROOT / "experiments" / "README.md").read_text()
-    opening = page.read_text().splitlines()[:20]
-    assert [line.split()[0] for line in opening if line.startswith("**")][:2] == ["**Question.**", "**Answer.**"]
+    tables = {match[2]: page for page in study.PAGES for match in study.MARK.finditer(page.read_text())}
+    page = next(page for table, page in tables.items() if table.partition("/")[0] == name)
+    assert f"({os.path.relpath(page, ROOT / 'experiments')}" in (ROOT / "experiments" / "README.md").read_text()
+    opening = page.read_text().partition(f"<!-- table:{name}")[0]
+    question, answer = opening.rfind("**Question.**"), opening.rfind("**Answer.**")
+    assert 0 <= question < answer, f"{page}: the table of {name} stands below a question and its answer"
 
 
 def make_run(folder: Path, seed: int, results: dict[str, float] | None) -> Path:
@@ -78,7 +78,7 @@ def test_runs_become_rows_and_failed_ones_too(tmp_path: Path) -> None:
     assert rows[0]["command"] == "python train.py data.root=PATH --config-dir experiments/x"
     (good / "results.json").write_text('{"scenes/CIDEr": 2}')
     assert [row.get("scenes/CIDEr") for row in study.add_runs(rows, [good])] == ["2.0000", ""]
-    assert "| built-in scenes: CIDEr | 125.0 |  |  |" in study.by_seed(rows)
+    assert "| a | 1 | 125.0 |\n| b | 1 |  |" in study.by_variant(rows, {"scenes/CIDEr": "CIDEr"})
 
 
 def test_rows_of_a_case_replace_its_earlier_ones(tmp_path: Path) -> None:

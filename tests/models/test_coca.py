@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coca_lit.extensions import names_in
+from coca_lit.extensions import declared
 from coca_lit.losses import caption_loss, contrastive_loss
 from coca_lit.models import PRESETS, CoCa, CoCaOutput, create_model
 from coca_lit.models.coca import CAPTION, CONTRASTIVE
@@ -20,8 +20,8 @@ from helpers.family import check_preset
 from helpers.slow import slow
 
 OWN_POOLERS = ("single", "parallel", "cascade", "openclip_parallel", "openclip_cascade")
-POOLERS = (*OWN_POOLERS, *(name for name in names_in("poolers") if REGISTRY.get(name).token_kind is None))
-TEXT_TOWERS = names_in("text_towers")
+POOLERS = (*OWN_POOLERS, *(name for name in declared("poolers") if REGISTRY.get(name).token_kind is None))
+TEXT_TOWERS = [*declared("text_towers")]
 CLS_MASKS: tuple[ClsMask, ...] = get_args(ClsMask)
 TINY_VIT = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
 # One of each kind of output: tokens, a grid with and without a norm or a convolution in the head, a grid with

@@ -18,7 +18,14 @@ from coca_lit.tokenizer import Tokenizer
 
 
 def maps_of_captions(model: CoCa, pixels: Images, ids: Tensor, attention: Tensor) -> list[tuple[list[str], Tensor]]:
-    """See `coca_lit.evals.word_maps.WordMaps`; the maps have sums of 1."""
+    """The words of each of N captions of an image, and for each of them a map over the image (words, h, w) with a sum
+    of 1.
+
+    Args:
+        pixels: the image (3, H, W), or an `Input`.
+        ids: tokens (N, L).
+        attention: of the decoder (N, L, Q) to the pooled tokens.
+    """
     images = pixels[None].to(model.device)
     with evaluating(model):
         pooled = model.pooling.attention(model.image_encoder(images))

@@ -23,12 +23,13 @@ from coca_lit.data.sources import Transform
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
 from coca_lit.evals.inference import evaluating
-from coca_lit.files import claim, size_and_time
+from coca_lit.files import size_and_time
 from coca_lit.machine import best_device
 from coca_lit.models import DualEncoder, text_lengths
 from coca_lit.models.inputs import Images, stack_images
 from coca_lit.models.likelihood import log_likelihoods
 from coca_lit.projects.curation.scores import SETTINGS, read_about, scores_path, write_scores
+from coca_lit.tools.claims import claim
 from coca_lit.tools.prepare.annotate import (
     AnnotatedShard,
     ShardSamples,

@@ -26,10 +26,11 @@ from coca_lit.data.transforms import Box, random_box, resized
 from coca_lit.distributed import stable_seed
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.evals.inference import evaluating
-from coca_lit.files import claim, size_and_time
+from coca_lit.files import size_and_time
 from coca_lit.machine import best_device
 from coca_lit.models import DualEncoder
 from coca_lit.projects.distillation.reinforced import Reinforced, reinforced_path, write_reinforced
+from coca_lit.tools.claims import claim
 from coca_lit.tools.prepare.annotate import (
     AnnotatedShard,
     ShardSamples,

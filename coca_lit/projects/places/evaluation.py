@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from coca_lit.data.records import Record
-from coca_lit.evals.answers import generate_answers
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.metrics.uncertainty import Ratios, Units
 from coca_lit.models import DualEncoder
 from coca_lit.projects.places.boxes import overlap, read_box
+from coca_lit.projects.reasoning.written_answers import generate_answers
 from coca_lit.tokenizer import Tokenizer
 
 LEAST_OVERLAP = 0.5  # intersection over union of a box that counts as right

@@ -7,7 +7,6 @@ import numpy as np
 from coca_lit.data.records import Record
 from coca_lit.distributed import rank
 from coca_lit.errors import DataError
-from coca_lit.evals.answers import generate_answers
 from coca_lit.evals.base import Evaluation, Settings, kept_objective
 from coca_lit.evals.samples import caption_samples, sample_sheet
 from coca_lit.metrics.uncertainty import Draws, Ratios, Units, bootstrap
@@ -15,6 +14,7 @@ from coca_lit.models import DualEncoder
 from coca_lit.projects.classification.classifier import Classifier
 from coca_lit.projects.classification.labels import LabelScores, Parts, rows_by_accuracy
 from coca_lit.projects.reasoning.accuracy import blind_answers, enough_people, vqa_accuracy
+from coca_lit.projects.reasoning.written_answers import generate_answers
 
 WRITTEN = ""  # the way of answers that the decoder writes; others are "classifier" and "blind"
 Answers = dict[int | str, str]  # by question id

@@ -11,13 +11,13 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
+from coca_lit import extensions
 from coca_lit.data.pixels import FORMATS, MAX_PIXELS
 from coca_lit.data.records import ImageFile
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
 from coca_lit.evals.retrieval import informative, mix_scores
 from coca_lit.evals.samples import thumbnail
-from coca_lit.evals.word_maps import declared_word_maps
 from coca_lit.models import Captions, CoCa
 from coca_lit.models.inputs import Images, stack_images
 from coca_lit.tokenizer import WordTokenizer
@@ -186,9 +186,10 @@ def _pictures_of_words(
     model: CoCa, photo: Image.Image, images: Images, ids: Tensor, attention: Tensor
 ) -> list[tuple[tuple[str, str], ...]]:
     """The words of each caption (N, L) with pictures of where they come from; none without a project that says that."""
-    word_maps = declared_word_maps()
-    if word_maps is None:
+    targets = list(extensions.declared("word_maps").values())
+    if not targets:
         return [()] * len(ids)
+    word_maps = extensions.load(targets[0])
     seen = seen_part(model, photo)
     return [
         tuple((word, thumbnail(spotlight(seen, part))) for word, part in zip(words, maps, strict=True))

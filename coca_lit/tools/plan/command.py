@@ -125,13 +125,17 @@ def read_precision(cfg: DictConfig) -> str:
     Raises:
         ConfigError: a precision that a plan does not know.
     """
-    from coca_lit.training.trainer import full_precision_name
-
     given = cfg.trainer.precision
     precision = "bf16-mixed" if given == "auto" else full_precision_name(given)
     if precision not in PRECISIONS:
         raise ConfigError(f"trainer.precision must be auto or one of {', '.join(PRECISIONS)}, got '{given}'")
     return precision
+
+
+def full_precision_name(precision: str | int | None) -> str:
+    """Lightning's full name of a precision, which it also takes as a number or a short name: 16 -> "16-mixed"."""
+    short = {"64": "64-true", "32": "32-true", "None": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+    return short.get(str(precision), str(precision))
 
 
 def read_settings(cfg: DictConfig) -> "Settings":

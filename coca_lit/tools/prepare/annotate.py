@@ -17,8 +17,8 @@ from coca_lit.data.shards.index import TarIndex, load_index, make_index
 from coca_lit.data.shards.sample import pair_of
 from coca_lit.data.shards.shard import Shard, read_manifest
 from coca_lit.errors import DataError, error_context
-from coca_lit.files import is_of_another
 from coca_lit.models import DualEncoder
+from coca_lit.tools.claims import is_of_another
 from coca_lit.weights.computation import fingerprint
 from coca_lit.weights.load import load_dual_encoder
 

@@ -17,6 +17,7 @@ from coca_lit import extensions
 from coca_lit.errors import ConfigError
 from coca_lit.machine import in_shell
 from coca_lit.runs.launch import isolate
+from coca_lit.tools.commands import command_for
 from coca_lit.tools.prepare.subcommand import (
     SHARDS,
     data_parser,
@@ -62,13 +63,13 @@ def data(arguments: Sequence[str] | None = None) -> None:
     _add_spice(subcommands)
     _add_cache(subcommands)
     is_own = words[:1] and words[0] in subcommands.choices
-    for word, declared in extensions.commands_of("data").items():
+    for word, declared in extensions.commands("data").items():
         if word not in subcommands.choices:
-            subcommands.add_parser(word, help=declared["help"])
+            subcommands.add_parser(word, help=declared.help)
     if not words:
         sys.exit(f"error: name what to do: {', '.join(subcommands.choices)}; {EXAMPLE} (more: coca-data --help)")
     try:
-        of_project = None if is_own else extensions.command_for("data", words)
+        of_project = None if is_own else command_for("data", words)
     except ConfigError as error:
         sys.exit(f"error: {error}")
     if of_project is None:

@@ -13,8 +13,8 @@ import coca_lit.models
 from coca_lit.cli.command import compose
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.generation.decode import Sampling, caption_lengths, keep_top_k, keep_top_p
-from coca_lit.models.generation.options import OPTIONS, as_run, describe
-from coca_lit.tools.caption.command import generate_help
+from coca_lit.models.generation.options import OPTIONS, describe
+from coca_lit.tools.caption.command import as_run, generate_help
 from helpers import naive
 from helpers.generating import LENGTH, make_images, make_model, starts
 

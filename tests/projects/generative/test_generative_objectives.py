@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from coca_lit.data.batch import Batch, padded
-from coca_lit.extensions import names_in
+from coca_lit.extensions import declared
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
@@ -21,7 +21,7 @@ from helpers.running import run
 CAPTIONS = ["a large red circle", "a small blue square below a green ring", "the pink star is left of the cyan cross"]
 
 
-@pytest.fixture(scope="module", params=[None, *names_in("text_towers")], ids=str)
+@pytest.fixture(scope="module", params=[None, *declared("text_towers")], ids=str)
 def net(request: pytest.FixtureRequest) -> CoCa:
     torch.manual_seed(0)
     return create_model("coca_tiny", text_tower=request.param, pooler="openclip_parallel").eval()

@@ -13,11 +13,11 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from coca_lit.metrics.cider import CiderD
 from coca_lit.metrics.java.runtime import ptb_tokenize
 from coca_lit.metrics.uncertainty import DRAWS, difference, resamples
 from coca_lit.projects.judgments.agreement import agreement, kendall, mixtures, reference_scores
 from coca_lit.projects.judgments.judged import Candidate, Grade, Judged, Preference, read_judgments
+from coca_lit.projects.rewards.cider import CiderD
 from helpers.shared_data import SHARED
 from helpers.slow import slow
 

@@ -27,7 +27,6 @@ from coca_lit.data.shards.windows import WindowedBatches, Windows
 from coca_lit.data.transforms import build_transform, random_box
 from coca_lit.errors import DataError
 from coca_lit.evals.inference import caption_images, embed_images, image_batches, log_likelihoods
-from coca_lit.evals.word_maps import word_map_samples
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
@@ -237,8 +236,11 @@ def test_a_run_trains_and_scores() -> None:
     assert captions == {r.id: caption_images(net, [r], options={"max_length": 5})[r.id] for r in RECORDS[:5]}
     scores = log_likelihoods(net, RECORDS[:3], ["a b", "dog"], lambda i: [0, 1][: 1 + i % 2])
     torch.testing.assert_close(scores[1], log_likelihoods(net, RECORDS[1:2], ["a b", "dog"], lambda i: [0, 1])[0])
-    maps = [(["dog"], torch.eye(2)[None])]
-    (sample,) = word_map_samples(net, RECORDS[:1], 1, {"max_length": 5}, lambda *_: maps)
+
+
+def test_words_have_maps_over_a_grid_of_any_shape() -> None:
+    samples = pytest.importorskip("coca_lit.projects.attention.samples")
+    (sample,) = samples.word_map_samples(tiny().eval(), RECORDS[:1], 1, {"max_length": 5})
     assert sample["image"].startswith("data:image")
 
 

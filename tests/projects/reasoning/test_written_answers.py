@@ -6,8 +6,8 @@ import torch
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import build_transform
-from coca_lit.evals.answers import as_people_write, fitting, generate_answers
 from coca_lit.models import create_model
+from coca_lit.projects.reasoning.written_answers import as_people_write, fitting, generate_answers
 from coca_lit.tokenizer import get_tokenizer
 
 QUESTIONS = ("is the ring red", "can we see a blue star on the left", "is it large", "is a small circle above it")

@@ -1,8 +1,6 @@
-"""Pictures of where each word of a caption comes from. Which places those are, an installed project says: its table
-`word_maps` names a function.
-"""
+"""Pictures of where each word of a caption comes from, for the report."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,32 +8,19 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
-from coca_lit import extensions
 from coca_lit.data.records import Record
 from coca_lit.data.transforms import build_transform
 from coca_lit.evals.inference import seeded_by
 from coca_lit.evals.samples import spread, thumbnail
 from coca_lit.models import CoCa
-from coca_lit.models.inputs import Images, Input
+from coca_lit.models.inputs import Input
+from coca_lit.projects.attention.maps import maps_of_captions
 
 OVERLAY = 120  # pixels of an image with a map
 
-# The words of each of N captions of an image, and for each of them a map over the image (words, h, w); from the image
-# (3, H, W), or an `Input`, the tokens (N, L) and the decoder's attention (N, L, Q) to the pooled tokens.
-WordMaps = Callable[[CoCa, Images, Tensor, Tensor], list[tuple[list[str], Tensor]]]
-
-
-def declared_word_maps() -> WordMaps | None:
-    """The function of the first project that has one."""
-    targets = list(extensions.declared("word_maps").values())
-    if not targets:
-        return None
-    function: WordMaps = extensions.load(targets[0])
-    return function
-
 
 def word_map_samples(
-    model: CoCa, records: Sequence[Record], count: int, options: Mapping[str, Any], word_maps: WordMaps
+    model: CoCa, records: Sequence[Record], count: int, options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """`count` images spread over the records: {"image", "caption", "words": [{"word", "map"}]}, pictures as data URIs.
 
@@ -49,7 +34,7 @@ def word_map_samples(
         own = seeded_by([record], options, model.device)
         captions = model.generate(pixels[None], **own, return_attention=True)
         assert captions.attention is not None
-        ((words, maps),) = word_maps(model, pixels, captions.ids, captions.attention)
+        ((words, maps),) = maps_of_captions(model, pixels, captions.ids, captions.attention)
         seen = pixels.picture() if isinstance(pixels, Input) else pixels  # (3, H, W)
         picture = Image.fromarray(seen.permute(1, 2, 0).cpu().numpy())
         rows = [
