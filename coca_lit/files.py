@@ -5,6 +5,7 @@ Everything that the project writes in order to resume from it later is written b
 
 import csv
 import errno
+import glob
 import hashlib
 import json
 import logging
@@ -81,11 +82,11 @@ def has_ended(process: int) -> bool:
 
 @cache
 def _machine() -> str:
-    """A digest of what shares the numbers of processes: a machine, or a container on it."""
-    container = ""
-    with suppress(OSError):  # where the system has no containers
-        container = os.readlink("/proc/self/ns/pid")
-    return hashlib.sha256(f"{socket.gethostname()} {container}".encode()).hexdigest()[:8]
+    """A digest of what shares the numbers of processes: a machine since its start, or a container on it."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # Linux has these
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:8]
 
 
 def temporary_folder(path: Path) -> Path:
@@ -107,7 +108,8 @@ def remove(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, which replaces `path` when the block ends without an error.
 
-    It is synced first, so that a crash of the machine leaves either the old content or the new one.
+    It is synced first, so that a crash of the machine leaves either the old content or the new one. What killed
+    processes left of `path` is removed.
 
     Raises:
         DataError: nothing can be written there.
@@ -115,6 +117,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = beside(path)
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, glob.escape(path.name), OLD)
         temporary.touch()
         mode = temporary.stat().st_mode & 0o777
         try:
