@@ -85,7 +85,7 @@ ELSEWHERE = {
     **dict.fromkeys(("apt-get", "git", "docker", "uv"), "other programs that change the machine"),
     **dict.fromkeys(("hf", "img2dataset", "sed"), "they fetch or change data from the web"),
     "coca-gpu-check": "it needs a GPU",
-    **dict.fromkeys(("ray", "moto_server", "gcp-storage-emulator", "mlflow"), "they start a service"),
+    **dict.fromkeys(("ray", "moto_server"), "they start a service"),
     **dict.fromkeys(("export", "eval", "source", "cd"), "they set up a shell"),
     **dict.fromkeys(("pytest", "ruff", "mypy", "lint-imports", "pre-commit", "mkdocs"), "the check itself"),
     **dict.fromkeys(("coca-score", "coca-report", "coca-data"), "they read files; tests/tools run them"),
