@@ -242,10 +242,10 @@ class LogRunFacts(L.Callback):
 
 
 def log_pictures(trainer: L.Trainer, folder: Path, evaluations: list[str], step: int) -> None:
-    """Sends the sheets of captions that evaluations have written to all loggers that take pictures."""
+    """Sends the sheets of captions and of retrieval that evaluations have written to all loggers that take pictures."""
     loggers: list[Any] = [logger for logger in trainer.loggers if hasattr(logger, "log_picture")]
     if loggers and trainer.is_global_zero:
-        for name in evaluations:
+        for name in (f"{evaluation}{kind}" for evaluation in evaluations for kind in ("", "_retrieval")):
             path = folder / f"{name}.png"
             if path.is_file():
                 for logger in loggers:

@@ -24,7 +24,7 @@ from coca_lit.errors import check_number
 from coca_lit.evals import inference
 from coca_lit.evals.base import Evaluation, NotRunError, Settings
 from coca_lit.evals.inference import embed_pairs, evaluating, image_batches
-from coca_lit.evals.samples import retrieval_samples
+from coca_lit.evals.samples import retrieval_samples, retrieval_sheet
 from coca_lit.metrics.retrieval import Ranks, feature_ranks, folded_ranks, similarity_ranks
 from coca_lit.metrics.uncertainty import Draws, Ratios, bootstrap
 from coca_lit.models import CoCa, DualEncoder
@@ -118,6 +118,8 @@ class RetrievalScores(Evaluation):
         if rank() == 0:
             samples = retrieval_samples(records, images, texts, image_of_text)
             settings.write_json("samples", f"{self.name}_retrieval.json", samples)
+            sheet = retrieval_sheet(records, images, texts, image_of_text)
+            settings.write_image("samples", f"{self.name}_retrieval.png", sheet)
         ids = [record.id for record in records]
         self.draws = bootstrap(ids, ranks.resampled()) | self._unread(model, records)
         scores |= {name: self.draws[name].score for name in UNREAD if name in self.draws}
