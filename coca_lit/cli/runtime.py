@@ -8,11 +8,14 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
-from coca_lit.errors import ConfigError
+from coca_lit.errors import ConfigError, error_context
 from coca_lit.machine import best_device, processors
 
 if TYPE_CHECKING:
+    import lightning.pytorch as L
     import torch
+
+    from coca_lit.models.kernels.process import Fp32Matmul
 
 
 def keep_imports() -> None:
@@ -91,3 +94,21 @@ def chosen_dtype(precision: str) -> "torch.dtype":
     if precision not in known:
         raise ConfigError(f"precision must be auto, fp32 or bf16, not '{precision}'")
     return known[precision]
+
+
+def choose_fp32_matmul(trainer: "L.Trainer", module: "L.LightningModule", library: "Fp32Matmul") -> None:
+    """Chooses the library that multiplies fp32 matrices on the CPU, and prints it: the one that is named, or for "auto"
+    the faster one for a model of this size, if the run computes in fp32 on the CPU. A run that resumes has that of its
+    checkpoint, see `Checkpoints`.
+
+    Args:
+        library: mkl, onednn or auto.
+    """
+    from coca_lit.distributed import print_rank_zero
+    from coca_lit.models import kernels
+
+    fp32_on_cpu = trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true"
+    if fp32_on_cpu or library != "auto":
+        with error_context("kernels"):
+            chosen = kernels.use_fp32_matmul(library, sum(p.numel() for p in module.parameters()))
+        print_rank_zero(f"fp32_matmul: {chosen}")

@@ -270,7 +270,7 @@ def compared(
     """
     captions = [caption for record in records for caption in record.captions]
     tokens = model.tokenizer.tokens_of(captions).to(model.device)  # (T, L)
-    own: list[tuple[int, Tensor]] = []
+    of_rank: list[tuple[int, Tensor]] = []
     with evaluating(model):
         texts = torch.cat([comparison.encode_texts(model, part) for part in tokens.split(batch_size)])  # (T, …)
         for positions, pixels in image_batches(model, records, batch_size, num_workers):
@@ -279,9 +279,9 @@ def compared(
                 image = images[row : row + 1]
                 parts = texts[pairs[position].to(texts.device)].split(batch_size)
                 rows = [comparison.compare(model, image, part) for part in parts]  # (1, n)
-                own.append((position, torch.cat(rows, dim=1)[0].float().cpu()))
+                of_rank.append((position, torch.cat(rows, dim=1)[0].float().cpu()))
     scores = torch.full(pairs.shape, -torch.inf)
-    for part in gather_objects(own):
+    for part in gather_objects(of_rank):
         for position, values in part:
             scores[position, pairs[position]] = values
     return scores
