@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 
     from coca_lit.models.kernels.process import Fp32Matmul
 
+NO_ACTION = (  # how warnings begin that call for none
+    ".*treespec, LeafSpec.*",
+    r"Found \d+ module\(s\) in eval mode",  # frozen parts: on purpose
+    ".*smaller than the logging interval",
+    "You're using the WeightAveraging callback",  # with whole weights only
+    "Total length of `list` across ranks is zero",  # no validation set
+    "Grad strides do not match bucket view strides",  # of 1 × 1 convolutions, which have several names for one layout
+    ".*logging on epoch level in distributed",  # scores are the same there
+)
+
 
 def keep_imports() -> None:
     """Collects garbage again, but not in what has been imported so far: it stays."""
@@ -50,7 +60,7 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bo
     kernels.keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
-    # Lightning's notices would drown ours. Its warnings stay, except those that call for no action.
+    # Lightning's notices would drown ours. Its warnings stay, but for `NO_ACTION`.
     for name in ("lightning.pytorch", "lightning.fabric"):
         lightning_log = logging.getLogger(name)
         lightning_log.setLevel(logging.WARNING)
@@ -59,18 +69,11 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bo
     profilers.setLevel(logging.INFO)
     profilers.handlers = [logging.StreamHandler(sys.stdout)]
     profilers.propagate = False
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
-    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts: on purpose
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
-    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback")  # with whole weights only
-    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
+    for message in NO_ACTION:
+        warnings.filterwarnings("ignore", message=message)
     # Outside of an allocation a machine merely has SLURM installed.
     allocated = "SLURM_JOB_ID" in os.environ
     warnings.filterwarnings("once" if allocated else "ignore", message="The `srun` command is available on your system")
-    # Strides of 1 × 1 convolutions, which have several names for one layout
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    warnings.filterwarnings("ignore", message=".*logging on epoch level in distributed")  # scores are the same there
 
 
 def best_precision(device: str) -> str:

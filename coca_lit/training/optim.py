@@ -39,7 +39,7 @@ class Grouped:
         image_factor: factor of the learning rate of the image encoder, for one that is pretrained when the rest is not.
 
     Raises:
-        ValueError: a number is out of range; when called, everything is frozen.
+        ValueError: a number is out of range; when called, everything is frozen, as PyTorch's optimizers say.
     """
 
     def __init__(self, lr: float, weight_decay: float, layer_decay: float, image_factor: float) -> None:
@@ -59,10 +59,6 @@ class Grouped:
             key: of a group, True in the groups of `FALLBACK` and in those without decay.
         """
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        if not trainable:
-            raise ValueError(
-                "nothing is left to train: all parameters are frozen; check model.freeze and the loss weights"
-            )
         kept = {
             f"{part}.{name}"
             for part, trunk in module.named_modules()
