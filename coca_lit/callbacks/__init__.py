@@ -22,13 +22,10 @@ from coca_lit.callbacks.scoring import ScoreDuringTraining
 from coca_lit.errors import ConfigError
 
 __all__ = [
-    "Averaging",
     "BadSampleLog",
     "Checkpoints",
-    "LogHyperparameters",
     "MetricsLog",
     "NonFiniteGuard",
-    "RunSummary",
     "SamplesSeen",
     "ScoreDuringTraining",
     "SourceCounts",
