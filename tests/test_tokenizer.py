@@ -310,7 +310,9 @@ def test_the_end_is_a_label_where_it_is_the_unknown_token_of_bytes(tmp_path: Pat
     for kind in ("ByteLevel", "WordPiece"):
         described = json.loads(trained_file(kind, tmp_path).read_text())
         described["model"]["unk_token"] = SPECIAL["end"]
-        described["model"]["vocab"].pop("ÿ", None)
+        if kind == "ByteLevel":  # without the first byte of many Cyrillic letters
+            del described["model"]["vocab"]["Ð"]
+            described["model"]["merges"] = [pair for pair in described["model"]["merges"] if "Ð" not in "".join(pair)]
         (tmp_path / "words.json").write_text(json.dumps(described))
         with pytest.raises(ValueError, match="token for unknown words is '</s>': name another token as end"):
             get_tokenizer({"packed": pack(tmp_path / "words.json"), **SPECIAL})
