@@ -49,6 +49,7 @@ RUN_FILES = (
 NEWEST = "auto"  # as `ckpt_path`: the newest checkpoint in the run folder, if it has one
 LOCK = ".lock"
 HOLDER = ".lock.json"
+EARLIER_SECONDS = "earlier_seconds"  # there too, of a run that resumed: how long its earlier starts took
 JOBS = "jobs"  # in `environment.json`: in which the run was begun or resumed last
 # What names a job that SLURM or torchrun may start again, with the same command: how often it did.
 RESTARTS = {"SLURM_JOB_ID": "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID": "TORCHELASTIC_RESTART_COUNT"}
@@ -75,6 +76,17 @@ def add_to_environment(folder: Path, further: dict[str, Any]) -> dict[str, Any]:
     known |= further
     write_json(path, known)
     return known
+
+
+def seconds_so_far(folder: Path) -> float:
+    """How long a run has taken with its earlier starts, each until the checkpoint that the next one resumed from; 0
+    where its `environment.json` is gone.
+    """
+    try:
+        known = read_json(folder / ENVIRONMENT, dict)
+    except DataError:
+        return 0.0
+    return time.time() - known["started"] + known.get(EARLIER_SECONDS, 0.0)
 
 
 def begin_at(seconds: float) -> None:
@@ -256,6 +268,8 @@ def start_run_folder(
     known = environment()
     if experiment:
         known["experiment"] = experiment
+    if resumed is not None:
+        known[EARLIER_SECONDS] = round(resumed.get("seconds", 0))
     if resumed is not None and not chosen and (folder / ENVIRONMENT).exists():
         chosen = read_json(folder / ENVIRONMENT, dict).get("chosen", ())
     if chosen:

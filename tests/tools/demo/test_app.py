@@ -31,18 +31,6 @@ def test_the_page_is_launched_for_everybody(tmp_path: Path, monkeypatch: pytest.
     assert options["css"]
 
 
-def test_the_banner_says_which_words_a_model_reads() -> None:
-    pytest.importorskip("gradio")
-    from coca_lit.tools.demo.page import _banner
-
-    words = ["a", "man", "dog"]
-    of_words = create_model("coca_tiny", tokenizer=words)
-    assert "It knows 3 words" in _banner(of_words, "mine.safetensors", False, words)
-    assert "texts of any words" not in _banner(of_words, "mine.safetensors", False, words)
-    of_any = create_model("coca_tiny", tokenizer="clip")
-    assert "texts of any words" in _banner(of_any, "mine.safetensors", False, None)
-
-
 def test_maps_of_words_are_shown_where_there_are_any() -> None:
     pytest.importorskip("gradio")
     from coca_lit.tools.demo.page import _caption_table
