@@ -104,14 +104,16 @@ def job_command(
     config: str,
     function: Callable[[DictConfig], Any],
     add_overrides: Callable[[list[str]], list[str]] | None = None,
+    began: float | None = None,
 ) -> None:
     """As `command`, but Hydra makes the run folder and calls the function; for each job of a sweep, where its launcher
     starts it.
 
     Args:
         add_overrides: returns the given overrides and those that follow from them.
+        began: when the process began, in seconds since 1970; now if not given.
     """
-    began = time.time()
+    began = began if began is not None else time.time()
     with _as_command(config):
         options, words = parse(sys.argv[1:])
         if _answered(config, options, words):

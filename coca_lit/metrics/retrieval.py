@@ -101,56 +101,25 @@ def similarity_ranks(similarity: Matrix, image_of_text: Tensor | Sequence[int]) 
     return Ranks(_ranks(similarity.T, image_of_text, images), _ranks(similarity, images, image_of_text), image_of_text)
 
 
-def retrieval_scores(
-    image_features: Matrix,
-    text_features: Matrix,
-    image_of_text: Tensor | Sequence[int],
-    ks: Sequence[int] = KS,
-    chunk: int = 1000,
-) -> dict[str, float]:
-    """``recall_at_k`` of the dot products of (I, D) and (T, D) features, and median ranks (1 is best).
-
-    Adds ``t2i_median_rank`` and ``i2t_median_rank``. Normalise the features first for cosine similarity.
-    """
-    ranks = feature_ranks(image_features, text_features, image_of_text, chunk)
-    return ranks.recalls(ks) | ranks.medians()
-
-
-def feature_ranks(
-    image_features: Matrix, text_features: Matrix, image_of_text: Tensor | Sequence[int], chunk: int = 1000
-) -> Ranks:
+def feature_ranks(image_features: Tensor, text_features: Tensor, image_of_text: Tensor, chunk: int = 1000) -> Ranks:
     """Ranks by the dot products of (I, D) and (T, D) features. Only ``chunk`` queries are compared with the candidates
     at a time, in float32: lower precision would create ties.
     """
-    image_features = torch.as_tensor(image_features).detach().float()
-    text_features = torch.as_tensor(text_features).detach().float()
-    owners = torch.as_tensor(image_of_text, device=image_features.device)
-    images, image_of_text = _labels(len(image_features), owners)  # (I,), (T,)
-    if image_features.ndim != 2 or text_features.shape != (len(image_of_text), image_features.shape[-1]):
-        raise ValueError(
-            f"expected image features (I, D) and text features ({len(image_of_text)}, D), one row for each entry of "
-            f"image_of_text; got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
-        )
+    image_features = image_features.detach().float()
+    text_features = text_features.detach().float()
+    images, image_of_text = _labels(len(image_features), image_of_text.to(image_features.device))  # (I,), (T,)
     t2i = _chunked_ranks(text_features, image_features, image_of_text, images, chunk)
     i2t = _chunked_ranks(image_features, text_features, images, image_of_text, chunk)
     return Ranks(t2i, i2t, image_of_text)
 
 
-def folded_ranks(
-    image_features: Tensor, text_features: Tensor, image_of_text: Tensor | Sequence[int], size: int
-) -> Ranks:
+def folded_ranks(image_features: Tensor, text_features: Tensor, image_of_text: Tensor, size: int) -> Ranks:
     """As `feature_ranks`, but of the first `size` images and their texts among themselves, of the next, and so on: the
     mean recalls of MS-COCO's five folds of 1,000. Images after the last whole fold are left out.
-
-    Raises:
-        ValueError: there are fewer than `size` images.
     """
-    owners = torch.as_tensor(image_of_text, device=image_features.device)
-    folds = len(image_features) // size
-    if not folds:
-        raise ValueError(f"a fold needs {size} images, got {len(image_features)}")
+    owners = image_of_text.to(image_features.device)
     parts = []
-    for start in range(0, folds * size, size):
+    for start in range(0, len(image_features) - size + 1, size):
         own = (owners >= start) & (owners < start + size)
         images = image_features[start : start + size]
         parts.append(feature_ranks(images, text_features[own], owners[own] - start))

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coca_lit.data.datasets.annotations import read_karpathy, read_references, read_results
+from coca_lit.data.datasets.annotations import read_karpathy, read_references
 from coca_lit.data.datasets.captions import coco_folder_records
 from coca_lit.data.datasets.classification import read_classes
 from coca_lit.errors import DataError
+from coca_lit.tools.score.results import read_results
 from helpers.fuzzing import bounded, damaged, forged, fuzz
 
 pytestmark = pytest.mark.slow

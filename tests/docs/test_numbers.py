@@ -100,7 +100,7 @@ CLAIMS = [
     Claim(("benchmarks",), r"greedy (\S+) times", cells("benchmarks/generation", "fp32, times as fast", "greedy | 8")),
     Claim(
         ("benchmarks",),
-        r"\| input pipeline \| (\S+) to (\S+) times faster",
+        r"\*\*Input pipeline\*\*: (\S+) to (\S+) times faster",
         cells(
             "benchmarks/input_pipeline",
             FASTER,

@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, TensorDataset
 
 from coca_lit.metrics.classification import class_features, classification_scores
-from coca_lit.metrics.retrieval import retrieval_scores
+from coca_lit.metrics.retrieval import feature_ranks
 
 retrieval = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
 classification = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
@@ -38,7 +38,7 @@ def test_retrieval():
     names = [[str(t) for t in (image_of_text == i).nonzero()[:, 0].tolist()] for i in range(60)]
     batches = [(images[i : i + 7], names[i : i + 7]) for i in range(0, 60, 7)]
     theirs = retrieval.evaluate(Lookup(texts), batches, numbers, "cpu", amp=False, recall_k_list=[1, 5, 10])
-    ours = retrieval_scores(normalize(images, dim=-1), normalize(texts, dim=-1), image_of_text)
+    ours = feature_ranks(normalize(images, dim=-1), normalize(texts, dim=-1), image_of_text).recalls()
     for k in (1, 5, 10):
         assert ours[f"t2i_recall@{k}"] == pytest.approx(theirs[f"image_retrieval_recall@{k}"], abs=1e-6)
         assert ours[f"i2t_recall@{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"], abs=1e-6)

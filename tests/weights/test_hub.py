@@ -643,6 +643,8 @@ def test_a_photo_is_captioned_without_naming_a_model(
 
 def test_the_table_of_public_models_has_all_captioners() -> None:
     page = Path(coca_lit.__file__).parent / "weights" / "README.md"
-    rows = re.findall(r"^\| `([^`/:]+/[^`/]+)` \|", page.read_text(), re.MULTILINE)
+    rows = []
+    for name, contexts in re.findall(r"^\| `([^`/:]+/[^`/]+)` \| ([\d, ]*)", page.read_text(), re.MULTILINE):
+        rows += [name.replace("contextN", f"context{n}") for n in contexts.strip().split(", ")]
     assert sorted(rows) == sorted(list_models("coca*") + list_models("mammut*"))
     assert sorted(rows) == sorted(name for name, model in released_models().items() if model.captions)

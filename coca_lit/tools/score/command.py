@@ -96,8 +96,9 @@ def read_files(predictions: Path, references: Path, split: str = "test") -> tupl
     Raises:
         DataError: a file cannot be read, an image occurs twice in one, or the images of the two files differ.
     """
-    from coca_lit.data.datasets.annotations import read_references, read_results
+    from coca_lit.data.datasets.annotations import read_references
     from coca_lit.errors import DataError
+    from coca_lit.tools.score.results import read_results
 
     captions = read_results(predictions)
     listings = {item.id: item for item in read_references(references, split) if item.captions}

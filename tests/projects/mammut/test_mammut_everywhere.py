@@ -9,11 +9,8 @@ import torch
 from safetensors.torch import save
 from small_mammut import released_files
 
-from coca_lit import extensions
 from coca_lit.models import create_model
 from coca_lit.models.image import CLIP_NORMALISATION
-from coca_lit.models.presets import preset
-from coca_lit.projects.mammut.presets import PRESETS
 from coca_lit.weights.load import load_dual_encoder, load_model
 from helpers.family import (
     check_attention_of_the_decoder,
@@ -34,11 +31,6 @@ THREE_LAYERS = {"text_layers": 3, "decoder_layers": 3}
 WITHOUT_MLP = {"pooler": "mean_all", "text_tower": "two_pass_with_pads", "text_tower_args": {"attention_only_every": 2}}
 WORDS = ("+model.net.pooler=mean", "+model.net.text_tower=two_pass")
 OPENMAMMUT = "laion/openMaMMUT-ViT-L-14-DataComp-1.4B-s12.8B-b180K"
-
-
-def test_what_the_project_declares_is_what_it_has() -> None:
-    assert set(PRESETS) <= set(extensions.declared("presets"))
-    assert preset("mammut_ViT-L-14") == PRESETS["mammut_vit_l14"]
 
 
 @pytest.mark.parametrize("name", ["mammut2_vit_b32", "mammut_vit_b32", *slow("mammut2_vit_l14", "mammut_vit_h14")])

@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coca_lit.distributed import rank, world_size
 from coca_lit.projects.rewards.self_critical import leave_one_out, policy_loss
 
 LENGTHS = torch.tensor([3, 1, 2, 4])  # tokens of four captions
-ADVANTAGES = torch.tensor([0.5, -0.5, 2.0, -2.0])
 
 
 def states() -> tuple[Tensor, Tensor, Tensor]:
@@ -51,23 +49,3 @@ def test_gradient_is_that_of_the_expected_reward() -> None:
             loss = policy_loss(state.expand(2, -1), vocabulary, pair, torch.tensor([1, 1]), advantages)
             total += (p[a] * p[b]).detach() * torch.autograd.grad(loss, vocabulary)[0]
     torch.testing.assert_close(total, expected, atol=1e-6, rtol=1e-5)
-
-
-def share_of_rank() -> tuple[Tensor, Tensor]:
-    """Loss and gradient by the vocabulary of this rank's part of the four captions."""
-    hidden, vocabulary, labels = states()
-    vocabulary.requires_grad_()
-    captions = slice(rank() * 4 // world_size(), (rank() + 1) * 4 // world_size())
-    ends = [0, *LENGTHS.cumsum(0).tolist()]
-    rows = slice(ends[captions.start], ends[captions.stop])
-    loss = policy_loss(hidden[rows], vocabulary, labels[rows], LENGTHS[captions], ADVANTAGES[captions])
-    loss.backward()
-    return loss.detach(), vocabulary.grad
-
-
-@pytest.mark.slow
-def test_mean_over_ranks_is_the_loss_of_one_process(on_ranks) -> None:
-    expected = share_of_rank()
-    shares = on_ranks(2, share_of_rank)
-    found = [sum(parts) / 2 for parts in zip(*shares, strict=True)]
-    torch.testing.assert_close(found, list(expected))
