@@ -12,7 +12,6 @@ from email.message import Message
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from urllib.error import HTTPError, URLError
 
 import numpy as np
@@ -50,11 +49,6 @@ from helpers.running import compose, logged, run
 SIZE, COUNT = 16, 5
 TOKENIZER = WordTokenizer(VOCABULARIES["scenes"])
 CPU = torch.device("cpu")
-VIT: dict[str, Any] = {
-    "image_encoder": "vit_base_patch32_clip_224",
-    "image_encoder_args": {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 1},
-    "embed_dim": 32,
-}
 
 
 class Encoder(nn.Module):
