@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from coca_lit.models import CoCa
 from helpers import naive
-from helpers.generating import LENGTH, PROMPTS, WORDS, make_images, make_model, starts
+from helpers.generating import LENGTH, PROMPTS, make_images, make_model, starts
 from helpers.slow import slow
 
 
@@ -113,34 +113,6 @@ def test_log_probability_beams_ignore_a_shift_of_the_logits(model: CoCa, monkeyp
     after = {scoring: model.generate(images, **options, scoring=scoring) for scoring in before}
     assert torch.equal(before["log_prob"], after["log_prob"])
     assert not torch.equal(before["openclip_legacy"], after["openclip_legacy"])
-
-
-@pytest.mark.slow
-def test_random_models_prompts_and_rules() -> None:
-    """Cached against uncached for random weights, images, prompts, lengths and rules, beams and greedy."""
-    for seed in range(10):
-        random = torch.Generator().manual_seed(seed)
-
-        def draw(low: int, high: int, random: torch.Generator = random) -> int:
-            return int(torch.randint(low, high + 1, (), generator=random))
-
-        model = make_model(seed=seed // 5, end=draw(0, 8))
-        count, length, width = draw(1, 4), draw(4, 12), draw(1, 4)
-        prompts = (
-            [" ".join(WORDS[draw(0, 6)] for _ in range(draw(1, length - 3))) for _ in range(count)]
-            if draw(0, 1)
-            else None
-        )
-        rules = {"least": draw(0, length - 1), "penalty": (1.0, 1.3)[draw(0, 1)], "ngram": (0, 2, 3)[draw(0, 2)]}
-        images, common = make_images(count, seed), {"prompt": prompts, "max_length": length, **options_of(rules)}
-        greedy = model.generate(images, **common).tolist()
-        beams = model.generate(images, strategy="beam", num_beams=width, **common).tolist()
-        for image, start, one, best in zip(images, starts(model, prompts, count), greedy, beams, strict=True):
-            pad = [model.tokenizer.pad_id] * length
-            assert one == (naive.greedy(model, image, start, length, **rules) + pad)[:length], f"greedy, seed {seed}"
-            assert best == (naive.beams(model, image, start, length, width, **rules)[0][1] + pad)[:length], (
-                f"beams, seed {seed}"
-            )
 
 
 def options_of(rules: dict[str, float]) -> dict[str, float]:
