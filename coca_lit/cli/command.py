@@ -275,8 +275,8 @@ def _with_search_path(words: Sequence[str]) -> list[str]:
     others = [word for word in words if not word.startswith(SEARCH_PATH)]
     for word in words:
         if word.startswith(SEARCH_PATH):
-            own = word.removeprefix(SEARCH_PATH).strip().removeprefix("[").removesuffix("]")
-            folders = [own, *folders]
+            of_user = word.removeprefix(SEARCH_PATH).strip().removeprefix("[").removesuffix("]")
+            folders = [of_user, *folders]
     return [*others, f"{SEARCH_PATH}[{','.join(folders)}]"]
 
 

@@ -71,12 +71,12 @@ def signature_at(node: Mapping[str, Any], path: str) -> Signature:
     signature = read_signature(node.get("_target_"))
     if BATCH_SCHEDULE not in signature.arguments:
         return signature
-    further: dict[str, Argument] = {}
+    of_schedule: dict[str, Argument] = {}
     for name, schedule in schedule_keys(path.removesuffix(".")).items():
-        further[name] = Argument()
+        of_schedule[name] = Argument()
         if name in node:  # only then the project is imported
-            further[name] = read_signature(schedule).arguments.get(name, Argument())
-    return Signature(further | signature.arguments, signature.takes_any)
+            of_schedule[name] = read_signature(schedule).arguments.get(name, Argument())
+    return Signature(of_schedule | signature.arguments, signature.takes_any)
 
 
 @functools.cache
@@ -115,9 +115,9 @@ def _signature(target: Callable[..., Any]) -> Signature:
             if isinstance(source, DeclaredArguments):
                 shared |= {name: Argument(source) for name in declared(source.kind)}  # of modules not imported yet
             elif isinstance(source, str):  # the arguments of a class, which gets other defaults
-                further = read_signature(source)
-                shared |= {name: Argument(argument.annotation) for name, argument in further.arguments.items()}
-                takes_any = further.takes_any
+                of_class = read_signature(source)
+                shared |= {name: Argument(argument.annotation) for name, argument in of_class.arguments.items()}
+                takes_any = of_class.takes_any
             else:
                 shared |= _fields(source, inherited)
         return Signature(arguments | shared | arguments, takes_any)  # its own first
@@ -322,8 +322,8 @@ def check_complete(node: Mapping[str, Any]) -> None:
 def targets(node: Any) -> list[str]:
     """The names of all that a config builds."""
     children = [*node.values()] if isinstance(node, dict) else node if isinstance(node, list) else []
-    own = [str(node["_target_"])] if isinstance(node, dict) and "_target_" in node else []
-    return [*own, *(name for child in children for name in targets(child))]
+    of_node = [str(node["_target_"])] if isinstance(node, dict) and "_target_" in node else []
+    return [*of_node, *(name for child in children for name in targets(child))]
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -24,7 +24,7 @@ from coca_lit.errors import check_number
 from coca_lit.evals import inference
 from coca_lit.evals.base import Evaluation, NotRunError, Settings
 from coca_lit.evals.inference import embed_pairs, evaluating, image_batches
-from coca_lit.evals.samples import retrieval_samples
+from coca_lit.evals.samples import retrieval_samples, retrieval_sheet
 from coca_lit.metrics.retrieval import Ranks, feature_ranks, folded_ranks, similarity_ranks
 from coca_lit.metrics.uncertainty import Draws, Ratios, bootstrap
 from coca_lit.models import CoCa, DualEncoder
@@ -118,6 +118,8 @@ class RetrievalScores(Evaluation):
         if rank() == 0:
             samples = retrieval_samples(records, images, texts, image_of_text)
             settings.write_json("samples", f"{self.name}_retrieval.json", samples)
+            sheet = retrieval_sheet(records, images, texts, image_of_text)
+            settings.write_image("samples", f"{self.name}_retrieval.png", sheet)
         ids = [record.id for record in records]
         self.draws = bootstrap(ids, ranks.resampled()) | self._unread(model, records)
         scores |= {name: self.draws[name].score for name in UNREAD if name in self.draws}
@@ -268,7 +270,7 @@ def compared(
     """
     captions = [caption for record in records for caption in record.captions]
     tokens = model.tokenizer.tokens_of(captions).to(model.device)  # (T, L)
-    own: list[tuple[int, Tensor]] = []
+    of_rank: list[tuple[int, Tensor]] = []
     with evaluating(model):
         texts = torch.cat([comparison.encode_texts(model, part) for part in tokens.split(batch_size)])  # (T, …)
         for positions, pixels in image_batches(model, records, batch_size, num_workers):
@@ -277,9 +279,9 @@ def compared(
                 image = images[row : row + 1]
                 parts = texts[pairs[position].to(texts.device)].split(batch_size)
                 rows = [comparison.compare(model, image, part) for part in parts]  # (1, n)
-                own.append((position, torch.cat(rows, dim=1)[0].float().cpu()))
+                of_rank.append((position, torch.cat(rows, dim=1)[0].float().cpu()))
     scores = torch.full(pairs.shape, -torch.inf)
-    for part in gather_objects(own):
+    for part in gather_objects(of_rank):
         for position, values in part:
             scores[position, pairs[position]] = values
     return scores

@@ -38,7 +38,7 @@ class Grouped:
         image_factor: factor of the learning rate of the image encoder, for one that is pretrained when the rest is not.
 
     Raises:
-        ValueError: a number is out of range; when called, everything is frozen.
+        ValueError: a number is out of range; when called, everything is frozen, as PyTorch's optimizers say.
     """
 
     def __init__(self, lr: float, weight_decay: float, layer_decay: float, image_factor: float) -> None:
@@ -58,10 +58,6 @@ class Grouped:
             key: of a group, True in the groups of `FALLBACK` and in those without decay.
         """
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        if not trainable:
-            raise ValueError(
-                "nothing is left to train: all parameters are frozen; check model.freeze and the loss weights"
-            )
         kept = {
             f"{part}.{name}"
             for part, trunk in module.named_modules()
@@ -188,9 +184,10 @@ class Timm(Grouped):
 def optimizer_of(make: Callable[[nn.Module], torch.optim.Optimizer], *modules: nn.Module) -> torch.optim.Optimizer:
     """One optimizer of all modules that have something to train."""
     trained = [module for module in modules if any(p.requires_grad for p in module.parameters())]
-    optimizer, *further = map(make, trained or modules[:1])  # which refuses one without any
-    for group in (group for other in further for group in other.param_groups):
-        optimizer.add_param_group(group)
+    optimizer, *others = map(make, trained or modules[:1])  # which refuses one without any
+    for other in others:
+        for group in other.param_groups:
+            optimizer.add_param_group(group)
     return optimizer
 
 
@@ -266,8 +263,8 @@ def freeze(net: "CoCa", parts: Sequence[str], trained: Collection[str]) -> None:
     from coca_lit.models.coca import OUTPUTS
 
     parts = [parts] if isinstance(parts, str) else parts
-    wholes = dict.fromkeys(part.partition(".")[0] for part in net.parts_for(OUTPUTS))
-    unused = [part for whole in wholes for part in _without(net, whole, trained)]
+    modules = dict.fromkeys(part.partition(".")[0] for part in net.parts_for(OUTPUTS))
+    unused = [part for module in modules for part in _without(net, module, trained)]
     for reason, names in (("as configured", parts), ("no loss with a weight above 0 says that it trains them", unused)):
         if names:
             frozen = net.freeze(*names)

@@ -160,7 +160,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "prompt_causal",
             "causal = mask is None and q.shape[2] > 1",
             "causal = False",
-            "models/generation/test_generate.py",
+            "models/generation/test_strategies.py -k greedy",
         ),
         (
             "folded_norm",
