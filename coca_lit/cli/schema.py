@@ -191,10 +191,7 @@ def check(
     Raises:
         ConfigError: a key that nobody takes, or a value of another type than is expected.
     """
-    places = [*_places("", node, shipped)]
-    # First those with keys that no file lists, as a misspelt one: the others need not be imported then.
-    places.sort(key=lambda place: place.node.keys() <= place.shipped.keys())
-    for place in places:
+    for place in sorted(_places("", node, shipped), key=_turn):
         known, takes_any = _known(place, constructors)
         for name, value in place.node.items():
             key = f"{place.path}{name}"
@@ -213,6 +210,15 @@ def check(
                     suggestion = _suggest_key(key, names)
                 if constructors or suggestion != NO_SUGGESTION:
                     raise ConfigError(f"there is no key '{key}'{suggestion}")
+
+
+def _turn(place: Place) -> int:
+    """When a place is checked. First those with a key that no file lists beside others, as a misspelt one: the others
+    need not be imported then.
+    """
+    if place.node.keys() <= place.shipped.keys():
+        return 2
+    return 0 if place.shipped else 1
 
 
 def _innermost(key: str, value: Any) -> str:

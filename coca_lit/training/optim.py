@@ -7,18 +7,17 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from numbers import Real
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.optim import Muon, create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import CheckpointError, ConfigError, check_names, check_number, suggest
-from coca_lit.models import CoCa
-from coca_lit.models.coca import OUTPUTS
+
+if TYPE_CHECKING:  # what only some functions need, they import: a misspelt argument is refused soon
+    from coca_lit.models import CoCa
 
 # Learned positions, tokens and queries are no transformations: pulling them to zero has no meaning.
 NOT_DECAYED = ("pos_embed", "cls_token", "position_embedding", "cls_embedding", "query")
@@ -148,6 +147,8 @@ class Timm(Grouped):
         arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         super().__init__(lr, weight_decay, layer_decay, image_factor)
+        from timm.optim import get_optimizer_class, list_optimizers
+
         names = [str(known) for known in list_optimizers(exclude_filters=["fused*", "bnb*"])]
         if name not in names:
             raise ValueError(f"timm has no optimizer '{name}'{suggest(name, names)} It has {', '.join(names)}")
@@ -163,6 +164,9 @@ class Timm(Grouped):
 
     def __call__(self, module: nn.Module) -> torch.optim.Optimizer:
         """Raises `ConfigError` if the weights are sharded and the optimizer does not support that."""
+        from timm.optim import Muon
+        from torch.distributed.tensor import DTensor
+
         sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
         if sharded and any(part in self.name for part in WHOLE):
             raise ConfigError(
@@ -172,6 +176,8 @@ class Timm(Grouped):
         return self._make(groups)
 
     def _make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        from timm.optim import create_optimizer_v2
+
         return create_optimizer_v2(groups, self.name, self.lr, self.weight_decay, **self.arguments)
 
 
@@ -245,7 +251,7 @@ def _warmed_up(optimizer: torch.optim.Optimizer, warmup_steps: int, after: Calla
 # What is not trained: what the config names, and what no loss would train
 
 
-def freeze(net: CoCa, parts: Sequence[str], trained: Collection[str]) -> None:
+def freeze(net: "CoCa", parts: Sequence[str], trained: Collection[str]) -> None:
     """Freezes parts of the network and prints which.
 
     A parameter that never gets a gradient must be frozen: DistributedDataParallel would wait for that gradient.
@@ -254,6 +260,8 @@ def freeze(net: CoCa, parts: Sequence[str], trained: Collection[str]) -> None:
         parts: names or patterns, see `CoCa.freeze`; or a single one.
         trained: parts that get a gradient from some loss, which stay trainable unless `parts` names them.
     """
+    from coca_lit.models.coca import OUTPUTS
+
     parts = [parts] if isinstance(parts, str) else parts
     modules = dict.fromkeys(part.partition(".")[0] for part in net.parts_for(OUTPUTS))
     unused = [part for module in modules for part in _without(net, module, trained)]
@@ -263,7 +271,7 @@ def freeze(net: CoCa, parts: Sequence[str], trained: Collection[str]) -> None:
             print_rank_zero(f"frozen, {reason}: {', '.join(names)} ({len(frozen)} tensors)")
 
 
-def _without(net: CoCa, part: str, trained: Collection[str]) -> Iterator[str]:
+def _without(net: "CoCa", part: str, trained: Collection[str]) -> Iterator[str]:
     """The part itself, or its parts that are not trained; nothing if all of it is trained."""
     if any(f"{part}.".startswith(f"{name}.") for name in trained):
         return

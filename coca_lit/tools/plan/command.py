@@ -77,8 +77,6 @@ def estimate(cfg: DictConfig, settings: "Settings", module: "CoCaLit") -> "tuple
     from coca_lit.tools.plan.trace import cost, on_gpu
     from coca_lit.training.objectives import check_caption_count
 
-    with error_context("data"):  # which a training would build
-        check_number("batch_size", cfg.data.batch_size, whole=True, at_least=1)
     tokens = settings.caption_tokens
     with error_context("caption_tokens"):
         check_number("the mean length of captions", tokens, at_most=module.net.config.context_length)
