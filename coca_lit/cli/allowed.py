@@ -8,7 +8,7 @@ These are what `PACKAGES` lists, installed projects, the user's own modules, and
 import pkgutil
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,12 +48,11 @@ def trust_modules(modules: Iterable[str]) -> None:
     _named.update(map(str, modules))
 
 
-def check_targets(targets: Iterable[str]) -> None:
-    """Checks names of classes and functions before their modules are imported, and then what the names lead to: an
-    allowed module may have imported `os`. A name that leads to nothing passes.
+def check_packages(targets: Iterable[str]) -> None:
+    """Checks names of classes and functions before their modules are imported.
 
     Raises:
-        ConfigError: a target that a config may not run.
+        ConfigError: a target of a package of which a config may run nothing.
     """
     for target in targets:
         root = target.partition(".")[0]
@@ -61,6 +60,17 @@ def check_targets(targets: Iterable[str]) -> None:
             raise ConfigError(f"_target_ must be the name of a class or a function, got '{target}'")
         if root not in _roots() and not _is_own(root):
             raise ConfigError(_refusal(target, root))
+
+
+def check_targets(targets: Sequence[str]) -> None:
+    """`check_packages`, and then what the names lead to: an allowed module may have imported `os`. A name that leads to
+    nothing passes.
+
+    Raises:
+        ConfigError: a target that a config may not run.
+    """
+    check_packages(targets)
+    for target in targets:
         try:
             found: Any = pkgutil.resolve_name(target)
         except (ImportError, AttributeError, ValueError, SyntaxError):

@@ -38,7 +38,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit import __version__, extensions
-from coca_lit.cli.allowed import check_targets, hydra_builds, trust_modules
+from coca_lit.cli.allowed import check_packages, check_targets, hydra_builds, trust_modules
 from coca_lit.cli.early import check_data_folder, check_length, check_values, check_weights, resumes
 from coca_lit.cli.runtime import keep_imports
 from coca_lit.cli.schema import MissingValueError, check, targets, unresolved
@@ -275,8 +275,8 @@ def _with_search_path(words: Sequence[str]) -> list[str]:
     others = [word for word in words if not word.startswith(SEARCH_PATH)]
     for word in words:
         if word.startswith(SEARCH_PATH):
-            own = word.removeprefix(SEARCH_PATH).strip().removeprefix("[").removesuffix("]")
-            folders = [own, *folders]
+            of_user = word.removeprefix(SEARCH_PATH).strip().removeprefix("[").removesuffix("]")
+            folders = [of_user, *folders]
     return [*others, f"{SEARCH_PATH}[{','.join(folders)}]"]
 
 
@@ -360,8 +360,9 @@ def _check_arguments(cfg: DictConfig, shipped: dict[str, Any], groups: Sequence[
     named = node["imports"] if isinstance(node.get("imports"), list) else []
     import_from_current_folder([*named, *targets(node)])
     trust_modules(named)
+    check_packages(targets(node))
+    check(node, shipped, groups)  # before all is imported: it begins where a key is misspelt
     check_targets(targets(node))
-    check(node, shipped, groups)
 
 
 @contextmanager
