@@ -5,15 +5,19 @@ Everything that the project writes in order to resume from it later is written b
 
 import csv
 import errno
+import glob
+import hashlib
 import json
 import logging
 import os
 import re
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from io import FileIO, StringIO
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -24,7 +28,8 @@ from coca_lit.reading import MAX_JSON, open_regular
 
 T = TypeVar("T")
 TEMPORARY = ".coca_lit-tmp"  # ends names of unfinished files and folders; in these it is a file, too
-_OURS = re.compile(rf"\..+\.\d+-[0-9a-f]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)
+OLD = 3600.0  # seconds after which nobody is still writing an unfinished file
+_OURS = re.compile(rf"\..+\.(\d+)-([0-9a-f]{{8}})-[0-9a-f]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)
 _FORMULA = re.compile(r"[=+@\t\r-]")
 _NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of file systems that cannot sync a folder
@@ -46,12 +51,42 @@ def remove_leftovers(folder: Path, name: str = "*", older: float = 0.0) -> None:
 
     Args:
         name: a pattern of final names.
-        older: seconds since a file changed last; what is newer stays, where other processes may be at work.
+        older: seconds since a file changed last; what is newer stays, where other processes may be at work, unless its
+            writer was a process of this machine and has ended.
     """
     for path in folder.glob(f".{name}.*{TEMPORARY}"):
-        with suppress(FileNotFoundError):  # whoever was at work has given it its name
-            if is_leftover(path) and (not older or time.time() - path.lstat().st_mtime >= older):
+        with suppress(OSError):  # whoever was at work has given it its name, or it is another user's
+            age = time.time() - path.lstat().st_mtime
+            if is_leftover(path) and (not older or age >= older or _writer_has_ended(path)):
                 remove(path)
+
+
+def _writer_has_ended(path: Path) -> bool:
+    """Whether a process of this machine wrote an unfinished file, and is gone."""
+    match = _OURS.fullmatch(path.name)
+    if match is None or match[2] != _machine():
+        return False
+    return has_ended(int(match[1]))
+
+
+def has_ended(process: int) -> bool:
+    """Whether this machine has no process of that number. Windows, which cannot be asked, says no."""
+    if os.name == "nt":
+        return False
+    try:
+        os.kill(process, 0)  # asks, and sends nothing
+    except (OSError, OverflowError) as error:
+        return isinstance(error, ProcessLookupError)
+    return False
+
+
+@cache
+def _machine() -> str:
+    """A digest of what shares the numbers of processes: a machine since its start, or a container on it."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # Linux has these
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:8]
 
 
 def temporary_folder(path: Path) -> Path:
@@ -73,7 +108,8 @@ def remove(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, which replaces `path` when the block ends without an error.
 
-    It is synced first, so that a crash of the machine leaves either the old content or the new one.
+    It is synced first, so that a crash of the machine leaves either the old content or the new one. What killed
+    processes left of `path` is removed.
 
     Raises:
         DataError: nothing can be written there.
@@ -81,6 +117,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = beside(path)
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, glob.escape(path.name), OLD)
         temporary.touch()
         mode = temporary.stat().st_mode & 0o777
         try:
@@ -272,7 +309,7 @@ def csv_line(row: Iterable[Any]) -> str:
 
 def beside(path: Path) -> Path:
     """A new temporary path beside another, which `remove_leftovers` knows."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+    return path.with_name(f".{path.name}.{os.getpid()}-{_machine()}-{secrets.token_hex(4)}{TEMPORARY}")
 
 
 def _remove_incomplete_line(file: FileIO) -> int:

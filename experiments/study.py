@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from coca_lit.runs.scores import data_name, in_print_units, score_name
+from coca_lit.runs.scores import in_print_units, score_name
 from coca_lit.tools.report.tables import Table, markdown
 
 Row = dict[str, str]
@@ -24,7 +24,6 @@ PAGES = (*sorted(EXPERIMENTS.rglob("*.md")), *sorted(EXPERIMENTS.parent.glob("co
 MARK = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
 ABOUT = ("run", "seed", "seconds", "commit", "machine", "torch", "command")
 DATA = {"scenes": "scenes", "compositional": "unseen combinations", "flickr8k": "photos"}
-SHOWN = re.compile(r"/(Bleu_4|METEOR|CIDEr|exact_match|\w+_recall@[15]|top1)$")  # the CSV has all scores
 
 
 class TableStudy(NamedTuple):
@@ -189,31 +188,11 @@ def draw_lines(panels: Mapping[str, Mapping[str, list[tuple[float, float]]]], x:
 # Tables
 
 
-def by_seed(rows: Sequence[Row]) -> str:
-    """Markdown for a study of few runs: a line per score, a column per run, mean ± std where there are several."""
-    several = len(rows) > 1
-    names = [f"seed {row['seed']}" for row in rows]
-    end = ["mean ± std"] if several else []
-    header = ["score", *names, *end]
-    lines = [["seconds, all included", *(row["seconds"] for row in rows), *[""] * several]]
-    for score in filter(SHOWN.search, rows[0]):
-        spread = [mean_std(numbers(rows, score))] if several and len(numbers(rows, score)) > 1 else [""] * several
-        values = [mean_std(numbers([row], score)) for row in rows]
-        lines.append([f"{data_name(score.rpartition('/')[0])}: {score_name(score)}", *values, *spread])
-    return with_about(header, lines, rows)
-
-
 def by_variant(rows: Sequence[Row], scores: Mapping[str, str]) -> str:
     """Markdown for a study that compares variants: a line for each, with n, mean ± std of `scores`, {column: title}."""
     groups = variants(rows).items()
     lines = [[name, str(len(runs)), *(mean_std(numbers(runs, score)) for score in scores)] for name, runs in groups]
     return with_about(["variant", "n", *(unit(score, title) for score, title in scores.items())], lines, rows)
-
-
-def as_they_are(rows: Sequence[Row]) -> str:
-    """Markdown of the columns of the CSV: a line per row."""
-    columns = [key for key in rows[0] if key not in ABOUT]
-    return with_about(columns, [[readable(row[key]) for key in columns] for row in rows], rows)
 
 
 def readable(text: str, factor: float = 1) -> str:

@@ -114,10 +114,3 @@ def test_imports_of_the_package() -> None:
         at_the_commands = place.parts[0] in ("cli", "projects") or place.name == "command.py"
         if not at_the_commands and str(place) not in READS_CONFIGS:
             assert not packages & {"hydra", "omegaconf"}, path
-
-
-def test_no_test_imports_another() -> None:
-    """What several share stands in tests/helpers."""
-    files = sorted((ROOT / "tests").rglob("*.py"))
-    guilty = [(path.name, name) for path in files for name in imports(path) if name.startswith(("test_", "conftest"))]
-    assert not guilty

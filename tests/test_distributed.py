@@ -15,7 +15,6 @@ from coca_lit.distributed import (
     gather_objects,
     logsumexp_over_ranks,
     max_over_ranks,
-    print_rank_zero,
     rank,
     step_exchange,
     sum_over_ranks,
@@ -44,19 +43,6 @@ def collectives() -> dict[str, Any]:
         "max": max_over_ranks([1, -rank()]),
         "objects": gather_objects({"rank": rank()}),
         "broadcast": broadcast_object(f"from {rank()}"),
-    }
-
-
-def test_collectives_without_a_process_group() -> None:
-    assert collectives() == {
-        "world": 1,
-        "gathered": [0, 0],
-        "gradient": [0, 1],
-        "sum": [1, 0],
-        "logsumexp": [0, 1000],
-        "max": [1, 0],
-        "objects": [{"rank": 0}],
-        "broadcast": "from 0",
     }
 
 
@@ -89,15 +75,6 @@ def test_numbers_of_a_step_take_one_collective(on_ranks) -> None:
     """Of the host and the device together, or of the host alone; a rank's NaN spoils no number of another one."""
     for result in on_ranks(2, steps_told):
         assert result == {"told": [[0, 0], [1, 0], [2, 0]], "device": [0, 1], "again": []}
-
-
-def test_only_rank_zero_prints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also before there is a process group."""
-    print_rank_zero("hello")
-    assert capsys.readouterr().out == "hello\n"
-    monkeypatch.setenv("RANK", "1")
-    print_rank_zero("hello")
-    assert capsys.readouterr().out == ""
 
 
 def train(model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Tensor]:

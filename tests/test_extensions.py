@@ -58,33 +58,25 @@ def train(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_names_are_known_without_an_import(site: Path) -> None:
-    program = "print(extensions.declared('text_towers')['counting'], 'outsider' in sys.modules)"
-    assert python(site, program).stdout == "outsider.idea.tower:Tower False\n"
-
-
-def test_arguments_that_plan_sizes_of_batches_are_known_without_an_import(site: Path) -> None:
-    program = """
-from coca_lit.cli.schema import read_signature
-for name in ("shards.laion.LAIONDataModule", "datamodule.ScenesDataModule", "datamodule.RecordsDataModule"):
-    print("growing" in read_signature(f"coca_lit.data.{name}").arguments, "outsider" in sys.modules)
-"""
-    assert python(site, program).stdout.splitlines() == ["True False"] * 3
-
-
-def test_arguments_of_steps_for_samples_are_known_without_an_import(site: Path) -> None:
-    """Their values are texts if the project says so, also a folder of a year."""
+def test_what_a_project_adds_is_known_without_an_import(site: Path) -> None:
+    """Text towers, and arguments that plan sizes of batches or name steps for samples. The values of these are texts if
+    the project says so, also a folder of a year.
+    """
     program = """
 from coca_lit.cli.schema import read_signature
 from coca_lit.cli.words import to_override
-print("ledger" in read_signature("coca_lit.data.shards.laion.LAIONDataModule").arguments, "outsider" in sys.modules)
-print(extensions.sample_steps()["ledger"].step)
+print(extensions.declared("text_towers")["counting"], extensions.sample_steps()["ledger"].step)
+for name in ("shards.laion.LAIONDataModule", "datamodule.ScenesDataModule", "datamodule.RecordsDataModule"):
+    print("growing" in read_signature(f"coca_lit.data.{name}").arguments)
+print("ledger" in read_signature("coca_lit.data.shards.laion.LAIONDataModule").arguments)
 print(*map(to_override, ("data.ledger=2024", "+data.ledger=2024", "data.other=2024")))
+print("outsider" in sys.modules)
 """
     assert python(site, program).stdout.splitlines() == [
-        "True False",
-        "outsider.idea.tower:counted",
+        "outsider.idea.tower:Tower outsider.idea.tower:counted",
+        *["True"] * 4,
         'data.ledger="2024" +data.ledger="2024" data.other=2024',
+        "False",
     ]
 
 

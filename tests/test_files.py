@@ -4,6 +4,8 @@ import errno
 import io
 import logging
 import os
+import re
+import signal
 import stat
 import time
 from pathlib import Path
@@ -29,6 +31,8 @@ from coca_lit.files import (
 from coca_lit.tools.claims import claim
 from helpers.disks import at_most
 from helpers.forking import called
+
+UNFINISHED = f".1-{'0' * 8}-{'0' * 8}{TEMPORARY}"  # what ends the name of a file that another machine left
 
 
 def test_lines_are_appended_all_or_none(tmp_path: Path) -> None:
@@ -166,19 +170,30 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / TEMPORARY).touch()
     (folder / "part").touch()
-    mine = [".notes.2024.tmp", ".cache.v1.tmp/deep/precious", f".x.7{TEMPORARY}", f".y.1-{'0' * 8}{TEMPORARY}/precious"]
+    mine = [".notes.2024.tmp", ".cache.v1.tmp/deep/precious", f".x.7{TEMPORARY}", f".y{UNFINISHED}/precious"]
     for name in mine:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine")
-    (tmp_path / f".z.1-{'0' * 8}{TEMPORARY}").symlink_to(tmp_path / ".cache.v1.tmp")
+    (tmp_path / f".z{UNFINISHED}").symlink_to(tmp_path / ".cache.v1.tmp")
     os.utime(left, (0, time.time() - 90))
+    for _ in range(2):
+        if (process := os.fork()) == 0:
+            with replacing(tmp_path / "table.csv"):
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(process, 0)
+    (abandoned,) = tmp_path.glob(".table.csv.*")  # the second process has removed what the first one left
+    elsewhere = abandoned.with_name(re.sub("-[0-9a-f]{8}-", f"-{'0' * 8}-", abandoned.name))  # on another machine
+    elsewhere.write_bytes(kept)
     remove_leftovers(tmp_path, older=100)  # somebody may be at work on them
     assert left.exists()
+    assert elsewhere.exists()
+    assert not abandoned.exists()
     assert folder.exists()
     remove_leftovers(tmp_path, older=80)
     assert not left.exists()
     assert folder.exists()
     remove_leftovers(tmp_path)
+    assert not elsewhere.exists()
     assert not folder.exists()
     assert all((tmp_path / name).read_text() == "mine" for name in mine)
     assert (tmp_path / "new\nline.tar").exists()

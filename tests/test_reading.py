@@ -108,11 +108,15 @@ ODD_YAML = {
     "date": "a: 2020-01-01",
     "digits": "a: " + "1" * 30,
     "list": "[1]",
+    "another tag": "a: !whatever 1",
+    "torn": "a: [1, {",
+    "no text": "a: \udcff",
+    "control": "a: \x1b[2J",
 }
 
 
 @pytest.mark.parametrize("text", ODD_YAML.values(), ids=ODD_YAML)
 def test_odd_yaml_is_one_sentence(tmp_path, text):
-    (tmp_path / "x.yaml").write_text(text)
+    (tmp_path / "x.yaml").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=r"^[^\n]*x\.yaml [^\n]+$"):
         read_run_yaml(tmp_path, "x.yaml")

@@ -26,7 +26,6 @@ from coca_lit.tokenizer import (
     Tokenizer,
     WordTokenizer,
     clean_whitespace,
-    frequent_words,
     get_tokenizer,
     pack,
     split_words,
@@ -71,12 +70,6 @@ def assert_same_ids(ours: Tokenizer, theirs: open_clip.tokenizer.SimpleTokenizer
     a, b = ours(texts), theirs(texts)
     different = [texts[i] for i in (a != b).any(dim=1).nonzero()[:, 0].tolist()]
     assert different == []
-
-
-def test_special_ids(clip: Tokenizer) -> None:
-    assert (clip.vocab_size, clip.pad_id, clip.sot_id, clip.eot_id, clip.context_length) == (49408, 0, 49406, 49407, 76)
-    assert clip.encode("a dog") == [49406, 320, 1929, 49407]  # as in openai/CLIP
-    assert clip.encode("!#$") == [49406, 0, 2, 259, 49407]
 
 
 @fuzz
@@ -219,15 +212,6 @@ def test_r50k_encodes_as_tiktoken_does(r50k: R50kTokenizer, text: str) -> None:
         assert r50k.decode(ids) == clean_whitespace(text)
 
 
-def test_r50k_is_that_of_gpt_2_and_is_cut(r50k: R50kTokenizer) -> None:
-    assert r50k.encode("Hello, world!") == [50259, 15496, 11, 995, 0, 50257]  # as published
-    assert R50kTokenizer(4).encode("a b c d")[-1] == 50257
-
-
-def test_vocabulary_from_captions_is_ordered_by_count() -> None:
-    assert frequent_words(["A dog runs.", "a DOG", "a cat", "b"], min_count=2) == ["a", "dog"]
-
-
 @pytest.mark.parametrize("spec", ["clip", "r50k", ["b", "a"]])
 def test_spec_builds_the_same_tokenizer(spec: str | list[str]) -> None:
     tokenizer = get_tokenizer(spec, context_length=12)
@@ -326,7 +310,9 @@ def test_the_end_is_a_label_where_it_is_the_unknown_token_of_bytes(tmp_path: Pat
     for kind in ("ByteLevel", "WordPiece"):
         described = json.loads(trained_file(kind, tmp_path).read_text())
         described["model"]["unk_token"] = SPECIAL["end"]
-        described["model"]["vocab"].pop("ÿ", None)
+        if kind == "ByteLevel":  # without the first byte of many Cyrillic letters
+            del described["model"]["vocab"]["Ð"]
+            described["model"]["merges"] = [pair for pair in described["model"]["merges"] if "Ð" not in "".join(pair)]
         (tmp_path / "words.json").write_text(json.dumps(described))
         with pytest.raises(ValueError, match="token for unknown words is '</s>': name another token as end"):
             get_tokenizer({"packed": pack(tmp_path / "words.json"), **SPECIAL})

@@ -8,7 +8,7 @@ These are what `PACKAGES` lists, installed projects, the user's own modules, and
 import pkgutil
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,12 +52,11 @@ def trust_modules(modules: Iterable[str]) -> None:
     _named.update(map(str, modules))
 
 
-def check_targets(targets: Iterable[str]) -> None:
-    """Checks names of classes and functions before their modules are imported, and then what the names lead to: an
-    allowed module may have imported `os`. A name that leads to nothing passes.
+def check_packages(targets: Iterable[str]) -> None:
+    """Checks names of classes and functions before their modules are imported.
 
     Raises:
-        ConfigError: a target that a config may not run.
+        ConfigError: a target of a package of which a config may run nothing.
     """
     for target in targets:
         root = target.partition(".")[0]
@@ -65,6 +64,17 @@ def check_targets(targets: Iterable[str]) -> None:
             raise ConfigError(f"_target_ must be the name of a class or a function, got '{target}'")
         if root not in _roots() and not _is_own(root):
             raise ConfigError(_refusal(target, root))
+
+
+def check_targets(targets: Sequence[str]) -> None:
+    """`check_packages`, and then what the names lead to: an allowed module may have imported `os`. A name that leads to
+    nothing passes.
+
+    Raises:
+        ConfigError: a target that a config may not run.
+    """
+    check_packages(targets)
+    for target in targets:
         try:
             found: Any = pkgutil.resolve_name(target)
         except (ImportError, AttributeError, ValueError, SyntaxError):
@@ -85,12 +95,12 @@ def check_hydra(config: DictConfig) -> None:
     Raises:
         ConfigError: a callback or a log names what is neither Hydra's, nor Python's `logging`, nor ours or a project's.
     """
-    check_packages(config.hydra.callbacks, "hydra.callbacks", *OF_HYDRA)
+    check_names(config.hydra.callbacks, "hydra.callbacks", *OF_HYDRA)
     for key in ("hydra_logging", "job_logging"):
-        check_packages(OmegaConf.to_container(config.hydra[key]), f"hydra.{key}", *OF_HYDRA)
+        check_names(OmegaConf.to_container(config.hydra[key]), f"hydra.{key}", *OF_HYDRA)
 
 
-def check_packages(node: Any, path: str, *packages: str) -> None:
+def check_names(node: Any, path: str, *packages: str) -> None:
     """Checks that all that a config names is in these packages or in projects.
 
     Args:
@@ -108,7 +118,7 @@ def check_packages(node: Any, path: str, *packages: str) -> None:
         if key not in NAMING or value.rpartition(".")[0] in ("logging", "logging.handlers"):
             continue
         module = value
-        if _is_within(value, packages):
+        if _is_within(value, packages) and key != "report":  # which a sweep loads at its end, for a second
             with suppress(ImportError, AttributeError, ValueError, SyntaxError):  # a name that leads to nothing
                 module = getattr(pkgutil.resolve_name(value), "__module__", value)
         if not _is_within(module, packages):

@@ -38,7 +38,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit import __version__, extensions
-from coca_lit.cli.allowed import OF_HYDRA, check_hydra, check_targets, hydra_builds, trust_modules
+from coca_lit.cli.allowed import OF_HYDRA, check_hydra, check_packages, check_targets, hydra_builds, trust_modules
 from coca_lit.cli.early import check_data_folder, check_length, check_values, check_weights, resumes
 from coca_lit.cli.runtime import keep_imports
 from coca_lit.cli.schema import MissingValueError, check, targets, unresolved
@@ -104,14 +104,16 @@ def job_command(
     config: str,
     function: Callable[[DictConfig], Any],
     add_overrides: Callable[[list[str]], list[str]] | None = None,
+    began: float | None = None,
 ) -> None:
     """As `command`, but Hydra makes the run folder and calls the function; for each job of a sweep, where its launcher
     starts it.
 
     Args:
         add_overrides: returns the given overrides and those that follow from them.
+        began: when the process began, in seconds since 1970; now if not given.
     """
-    began = time.time()
+    began = began if began is not None else time.time()
     with _as_command(config):
         options, words = parse(sys.argv[1:])
         if _answered(config, options, words):
@@ -283,8 +285,8 @@ def _with_search_path(words: Sequence[str]) -> list[str]:
     others = [word for word in words if not word.startswith(SEARCH_PATH)]
     for word in words:
         if word.startswith(SEARCH_PATH):
-            own = word.removeprefix(SEARCH_PATH).strip().removeprefix("[").removesuffix("]")
-            folders = [own, *folders]
+            of_user = word.removeprefix(SEARCH_PATH).strip().removeprefix("[").removesuffix("]")
+            folders = [of_user, *folders]
     return [*others, f"{SEARCH_PATH}[{','.join(folders)}]"]
 
 
@@ -368,8 +370,9 @@ def _check_arguments(cfg: DictConfig, shipped: dict[str, Any], groups: Sequence[
     named = node["imports"] if isinstance(node.get("imports"), list) else []
     import_from_current_folder([*named, *targets(node)])
     trust_modules(named)
+    check_packages(targets(node))
+    check(node, shipped, groups)  # before all is imported: it begins where a key is misspelt
     check_targets(targets(node))
-    check(node, shipped, groups)
 
 
 @contextmanager

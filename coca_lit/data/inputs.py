@@ -106,10 +106,3 @@ def chosen_reader(options: Mapping[str, Any]) -> ImageReader:
         if target in targets:
             return reader_of(ending, options)
     return IMAGES
-
-
-def readable_endings(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The endings of images, and of the declared kinds whose options are given and not 0."""
-    wanted = {option.reader for name, option in extensions.input_options().items() if options.get(name)}
-    others = [ending for ending, target in extensions.declared("inputs").items() if target in wanted]
-    return (*SUFFIXES, *others)

@@ -5,14 +5,13 @@ Shapes: I images, T texts, D features, Q queries, C candidates.
 """
 
 from collections.abc import Sequence
-from statistics import median
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from coca_lit.metrics.uncertainty import Resampled
+from coca_lit.metrics.uncertainty import Resampled, exact
 
 KS = (1, 5, 10)
 Matrix = Tensor | np.ndarray
@@ -35,12 +34,11 @@ class Ranks(NamedTuple):
         """Shares in [0, 1] of queries with a right answer among their k most similar candidates."""
         if not ks or min(ks) < 1:
             raise ValueError(f"ks must be one or more numbers from 1 on, got {list(ks)}")
-        both = {"t2i": self.t2i, "i2t": self.i2t}
-        return {f"{name}_recall@{k}": (ranks < k).sum().item() / len(ranks) for name, ranks in both.items() for k in ks}
+        return {name: value for name, value in self.scores(ks).items() if "recall" in name}
 
-    def medians(self) -> dict[str, float]:
-        """Median ranks; 1 is best."""
-        return {f"{name}_median_rank": 1.0 + float(median(getattr(self, name).tolist())) for name in ("t2i", "i2t")}
+    def scores(self, ks: Sequence[int] = KS) -> dict[str, float]:
+        """Recalls, and median ranks; 1 is best."""
+        return exact(len(self.i2t), self.resampled(ks))
 
     def resampled(self, ks: Sequence[int] = KS) -> Resampled:
         """Recalls and median ranks of images that are drawn with replacement, each with its texts. The candidates stay:
@@ -51,18 +49,19 @@ class Ranks(NamedTuple):
         image_of = {"t2i": owner, "i2t": np.arange(len(self.i2t))}
 
         def resampled(counts: np.ndarray) -> dict[str, np.ndarray]:
-            values = {}
+            recalls = {}
+            medians = {}
             for name, image in image_of.items():
                 queries = counts @ np.bincount(image, minlength=len(self.i2t))
                 for k in ks:
                     found = np.bincount(image, weights=ranks[name] < k, minlength=len(self.i2t))
-                    values[f"{name}_recall@{k}"] = counts @ found / queries
+                    recalls[f"{name}_recall@{k}"] = counts @ found / queries
                 order = np.argsort(ranks[name], kind="stable")
                 reached = counts[:, image[order]].cumsum(axis=1)  # (D, Q)
                 middle = [(reached <= (queries[:, None] - half) // 2).sum(axis=1) for half in (1, 0)]
                 lower, upper = (ranks[name][order][m] for m in middle)
-                values[f"{name}_median_rank"] = 1 + (lower + upper) / 2
-            return values
+                medians[f"{name}_median_rank"] = 1 + (lower + upper) / 2
+            return recalls | medians
 
         return resampled
 
@@ -101,56 +100,25 @@ def similarity_ranks(similarity: Matrix, image_of_text: Tensor | Sequence[int]) 
     return Ranks(_ranks(similarity.T, image_of_text, images), _ranks(similarity, images, image_of_text), image_of_text)
 
 
-def retrieval_scores(
-    image_features: Matrix,
-    text_features: Matrix,
-    image_of_text: Tensor | Sequence[int],
-    ks: Sequence[int] = KS,
-    chunk: int = 1000,
-) -> dict[str, float]:
-    """``recall_at_k`` of the dot products of (I, D) and (T, D) features, and median ranks (1 is best).
-
-    Adds ``t2i_median_rank`` and ``i2t_median_rank``. Normalise the features first for cosine similarity.
-    """
-    ranks = feature_ranks(image_features, text_features, image_of_text, chunk)
-    return ranks.recalls(ks) | ranks.medians()
-
-
-def feature_ranks(
-    image_features: Matrix, text_features: Matrix, image_of_text: Tensor | Sequence[int], chunk: int = 1000
-) -> Ranks:
+def feature_ranks(image_features: Tensor, text_features: Tensor, image_of_text: Tensor, chunk: int = 1000) -> Ranks:
     """Ranks by the dot products of (I, D) and (T, D) features. Only ``chunk`` queries are compared with the candidates
     at a time, in float32: lower precision would create ties.
     """
-    image_features = torch.as_tensor(image_features).detach().float()
-    text_features = torch.as_tensor(text_features).detach().float()
-    owners = torch.as_tensor(image_of_text, device=image_features.device)
-    images, image_of_text = _labels(len(image_features), owners)  # (I,), (T,)
-    if image_features.ndim != 2 or text_features.shape != (len(image_of_text), image_features.shape[-1]):
-        raise ValueError(
-            f"expected image features (I, D) and text features ({len(image_of_text)}, D), one row for each entry of "
-            f"image_of_text; got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
-        )
+    image_features = image_features.detach().float()
+    text_features = text_features.detach().float()
+    images, image_of_text = _labels(len(image_features), image_of_text.to(image_features.device))  # (I,), (T,)
     t2i = _chunked_ranks(text_features, image_features, image_of_text, images, chunk)
     i2t = _chunked_ranks(image_features, text_features, images, image_of_text, chunk)
     return Ranks(t2i, i2t, image_of_text)
 
 
-def folded_ranks(
-    image_features: Tensor, text_features: Tensor, image_of_text: Tensor | Sequence[int], size: int
-) -> Ranks:
+def folded_ranks(image_features: Tensor, text_features: Tensor, image_of_text: Tensor, size: int) -> Ranks:
     """As `feature_ranks`, but of the first `size` images and their texts among themselves, of the next, and so on: the
     mean recalls of MS-COCO's five folds of 1,000. Images after the last whole fold are left out.
-
-    Raises:
-        ValueError: there are fewer than `size` images.
     """
-    owners = torch.as_tensor(image_of_text, device=image_features.device)
-    folds = len(image_features) // size
-    if not folds:
-        raise ValueError(f"a fold needs {size} images, got {len(image_features)}")
+    owners = image_of_text.to(image_features.device)
     parts = []
-    for start in range(0, folds * size, size):
+    for start in range(0, len(image_features) - size + 1, size):
         own = (owners >= start) & (owners < start + size)
         images = image_features[start : start + size]
         parts.append(feature_ranks(images, text_features[own], owners[own] - start))

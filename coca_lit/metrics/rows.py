@@ -40,15 +40,8 @@ class RowMetric(Metric):
         super().sync(*args, **kwargs)
 
     def append(self, ids: Sequence[Id] | Tensor, *columns: Sequence[Any]) -> None:
-        """Adds a row of plain values for each id.
-
-        Raises:
-            ValueError: another number of ids than of values, or ids of another type.
-        """
+        """Adds a row of plain values for each id."""
         plain = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        count = len(columns[0])
-        if len(plain) != count or not all(isinstance(i, int | str) for i in plain):
-            raise ValueError(f"expected an id (int or str) for each of {count} samples, got {len(plain)}: {plain[:5]}")
         text = "".join(f"{json.dumps(row)}\n" for row in zip(plain, *columns, strict=True))
         assert isinstance(self.kept, list)
         self.kept.append(torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).copy()).to(self.device))

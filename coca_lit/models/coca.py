@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_lit import extensions
-from coca_lit.errors import suggest
+from coca_lit.errors import check_choice
 from coca_lit.models.config import CoCaConfig
 from coca_lit.models.generation.generate import write_captions
 from coca_lit.models.image import build_image_encoder
@@ -366,10 +366,7 @@ class CoCa(Trainable):
 def check_outputs(needs: Collection[str]) -> None:
     """Raises `ValueError` for a name that is no output of a forward pass."""
     for name in needs:
-        if name not in OUTPUTS:
-            raise ValueError(
-                f"a forward pass has no output '{name}'{suggest(name, OUTPUTS)} It has {', '.join(OUTPUTS)}"
-            )
+        check_choice("an output of a forward pass", name, OUTPUTS)
 
 
 def _children(module: nn.Module) -> list[str]:

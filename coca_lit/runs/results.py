@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,15 @@ from coca_lit.errors import DataError
 from coca_lit.files import atomic_write, write_json, write_waiting
 from coca_lit.metrics.uncertainty import JUDGE, LEVEL, Conditions, Draws
 from coca_lit.reading import printable, read_run_json, read_run_npz
-from coca_lit.runs.run_folder import CONDITIONS, DRAWS, INTERVALS, RESULTS, add_to_environment
+from coca_lit.runs.run_folder import (
+    CONDITIONS,
+    DRAWS,
+    EARLIER_SECONDS,
+    INTERVALS,
+    RESULTS,
+    add_to_environment,
+    seconds_so_far,
+)
 from coca_lit.runs.scores import print_scores
 
 if TYPE_CHECKING:
@@ -64,8 +73,9 @@ def finish_run(
             write_draws(folder, found.draws)
             write_conditions(folder, found.conditions)
             (folder / "report.html").unlink(missing_ok=True)  # of an earlier scoring
-            seconds = round(time.time() - add_to_environment(folder, model or {})["started"])
-            add_to_environment(folder, {"seconds": seconds})
+            add_to_environment(folder, model or {})
+            seconds = round(seconds_so_far(folder))
+            earlier = add_to_environment(folder, {"seconds": seconds}).get(EARLIER_SECONDS, 0)
             write_json(folder / RESULTS, found.scores)
             write_json(folder / "not_run.json", found.not_run)
             if report is not None:
@@ -77,7 +87,9 @@ def finish_run(
             print(f"{error}; trying again in {PAUSE} seconds", flush=True)
             time.sleep(PAUSE)
     hint = "; open report.html there" if (folder / "report.html").exists() else ""
-    print(f"{seconds} seconds since its last start; the run is in {folder}{hint}", flush=True)
+    took = f"took {timedelta(seconds=seconds - earlier)}"
+    total = f", {timedelta(seconds=seconds)} with its earlier starts" if earlier else ""
+    print(f"{took}{total}; the run is in {folder}{hint}", flush=True)
 
 
 def print_with_conditions(

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
 from coca_lit.errors import ConfigError, DataError
-from coca_lit.files import atomic_write, csv_line, remove_leftovers, whole_lines, write_json
+from coca_lit.files import atomic_write, csv_line, has_ended, remove_leftovers, whole_lines, write_json
 from coca_lit.machine import in_shell, is_first_process
 from coca_lit.reading import check_inside, parse_json, printable, read_json
 from coca_lit.runs.redaction import masked_yaml, redact
@@ -49,6 +49,7 @@ RUN_FILES = (
 NEWEST = "auto"  # as `ckpt_path`: the newest checkpoint in the run folder, if it has one
 LOCK = ".lock"
 HOLDER = ".lock.json"
+EARLIER_SECONDS = "earlier_seconds"  # there too, of a run that resumed: how long its earlier starts took
 JOBS = "jobs"  # in `environment.json`: in which the run was begun or resumed last
 # What names a job that SLURM or torchrun may start again, with the same command: how often it did.
 RESTARTS = {"SLURM_JOB_ID": "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID": "TORCHELASTIC_RESTART_COUNT"}
@@ -75,6 +76,17 @@ def add_to_environment(folder: Path, further: dict[str, Any]) -> dict[str, Any]:
     known |= further
     write_json(path, known)
     return known
+
+
+def seconds_so_far(folder: Path) -> float:
+    """How long a run has taken with its earlier starts, each until the checkpoint that the next one resumed from; 0
+    where its `environment.json` is gone.
+    """
+    try:
+        known = read_json(folder / ENVIRONMENT, dict)
+    except DataError:
+        return 0.0
+    return time.time() - known["started"] + known.get(EARLIER_SECONDS, 0.0)
 
 
 def begin_at(seconds: float) -> None:
@@ -216,13 +228,7 @@ def _holder(folder: Path) -> dict[str, Any]:
 def _ended(holder: dict[str, Any]) -> bool:
     """Whether the process that took the lock is gone, and only processes that it started still hold it."""
     process = holder.get("process")
-    if os.name == "nt" or holder.get("host") != socket.gethostname() or not isinstance(process, int):
-        return False
-    try:
-        os.kill(process, 0)  # asks, and sends nothing
-    except (OSError, OverflowError) as error:
-        return isinstance(error, ProcessLookupError)
-    return False
+    return holder.get("host") == socket.gethostname() and isinstance(process, int) and has_ended(process)
 
 
 # Its beginning: what an earlier run left is archived, or its logs end where the run resumes
@@ -262,6 +268,8 @@ def start_run_folder(
     known = environment()
     if experiment:
         known["experiment"] = experiment
+    if resumed is not None:
+        known[EARLIER_SECONDS] = round(resumed.get("seconds", 0))
     if resumed is not None and not chosen and (folder / ENVIRONMENT).exists():
         chosen = read_json(folder / ENVIRONMENT, dict).get("chosen", ())
     if chosen:

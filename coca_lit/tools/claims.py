@@ -26,7 +26,7 @@ def claim(file: Path, settings: Mapping[str, Any], taken: bool = False) -> None:
     Raises:
         DataError: the output is made with other settings, or is not ours; or nothing can be written there.
     """
-    if not taken and _created(file, (json.dumps(settings, indent=2) + "\n").encode()):
+    if not taken and not file.exists() and _created(file, (json.dumps(settings, indent=2) + "\n").encode()):
         return
     if not file.exists():
         raise DataError(f"the output exists and this command did not write it ({file} is missing): choose another")

@@ -92,7 +92,10 @@ LAYOUTS: dict[str, Layout] = {
     "input_pipeline": Layout(
         {"case": "data", "what": "stage"},
         {"OpenCLIP, µs/sample": "theirs µs", "coca_lit, µs/sample": "ours µs", FASTER: "ratio"},
-        {"case": ("synthetic photos, short side 256-512", "photos in images")},
+        {
+            "case": ("synthetic photos, short side 256-512", "photos in images"),
+            "what": ("all, indexed shards", "decode", "crop and resize"),
+        },
     ),
     "input_pipeline/sizes": Layout(
         {"what": "synthetic photos"},

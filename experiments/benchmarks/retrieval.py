@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from coca_lit.metrics.retrieval import retrieval_scores
+from coca_lit.metrics.retrieval import feature_ranks
 from experiments.benchmarks.harness import in_own_process, peak_memory
 from experiments.benchmarks.record import record
 
@@ -42,7 +42,7 @@ def main() -> None:
 def measure(way: str, images: int, texts: int, width: int) -> tuple[float, float, dict[str, float]]:
     """Seconds, peak memory beyond that of the features in MB, and the recalls."""
     image_features, text_features, image_of_text = features(images, texts, width)
-    score = {"coca_lit": retrieval_scores, "clip_benchmark": clip_benchmark_scores}[way]
+    score = {"coca_lit": coca_lit_scores, "clip_benchmark": clip_benchmark_scores}[way]
     scores: dict[str, float] = {}
     start = time.monotonic()
     megabytes = peak_memory(lambda: scores.update(score(image_features, text_features, image_of_text)))
@@ -57,6 +57,10 @@ def features(images: int, texts: int, width: int) -> tuple[Tensor, Tensor, Tenso
     image_features = torch.randn(images, width)
     text_features = image_features[image_of_text] + 12 * torch.randn(texts, width)
     return normalize(image_features, dim=1), normalize(text_features, dim=1), image_of_text
+
+
+def coca_lit_scores(image_features: Tensor, text_features: Tensor, image_of_text: Tensor) -> dict[str, float]:
+    return feature_ranks(image_features, text_features, image_of_text).recalls()
 
 
 def clip_benchmark_scores(image_features: Tensor, text_features: Tensor, image_of_text: Tensor) -> dict[str, float]:

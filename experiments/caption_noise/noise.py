@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from coca_lit.data.datasets.annotations import read_references, read_results
+from coca_lit.data.datasets.annotations import read_references
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.evals.inference import caption_images
 from coca_lit.metrics.captions import SCORERS, STANDARD, WORD, Tokens, score_tokens, tokenize_captions
@@ -29,6 +29,7 @@ from coca_lit.metrics.java.spice import SpiceError, spice_jars
 from coca_lit.metrics.uncertainty import DRAWS, Draws, difference
 from coca_lit.reading import read_json
 from coca_lit.runs.run_folder import environment
+from coca_lit.tools.score.results import read_results
 from coca_lit.weights.load import load_model
 from experiments.study import Row, replace_rows
 

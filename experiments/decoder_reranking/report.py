@@ -13,27 +13,22 @@ from experiments.study import DATA, Row, mean_std, numbers, read_rows, unit, wit
 
 RESULTS = Path(__file__).with_name("results.csv")
 DEFAULT = "0.5"  # weight in coca-evaluate
-SHOWN = ("0.0", "0.2", "0.7", "1.0")  # of the weights, in tables; the CSV has all
-COUNTS = ("0", "2", "16")  # of the candidates
+SHOWN = ("0.0", "0.2", "0.7", "1.0")  # of the weights, in tables of recall; the CSV has all
+CHOSEN = ("0.0", "0.2", "1.0")  # and in that of choices
+COUNTS = {"scenes": ("0", "2"), "compositional": ("0", "2"), "flickr8k": ("0", "2", "16")}  # of the candidates
 COUNT = "16"  # candidates where weights are compared
 RECALLS = {"t2i_recall@1": "t→i R@1", "i2t_recall@1": "i→t R@1"}
 ACCURACIES = {"accuracy": "all"} | {f"{kind}_accuracy": kind for kind in ("order", "colour", "shape")}
 
-COSTS = {"pairs": ("pairs read", ",.0f"), "times": ("CPU time", ".1f")}  # column: title, format
+COSTS = {"times": ("CPU time", ".1f")}  # column: title, format
 
 
 def tables() -> dict[str, str]:
     found = {}
     for name, keys, rows, costs, scores in (
-        ("", {"count": "candidates"}, [row for row in _read() if row["count"] in COUNTS], COSTS, RECALLS),
-        ("/weights", {"weight": "weight"}, _shown(_compared(), "flickr8k"), {}, RECALLS),
-        (
-            "/choices",
-            {"way": "decoder", "weight": "weight"},
-            _shown(_of("likelihood"), "compositional"),
-            {},
-            ACCURACIES,
-        ),
+        ("", {"count": "candidates"}, [row for row in _read() if row["count"] in COUNTS[row["data"]]], COSTS, RECALLS),
+        ("/weights", {"weight": "weight"}, _shown(_compared(), "flickr8k", SHOWN), {}, RECALLS),
+        ("/choices", {"weight": "weight"}, _shown(_of("likelihood"), "compositional", CHOSEN), {}, ACCURACIES),
     ):
         if rows:
             lines = [
@@ -52,8 +47,8 @@ def tables() -> dict[str, str]:
     return found
 
 
-def _shown(rows: Sequence[Row], data: str) -> list[Row]:
-    return [row for row in rows if row["weight"] in SHOWN and row["data"] == data]
+def _shown(rows: Sequence[Row], data: str, weights: Sequence[str]) -> list[Row]:
+    return [row for row in rows if row["weight"] in weights and row["data"] == data]
 
 
 def _choices() -> list[Row]:

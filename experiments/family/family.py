@@ -3,6 +3,7 @@ which members without a contrastive loss do, too.
 """
 
 from collections.abc import Sequence
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from coca_lit.data.records import Record
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import embed_pairs, embed_texts, evaluating, write_texts
 from coca_lit.evals.retrieval import rerank
-from coca_lit.metrics.captions import caption_scores, exact_match
+from coca_lit.metrics.captions import caption_scores, is_reference
 from coca_lit.metrics.java.runtime import ptb_tokenize
 from coca_lit.metrics.retrieval import feature_ranks, similarity_ranks
 from coca_lit.models import CoCa, DualEncoder
@@ -43,10 +44,10 @@ class CaptionsAndCosines(Evaluation):
         captions = write_texts(model, records, write, settings.batch_size, settings.workers)
         references = {record.id: record.captions for record in records}
         texts = embed_texts(model, [text for group in references.values() for text in group], settings.batch_size)
-        image_of_text = [i for i, record in enumerate(records) for _ in record.captions]
+        image_of_text = torch.tensor([i for i, record in enumerate(records) for _ in record.captions])
         return {
             **caption_scores(references, captions, ("Bleu", "CIDEr"), self.tokenize),
-            "exact_match": exact_match(references, captions),
+            "exact_match": mean(is_reference(captions[key], group) for key, group in references.items()),
             **feature_ranks(torch.cat(features), texts, image_of_text).recalls([1]),
         }
 

@@ -15,9 +15,9 @@ from coca_lit.errors import check_number
 from coca_lit.evals.base import Settings
 from coca_lit.evals.captions import CaptionScores
 from coca_lit.evals.inference import embed_texts, evaluating, write_texts
-from coca_lit.metrics.cider import CiderD, fast_words
 from coca_lit.models import CoCa
 from coca_lit.models.inputs import Images
+from coca_lit.projects.rewards.cider import CiderD, fast_words
 
 
 class ConsensusCaptions(CaptionScores):

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
-from coca_lit.metrics.cider import CiderD
+from coca_lit.projects.rewards.cider import CiderD
 
 RECALL = 0.85  # the share of recall in METEOR 1.5 (Denkowski and Lavie 2014)
 

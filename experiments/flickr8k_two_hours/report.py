@@ -83,16 +83,10 @@ LEVERS = {  # of two or three seeds: runs without and with it, and the scores th
     "normalised by the training photos and captions, after Muon": ("muon", "muon_8beams_neighbours", FINDING),
     "SCST at 2e-5, four epochs, after 40 epochs": ("long", "long_rewards", SHOWN),
     "the same with the mixed reward": ("long", "long_mixed_rewards", SHOWN),
-    "best of 8 beams at weight 0.2, after 40 epochs": ("long", "long_8beams_reranked", WRITING),
     "best of 8 beams at weight 0.1, after SCST with the mixed reward": (
         ("long_mixed_rewards", "long_mixed_rewards_8beams_weight0.1", WRITING)
     ),
     "decoder re-ranking, after 40 epochs": ("long", "long_reranked", FINDING),
-    "decoder re-ranking, after SCST with the mixed reward": (
-        "long_mixed_rewards",
-        "long_mixed_rewards_weight0.1",
-        FINDING,
-    ),
 }
 WRITTEN = (  # runs in the table of captions; the CSV has all
     *("frozen_captions", "captions", "long", "long_mixed_rewards"),

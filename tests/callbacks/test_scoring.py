@@ -292,6 +292,3 @@ def test_the_scores_of_the_end_are_known_beforehand(tmp_path: Path, monkeypatch:
         assert scores
         for score in (*scores, *(f"scenes/{name}" for name in CATEGORIES.values())):
             scoring.check_score("key", score, at_end=True)
-
-
-# From the command line

@@ -142,6 +142,7 @@ def test_a_strangers_config_runs_nothing(tmp_path: Path, attack: dict[str, objec
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "experiment").mkdir()
+    config["evals"] = {"mine": attack}  # in place of one of ours its arguments are refused first
     (tmp_path / "experiment" / "theirs.yaml").write_text("# @package _global_\n" + yaml.safe_dump(config))
     commands = [
         ["-m", "coca_lit.cli.evaluate", "checkpoint=outputs/x", "name=y"],

@@ -179,22 +179,6 @@ def test_errors_hold_no_control_characters(monkeypatch: pytest.MonkeyPatch) -> N
         command.command("search", fail)
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["coca-train", "help"], "'help'.*--help"),
-        (["coca-caption"], r"images.*coca-caption photo\.jpg \(more: coca-caption --help"),
-        (["coca-search"], r"index.*coca-search photos/ \"a dog on a beach\" \(more: "),
-    ],
-)
-def test_too_few_words_are_answered_with_an_example(
-    monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
-) -> None:
-    monkeypatch.setattr("sys.argv", words)
-    with pytest.raises(SystemExit, match=said):
-        command.command(words[0].removeprefix("coca-"), lambda cfg: None)
-
-
 @pytest.mark.slow
 def test_help_lists_the_users_experiments_by_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -2,16 +2,16 @@
 
 import gzip
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coca_lit.data.datasets.annotations import read_karpathy, read_references, read_results
+from coca_lit.data.datasets.annotations import read_karpathy, read_references
 from coca_lit.data.datasets.captions import coco_folder_records
 from coca_lit.data.datasets.classification import read_classes
 from coca_lit.errors import DataError
+from coca_lit.tools.score.results import read_results
 from helpers.fuzzing import bounded, damaged, forged, fuzz
 
 pytestmark = pytest.mark.slow
@@ -22,11 +22,6 @@ def test_a_list_of_captions(tmp_path):
     with pytest.raises(DataError, match=r"captions\.json.*COCO captions.* list") as caught:
         coco_folder_records(tmp_path)
     assert "indices" not in str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fuzz")
 
 
 KARPATHY = {
@@ -44,14 +39,14 @@ RESULTS = [{"image_id": i, "caption": "a dog"} for i in range(3)]
 
 @fuzz
 @given(st.data())
-def test_forged_annotations(folder, data):
-    (folder / "images").mkdir(exist_ok=True)
+def test_forged_annotations(forged_files, data):
+    (forged_files / "images").mkdir(exist_ok=True)
     for i in range(2):
-        (folder / "images" / f"{i}.jpg").touch()
-    path = folder / "captions.json"
+        (forged_files / "images" / f"{i}.jpg").touch()
+    path = forged_files / "captions.json"
     for document, reader in (
         (KARPATHY, lambda: read_karpathy(path, "train")),
-        (COCO, lambda: coco_folder_records(folder)),
+        (COCO, lambda: coco_folder_records(forged_files)),
         (data.draw(st.sampled_from([KARPATHY, COCO])), lambda: read_references(path, "val")),
         (RESULTS, lambda: read_results(path)),
         ({"classes": {"a": "dog"}, "templates": ["a photo of a {}."]}, lambda: read_classes(path)),
@@ -60,7 +55,7 @@ def test_forged_annotations(folder, data):
         path.write_bytes(content)
         with bounded():
             reader()
-    packed = folder / "captions.json.gz"
+    packed = forged_files / "captions.json.gz"
     packed.write_bytes(data.draw(damaged(gzip.compress(json.dumps(COCO).encode()))))
     with bounded():
-        coco_folder_records(folder, annotations=packed.name)
+        coco_folder_records(forged_files, annotations=packed.name)

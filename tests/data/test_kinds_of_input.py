@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 
 from coca_lit import extensions
-from coca_lit.data.inputs import IMAGES, ImageReader, chosen_reader, readable_endings, reader_of, source_of
+from coca_lit.data.inputs import IMAGES, ImageReader, chosen_reader, reader_of, source_of
 from coca_lit.data.records import ImageFile, Record
 from coca_lit.data.shards.sample import member_kinds, read_limit
 from coca_lit.data.sources import ImageSource
 from coca_lit.data.transforms import RandomCrop, augmented, loaded
+from coca_lit.tools.search.index import readable_endings
 
 
 class Halves(ImageSource):

@@ -174,12 +174,6 @@ def test_samples_that_belong_together_follow_each_other():
     assert [batch[0].i for batch in batches] != sorted(batch[0].i for batch in batches)
 
 
-def test_a_resumed_epoch_continues_with_the_same_data(dataset):
-    whole = list(open_epoch(dataset, 4, epoch=2))
-    for start in range(6):
-        assert_equal(list(open_epoch(dataset, 4, epoch=2, start=start)), whole[start:])
-
-
 def test_examples_are_keyed_by_seed_epoch_and_record(dataset, records):
     torch.manual_seed(0)
     before = torch.get_rng_state()

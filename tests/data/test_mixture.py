@@ -51,21 +51,6 @@ def test_captions_are_drawn_by_the_weights_of_those_that_are_there():
     assert draw({"txt": ("short",)}, {"txt": 0.2, "long": 0.8}, "caption", 0) == "short"
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_mixture_has_its_proportions_and_resumes_at_the_batch(folders, workers):
-    def batches(start: int) -> list:
-        weights, captions = {"a": 0.7, "b": 0.3}, {"txt": 0.5, "recaption": 0.5}
-        data = mixture(folders, workers, weights=weights, caption_keys=captions)
-        return list(islice(data.train_dataloader().batches_from(0, start), 8 - start))
-
-    whole = batches(0)
-    assert [Counter(batch.extras["source"]) for batch in whole] == [{"a": 7, "b": 3}] * 8
-    assert len({tuple(row) for batch in whole for row in batch.tokens.tolist()}) == 2
-    for start in (1, 5):
-        assert [contents(b) for b in batches(start)] == [contents(b) for b in whole[start:]]
-
-
 def test_a_broken_sample_is_replaced_by_one_of_its_own_source(folders, tmp_path):
     """Half of the second source is broken, and still every batch has its share."""
     (path,) = write_shards(tmp_path, 1, 12)

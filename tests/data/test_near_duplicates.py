@@ -12,33 +12,6 @@ from coca_lit.data.scenes.render import render
 from coca_lit.errors import DataError
 
 
-def naive_groups(hashes: list[int]) -> set[frozenset[int]]:
-    """Connected components, by walking."""
-    left, groups = set(range(len(hashes))), set()
-    while left:
-        group, front = set(), [left.pop()]
-        while front:
-            i = front.pop()
-            group.add(i)
-            near = {j for j in left if ((hashes[i] ^ hashes[j]) % 2**64).bit_count() <= MAX_DISTANCE}
-            left -= near
-            front += near
-        groups.add(frozenset(group))
-    return groups
-
-
-def test_groups_are_those_of_a_naive_walk() -> None:
-    rng = random.Random(0)
-    hashes = [rng.getrandbits(64) - 2**63 for _ in range(40)]
-    for _ in range(60):  # chains: each a few bits from an earlier one
-        flipped = hashes[rng.randrange(len(hashes))] % 2**64
-        for bit in rng.sample(range(64), rng.choice([1, 3, MAX_DISTANCE, MAX_DISTANCE + 1])):
-            flipped ^= 1 << bit
-        hashes.append(flipped - 2**64 if flipped >= 2**63 else flipped)
-    assert {frozenset(group) for group in look_alikes(hashes)} == naive_groups(hashes)
-    assert sorted(map(len, look_alikes([None, None, 5, 5]))) == [1, 1, 2]
-
-
 def test_groups_of_long_chains_are_those_of_scipy() -> None:
     components = pytest.importorskip("scipy.sparse.csgraph").connected_components
     rng = random.Random(3)

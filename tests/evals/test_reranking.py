@@ -9,7 +9,7 @@ from coca_lit.data.transforms import build_transform
 from coca_lit.evals import Settings
 from coca_lit.evals.inference import embed_pairs
 from coca_lit.evals.retrieval import BEHIND, RetrievalScores, informative, mix_scores, rerank
-from coca_lit.metrics.retrieval import recall_at_k, retrieval_scores
+from coca_lit.metrics.retrieval import feature_ranks, recall_at_k
 from helpers.evaluating import make_model, records
 from helpers.family import check_each_text_passes_the_tower_once
 from helpers.slow import slow
@@ -131,7 +131,6 @@ def test_wrong_arguments(tmp_path) -> None:
     with pytest.raises(ValueError, match="decoder_layers=0"):
         model.log_likelihood(torch.zeros(1, 3, 32, 32), model.tokenizer("one"))
     evaluation = RetrievalScores("seven", records())
-    assert set(evaluation.evaluate(model, Settings(tmp_path, rerank=3))) == {
-        f"seven/{name}" for name in retrieval_scores(*embed_pairs(model, records()))
-    }
+    ranks = feature_ranks(*embed_pairs(model, records()))
+    assert set(evaluation.evaluate(model, Settings(tmp_path, rerank=3))) == {f"seven/{name}" for name in ranks.scores()}
     assert "no decoder" in evaluation.not_run["seven reranked recall"]

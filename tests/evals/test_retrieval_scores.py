@@ -147,16 +147,3 @@ def test_a_comparison_names_the_objective_that_it_needs(tmp_path: Path) -> None:
     scores = evaluation.evaluate(model, Settings(tmp_path))
     assert not evaluation.not_run
     assert scores["mine/reranked_t2i_recall@1"] == scores["mine/t2i_recall@1"]
-
-
-@pytest.mark.slow
-def test_another_comparison_on_ranks(on_ranks) -> None:
-    alone = compared_by_likelihood()
-    for found in on_ranks(3, compared_by_likelihood):
-        torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)
-
-
-def compared_by_likelihood() -> Tensor:
-    model = make_model()
-    images, texts, _ = embed_pairs(model, records(), 2)
-    return rerank(model, records(), images, texts, 3, 0.4, 2, comparison=Likelihoods())

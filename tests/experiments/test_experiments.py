@@ -1,6 +1,5 @@
 """Recorded numbers: every table on a page is what the CSV of its study says, and every study is complete."""
 
-import json
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -52,42 +51,3 @@ def test_a_study_has_all_that_the_contract_asks_for(name: str) -> None:
     opening = page.read_text().partition(f"<!-- table:{name}")[0]
     question, answer = opening.rfind("**Question.**"), opening.rfind("**Answer.**")
     assert 0 <= question < answer, f"{page}: the table of {name} stands below a question and its answer"
-
-
-def make_run(folder: Path, seed: int, results: dict[str, float] | None) -> Path:
-    folder.mkdir()
-    (folder / "config.yaml").write_text(f"name: x\nseed: {seed}\n")
-    command = """python train.py data.root=/a/b 'hydra.searchpath=["file:///a/experiments/x"]'"""
-    about = {"command": command, "seconds": 7, "commit": "abc", "machine": "m", "torch": "t"}
-    (folder / "environment.json").write_text(json.dumps(about))
-    if results:
-        (folder / "results.json").write_text(json.dumps(results))
-    return folder
-
-
-def test_runs_become_rows_and_failed_ones_too(tmp_path: Path) -> None:
-    good = make_run(tmp_path / "a_seed3", 3, {"scenes/CIDEr": 1.25})
-    failed = make_run(tmp_path / "b_seed4", 4, None)
-    csv = tmp_path / "results.csv"
-    study.write_rows(csv, study.add_runs([], [good, failed]))
-    rows = study.read_rows(csv)
-    assert [(r["run"], r["seed"], r["seconds"], r["scenes/CIDEr"]) for r in rows] == [
-        ("a_seed3", "3", "7", "1.2500"),
-        ("b_seed4", "4", "7", ""),
-    ]
-    assert rows[0]["command"] == "python train.py data.root=PATH --config-dir experiments/x"
-    (good / "results.json").write_text('{"scenes/CIDEr": 2}')
-    assert [row.get("scenes/CIDEr") for row in study.add_runs(rows, [good])] == ["2.0000", ""]
-    assert "| built-in scenes: CIDEr | 125.0 |  |  |" in study.by_seed(rows)
-
-
-def test_rows_of_a_case_replace_its_earlier_ones(tmp_path: Path) -> None:
-    path = tmp_path / "results.csv"
-    study.replace_rows(path, [{"data": "scenes", "seed": seed, "score": 1.5} for seed in (0, 1)], by=["data", "seed"])
-    study.replace_rows(path, [{"data": "scenes", "seed": 0, "score": 2.5}], by=["data", "seed"])
-    study.replace_rows(path, [{"data": "photos", "seed": 0, "score": 3.5, "machine": "new"}], by=["data"])
-    assert [tuple(row.values()) for row in study.read_rows(path)] == [
-        ("scenes", "1", "1.5", ""),
-        ("scenes", "0", "2.5", ""),
-        ("photos", "0", "3.5", "new"),
-    ]

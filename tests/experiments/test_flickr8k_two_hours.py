@@ -18,9 +18,9 @@ from coca_lit.data.transforms import build_transform
 from coca_lit.evals import Settings
 from coca_lit.evals.inference import embed_pairs
 from coca_lit.evals.retrieval import RetrievalScores
-from coca_lit.metrics.cider import CiderD
 from coca_lit.models import CoCa
 from coca_lit.models.coca import IGNORED_LABEL
+from coca_lit.projects.rewards.cider import CiderD
 from coca_lit.projects.rewards.self_critical import END
 from coca_lit.tokenizer import get_tokenizer, split_words
 from coca_lit.weights.load import save_model

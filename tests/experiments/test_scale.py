@@ -2,11 +2,9 @@
 formula it is drawn beside.
 """
 
-import random
-
 import pytest
 
-from experiments.scale import counted, scale
+from experiments.scale import counted
 
 # Communication and memory
 
@@ -31,13 +29,3 @@ def test_memory_is_what_a_rank_holds(on_ranks, engine: str) -> None:
 
 
 # Failures
-
-
-def test_simulated_losses_follow_the_formula_and_are_least_at_youngs_interval() -> None:
-    def lost(interval: float) -> float:
-        runs = [scale.simulate(interval, 30, 300, 1e5, 2e6, random.Random(i)) for i in range(200)]
-        return sum(runs) / len(runs)
-
-    best = scale.young_daly(30, 1e5)
-    assert lost(best) == pytest.approx(scale.lost_share(best, 30, 300, 1e5), rel=0.1)
-    assert lost(best) < min(lost(best / 3), lost(best * 3))

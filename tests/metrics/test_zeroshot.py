@@ -91,16 +91,6 @@ def test_real_digits_against_scikit_learn(digits, tmp_path):
     assert 0.85 < scores["digits/top1"] < scores["digits/top5"] < 1
 
 
-def test_scores_by_hand():
-    similarity = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.1], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
-    # Right, right, wrong by a tie, wrong. Class 0 finds 1 of 2, class 1 finds 1 of 2; class 2 does not occur.
-    scores = classification_scores(similarity, torch.tensor([0, 1, 0, 1]))
-    assert scores == {"top1": 0.5, "mean_per_class_recall": 0.5}
-    assert classification_scores(torch.zeros(4, 10), torch.arange(4)) == {
-        "top1": 0.0, "mean_per_class_recall": 0.0, "top5": 0.0,
-    }  # fmt: skip
-
-
 def test_class_features_by_hand():
     prompts = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[0.0, 5.0], [0.0, 1.0]]])
     expected = torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, 1.0]])  # the longer first prompt of class 0 weighs no more

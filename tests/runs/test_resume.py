@@ -22,7 +22,7 @@ from coca_lit.cli.assembly import plain
 from coca_lit.cli.schema import argument_defaults
 from coca_lit.data.batch import Batch
 from coca_lit.errors import CheckpointError, ConfigError, TrainingError
-from coca_lit.runs import checkpoint_io
+from coca_lit.runs import checkpoint_io, run_folder
 from coca_lit.runs.checkpoint_io import inspect, newest_valid
 from coca_lit.runs.results import Found, finish_run
 from coca_lit.runs.resume import (
@@ -632,6 +632,20 @@ def test_a_resumed_run_keeps_what_its_recipe_chose(tmp_path: Path) -> None:
     start_run_folder(cfg, start_at(path).run)
     kept = json.loads((tmp_path / "environment.json").read_text())["chosen"]
     assert kept == ["init_from=photos  # the package's model knows the words"]
+
+
+def test_the_time_of_a_run_is_that_of_all_its_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_folder, "_began", None)
+    for steps, hours, said in (
+        (3, 1, r"took 1:0\d:\d\d; "),
+        (4, 3, r"took 3:0\d:\d\d, 4:0\d:\d\d with its earlier starts; "),
+    ):
+        run_folder.begin_at(time.time() - 3600 * hours)
+        run(tmp_path, *TRAINING_ALONE, "report=null", f"trainer.max_steps={steps}")
+        assert re.search(rf"^{said}the run is in {tmp_path}$", capsys.readouterr().out, re.M)
+    assert json.loads((tmp_path / "environment.json").read_text())["seconds"] == pytest.approx(4 * 3600, abs=600)
 
 
 def write_report(folder: Path) -> None:

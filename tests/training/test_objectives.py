@@ -84,10 +84,19 @@ class Brightness(Objective):
         return {self.name: (guess - truth).square().mean(), "shift": self.head.bias.square().sum()}
 
 
+class Gap(Objective):
+    needs = ("image_features", "text_features")
+
+    def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, Tensor]:
+        self.measures = {"gap": 7.0}
+        return {"gap": (out.image_features - out.text_features).square().sum()}
+
+
 def test_weighted_terms_are_added_and_logged_raw(scenes: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     net = create_model("coca_tiny", tokenizer="scenes").eval()
     objective = Brightness(weight=3.0)
-    module, logged = CoCaLit(net, OPTIMIZER, 0, 0.25, 2.0, objectives={"bright": objective, "none": None}), {}
+    objectives = {"bright": objective, "gap": Gap(), "none": None}
+    module, logged = CoCaLit(net, OPTIMIZER, 0, 0.25, 2.0, objectives=objectives), {}
     torch.nn.init.ones_(objective.head.bias)
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
     monkeypatch.setattr(module, "log", lambda *_: None)
@@ -96,8 +105,9 @@ def test_weighted_terms_are_added_and_logged_raw(scenes: Batch, monkeypatch: pyt
     own = {f"train/{name}_loss": term.detach() for name, term in objective(net, scenes).items()}
     assert own["train/shift_loss"] == 1
     assert logged["train/guess"] == pytest.approx(objective.measures["guess"])
+    assert logged["train/gap"] == 7.0  # of a term of the shared pass
     torch.testing.assert_close({name: logged[name] for name in own}, own)
-    weights = {"contrastive": 0.25, "caption": 2, "brightness": 3, "shift": 0.5}
+    weights = {"contrastive": 0.25, "caption": 2, "brightness": 3, "shift": 0.5, "gap": 1}
     assert loss.item() == pytest.approx(sum(weight * logged[f"train/{name}_loss"] for name, weight in weights.items()))
 
 
@@ -159,24 +169,6 @@ def test_an_objective_without_a_term_for_a_batch_is_named(scenes: Batch) -> None
     module = CoCaLit(create_model("coca_tiny"), OPTIMIZER, 0, 0.0, 0.0, objectives={"mine": lambda net, batch: {}})
     with pytest.raises(ConfigError, match=r"^model\.objectives\.mine .*no term"):
         module.training_step(scenes, 0)
-
-
-class Gap(Objective):
-    needs = ("image_features", "text_features")
-
-    def forward(self, net: CoCa, batch: Batch, out: CoCaOutput) -> dict[str, Tensor]:
-        self.measures = {"gap": 7.0}
-        return {"gap": (out.image_features - out.text_features).square().sum()}
-
-
-def test_measures_of_terms_of_the_shared_pass_are_logged(scenes: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
-    net = create_model("coca_tiny", tokenizer="scenes").eval()
-    module, logged = CoCaLit(net, OPTIMIZER, objectives={"gap": Gap()}), {}
-    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
-    monkeypatch.setattr(module, "log", lambda *_: None)
-    monkeypatch.setattr(module, "logs_this_step", lambda: True)
-    module.training_step(scenes, 0)
-    assert logged["train/gap"] == 7.0
 
 
 def test_a_loss_that_another_replaces_is_not_trained_but_validated(net: CoCa, scenes: Batch) -> None:
@@ -244,9 +236,3 @@ def test_objectives_know_whether_two_batches_have_the_mean_of_both(
 ) -> None:
     """Where the mean of both batches is not that of the whole, accumulation is refused."""
     check_means(objective, term, over_tokens)
-
-
-def test_a_training_without_captions_averages_no_tokens() -> None:
-    module = CoCaLit(create_model("coca_tiny"), OPTIMIZER, caption_weight=0.0)
-    averages = [objective.averages_tokens for objective in module.every_objective]
-    assert averages == [False]

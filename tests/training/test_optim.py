@@ -55,13 +55,6 @@ def test_matrices_decay_and_nothing_else(tiny_model: Build) -> None:
         assert name in split[0.0]
 
 
-def test_frozen_parameters_are_left_out(tiny_model: Build) -> None:
-    model = tiny_model()
-    frozen = set(model.freeze("image_encoder", "text"))
-    split = groups(model, AdamW(lr=1e-3)(model))
-    assert not (split[0.2] | split[0.0]) & frozen
-
-
 @pytest.mark.parametrize("frozen", [(), (0,), (1,)])
 def test_one_optimizer_trains_the_network_and_what_objectives_add(tiny_model: Build, frozen: tuple[int, ...]) -> None:
     modules: list[nn.Module] = [tiny_model(), nn.ModuleDict({"mine": nn.Linear(3, 2)})]

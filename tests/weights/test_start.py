@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from coca_lit.models import CoCa, create_model
 from coca_lit.weights.load import load_dual_encoder, save_model
-from coca_lit.weights.start import copy_weights, parts, stretch
+from coca_lit.weights.start import copy_weights, stretch
 from helpers.family import check_start_with_another_context
 
 TEXTS = ["a dog", "two cats sit on a very long wooden bench!", "hat!"]
@@ -185,13 +185,3 @@ def test_towers_start_a_model_with_tied_embeddings(tiny_model: Callable[..., CoC
     copy_weights(clip, model, "file")
     assert torch.equal(model.decoder.vocabulary.weight, clip.text.token_embedding.weight)
     assert model.text.token_embedding.weight is model.decoder.vocabulary.weight
-
-
-def test_parts_are_as_short_as_they_can_be(tiny_model: Callable[..., CoCa]) -> None:
-    model = tiny_model()
-    names = list(model.state_dict())
-    assert parts([n for n in names if n.startswith(("decoder.", "text.blocks.1."))], model) == [
-        "text.blocks.1",
-        "decoder",
-    ]
-    assert parts(["text.norm.weight"], model) == ["text.norm.weight"]

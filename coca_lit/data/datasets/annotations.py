@@ -1,4 +1,4 @@
-"""Readers of annotation files: Karpathy's `dataset_*.json`, COCO captions (also nocaps), COCO results, and tables."""
+"""Readers of annotation files: Karpathy's `dataset_*.json`, COCO captions (also nocaps), and tables."""
 
 import csv
 import os
@@ -94,24 +94,6 @@ def read_references(path: Path, split: str | None) -> list[Listing]:
     if twice:
         raise DataError(f"{path} lists image {twice[0]!r} twice")
     return listings
-
-
-def read_results(path: Path) -> dict[int | str, str]:
-    """Captions by image id of COCO results, `[{image_id, caption}]`. Raises `DataError`, also for a repeated id."""
-    rows = read_json(path, limit=MAX_BYTES)
-    captions: dict[int | str, str] = {}
-    with schema(path, "the COCO results"):
-        for row in rows:
-            key = check_id(row["image_id"])
-            caption = row["caption"]
-            if key in captions:
-                raise DataError(f"{path} holds more than one caption for image {key!r}")
-            if not isinstance(caption, str):
-                raise DataError(f"{path} holds {caption!r} as the caption of image {key!r}, expected a text")
-            captions[key] = caption
-    if not captions:
-        raise DataError(f"{path} holds no captions")
-    return captions
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:

@@ -38,7 +38,16 @@ from coca_lit.data.near_duplicates import hash_files, held_out
 from coca_lit.data.pixels import SUFFIXES, UNREAD
 from coca_lit.data.records import MAX_MISSING, ImageFile, Listing, Record, most_bad, not_found
 from coca_lit.errors import DataError
-from coca_lit.reading import encoding_of, may_pass, not_utf8, printable, read_bounded, read_json, refuse_unlisted
+from coca_lit.reading import (
+    check_inside,
+    encoding_of,
+    may_pass,
+    not_utf8,
+    printable,
+    read_bounded,
+    read_json,
+    refuse_unlisted,
+)
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +85,13 @@ def folder_records(
     root = Path(root)
     if not root.is_dir():
         raise not_found("the folder of photos", [root], HOW)
-    inside = root.resolve()
     if not captions_file(root) and [*root.glob("annotations/captions_*.json")]:
         for path in (root / "dataset_coco.json", *root.glob("annotations/*.json")):
-            _check_inside(path, inside, path)
+            check_inside(path, root)
         records = mscoco_records(root, split)
         files = {str(r.image.path): r.image.path for r in records if isinstance(r.image, ImageFile)}  # all are
         for path in files.values():
-            _check_inside(path, inside, path)
+            check_inside(path, root)
         readable = _decodable(files, files, split) if hold_out and split != "train" else files
         return [r for r in records if isinstance(r.image, ImageFile) and str(r.image.path) in readable]
     photos, files = _photos(root, suffixes)
@@ -166,7 +174,7 @@ def captions_file(root: Path) -> Path | None:
     if len(found) > 1:
         raise DataError(f"{root} has both {found[0].name} and {found[1].name}: leave one of them")
     for path in found:
-        _check_inside(path, root.resolve(), path)
+        check_inside(path, root)
     return found[0] if found else None
 
 
@@ -211,7 +219,7 @@ def _only_table(root: Path) -> Path | None:
         names = " and ".join(printable(path.name) for path in tables[:2])
         raise DataError(f"{root} has the tables {names}: call the one with the captions captions{tables[0].suffix}")
     for path in tables:
-        _check_inside(path, root.resolve(), path)
+        check_inside(path, root)
         _warn(f"captions are read from {printable(path.name)}, the only table in {root}")
     return tables[0] if tables else None
 
@@ -271,13 +279,12 @@ def split_of(row: Mapping[str, Any], path: Path) -> str | None:
 
 def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...], None]]:
     """(file, captions, no split) of every photo that is not hidden, with the lines of the .txt of the same name."""
-    inside = root.resolve()
     unread: list[str] = []
     shared: list[str] = []
     for folder, folders, files in os.walk(root, onerror=refuse_unlisted):  # follows no links to folders
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(folder, name) for name in folders):
-            _check_inside(path, inside, path)
+        for name in folders:
+            check_inside(Path(folder, name), root)
         photos = [name for name in sorted(files) if Path(name).suffix.lower() in suffixes]
         shown = Counter(map(_stem, photos))
         texts = {_stem(name): name for name in sorted(files) if name.lower().endswith(".txt")}
@@ -291,7 +298,7 @@ def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str
                 if text.is_file():
                     for file in (path, text):
                         if file.is_symlink():  # what else is found in the folder lies there
-                            _check_inside(file, inside, file)
+                            check_inside(file, root)
                     content = read_bounded(text, MAX_TEXT, "is not readable")
                 try:
                     lines = content.decode(encoding_of(content)).splitlines()
@@ -318,7 +325,6 @@ def files_inside(names: Iterable[str], root: Path) -> dict[str, Path]:
         DataError: a name or a link leads out of the folder, or more than `MAX_MISSING` of the files are missing.
     """
     given = list(dict.fromkeys(names))
-    inside = root.resolve()
     files = dict[str, Path]()
     ways = [given]
     plain = [PurePosixPath(text).as_posix() for text in given]
@@ -332,7 +338,7 @@ def files_inside(names: Iterable[str], root: Path) -> dict[str, Path]:
     for i, text in enumerate(given):
         path = next((paths[i] for _, paths in found if paths[i] is not None), None)
         if path is not None:
-            _check_inside(path, inside, text)
+            check_inside(path, root)
             files[text] = path
         elif all(_leads_out(way[i]) for way, _ in found):
             raise DataError(f"{root} names {printable(text)!r}, which is not relative to the folder")
@@ -362,10 +368,3 @@ def _file(text: str, root: Path) -> Path | None:
         return None
     forms = dict.fromkeys((text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))))
     return next(filter(os.path.isfile, (place / form for form in forms for place in (root, root / "images"))), None)
-
-
-def _check_inside(path: Path, inside: Path, name: str | Path) -> None:
-    if not path.resolve().is_relative_to(inside):
-        raise DataError(
-            f"{printable(str(name))} is a link out of the folder, which is not followed: copy the file there"
-        )

@@ -145,20 +145,6 @@ def describe(name: str, default: Any = None) -> str:
     return f"{only}{option.help}" if default is None else f"{only}{option.help} (default {default})"
 
 
-def as_run(options: Mapping[str, Any]) -> str:
-    """The options as generation will use them, such as "strategy=beam num_beams=2 length_penalty=1.0": those of the
-    strategy, and others that differ from their defaults.
-    """
-    words = []
-    chosen = complete(options)
-    for name, value in vars(chosen).items():
-        option = OPTIONS[name]
-        of_strategy = name == "strategy" or option.strategy == chosen.strategy
-        if value is not None and option.key and (value != option.default or of_strategy):
-            words.append(f"{name}={value}")
-    return " ".join(words)
-
-
 class Options(SimpleNamespace):
     """Complete options: what was given, checked, and the defaults. `options.num_beams` reads one."""
 

@@ -17,13 +17,13 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 from coca_lit.errors import DataError
-from coca_lit.metrics.cider import CiderD
 from coca_lit.metrics.java.meteor import shared_meteor, warm_up
 from coca_lit.metrics.java.runtime import JavaError, ptb_tokenize
 from coca_lit.metrics.java.spice import shared_spice
 from coca_lit.metrics.uncertainty import Draws, Ratios, Resampled, bootstrap, difference
 from coca_lit.progress import ProgressBar
 from coca_lit.projects.judgments.judged import Judged, read_judgments
+from coca_lit.projects.rewards.cider import CiderD
 from coca_lit.reading import printable
 from coca_lit.runs.scores import aligned, score_name
 

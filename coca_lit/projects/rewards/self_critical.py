@@ -18,11 +18,11 @@ from coca_lit.data.feature_cache import swap_sides
 from coca_lit.distributed import sum_over_ranks
 from coca_lit.errors import ConfigError
 from coca_lit.losses.caption import caption_loss
-from coca_lit.metrics.cider import CiderD, fast_words
 from coca_lit.models import CoCa, CoCaOutput
 from coca_lit.models.coca import CAPTION, IGNORED_LABEL
 from coca_lit.models.generation.decode import caption_lengths
 from coca_lit.models.generation.options import DEFAULT_MAX_LENGTH
+from coca_lit.projects.rewards.cider import CiderD, fast_words
 from coca_lit.training.objectives import Objective
 
 END = "<end>"  # a word of captions that are finished, and of references

@@ -7,7 +7,7 @@ same.
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import lru_cache
@@ -23,7 +23,7 @@ from coca_lit.cli.command import command, register_resolver
 from coca_lit.cli.runtime import chosen_dtype, configure_libraries
 from coca_lit.errors import ConfigError, DataError, error_context
 from coca_lit.machine import processors, workers_start_at_once
-from coca_lit.models.generation.options import OPTIONS, as_run, complete, describe
+from coca_lit.models.generation.options import OPTIONS, complete, describe
 from coca_lit.runs.run_folder import in_use
 from coca_lit.tools.checkpoint import chosen_checkpoint
 from coca_lit.tools.claims import claim
@@ -90,6 +90,20 @@ def run(cfg: DictConfig) -> None:
         if rank() == 0:
             print(totals, file=sys.stderr)
         _check_whole(totals)
+
+
+def as_run(options: Mapping[str, Any]) -> str:
+    """The options as generation will use them, such as "strategy=beam num_beams=2 length_penalty=1.0": those of the
+    strategy, and others that differ from their defaults.
+    """
+    words = []
+    chosen = complete(options)
+    for name, value in vars(chosen).items():
+        option = OPTIONS[name]
+        of_strategy = name == "strategy" or option.strategy == chosen.strategy
+        if value is not None and option.key and (value != option.default or of_strategy):
+            words.append(f"{name}={value}")
+    return " ".join(words)
 
 
 def _run_on(engine: Engine, cfg: DictConfig, units: "Sequence[Unit]") -> None:

@@ -20,6 +20,7 @@ from coca_lit.data.datasets.annotations import MAX_BYTES, check_id
 from coca_lit.distributed import broadcast_object, gather_objects, rank, world_size
 from coca_lit.errors import DataError
 from coca_lit.files import (
+    OLD,
     append_lines,
     atomic_write,
     is_leftover,
@@ -33,7 +34,6 @@ from coca_lit.tools.caption.inputs import OpenShard, Source, Unit, open_shard, w
 from coca_lit.tools.claims import claim, is_of_another
 
 SETTINGS = "settings.json"
-OLD = 3600.0  # seconds, after which no command is still writing a shard; several may share a folder
 Captions = Sequence[str]  # of one image, the best first
 _NO_BYTES = re.compile("[^\udca0-\udcff]+")  # these stand for bytes that are not UTF-8; those below for C1 controls
 
@@ -299,7 +299,7 @@ def print_rows(rows: Sequence[Sequence[str]]) -> None:
 
 def _claim(file: Path, taken: bool, settings: dict[str, Any], outputs: str, older: float = 0.0) -> None:
     """`coca_lit.tools.claims.claim`, with the same error on every process; then what killed processes left of
-    `outputs`, a pattern of names, is removed if it is `older` seconds old.
+    `outputs`, a pattern of names, is removed, see `remove_leftovers`.
     """
     problem = None
     if rank() == 0:

@@ -107,7 +107,7 @@ def _photo(index: ImageIndex | None) -> tuple[gr.Image, list[Trigger]]:
         try:
             read_photo(file["path"])
         except DataError as error:
-            gr.Warning(str(error), duration=None)
+            gr.Warning(_as_text(error), duration=None)
             return None
         return file["path"]
 
@@ -124,7 +124,7 @@ def _photo(index: ImageIndex | None) -> tuple[gr.Image, list[Trigger]]:
             try:
                 return _thumbnail(paths[event.index])
             except DataError as error:  # the file has gone; no caption follows
-                raise gr.Error(str(error), duration=None, print_exception=False) from error
+                raise gr.Error(_as_text(error), duration=None, print_exception=False) from error
 
         example = examples.select(on_select, outputs=photo, show_progress="hidden", api_visibility="private")
         changes.append(example.success)
@@ -264,7 +264,7 @@ def _busy(
         try:
             return function(*arguments)
         except (DataError, ValueError) as error:
-            gr.Warning(str(error), duration=None)
+            gr.Warning(_as_text(error), duration=None)
             return empty
 
     label = button.value
@@ -272,6 +272,11 @@ def _busy(
     began = event(lambda: gr.Button(says, interactive=False), outputs=button, **quiet)
     ended = began.then(careful, *args, **options)
     ended.then(lambda: gr.Button(label, interactive=True), outputs=button, **quiet)
+
+
+def _as_text(error: Exception) -> str:
+    """The message of an error, which may quote a query or the name of a file: gradio would render its HTML."""
+    return escape(str(error), quote=False)
 
 
 def _gallery(name: str, value: list[Any] | None = None, allow_preview: bool = True) -> gr.Gallery:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coca_lit.runs.launch import started
+from coca_lit.tools.commands import started
 
 if TYPE_CHECKING:
     from coca_lit.tools.prepare.annotate import AnnotatedShard
@@ -134,6 +134,7 @@ def annotate(
         claim_outputs: called before the work with all shards and the settings.
     """
     from coca_lit.data.shards.listing import local_shards
+    from coca_lit.files import OLD, remove_leftovers
     from coca_lit.tools.engines import Work, engine_from
     from coca_lit.tools.prepare.annotate import check_shards
 
@@ -141,6 +142,9 @@ def annotate(
     check_shards(paths, options.output)
     engine = engine_from(options.engine)
     claim_outputs(paths, settings)
+    folders = {options.output} if options.output else set()
+    for folder in sorted(folders.union(path.parent for path in paths)):  # indexes are beside the shards
+        remove_leftovers(folder, older=OLD)
     work = Work(engine, doing)
     shards = sorted(work(function, paths, settings))
     for shard in shards:

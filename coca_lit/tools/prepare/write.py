@@ -32,7 +32,7 @@ from coca_lit.data.shards.scan import read_fields
 from coca_lit.data.shards.shard import ManifestEntry, Shard, entry_of, sha256_of
 from coca_lit.data.shards.tar import tar_writer
 from coca_lit.errors import DataError, DataNotFoundError
-from coca_lit.files import append_lines, atomic_write, is_leftover, remove_leftovers, size_and_time, whole_lines
+from coca_lit.files import OLD, append_lines, atomic_write, is_leftover, remove_leftovers, size_and_time, whole_lines
 from coca_lit.reading import counts_of, encoding_of, may_pass, open_regular, parse_json, printable, texts_of
 from coca_lit.tools.prepare import Run
 
@@ -98,7 +98,7 @@ def prepare(tasks: Sequence[Task], output: Path, run: Run) -> Iterator[Written]:
         digest.update(repr(tuple(task)).encode())
     known = _open_journal(output, digest.hexdigest())
     done = {task.name for task in tasks if task.name in known and not _may_differ(task, known[task.name])}
-    remove_leftovers(output)
+    remove_leftovers(output, older=OLD)
     yield from (known[task.name] for task in tasks if task.name in done)
     todo = [task for task in tasks if task.name not in done]
     for written in run(write_shard, todo, output):

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from coca_lit.runs.launch import isolate, started
-from coca_lit.tools.commands import command_for, further_commands
+from coca_lit.runs.launch import isolate
+from coca_lit.tools.commands import command_for, further_commands, started
 
 EXAMPLE = "for example: coca-report outputs/demo   or, to compare: coca-report outputs/a outputs/b"
 

@@ -47,7 +47,7 @@ FACTS = {  # key of the config or the environment -> name for readers
     "seed": "seed",
     "scoring.split": "evaluation split asked for",
     "scoring.images": "evaluated images, at most",
-    "seconds": "time since its last start",
+    "seconds": "time",
     "commit": "commit",
     "machine": "machine",
     "torch": "torch",

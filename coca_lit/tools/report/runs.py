@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 from coca_lit.cli.schema import argument_defaults, leaves
 from coca_lit.errors import DataError, DataNotFoundError
-from coca_lit.metrics import uncertainty
-from coca_lit.metrics.uncertainty import Conditions, Draws, obstacle
+from coca_lit.metrics.uncertainty import Conditions, Draws
 from coca_lit.reading import printable, read_run_file, read_run_json, read_run_yaml
 from coca_lit.runs.results import read_conditions, read_draws
 from coca_lit.runs.run_folder import ARCHIVED
 from coca_lit.runs.scores import cell, interval_cell
+from coca_lit.tools.report import comparable
+from coca_lit.tools.report.comparable import obstacle
 
 Curves = dict[str, list[tuple[int, float]]]  # name -> (step, value)
 BOOKKEEPING = ("name", "output_dir", "evals.", "report.")  # keys that differ between equal runs
@@ -213,7 +214,7 @@ def obstacles(runs: Sequence[Run], score: str) -> list[str]:
 
 def same_data(runs: Sequence[Run], score: str) -> bool:
     """Whether all runs that have the score are known to have it on the same images and texts."""
-    return uncertainty.same_data(run.conditions.get(score) for run in runs if score in run.results)
+    return comparable.same_data(run.conditions.get(score) for run in runs if score in run.results)
 
 
 def flatten(node: Any) -> dict[str, Any]:

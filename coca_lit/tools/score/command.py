@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coca_lit.runs.launch import isolate, started
-from coca_lit.tools.commands import command_for, further_commands
+from coca_lit.runs.launch import isolate
+from coca_lit.tools.commands import command_for, further_commands, started
 from coca_lit.tools.score.output import add_output, check_output, write_scores
 
 if TYPE_CHECKING:
@@ -96,8 +96,9 @@ def read_files(predictions: Path, references: Path, split: str = "test") -> tupl
     Raises:
         DataError: a file cannot be read, an image occurs twice in one, or the images of the two files differ.
     """
-    from coca_lit.data.datasets.annotations import read_references, read_results
+    from coca_lit.data.datasets.annotations import read_references
     from coca_lit.errors import DataError
+    from coca_lit.tools.score.results import read_results
 
     captions = read_results(predictions)
     listings = {item.id: item for item in read_references(references, split) if item.captions}
@@ -143,7 +144,7 @@ def warnings(references: References, captions: Captions) -> Iterator[str]:
     if len(captions) < FEW_IMAGES:
         yield (
             f"warning: CIDEr weighs words by these {len(captions):,} images: compare it on the same images only (the "
-            "same captions of COCO have CIDEr 94.8 on 1,000 images and 91.9 on 5,000, see experiments/caption_noise)"
+            "same captions of COCO have CIDEr 94.8 on 1,000 images and 91.9 on 5,000, see experiments/scores.md)"
         )
     counts = Counter(captions.values())
     if len(counts) < DIFFERENT * len(captions):

@@ -16,7 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from coca_lit.data.inputs import readable_endings, reader_of
+from coca_lit import extensions
+from coca_lit.data.inputs import reader_of
+from coca_lit.data.pixels import SUFFIXES
 from coca_lit.data.prefetch import worker_errors
 from coca_lit.data.transforms import build_transform, loaded
 from coca_lit.errors import DataError
@@ -32,6 +34,13 @@ FORMAT = "coca_lit image index 1"
 DTYPES = {"folder": torch.uint8, "names": torch.uint8, "stamps": torch.int64, "features": torch.float32}
 SAVE_EVERY = 300.0  # seconds
 Progress = Callable[[int, int], None]  # images done so far, images to do
+
+
+def readable_endings(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The endings of images, and of the declared kinds whose options are given and not 0."""
+    wanted = {option.reader for name, option in extensions.input_options().items() if options.get(name)}
+    others = [ending for ending, target in extensions.declared("inputs").items() if target in wanted]
+    return (*SUFFIXES, *others)
 
 
 class Hit(NamedTuple):

@@ -1,7 +1,6 @@
 """Filters of sampling against naive ones, reproducible draws, reranking, scores, attention, and errors that help."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,12 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import coca_lit.models
 from coca_lit.cli.command import compose
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.generation.decode import Sampling, caption_lengths, keep_top_k, keep_top_p
-from coca_lit.models.generation.options import OPTIONS, as_run, describe
-from coca_lit.tools.caption.command import generate_help
+from coca_lit.models.generation.options import OPTIONS, describe
+from coca_lit.tools.caption.command import as_run, generate_help
 from helpers import naive
 from helpers.generating import LENGTH, make_images, make_model, starts
 
@@ -231,45 +229,6 @@ def test_every_option_is_documented_and_a_key_of_the_command() -> None:
 )
 def test_options_are_told_as_they_will_be_used(options: dict[str, Any], said: str) -> None:
     assert as_run(options) == said
-
-
-TYPED = """
-import torch
-from coca_lit.models import Captions, CoCa
-
-model, images = CoCa(), torch.zeros(1, 3, 224, 224)
-ids: torch.Tensor = model.generate(images, strategy="beam", num_beams=4)
-captions: Captions = model.generate(images, return_scores=True)
-model.generate(images, num_beems=4)  # E
-model.generate(images, strategy="beams")  # E
-model.generate(images, num_beams="4")  # E
-wrong: Captions = model.generate(images)  # E
-"""
-
-
-# Of the libraries a type checker needs no more here, and it takes a minute to read PyTorch.
-TORCH = """
-from typing import Any
-class Tensor: ...
-class Generator: ...
-def zeros(*shape: int) -> Tensor: ...
-def __getattr__(name: str) -> Any: ...
-"""
-NEEDED = ("__init__", "coca", "generation/generate", "generation/options")
-
-
-@pytest.mark.slow
-def test_the_call_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "typed.py"
-    file.write_text(TYPED)
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.pyi").write_text(TORCH)
-    monkeypatch.setenv("MYPYPATH", str(tmp_path))
-    sources = [str(Path(coca_lit.models.__file__).parent / f"{name}.py") for name in NEEDED]
-    options = ("--follow-imports=skip", "--cache-dir", str(tmp_path), "--ignore-missing-imports")
-    out, _, _ = pytest.importorskip("mypy.api").run([str(file), *sources, *options])
-    found = {int(line.split(":")[1]) for line in out.splitlines() if line.startswith(f"{file}:") and ": error:" in line}
-    assert found == {i for i, line in enumerate(TYPED.splitlines(), start=1) if line.endswith("# E")}, out
 
 
 def test_generation_leaves_the_model_as_it_was(model: CoCa) -> None:

@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import shutil
+import signal
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from coca_lit.data.near_duplicates import perceptual_hash
 from coca_lit.data.scenes.render import render
 from coca_lit.data.shards.index import TarIndex
 from coca_lit.errors import DataError
+from coca_lit.files import TEMPORARY, replacing
 from coca_lit.models import CoCa
 from coca_lit.projects.curation import judge
 from coca_lit.projects.curation.judge import Judgement, judge_shard
@@ -166,9 +168,15 @@ def test_a_repeated_command_scores_what_is_new(work, tmp_path, capsys, monkeypat
     assert "10 samples have scores, 0 bad" in said.out
     assert "scoring 2 shards: 2 done, 0 skipped (finished before), 0 failed" in said.err
     content = [path.read_bytes() for path in sorted(work.shards[0].parent.glob("*.parquet"))]
-    work.shards[0].with_name("00001.scores.parquet").unlink()
+    scores = work.shards[0].with_name("00001.scores.parquet")
+    scores.unlink()
+    if (process := os.fork()) == 0:
+        with replacing(scores):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
     coca_data(words)
     assert "scoring 2 shards: 1 done, 1 skipped (finished before), 0 failed" in capsys.readouterr().err
+    assert not [*scores.parent.glob(f"*{TEMPORARY}")]
     assert content == [path.read_bytes() for path in sorted(work.shards[0].parent.glob("*.parquet"))]
     spoil(work.shards[0], {"000000.json": b"{}"})
     coca_data(words)

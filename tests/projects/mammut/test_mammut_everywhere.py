@@ -9,11 +9,8 @@ import torch
 from safetensors.torch import save
 from small_mammut import released_files
 
-from coca_lit import extensions
 from coca_lit.models import create_model
 from coca_lit.models.image import CLIP_NORMALISATION
-from coca_lit.models.presets import preset
-from coca_lit.projects.mammut.presets import PRESETS
 from coca_lit.weights.load import load_dual_encoder, load_model
 from helpers.family import (
     check_attention_of_the_decoder,
@@ -36,11 +33,6 @@ WORDS = ("+model.net.pooler=mean", "+model.net.text_tower=two_pass")
 OPENMAMMUT = "laion/openMaMMUT-ViT-L-14-DataComp-1.4B-s12.8B-b180K"
 
 
-def test_what_the_project_declares_is_what_it_has() -> None:
-    assert set(PRESETS) <= set(extensions.declared("presets"))
-    assert preset("mammut_ViT-L-14") == PRESETS["mammut_vit_l14"]
-
-
 @pytest.mark.parametrize("name", ["mammut2_vit_b32", "mammut_vit_b32", *slow("mammut2_vit_l14", "mammut_vit_h14")])
 def test_presets(name: str) -> None:
     check_preset(name)
@@ -58,13 +50,6 @@ def test_each_text_passes_the_tower_once(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("arguments", [MAMMUT, WITHOUT_MLP], ids=["MaMMUT2", "without MLP"])
 def test_planned_flops(arguments: dict[str, Any]) -> None:
     check_planned_flops(**arguments)
-
-
-def test_beams_of_transformers() -> None:
-    pytest.importorskip("transformers")
-    from helpers.transformers_beams import check_captions_and_scores
-
-    check_captions_and_scores(2, 2.0, 3, 16, 0, 1.0, MAMMUT)
 
 
 @pytest.mark.slow

@@ -1,39 +1,14 @@
 """The policy gradient against hand-worked cases, exhaustive expectation and a single process."""
 
-import math
-
-import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from coca_lit.distributed import rank, world_size
 from coca_lit.projects.rewards.self_critical import leave_one_out, policy_loss
-
-LENGTHS = torch.tensor([3, 1, 2, 4])  # tokens of four captions
-ADVANTAGES = torch.tensor([0.5, -0.5, 2.0, -2.0])
-
-
-def states() -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(0)
-    labels = torch.tensor([1, 6, 2, 5, 0, 3, 4, -100, 1, 2])
-    return torch.randn(10, 8), torch.randn(7, 8), labels
 
 
 def test_leave_one_out_by_hand() -> None:
     found = leave_one_out(torch.tensor([[1.0, 2.0, 6.0], [3.0, 3.0, 3.0]]))
     torch.testing.assert_close(found, torch.tensor([[1.0 - 4, 2.0 - 3.5, 6.0 - 1.5], [0.0, 0.0, 0.0]]))
-
-
-def test_policy_loss_of_two_captions_by_hand() -> None:
-    """Two words of equal probability, two captions of one word: the gradient by the logits is (p - onehot) · A / 2."""
-    hidden = torch.eye(2, requires_grad=True)
-    loss = policy_loss(hidden, torch.zeros(2, 2), torch.tensor([0, 1]), torch.tensor([1, 1]), torch.tensor([3.0, -3.0]))
-    assert loss.item() == pytest.approx((3 * math.log(2) - 3 * math.log(2)) / 2)
-    weight = torch.zeros(2, 2, requires_grad=True)  # logits of state i are row i of its transpose
-    lengths, advantages = torch.tensor([1, 1]), torch.tensor([3.0, -3.0])
-    policy_loss(torch.eye(2), weight, torch.tensor([0, 1]), lengths, advantages).backward()
-    torch.testing.assert_close(weight.grad.T, torch.tensor([[-0.5 * 3, 0.5 * 3], [-0.5 * 3, 0.5 * 3]]) / 2)
 
 
 def test_gradient_is_that_of_the_expected_reward() -> None:
@@ -51,23 +26,3 @@ def test_gradient_is_that_of_the_expected_reward() -> None:
             loss = policy_loss(state.expand(2, -1), vocabulary, pair, torch.tensor([1, 1]), advantages)
             total += (p[a] * p[b]).detach() * torch.autograd.grad(loss, vocabulary)[0]
     torch.testing.assert_close(total, expected, atol=1e-6, rtol=1e-5)
-
-
-def share_of_rank() -> tuple[Tensor, Tensor]:
-    """Loss and gradient by the vocabulary of this rank's part of the four captions."""
-    hidden, vocabulary, labels = states()
-    vocabulary.requires_grad_()
-    captions = slice(rank() * 4 // world_size(), (rank() + 1) * 4 // world_size())
-    ends = [0, *LENGTHS.cumsum(0).tolist()]
-    rows = slice(ends[captions.start], ends[captions.stop])
-    loss = policy_loss(hidden[rows], vocabulary, labels[rows], LENGTHS[captions], ADVANTAGES[captions])
-    loss.backward()
-    return loss.detach(), vocabulary.grad
-
-
-@pytest.mark.slow
-def test_mean_over_ranks_is_the_loss_of_one_process(on_ranks) -> None:
-    expected = share_of_rank()
-    shares = on_ranks(2, share_of_rank)
-    found = [sum(parts) / 2 for parts in zip(*shares, strict=True)]
-    torch.testing.assert_close(found, list(expected))

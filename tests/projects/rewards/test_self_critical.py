@@ -16,9 +16,9 @@ from coca_lit.data.transforms import build_transform
 from coca_lit.distributed import rank, world_size
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
-from coca_lit.metrics.cider import CiderD
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.coca import CAPTION
+from coca_lit.projects.rewards.cider import CiderD
 from coca_lit.projects.rewards.self_critical import END, SelfCritical
 from coca_lit.training.compatibility import NEEDS_WHOLE_WEIGHTS, SHARDED, check_together, features
 from coca_lit.training.objectives import terms_of

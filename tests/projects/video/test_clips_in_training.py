@@ -19,7 +19,6 @@ from coca_lit.data.records import Record
 from coca_lit.data.scenes.render import COLOURS
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.evals import FunctionEvaluation, Settings
-from coca_lit.metrics.uncertainty import obstacle
 from coca_lit.models import create_model
 from coca_lit.models.inputs import stack_images
 from coca_lit.projects.classification.classifier import PoolerClassifier
@@ -32,6 +31,7 @@ from coca_lit.projects.video.scenes import (
     motion_choice_records,
     motion_records,
 )
+from coca_lit.tools.report.comparable import obstacle
 from coca_lit.weights.load import save_model
 from helpers.running import compose
 

@@ -16,7 +16,6 @@ from coca_lit.cli import runtime
 from coca_lit.cli.words import quote
 from coca_lit.data import pixels
 from coca_lit.data.bad_samples import BadSamples
-from coca_lit.data.datasets.annotations import read_results
 from coca_lit.data.datasets.folder import captions_beside
 from coca_lit.data.scenes.render import render
 from coca_lit.data.shards.scan import read_shard
@@ -27,6 +26,7 @@ from coca_lit.models.inputs import preprocessing
 from coca_lit.tools.caption import inputs
 from coca_lit.tools.caption.inputs import Source, load_images
 from coca_lit.tools.prepare.scenes import write_shards
+from coca_lit.tools.score.results import read_results
 from helpers.applying import caption, naive_captions, new_model
 
 HOSTILE = ["a b,=.jpg", "k=v.png", "${x}.png", "new\nline\t.png", "\udcff.png", "-m.png", "sub/'\".JPEG"]

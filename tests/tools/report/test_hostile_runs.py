@@ -45,26 +45,6 @@ def test_an_output_that_cannot_be_made(folder: Path) -> None:
         report([str(folder), str(folder), "--output", str(folder / "file")])
 
 
-CONFIGS: dict[str, bytes] = {
-    "an alias of itself": b"a: &a {b: *a}\n",
-    "a tag that names a class": b"a: !!python/object/apply:os.system [true]\n",
-    "another tag": b"a: !whatever 1\n",
-    "no YAML": b"a: [1, {\n",
-    "no text": b"a: \xff\xfe\n",
-    "control characters": b"a: \x1b[2J\n",
-    "a list": b"[1]\n",
-    "one value": b"7\n",
-    "nested without end": b"a: " + b"[" * 5000 + b"]" * 5000,
-    "a number of 400 digits": b"a: " + b"9" * 400,
-}
-
-
-@pytest.mark.parametrize("what", CONFIGS)
-def test_configs_that_no_run_writes(folder: Path, what: str) -> None:
-    (folder / "config.yaml").write_bytes(CONFIGS[what])
-    refused(folder, "config.yaml")
-
-
 def test_references_call_no_resolver_and_may_form_a_circle(folder: Path) -> None:
     (folder / "config.yaml").write_text('a: "${b}"\nb: "x${a}"\nseed: ${oc.env:HOME}\n')
     report([str(folder)])

@@ -191,12 +191,6 @@ def test_zero_shot_scores_do_not_stand_beside_those_of_a_probe(tmp_path):
     assert "Published" not in table.note
 
 
-def test_scores_of_classifiers_have_one_heading(tmp_path):
-    scores = {"x/accuracy": 0.7, "x/top5": 0.6, "x/macro_accuracy": 0.5, "x/colour_accuracy": 0.4}
-    (table,) = score_tables(read_run(make_run(tmp_path / "run", scores)))
-    assert len(table.rows) == len(scores)
-
-
 def test_scores_of_a_test_split_stand_beside_those_of_a_test_split_alone(tmp_path):
     scores = {"flickr8k/t2i_recall@1": 0.2, "flickr8k/CIDEr": 0.5}
     for split, columns in (("val", 2), ("test", 2 + 10 + 4)):
@@ -246,15 +240,6 @@ def test_draws_that_no_test_compares_have_no_verdict(tmp_path):
     table = difference_table(*(read_run(tmp_path / name) for name in "ab"))
     verdicts = {row[0]: row[5:] for row in table.rows if len(row) > 1}
     assert verdicts == {"text to image recall@1, %": ["", "", "", "not comparable"], "rare": [""] * 4}
-
-
-def test_curves_that_several_runs_have_are_drawn(tmp_path):
-    for name, title in (("a", "train/caption_loss"), ("b", "train/caption_loss"), ("c", "train/text_loss")):
-        folder = make_run(tmp_path / name, {"x/SPICE": 0.1})
-        (folder / "metrics.csv").write_text(f"step,epoch,{title}\n1,0,2.5\n2,0,1.5\n")
-    found = curves_of_runs([read_run(tmp_path / name) for name in "abc"])
-    assert found.keys() == {"caption loss, training"}
-    assert all(picture.startswith(PNG) for picture in found.values())
 
 
 @pytest.mark.parametrize("curve", ["coco_2014", "coco_2014_256"])
@@ -446,26 +431,6 @@ def test_failed_jobs_are_on_the_comparison_page(tmp_path):
         write_comparison(*find_runs([tmp_path]), tmp_path)
 
 
-def test_the_page_names_things_as_users_know_them(tmp_path):
-    config = "model: {net: {name: coca_vit_b32}}\nroots: {flickr8k: data/flickr8k}\n"
-    config += "data: {_target_: a.RootDataModule, root: '${roots.flickr8k}'}\n"
-    folder = make_run(tmp_path / "mine", {"flickr8k/CIDEr": 0.5, "flickr8k/CLIPScore": 0.7}, config)
-    facts = {"experiment": "flickr8k", "parameters": {"text encoder": 1_200_000}, "command": "coca-train name=mine"}
-    (folder / "environment.json").write_text(json.dumps(facts))
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "last.ckpt").touch()
-    page = write_report(folder).read_text()
-    for text in (
-        "<title>flickr8k: mine</title>",
-        "<span>training data</span> Flickr8k",
-        "<span>model</span> coca_vit_b32 1.2 M parameters",
-        '<a href="checkpoints/last.ckpt">last.ckpt</a>',
-        "CLIPScore by the model itself",
-    ):
-        assert text in page
-    assert "[last.ckpt](checkpoints/last.ckpt)" in (folder / "report.md").read_text()
-
-
 def test_settings_are_readable_and_no_secret_is_looked_up(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "secret-value")
     for name, size, key in (("a", 224, "x"), ("b", 288, "${oc.env:MY_TOKEN}")):
@@ -528,15 +493,6 @@ def test_mistakes_are_samples_too():
     confused = confusion_samples(records, ["cat", "dog"], [(2, 0, 1), (0, 0, 1), (1, 1, 1)])
     assert [(s["class"], s["taken_for"], s["images"], s["of"]) for s in confused] == [("cat", "dog", 2, 2)]
     assert confused[0]["image"] == thumbnail(records[0].image())
-
-
-@pytest.mark.parametrize(("count", "twice"), [(3, False), (40, True)])
-def test_mistakes_that_are_shown_already_are_not_shown_again(tmp_path, count, twice):
-    records = scene_records("val", count=count)
-    captions = {record.id: "a dog" if record is records[1] else record.captions[0] for record in records}
-    samples = {"x_captions": caption_samples(records, captions), "x_worst": worst_captions(records, captions)}
-    page = write_report(make_run(tmp_path / "run", {"x/CIDEr": 0.1}, **samples)).read_text()
-    assert ("furthest" in page) is twice
 
 
 def test_folder_without_results(tmp_path):

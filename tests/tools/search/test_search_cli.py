@@ -94,16 +94,6 @@ def test_index_in_a_file(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert len(search("index=i.safetensors", "images=moved", "query=a red circle")) == 6
 
 
-def test_words_of_the_command(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["coca-search", "photos", "a red circle", "checkpoint=tiny.safetensors", "num_workers=0", "k=2"]
-    monkeypatch.setattr(sys, "argv", words)
-    search_cli.search()
-    printed = capsys.readouterr().out
-    hits = search("index=photos", "query=a red circle", "k=2")
-    assert printed.splitlines() == [f"{score:.4f}\t{path}" for score, path in hits]
-    assert {path.name for path in folder.iterdir()} == {"photos", "photos.index.safetensors", "tiny.safetensors"}
-
-
 def test_ctrl_c_is_one_word(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -113,6 +103,7 @@ def test_ctrl_c_is_one_word(folder: Path, capsys: pytest.CaptureFixture, monkeyp
     with pytest.raises(SystemExit) as stopped:
         search_cli.search()
     assert stopped.value.code == 130
+    assert {path.name for path in folder.iterdir()} == {"photos", "photos.index.safetensors", "tiny.safetensors"}
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
 
 

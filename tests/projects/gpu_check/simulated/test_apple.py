@@ -25,11 +25,6 @@ def apple(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "processor", lambda: "arm")  # by which Lightning knows it
 
 
-def test_float64_is_refused_there() -> None:
-    with SimulatedGpu(), pytest.raises(TypeError, match="float64"):
-        torch.zeros(1, device=DEVICE).double()
-
-
 def test_captions_are_those_of_the_cpu() -> None:
     net = small_net()
     gpu = to_gpu(copy.deepcopy(net))

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocoevalcap.cider.cider import Cider
 
-from coca_lit.metrics.cider import CiderD, fast_words
 from coca_lit.metrics.java.runtime import ptb_tokenize
+from coca_lit.projects.rewards.cider import CiderD, fast_words
 from helpers.fuzzing import fuzz
 from helpers.shared_data import CAPTIONS, fakecap
 
