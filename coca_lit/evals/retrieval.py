@@ -21,9 +21,8 @@ from torch import Tensor
 from coca_lit.data.records import Record
 from coca_lit.distributed import gather_objects, print_rank_zero, rank
 from coca_lit.errors import check_number
-from coca_lit.evals import inference
 from coca_lit.evals.base import Evaluation, NotRunError, Settings
-from coca_lit.evals.inference import embed_pairs, evaluating, image_batches
+from coca_lit.evals.inference import embed_pairs, evaluating, image_batches, log_likelihoods
 from coca_lit.evals.samples import retrieval_samples, retrieval_sheet
 from coca_lit.metrics.retrieval import Ranks, feature_ranks, folded_ranks, similarity_ranks
 from coca_lit.metrics.uncertainty import Draws, Ratios, bootstrap
@@ -212,7 +211,7 @@ def rerank(
         scores = compared(model, records, pairs, comparison, batch_size, num_workers)
     else:
         assert isinstance(model, CoCa)  # a CLIP has no decoder
-        scores = informative(log_likelihoods(model, records, pairs, batch_size, num_workers))
+        scores = informative(candidate_log_likelihoods(model, records, pairs, batch_size, num_workers))
     return mix_scores(similarity, scores, weight)
 
 
@@ -243,14 +242,12 @@ def candidate_pairs(similarity: Tensor, candidates: int) -> Tensor:
     return pairs.scatter_(1, similarity.topk(each, dim=1).indices, True)
 
 
-def log_likelihoods(
+def candidate_log_likelihoods(
     model: CoCa, records: Sequence[Record], pairs: Tensor, batch_size: int = 64, num_workers: int = 0
 ) -> Tensor:
     """log p(text | image) (I, T) of the `pairs`, -inf elsewhere."""
     texts = [caption for record in records for caption in record.captions]
-    rows = inference.log_likelihoods(
-        model, records, texts, lambda i: pairs[i].nonzero()[:, 0].tolist(), batch_size, num_workers
-    )
+    rows = log_likelihoods(model, records, texts, lambda i: pairs[i].nonzero()[:, 0].tolist(), batch_size, num_workers)
     found = torch.full(pairs.shape, -torch.inf)
     for i, values in enumerate(rows):
         found[i, pairs[i]] = values
