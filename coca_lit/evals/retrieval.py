@@ -111,7 +111,7 @@ class RetrievalScores(Evaluation):
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         images, texts, image_of_text = embed_pairs(model, records, settings.batch_size, settings.workers)
         ranks = feature_ranks(images, texts, image_of_text)
-        scores = ranks.recalls() | ranks.medians()
+        scores = ranks.scores()
         if not settings.full:
             return scores
         if rank() == 0:

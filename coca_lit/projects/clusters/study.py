@@ -14,7 +14,7 @@ from hydra.types import HydraContext, TaskFunction
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from coca_lit.cli.allowed import hydra_builds
+from coca_lit.cli.allowed import check_names, hydra_builds
 from coca_lit.errors import ConfigError, TrainingError
 from coca_lit.projects.clusters.launchers import require
 
@@ -101,6 +101,7 @@ class OptunaSweeper(Sweeper):
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        check_names(self.sampler, "hydra.sweeper.sampler", "optuna")
         with hydra_builds("optuna"):
             sampler = instantiate(self.sampler)
         study = optuna.create_study(
