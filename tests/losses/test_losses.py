@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from coca_lit.distributed import gather, rank, world_size
-from coca_lit.losses import caption_loss, contrastive_loss, siglip_loss
+from coca_lit.losses import caption_loss, contrastive_loss, loss_terms, siglip_loss
+from coca_lit.models import CoCaOutput
 
 CAPTION_LENGTHS = [1, 7, 2, 2, 3, 9, 4, 1, 1, 5, 12, 6]  # predicted tokens of 12 pairs: no two ranks get equally many
 
@@ -106,6 +107,9 @@ def test_tiles_and_chunks_equal_the_plain_losses(tile: int) -> None:
 def test_label_smoothing_equals_pytorch(chunk: int | None) -> None:
     torch.manual_seed(0)
     inputs = (torch.randn(7, 8), torch.randn(50, 8), torch.tensor([3, -100, 0, 49, 7, -100, 1]))
+    hidden, vocabulary, labels = inputs
+    terms = loss_terms(CoCaOutput(hidden=hidden, vocabulary=vocabulary, labels=labels))  # without smoothing
+    torch.testing.assert_close(terms, {"caption": F.cross_entropy(hidden @ vocabulary.T, labels)})
 
     def plain(hidden: Tensor, vocabulary: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(hidden, vocabulary), labels, label_smoothing=0.2)

@@ -25,6 +25,7 @@ from coca_lit.models import CoCa
 from coca_lit.models.inputs import preprocessing
 from coca_lit.tools.caption import inputs
 from coca_lit.tools.caption.inputs import Source, load_images
+from coca_lit.tools.caption.outputs import Recaptioned
 from coca_lit.tools.prepare.scenes import write_shards
 from coca_lit.tools.score.results import read_results
 from helpers.applying import caption, naive_captions, new_model
@@ -238,6 +239,21 @@ def test_photos_of_other_formats_are_counted(tmp_path: Path, caplog: pytest.LogC
         (tmp_path / name).touch()
     assert inputs.find_images(tmp_path) == [tmp_path / "a.jpg"]
     assert f"left out 2 photos in {tmp_path}: .heic, .tif is not read" in caplog.text
+
+
+def test_a_mark_without_its_shard_is_none(tmp_path: Path) -> None:
+    """Who deletes a shard of new captions wants it again, of whichever input now has its name."""
+    (before, now, output) = (tmp_path / name for name in ("before", "now", "new"))
+    for folder in (before, now, output):
+        folder.mkdir()
+    (before / "0.tar").write_bytes(b"1")
+    (now / "0.tar").write_bytes(b"12")
+    mark = {"path": str(before / "0.tar"), "file": [1, 0]}
+    (output / ".0.tar.source.json").write_text(json.dumps(mark))
+    assert not Recaptioned(output, [now / "0.tar"]).has_unit(now / "0.tar")
+    (output / "0.tar").touch()
+    with pytest.raises(DataError, match="was made of"):
+        Recaptioned(output, [now / "0.tar"])
 
 
 @pytest.mark.slow
