@@ -28,7 +28,7 @@ from coca_lit.errors import DataError, TrainingError, check_number
 from coca_lit.files import atomic_link, remove, retry_waiting_rows
 from coca_lit.models import kernels
 from coca_lit.runs.resume import LAST, RUN_KEY
-from coca_lit.runs.run_folder import CHECKPOINTS, ENVIRONMENT, seconds_so_far, step_files
+from coca_lit.runs.run_folder import CHECKPOINTS, ENVIRONMENT, step_files
 from coca_lit.runs.signals import Signals
 from coca_lit.training import lightning_fixes
 
@@ -355,7 +355,6 @@ class Checkpoints(L.Callback):
             "fp32_matmul": kernels.fp32_matmul(),
             "finished": finished,
             "validating": validating,
-            "seconds": seconds_so_far(self.folder.parent),
             **samples_seen(trainer),
         }
         if self._saving:  # Lightning knows the position of those that its own callbacks take

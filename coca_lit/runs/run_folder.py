@@ -79,14 +79,21 @@ def add_to_environment(folder: Path, further: dict[str, Any]) -> dict[str, Any]:
 
 
 def seconds_so_far(folder: Path) -> float:
-    """How long a run has taken with its earlier starts, each until the checkpoint that the next one resumed from; 0
-    where its `environment.json` is gone.
+    """How long a run has taken with its earlier starts, each until the checkpoint that the next one resumed from."""
+    known = read_json(folder / ENVIRONMENT, dict)
+    return time.time() - known["started"] + known.get(EARLIER_SECONDS, 0.0)
+
+
+def _seconds_until(folder: Path, step: int) -> float:
+    """How long a run had taken when it wrote the checkpoint of a step, by the file's time: equal runs write equal
+    checkpoints, so that no time stands in them. 0 where it or `environment.json` is gone.
     """
     try:
         known = read_json(folder / ENVIRONMENT, dict)
-    except DataError:
+        written = (folder / CHECKPOINTS / f"step_{step}.ckpt").stat().st_mtime
+    except (DataError, OSError):
         return 0.0
-    return time.time() - known["started"] + known.get(EARLIER_SECONDS, 0.0)
+    return max(written - known["started"], 0.0) + known.get(EARLIER_SECONDS, 0.0)
 
 
 def begin_at(seconds: float) -> None:
@@ -269,7 +276,7 @@ def start_run_folder(
     if experiment:
         known["experiment"] = experiment
     if resumed is not None:
-        known[EARLIER_SECONDS] = round(resumed.get("seconds", 0))
+        known[EARLIER_SECONDS] = round(_seconds_until(folder, resumed.get("step", 0)))
     if resumed is not None and not chosen and (folder / ENVIRONMENT).exists():
         chosen = read_json(folder / ENVIRONMENT, dict).get("chosen", ())
     if chosen:

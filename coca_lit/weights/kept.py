@@ -36,6 +36,8 @@ def kept_objectives(described: Any, tensors: Mapping[str, Tensor], net: CoCa, pa
     found: dict[str, Any] = {}
     try:
         for name, description in described.items():
+            if not isinstance(description, dict):
+                raise TypeError(f"it is described by a {type(description).__name__}")
             config = dict(description)
             kind = config.pop("kind", "")
             if kind in OBJECTIVES:
