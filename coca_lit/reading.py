@@ -178,12 +178,16 @@ def parse_json(content: bytes | str, name: str, kind: type = object, keep_surrog
     return found
 
 
-def check_inside(path: Path, folder: Path) -> Path:
-    """Where a path leads, links followed; raises `DataError` if that is out of the folder."""
+def check_inside(path: Path, folder: Path, instead: str = "replace it by what it leads to") -> Path:
+    """Where a path leads, links followed; raises `DataError` if that is out of the folder.
+
+    Args:
+        instead: what to do then.
+    """
     target = Path(os.path.realpath(path))  # unlike `Path.resolve`, it takes links in a circle
     if not target.is_relative_to(os.path.realpath(folder)):
         shown = printable(str(path))
-        raise DataError(f"{shown} is a link out of its folder, which is not followed: replace it by what it leads to")
+        raise DataError(f"{shown} is a link out of its folder, which is not followed: {instead}")
     return target
 
 

@@ -293,7 +293,7 @@ def check_links(folder: Path) -> None:
     """
     links = [folder / CHECKPOINTS / name for name in LINKS]
     for path in (*(folder / name for name in RUN_FILES), *step_files(folder / CHECKPOINTS), *links):
-        check_inside(path, folder)
+        check_inside(path, folder, "for another disk name the whole run's folder there, hydra.run.dir=FOLDER")
     for link in links:
         if link.is_dir() and not link.is_symlink():
             raise ConfigError(f"{link} is a folder, and no run wrote it: move it away, or choose another name")

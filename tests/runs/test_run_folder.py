@@ -214,7 +214,7 @@ def test_a_run_folder_with_a_link_out_of_it_is_refused(tmp_path: Path, link: str
     environment = {"command": "x", "started": "x", "lightning": "2"}
     (tmp_path / "run" / "environment.json").write_text(json.dumps(environment))
     for ckpt_path in ("auto", "null"):
-        with pytest.raises(DataError, match=rf"run/{link} is a link out of its folder, which is not followed"):
+        with pytest.raises(DataError, match=rf"run/{link} is a link out of its folder.*hydra\.run\.dir=FOLDER"):
             training(tmp_path / "run", f"ckpt_path={ckpt_path}")
     assert [path.read_text() for path in elsewhere.iterdir()] == ["mine"] * 4
     assert (tmp_path / "run" / link).is_symlink()
