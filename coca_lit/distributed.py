@@ -138,18 +138,18 @@ class StepExchange:
         """Numbers of this rank that go with the next exchange."""
         self._told = [float(number) for number in numbers]
 
-    def exchange(self, own: Tensor) -> Tensor:
+    def exchange(self, of_rank: Tensor) -> Tensor:
         """Numbers (k,) of this rank, fp32 -> the numbers of all ranks (W, k), on the same device."""
         if world_size() == 1:
-            return own[None]
-        numbers = torch.cat([own, _sendable(self._told)])  # (k + told,)
+            return of_rank[None]
+        numbers = torch.cat([of_rank, _sendable(self._told)])  # (k + told,)
         everything = numbers.new_empty(world_size() * len(numbers))
         _all_gather(everything, numbers)
         everything = everything.view(world_size(), len(numbers))
         if self._told:
-            self._arriving.append(Arriving(everything[:, len(own) :].amax(dim=0)))
+            self._arriving.append(Arriving(everything[:, len(of_rank) :].amax(dim=0)))
         self._told = []
-        return everything[:, : len(own)]
+        return everything[:, : len(of_rank)]
 
     def heard(self) -> list[float]:
         """The maximum over ranks of each number that was told, the same on every rank; nothing if none has arrived."""

@@ -12,6 +12,7 @@ from numbers import Integral, Real
 from operator import ge, gt, le
 from typing import Any
 
+LEAST = {"image_size": 1, "batch_size": 1, "num_workers": 0}  # of numbers that commands check before constructors do
 NO_SUGGESTION = "."  # the end of a sentence about a name that resembles no known one
 
 

@@ -18,13 +18,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ftfy
-import torch
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
-from torch import Tensor
 
 from coca_lit.errors import DataError, check_number
 from coca_lit.reading import MAX_JSON, read_bounded
@@ -34,6 +32,9 @@ log = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent / "assets"
 CLIP_MERGES = ASSETS / "clip_merges.txt.gz"
 GPT2_MERGES = ASSETS / "gpt2_merges.txt.gz"
+if TYPE_CHECKING:
+    from torch import Tensor
+
 CONTEXT_LENGTH = 76  # tokens of a text; OpenCLIP's CoCa has 77 positions, the last of which is its CLS token's
 _DECODERS = ("ByteLevel", "Metaspace", "ByteFallback", "WordPiece", "BPEDecoder")
 MAX_PACKED = 3 * 2**20  # bytes of a packed tokenizer.json; files of weights describe a model in at most 4 MiB
@@ -93,27 +94,29 @@ class Tokenizer(ABC):
         asked = self.encode(question)[:-1][: self.context_length - len(answered)]
         return [*asked, *answered], len(asked)
 
-    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+    def __call__(self, texts: str | Sequence[str]) -> "Tensor":
         """Token ids (B, context_length), int64, padded with `pad_id`."""
         return self.tokens_of([texts] if isinstance(texts, str) else texts)
 
-    def tokens_of(self, texts: Sequence[str]) -> Tensor:
+    def tokens_of(self, texts: Sequence[str]) -> "Tensor":
         """As a call, but without a warning for words that the vocabulary lacks: for texts of data sets."""
+        import torch  # here: the arguments of a model are checked without it
+
         rows = self.encode_batch(list(texts))
         tokens = torch.full((len(rows), self.context_length), self.pad_id, dtype=torch.long)  # (B, L)
         for row, ids in zip(tokens, rows, strict=True):
             row[: len(ids)] = torch.tensor(ids)
         return tokens
 
-    def decode(self, ids: Iterable[int] | Tensor) -> str:
+    def decode(self, ids: "Iterable[int] | Tensor") -> str:
         """Text up to the first end id, without the start id. Ids equal to `pad_id` before the end are real tokens."""
-        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        if self.eot_id in ids:
-            ids = ids[: ids.index(self.eot_id)]
+        rest: list[int] = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        if self.eot_id in rest:
+            rest = rest[: rest.index(self.eot_id)]
         else:  # no end: trailing pads are padding
-            while ids and ids[-1] == self.pad_id:
-                ids.pop()
-        return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace").strip()
+            while rest and rest[-1] == self.pad_id:
+                rest.pop()
+        return b"".join(self.token_bytes[i] for i in rest).decode("utf-8", errors="replace").strip()
 
 
 class CLIPTokenizer(Tokenizer):
@@ -213,7 +216,7 @@ class WordTokenizer(Tokenizer):
         self.vocab_size = 4 + len(words)
         self.token_bytes = [b""] * 4 + [f"{word} ".encode() for word in words]
 
-    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+    def __call__(self, texts: str | Sequence[str]) -> "Tensor":
         self.warn_of_unknown([texts] if isinstance(texts, str) else texts)
         return super().__call__(texts)
 

@@ -1,6 +1,7 @@
 """What several test files share: a small model, the folder of real data, and real process groups."""
 
 import gc
+import multiprocessing
 import os
 import pickle
 import random
@@ -64,6 +65,10 @@ def _only_new_garbage() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else Triton reports at the end what has not been collected as leaked
+
+
 @pytest.fixture(autouse=True)
 def _independent_of_other_tests() -> Iterator[None]:
     """The same random numbers for a test, and what a run changes for its whole process only until the test ends."""
@@ -107,6 +112,15 @@ def target(tmp_path: Path) -> Iterator[Path]:
     path.parent.mkdir()
     yield path
     assert not path.exists()
+
+
+@pytest.fixture
+def forked_workers() -> Iterator[None]:
+    """Data workers find what a test keeps in memory, or has patched; since Python 3.14 a fork is not the default."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("fork", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def test_output_goes_on_where_its_encoding_lacks_a_character() -> None:
     """As in a file that Windows writes as cp1252."""
     code = """
 import sys
-from coca_lit.runs.launch import started
+from coca_lit.tools.commands import started
 from coca_lit.tools.caption.outputs import print_rows
 for encoding, letter in (("cp1252", "\\u6771"), ("utf-8", "\\udce9")):  # the second: of a file name that is not Unicode
     sys.stdout = open(1, "w", encoding=encoding, closefd=False)

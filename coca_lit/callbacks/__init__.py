@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from coca_lit.callbacks.averaging import Averaging
 from coca_lit.callbacks.checkpoint import Checkpoints, StepSeeds
 from coca_lit.callbacks.guards import BadSampleLog, NonFiniteGuard, SameOnAllRanks
-from coca_lit.callbacks.loggers import LogRunFacts, MetricsLog
+from coca_lit.callbacks.loggers import LogHyperparameters, MetricsLog
 from coca_lit.callbacks.progress import (
     RunSummary,
     SamplesSeen,
@@ -22,13 +22,10 @@ from coca_lit.callbacks.scoring import ScoreDuringTraining
 from coca_lit.errors import ConfigError
 
 __all__ = [
-    "Averaging",
     "BadSampleLog",
     "Checkpoints",
-    "LogRunFacts",
     "MetricsLog",
     "NonFiniteGuard",
-    "RunSummary",
     "SamplesSeen",
     "ScoreDuringTraining",
     "SourceCounts",
@@ -66,5 +63,5 @@ def in_order(
     checkpoints = [callback for callback in chosen if isinstance(callback, Checkpoints)]
     others = [callback for callback in chosen if callback not in checkpoints]
     averaging = [Averaging(ema)] if ema is not None else []
-    always = [SamplesSeen(), SourceCounts(), LogRunFacts(config), RunSummary(output_dir)]
+    always = [SamplesSeen(), SourceCounts(), LogHyperparameters(config), RunSummary(output_dir)]
     return [*checkpoints, *averaging, scoring, *others, SameOnAllRanks(output_dir, resumes), *always]

@@ -62,7 +62,7 @@ class BestCheckpoint:
             return True
         return value < record.value if lower_is_better(self.score) else value > record.value
 
-    def offer(self, path: Path, step: int, value: float) -> None:
+    def keep_if_better(self, path: Path, step: int, value: float) -> None:
         """Makes this checkpoint the best one if it is better. A full disk costs the link, not the training."""
         if not self.is_better(value):
             return

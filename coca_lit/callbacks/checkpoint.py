@@ -292,7 +292,7 @@ class Checkpoints(L.Callback):
         except DataError as error:  # a resumed run looks at the files, and links again
             log.warning("%s; training continues", error)
         if self.best is not None and unlinked.score is not None:
-            self.best.offer(path, unlinked.step, unlinked.score)
+            self.best.keep_if_better(path, unlinked.step, unlinked.score)
         self._remove_old()
 
     def _remove_old(self) -> None:
@@ -326,13 +326,13 @@ class Checkpoints(L.Callback):
 
     # The best
 
-    def offer(self, score: float) -> None:
+    def note_score(self, score: float) -> None:
         """Takes the score `best` of the weights at hand, on every rank. If it is better than any before, they are saved
         before the next step as the best ones: rank 0 decides, and tells all others.
         """
         self.state.score = score
 
-    def offer_final(self, trainer: L.Trainer, score: float) -> None:
+    def note_final_score(self, trainer: L.Trainer, score: float) -> None:
         """Takes the score of the trained weights, whose checkpoint is written."""
         assert self.best is not None
         comparable = self._trained or self.best.record() is not None or not (self.folder / BEST).exists()

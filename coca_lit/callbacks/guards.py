@@ -91,13 +91,12 @@ class NonFiniteGuard(L.Callback):
     ) -> None:
         """Between backward and the step: finds out whether the gradients of all ranks are finite."""
         self._settle_last_step()  # the step before
-        if self._loss is None:
-            return
+        assert self._loss is not None
         scaled = trainer.precision == "16-mixed"
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
         not_finite = _not_finite([self._loss] if scaled else gradients, self._loss)
-        own = torch.stack([not_finite, self._loss])
-        everywhere = step_exchange.exchange(own)  # (W, 2)
+        of_rank = torch.stack([not_finite, self._loss])
+        everywhere = step_exchange.exchange(of_rank)  # (W, 2)
         bad = everywhere[:, 0].amax()
         self._measured = self._step, self._keys, Arriving(torch.stack([bad, everywhere[:, 1].mean()]))
         if scaled or (bad.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False)):
@@ -178,10 +177,10 @@ class NonFiniteGuard(L.Callback):
 def _not_finite(gradients: list[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
     """(), 1 if a number is not finite on this rank, else 0; of the type and on the device of `like`."""
     parts = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    own = [gradient for gradient in parts if gradient is not None and gradient.numel()]
-    if not own:
+    judged = [gradient for gradient in parts if gradient is not None and gradient.numel()]
+    if not judged:
         return torch.zeros_like(like)
-    norms = torch._foreach_norm(own, float("inf"))
+    norms = torch._foreach_norm(judged, float("inf"))
     return (~torch.stack([norm.float() for norm in norms]).isfinite().all()).to(like.dtype)
 
 
@@ -259,19 +258,19 @@ class SameOnAllRanks(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if world_size() == 1:
             return
-        own: dict[str, Any] = {"run": self.name, "whether it resumes (is the run folder shared?)": self.resumes}
+        of_rank: dict[str, Any] = {"run": self.name, "whether it resumes (is the run folder shared?)": self.resumes}
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, CaptionDataModule):
-            own |= {"steps an epoch": data.steps_per_epoch, "data": data.state_dict()}
-        _compare(own)
+            of_rank |= {"steps an epoch": data.steps_per_epoch, "data": data.state_dict()}
+        _compare(of_rank)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _compare({"steps already trained": trainer.global_step})  # of what was loaded, after the first one's choice
 
 
-def _compare(own: dict[str, Any]) -> None:
+def _compare(of_rank: dict[str, Any]) -> None:
     """Raises `DataError` on every process if any has another value than the first."""
-    first, *others = gather_objects(own)
+    first, *others = gather_objects(of_rank)
     for process, other in enumerate(others, start=1):
         for name, value in first.items():
             if other[name] != value:

@@ -170,8 +170,8 @@ class WandbLog(WandbLogger):
         run_id = self.id_file.read_text(encoding="utf-8").strip() if self.resumes else uuid4().hex[:8]
         self.first_step = 0  # that W&B lacks
         group = str(settings.get("name") or "").rpartition("/")[0] or None
-        own = {"id": run_id, "resume": "allow", "group": group}
-        super().__init__(save_dir=output_dir, **{**own, **settings})
+        defaults = {"id": run_id, "resume": "allow", "group": group}
+        super().__init__(save_dir=output_dir, **{**defaults, **settings})
 
     @property
     @rank_zero_experiment
@@ -199,9 +199,8 @@ class WandbLog(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        if step is None:
-            super().log_metrics(metrics)
-        elif step >= self.first_step:
+        assert step is not None  # Lightning and our callbacks always tell it
+        if step >= self.first_step:
             self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
         elif step == self.first_step - 1:  # scores that were made again, or added, after that row was sent
             self.experiment.summary.update(dict(metrics))
@@ -221,7 +220,7 @@ class WandbLog(WandbLogger):
             self._experiment = None
 
 
-class LogRunFacts(L.Callback):
+class LogHyperparameters(L.Callback):
     """Tells every logger besides the CSV, a user's own included, what is trained, as hyperparameters.
 
     Args:
@@ -236,16 +235,16 @@ class LogRunFacts(L.Callback):
         loggers = [logger for logger in trainer.loggers if not isinstance(logger, MetricsLog)]
         if loggers and trainer.is_global_zero:
             sizes = part_sizes(getattr(pl_module, "net", pl_module))
-            facts = {"parameters": sizes, "environment": environment()}
+            known = self.config() | {"parameters": sizes, "environment": environment()}
             for logger in loggers:
-                logger.log_hyperparams(self.config() | facts)
+                logger.log_hyperparams(known)
 
 
 def log_pictures(trainer: L.Trainer, folder: Path, evaluations: list[str], step: int) -> None:
-    """Sends the sheets of captions that evaluations have written to all loggers that take pictures."""
+    """Sends the sheets of captions and of retrieval that evaluations have written to all loggers that take pictures."""
     loggers: list[Any] = [logger for logger in trainer.loggers if hasattr(logger, "log_picture")]
     if loggers and trainer.is_global_zero:
-        for name in evaluations:
+        for name in (f"{evaluation}{kind}" for evaluation in evaluations for kind in ("", "_retrieval")):
             path = folder / f"{name}.png"
             if path.is_file():
                 for logger in loggers:

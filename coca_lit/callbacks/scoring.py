@@ -29,7 +29,7 @@ class ScoreDuringTraining(L.Callback):
     """Scores the network on the first few images of each evaluation every N epochs or steps, and on all of them when
     training ends. With averaged weights it is the average that is scored.
 
-    Scores are named `mscoco/CIDEr`, scores of the first 256 images `mscoco_256/CIDEr`. They are logged, and offered to
+    Scores are named `mscoco/CIDEr`, scores of the first 256 images `mscoco_256/CIDEr`. They are logged, and told to
     `Checkpoints`, which keeps the best checkpoint. Place this callback after `Averaging`.
 
     Args:
@@ -83,10 +83,10 @@ class ScoreDuringTraining(L.Callback):
         name, _, measure = score.partition("/")
         named = [e for e in self.evals if e.name == name] if at_end else self._named(name)
         scored = named if at_end else [e for e in named if e.every and (self.every_n_epochs or self.every_n_steps)]
-        further = [e.final_score_names if at_end else () for e in scored]
-        known = [n for e, more in zip(scored, further, strict=True) for n in (*e.score_names, *(more or ()))]
+        of_the_end = [e.final_score_names if at_end else () for e in scored]
+        known = [n for e, more in zip(scored, of_the_end, strict=True) for n in (*e.score_names, *(more or ()))]
         kinds = "/" in measure and any(at_end or e.kinds_in_training for e in scored)
-        open_ended = kinds or None in further or not all(e.score_names for e in scored)  # own metrics
+        open_ended = kinds or None in of_the_end or not all(e.score_names for e in scored)  # own metrics
         if not named:
             names = dict.fromkeys(e.name for e in self.evals)
             raise ConfigError(f"{key}: there is no evaluation '{name}'{suggest(name, names)} {_listed(names)}")
@@ -136,7 +136,7 @@ class ScoreDuringTraining(L.Callback):
                 for score, reason in evaluation.not_run.items():
                     print_rank_zero(f"{score} not run: {reason}")
         self._log_pictures(trainer, due)
-        self._offer(trainer, scores, due)
+        self._tell_checkpoints(trainer, scores, due)
         return scores
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -159,13 +159,13 @@ class ScoreDuringTraining(L.Callback):
                 for logger in trainer.loggers:
                     logger.log_metrics(scores, step=trainer.global_step)
         self._log_pictures(trainer, self.evals)
-        self._offer(trainer, self.found.scores | few, rivals, final=True)
+        self._tell_checkpoints(trainer, self.found.scores | few, rivals, final=True)
 
     def _log_pictures(self, trainer: L.Trainer, scored: Sequence[Evaluation]) -> None:
         names = list(dict.fromkeys(evaluation.name for evaluation in scored))
         log_pictures(trainer, Path(self.settings.output_dir, "samples"), names, trainer.global_step)
 
-    def _offer(
+    def _tell_checkpoints(
         self, trainer: L.Trainer, scores: dict[str, float], scored: Sequence[Evaluation], final: bool = False
     ) -> None:
         """Tells `Checkpoints` the score that it compares, of the weights at hand.
@@ -182,9 +182,9 @@ class ScoreDuringTraining(L.Callback):
             keys = [f"{e.name_of(self.settings, self.quick)}/{measure}" for e in named]
             found = [scores[key] for key in keys if key in scores]
             if found and final:
-                checkpoints.offer_final(trainer, found[0])
+                checkpoints.note_final_score(trainer, found[0])
             elif found:
-                checkpoints.offer(found[0])
+                checkpoints.note_score(found[0])
             elif all(e in scored for e in named):
                 missing = f"there is no score '{best}'{suggest(best, scores)} {_listed(scores)}"
                 if not final and not any(e.not_run for e in named):

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from coca_lit import extensions
 from coca_lit.cli.allowed import check_targets
 from coca_lit.cli.runtime import best_precision
-from coca_lit.cli.schema import AUTO, BATCH_SCHEDULE, BUILD_KEYS, read_signature, targets, unresolved
+from coca_lit.cli.schema import AUTO, BATCH_SCHEDULE, BUILD_KEYS, read_signature, unresolved
 from coca_lit.errors import ConfigError, DataError, DataNotFoundError, error_context
 from coca_lit.machine import best_device, processors
 from coca_lit.runs.redaction import mask
@@ -34,12 +34,12 @@ FUNCTIONS = ("objectives", "measures")  # arguments that hold functions by name,
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None, **objects: Any) -> Any:
+def build(node: DictConfig, path: str, available: Mapping[str, Any] | None = None, **objects: Any) -> Any:
     """Builds what a config node names, as Hydra's `instantiate` would.
 
     Args:
         path: key of the node, for errors.
-        offered: objects that the constructor gets where it has an argument of that name.
+        available: objects that the constructor gets where it has an argument of that name.
         objects: objects that the constructor gets in any case.
 
     Raises:
@@ -48,13 +48,12 @@ def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None,
     values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
     if not isinstance(values, dict) or "_target_" not in values:
         raise ConfigError(f"{path} names nothing to build: set {path}._target_ to a class or a function")
-    check_targets(targets(values))  # also those that only the values of references have
     resolve_target(values["_target_"], path)
     taken = read_signature(values["_target_"]).arguments
     if BATCH_SCHEDULE in taken:
         others = extensions.schedule_keys(path).keys() - taken.keys()  # arguments of the schedule alone
         values = {key: value for key, value in values.items() if key not in others}
-    objects |= {key: value for key, value in (offered or {}).items() if key not in values and key in taken}
+    objects |= {key: value for key, value in (available or {}).items() if key not in values and key in taken}
     for key in FUNCTIONS:  # `_partial_` keeps those that await arguments
         for name, part in (values.get(key) or {}).items():
             if isinstance(part, dict) and "_target_" in part and _awaits_arguments(part, f"{path}.{key}.{name}"):
@@ -83,7 +82,7 @@ def _built(value: Any, path: str, **objects: Any) -> Any:
 
 
 def resolve_target(target: Any, path: str) -> Callable[..., Any]:
-    """The class or function with the full name `target`."""
+    """The class or function with the full name `target`, which may be run, see `coca_lit.cli.allowed`."""
     check_targets([str(target)])
     try:
         found: Any = pkgutil.resolve_name(str(target))
@@ -105,9 +104,9 @@ def build_data(cfg: DictConfig, tokenizer: "Tokenizer") -> "CaptionDataModule":
     """The training data, found; raises `DataError` if they are not there."""
     from coca_lit.data.datamodule import CaptionDataModule
 
-    offered = {"tokenizer": tokenizer, BATCH_SCHEDULE: build_schedule(cfg)}
+    available = {"tokenizer": tokenizer, BATCH_SCHEDULE: build_schedule(cfg)}
     with data_place(cfg):
-        data = build(cfg.data, "data", offered)
+        data = build(cfg.data, "data", available)
         if isinstance(data, CaptionDataModule):  # one of your own downloads in one process of a machine, by Lightning
             data.prepare_data()
     return data
@@ -211,7 +210,7 @@ def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
 def _build_evaluation(name: str, node: DictConfig) -> "Evaluation | list[Evaluation]":
     path = f"evals.{name}"
     if "_target_" not in node or not _awaits_arguments(node, path):
-        return build(node, path, offered={"name": name})
+        return build(node, path, available={"name": name})
 
     from coca_lit.evals import FunctionEvaluation
 
@@ -266,11 +265,11 @@ def build_trainer(
     from coca_lit.training.trainer import trainer_parts
 
     logged = start.run.get("logged_steps", 0) if start is not None else 0
-    offered = {"output_dir": cfg.output_dir, "logged_steps": logged, "same_run": is_same_run(cfg, start)}
-    loggers = [build(node, f"logger.{name}", offered) for name, node in cfg.logger.items() if node]
+    available = {"output_dir": cfg.output_dir, "logged_steps": logged, "same_run": is_same_run(cfg, start)}
+    loggers = [build(node, f"logger.{name}", available) for name, node in cfg.logger.items() if node]
     # The config as a function: in a dictionary Hydra would build the targets.
-    offered = {"output_dir": cfg.output_dir, "identity": lambda: identity_of(plain(cfg))}
-    chosen = [build(node, f"callbacks.{name}", offered) for name, node in cfg.callbacks.items() if node]
+    available = {"output_dir": cfg.output_dir, "identity": lambda: identity_of(plain(cfg))}
+    chosen = [build(node, f"callbacks.{name}", available) for name, node in cfg.callbacks.items() if node]
     with error_context("ema"):
         config = partial(plain, cfg, resolve=True)
         callbacks = in_order(chosen, scoring, cfg.ema, cfg.output_dir, config, resumes=start is not None)

@@ -38,7 +38,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit import __version__, extensions
-from coca_lit.cli.allowed import check_targets, hydra_builds, trust_modules
+from coca_lit.cli.allowed import OF_HYDRA, check_hydra, check_packages, check_targets, hydra_builds, trust_modules
 from coca_lit.cli.early import check_data_folder, check_length, check_values, check_weights, resumes
 from coca_lit.cli.runtime import keep_imports
 from coca_lit.cli.schema import MissingValueError, check, targets, unresolved
@@ -208,8 +208,11 @@ def _hydra(config: str = "train", words: Sequence[str] = ()) -> Iterator[Any]:
         warnings.filterwarnings("ignore", "The version_base parameter")  # Hydra 1.3 needs it
         initialized = hydra.initialize_config_dir(str(CONF), job_name=config, version_base="1.3")
     try:
-        with hydra_builds("hydra", "hydra_plugins", "coca_lit"), initialized:  # also the filter of secrets in logs
-            yield GlobalHydra.instance().hydra
+        with hydra_builds(*OF_HYDRA), initialized:  # also the filter of secrets in logs
+            machine: Any = GlobalHydra.instance().hydra
+            loader = machine.config_loader
+            loader.load_configuration = functools.partial(_load_checked, loader.load_configuration)
+            yield machine
     except UnicodeDecodeError as error:
         raise ConfigError(f"a config is no text in UTF-8 ({error}): save it as UTF-8") from error
     except MissingConfigException as error:
@@ -225,6 +228,13 @@ def _hydra(config: str = "train", words: Sequence[str] = ()) -> Iterator[Any]:
         if same_name:
             raise ConfigError(f"{same_name[1]}.yaml has the name of an option of coca_lit: choose another") from error
         raise
+
+
+def _load_checked(load: Callable[..., DictConfig], *arguments: Any, **options: Any) -> DictConfig:
+    """What Hydra loads, for a run or a job of a sweep, before it builds anything."""
+    config = load(*arguments, **options)
+    check_hydra(config)
+    return config
 
 
 @functools.cache
@@ -275,8 +285,8 @@ def _with_search_path(words: Sequence[str]) -> list[str]:
     others = [word for word in words if not word.startswith(SEARCH_PATH)]
     for word in words:
         if word.startswith(SEARCH_PATH):
-            own = word.removeprefix(SEARCH_PATH).strip().removeprefix("[").removesuffix("]")
-            folders = [own, *folders]
+            of_user = word.removeprefix(SEARCH_PATH).strip().removeprefix("[").removesuffix("]")
+            folders = [of_user, *folders]
     return [*others, f"{SEARCH_PATH}[{','.join(folders)}]"]
 
 
@@ -360,8 +370,9 @@ def _check_arguments(cfg: DictConfig, shipped: dict[str, Any], groups: Sequence[
     named = node["imports"] if isinstance(node.get("imports"), list) else []
     import_from_current_folder([*named, *targets(node)])
     trust_modules(named)
+    check_packages(targets(node))
+    check(node, shipped, groups)  # before all is imported: it begins where a key is misspelt
     check_targets(targets(node))
-    check(node, shipped, groups)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from coca_lit import extensions
 from coca_lit.cli.assembly import build, data_place
 from coca_lit.cli.schema import AUTO, check_complete, unresolved
-from coca_lit.errors import ConfigError, error_context
+from coca_lit.errors import LEAST, ConfigError, error_context
 from coca_lit.models.generation.options import check_shared
 from coca_lit.models.presets import preset
 from coca_lit.reading import printable
@@ -19,13 +19,8 @@ from coca_lit.runs.run_folder import CHECKPOINTS, NEWEST, restarted
 # Keys that name a file with weights, unless it is a released model, or one that a part of the network knows.
 WEIGHTS = ("checkpoint", "interpolate_with", "init_from", "ckpt_path", "init_parts.image_encoder")
 NAMES = ("auto", "required", "builtin", "photos", "efficientnet_lite0", "efficientnet_lite2")
-LEAST = {  # of numbers that their constructors would refuse later
-    "image_size": 1,
-    "data.batch_size": 1,
-    "data.num_workers": 0,
-    "trainer.max_epochs": -1,
-    "trainer.max_steps": -1,
-}
+COUNTED = ("image_size", "data.batch_size", "data.num_workers")
+NO_LIMIT = {"trainer.max_epochs": -1, "trainer.max_steps": -1}  # Lightning's words for it
 
 
 def check_values(cfg: DictConfig) -> None:
@@ -34,7 +29,7 @@ def check_values(cfg: DictConfig) -> None:
     name = OmegaConf.select(cfg, "name", throw_on_resolution_failure=False)
     if isinstance(name, str) and printable(name) != name:  # it is printed, and names a folder
         raise ConfigError(f"name: '{printable(name)}' has characters that control a terminal: choose another")
-    for key, least in LEAST.items():
+    for key, least in {**{key: LEAST[key.rpartition(".")[2]] for key in COUNTED}, **NO_LIMIT}.items():
         number = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
         if isinstance(number, int | float) and number < least:
             raise ConfigError(f"{key} must be at least {least}, got {number}")

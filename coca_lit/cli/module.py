@@ -136,9 +136,9 @@ def with_arguments_of(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]"
     if cfg.model.net._target_ != "coca_lit.models.create_model":
         return cfg  # a network of the user's own; `copy_weights` compares it with the source
     net = cast(dict[str, Any], OmegaConf.to_container(cfg.model.net, resolve=True))
-    own = preset(net["name"])
-    merged = merge(net, own, arguments_of(source), str(where))
-    without = CoCaConfig().stored() | own | {name: value for name, value in net.items() if value is not None}
+    of_preset = preset(net["name"])
+    merged = merge(net, of_preset, arguments_of(source), str(where))
+    without = CoCaConfig().stored() | of_preset | {name: value for name, value in net.items() if value is not None}
     taken = [f"{name}={value}" for name, value in merged.items() if value != without.get(name)]
     if taken:
         print_rank_zero(f"as the weights in {where}: {', '.join(taken)}")
@@ -150,8 +150,8 @@ def with_arguments_of(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]"
 
 def make_module(cfg: DictConfig, model: DictConfig, **objects: Any) -> "CoCaLit":
     """What the node `model` describes, with all that it takes from the data and the trainer of the config."""
-    offered = {BATCH_SCHEDULE: build_schedule(cfg)}
-    return build(model, "model", offered, micro_batch_size=cfg.trainer.micro_batch_size, **objects)
+    available = {BATCH_SCHEDULE: build_schedule(cfg)}
+    return build(model, "model", available, micro_batch_size=cfg.trainer.micro_batch_size, **objects)
 
 
 def add_adapters(cfg: DictConfig, module: "CoCaLit") -> None:
@@ -199,7 +199,7 @@ def _counted_words(cfg: DictConfig) -> list[str]:
     from coca_lit.tokenizer import frequent_words
 
     with data_place(cfg):
-        data = build(cfg.data, "data", offered={"tokenizer": None})
+        data = build(cfg.data, "data", available={"tokenizer": None})
         if not hasattr(data, "training_captions"):
             raise ConfigError(f"vocabulary: {type(data).__name__} has no training_captions(): set vocabulary=null")
         groups = data.training_captions().values()
@@ -260,7 +260,7 @@ def with_recipe(
     known = {key: value for key, value in node.items() if value != AUTO}
     with data_place(cfg):
         # Of which only the texts are read: batch and size do not matter.
-        data = build(OmegaConf.create({"batch_size": 1, **known}), "data", offered={"tokenizer": None})
+        data = build(OmegaConf.create({"batch_size": 1, **known}), "data", available={"tokenizer": None})
         given = {key: value for key, value in leaves(unresolved(cfg)) if value != AUTO and "${" not in str(value)}
         what, choices = build(cfg.recipe, "recipe")(data, given, source)
     print_rank_zero(f"chosen for {what}; every line is a key:")

@@ -8,11 +8,24 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
-from coca_lit.errors import ConfigError
+from coca_lit.errors import ConfigError, error_context
 from coca_lit.machine import best_device, processors
 
 if TYPE_CHECKING:
+    import lightning.pytorch as L
     import torch
+
+    from coca_lit.models.kernels.process import Fp32Matmul
+
+NO_ACTION = (  # how warnings begin that call for none
+    ".*treespec, LeafSpec.*",
+    r"Found \d+ module\(s\) in eval mode",  # frozen parts: on purpose
+    ".*smaller than the logging interval",
+    "You're using the WeightAveraging callback",  # with whole weights only
+    "Total length of `list` across ranks is zero",  # no validation set
+    "Grad strides do not match bucket view strides",  # of 1 × 1 convolutions, which have several names for one layout
+    ".*logging on epoch level in distributed",  # scores are the same there
+)
 
 
 def keep_imports() -> None:
@@ -47,7 +60,7 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bo
     kernels.keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
-    # Lightning's notices would drown ours. Its warnings stay, except those that call for no action.
+    # Lightning's notices would drown ours. Its warnings stay, but for `NO_ACTION`.
     for name in ("lightning.pytorch", "lightning.fabric"):
         lightning_log = logging.getLogger(name)
         lightning_log.setLevel(logging.WARNING)
@@ -56,18 +69,11 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bo
     profilers.setLevel(logging.INFO)
     profilers.handlers = [logging.StreamHandler(sys.stdout)]
     profilers.propagate = False
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
-    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts: on purpose
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
-    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback")  # with whole weights only
-    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
+    for message in NO_ACTION:
+        warnings.filterwarnings("ignore", message=message)
     # Outside of an allocation a machine merely has SLURM installed.
     allocated = "SLURM_JOB_ID" in os.environ
     warnings.filterwarnings("once" if allocated else "ignore", message="The `srun` command is available on your system")
-    # Strides of 1 × 1 convolutions, which have several names for one layout
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    warnings.filterwarnings("ignore", message=".*logging on epoch level in distributed")  # scores are the same there
 
 
 def best_precision(device: str) -> str:
@@ -91,3 +97,21 @@ def chosen_dtype(precision: str) -> "torch.dtype":
     if precision not in known:
         raise ConfigError(f"precision must be auto, fp32 or bf16, not '{precision}'")
     return known[precision]
+
+
+def choose_fp32_matmul(trainer: "L.Trainer", module: "L.LightningModule", library: "Fp32Matmul") -> None:
+    """Chooses the library that multiplies fp32 matrices on the CPU, and prints it: the one that is named, or for "auto"
+    the faster one for a model of this size, if the run computes in fp32 on the CPU. A run that resumes has that of its
+    checkpoint, see `Checkpoints`.
+
+    Args:
+        library: mkl, onednn or auto.
+    """
+    from coca_lit.distributed import print_rank_zero
+    from coca_lit.models import kernels
+
+    fp32_on_cpu = trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true"
+    if fp32_on_cpu or library != "auto":
+        with error_context("kernels"):
+            chosen = kernels.use_fp32_matmul(library, sum(p.numel() for p in module.parameters()))
+        print_rank_zero(f"fp32_matmul: {chosen}")

@@ -71,12 +71,12 @@ def signature_at(node: Mapping[str, Any], path: str) -> Signature:
     signature = read_signature(node.get("_target_"))
     if BATCH_SCHEDULE not in signature.arguments:
         return signature
-    further: dict[str, Argument] = {}
+    of_schedule: dict[str, Argument] = {}
     for name, schedule in schedule_keys(path.removesuffix(".")).items():
-        further[name] = Argument()
+        of_schedule[name] = Argument()
         if name in node:  # only then the project is imported
-            further[name] = read_signature(schedule).arguments.get(name, Argument())
-    return Signature(further | signature.arguments, signature.takes_any)
+            of_schedule[name] = read_signature(schedule).arguments.get(name, Argument())
+    return Signature(of_schedule | signature.arguments, signature.takes_any)
 
 
 @functools.cache
@@ -115,9 +115,9 @@ def _signature(target: Callable[..., Any]) -> Signature:
             if isinstance(source, DeclaredArguments):
                 shared |= {name: Argument(source) for name in declared(source.kind)}  # of modules not imported yet
             elif isinstance(source, str):  # the arguments of a class, which gets other defaults
-                further = read_signature(source)
-                shared |= {name: Argument(argument.annotation) for name, argument in further.arguments.items()}
-                takes_any = further.takes_any
+                of_class = read_signature(source)
+                shared |= {name: Argument(argument.annotation) for name, argument in of_class.arguments.items()}
+                takes_any = of_class.takes_any
             else:
                 shared |= _fields(source, inherited)
         return Signature(arguments | shared | arguments, takes_any)  # its own first
@@ -191,10 +191,7 @@ def check(
     Raises:
         ConfigError: a key that nobody takes, or a value of another type than is expected.
     """
-    places = [*_places("", node, shipped)]
-    # First those with keys that no file lists, as a misspelt one: the others need not be imported then.
-    places.sort(key=lambda place: place.node.keys() <= place.shipped.keys())
-    for place in places:
+    for place in sorted(_places("", node, shipped), key=_turn):
         known, takes_any = _known(place, constructors)
         for name, value in place.node.items():
             key = f"{place.path}{name}"
@@ -213,6 +210,15 @@ def check(
                     suggestion = _suggest_key(key, names)
                 if constructors or suggestion != NO_SUGGESTION:
                     raise ConfigError(f"there is no key '{key}'{suggestion}")
+
+
+def _turn(place: Place) -> int:
+    """When a place is checked. First those with a key that no file lists beside others, as a misspelt one: the others
+    need not be imported then.
+    """
+    if place.node.keys() <= place.shipped.keys():
+        return 2
+    return 0 if place.shipped else 1
 
 
 def _innermost(key: str, value: Any) -> str:
@@ -316,8 +322,8 @@ def check_complete(node: Mapping[str, Any]) -> None:
 def targets(node: Any) -> list[str]:
     """The names of all that a config builds."""
     children = [*node.values()] if isinstance(node, dict) else node if isinstance(node, list) else []
-    own = [str(node["_target_"])] if isinstance(node, dict) and "_target_" in node else []
-    return [*own, *(name for child in children for name in targets(child))]
+    of_node = [str(node["_target_"])] if isinstance(node, dict) and "_target_" in node else []
+    return [*of_node, *(name for child in children for name in targets(child))]
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -27,7 +27,6 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from coca_lit.errors import ConfigError, suggest
 from coca_lit.files import atomic_write, write_json
 from coca_lit.machine import is_first_process
-from coca_lit.metrics import lower_is_better
 from coca_lit.reading import read_json
 from coca_lit.runs.launch import job_folder
 from coca_lit.runs.redaction import masked_yaml, redact
@@ -69,10 +68,6 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         objective = OmegaConf.select(config, "scoring.objective")
-        direction = config.hydra.sweeper.get("direction")
-        wanted = "minimize" if objective is not None and lower_is_better(objective) else "maximize"
-        if isinstance(direction, str) and direction != wanted:  # of a sweeper that searches
-            raise ConfigError(f"scoring.objective={objective} needs hydra.sweeper.direction={wanted}, got {direction}")
         given = OverridesParser.create().parse_overrides([*config.hydra.overrides.task])
         params = config.hydra.sweeper.get("params")
         if params:  # keys on the command line replace them
@@ -87,6 +82,7 @@ class SweepCallback(Callback):
                     config.hydra.overrides.hydra += of_jobs
         parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
         overrides = [*OverridesParser.create().parse_overrides(parameters), *given]
+        overrides = [*{_key(override): override for override in overrides}.values()]  # the last one of a key counts
         fixed = [override for override in overrides if not override.is_sweep_override()]
         left_out = set(config.hydra.job.config.override_dirname.exclude_keys) - {
             o.key_or_group for o in overrides if o.is_sweep_override()

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from coca_lit.cli.assembly import build, build_data, build_evals, build_scoring, build_trainer, plain
 from coca_lit.cli.command import is_shipped
 from coca_lit.cli.module import build_module, load_source, with_recipe, with_start
-from coca_lit.cli.runtime import configure_libraries
+from coca_lit.cli.runtime import choose_fp32_matmul, configure_libraries
 from coca_lit.cli.schema import argument_defaults
 from coca_lit.cli.sweep import SWEEP_VARIABLE, check_processes, check_search
 from coca_lit.errors import DataError, error_context
@@ -146,7 +146,7 @@ def finished_scores(cfg: DictConfig, checkpoint: "ResumePoint | None") -> dict[s
 def build_run(cfg: DictConfig, beginning: Beginning) -> RunParts:
     """Builds the parts of a run from its config, and checks that they fit each other."""
     from coca_lit.data.datamodule import CaptionDataModule
-    from coca_lit.training.trainer import choose_fp32_matmul, prepare
+    from coca_lit.training.trainer import prepare
 
     checkpoint = beginning.checkpoint
     module = build_module(cfg, checkpoint, beginning.source)
@@ -236,8 +236,8 @@ def next_commands(cfg: DictConfig, net: "CoCa", data: "CaptionDataModule") -> st
     """Commands to use the model of a run: one for what its data show, and the scores if coca-evaluate repeats any."""
     from coca_lit.data.datamodule import ScenesDataModule
 
-    own = OmegaConf.select(cfg, "data.records._target_") == OWN_PHOTOS
-    photos = in_shell([str(cfg.data.root)]) if own else "FOLDER"
+    has_photos = OmegaConf.select(cfg, "data.records._target_") == OWN_PHOTOS
+    photos = in_shell([str(cfg.data.root)]) if has_photos else "FOLDER"
     if isinstance(data, ScenesDataModule):
         use = "coca-demo"  # which shows scenes; photos say nothing to this model
     else:

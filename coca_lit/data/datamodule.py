@@ -30,7 +30,7 @@ from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.sources import ImageSource, TrainTransform, Transform
 from coca_lit.data.transforms import RandomCrop, build_transform, whole
 from coca_lit.distributed import stable_seed
-from coca_lit.errors import DataError, check_names, whole_number
+from coca_lit.errors import LEAST, DataError, check_names, whole_number
 from coca_lit.models.inputs import InputKind
 from coca_lit.tokenizer import Tokenizer
 
@@ -105,10 +105,9 @@ class CaptionDataModule(LightningDataModule):
             self._schedule_key = keys[0]
             self._schedule_value = planned[keys[0]]
             self._schedule_class = extensions.load(declared[keys[0]].schedule)
-        self.batch_size = batch_size = whole_number("batch_size", batch_size)
-        per_rank(batch_size, world=1)
-        self.image_size = image_size = whole_number("image_size", image_size, at_least=1)
-        self.num_workers = whole_number("num_workers", num_workers, at_least=0)
+        self.batch_size = batch_size = whole_number("batch_size", batch_size, at_least=LEAST["batch_size"])
+        self.image_size = image_size = whole_number("image_size", image_size, at_least=LEAST["image_size"])
+        self.num_workers = whole_number("num_workers", num_workers, at_least=LEAST["num_workers"])
         self.captions = whole_number("captions", captions, at_least=1)
         self.tokenizer = tokenizer
         self.seed = seed

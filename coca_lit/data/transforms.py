@@ -27,7 +27,8 @@ from torchvision.transforms.functional import pil_to_tensor, resize
 from coca_lit.data.pixels import in_rgb, orientation_of, upright
 from coca_lit.data.sources import ImageSource, TrainTransform, Transform, as_tensor
 from coca_lit.errors import DataError
-from coca_lit.models.inputs import Images, InputKind, Interpolation, ResizeMode, preprocessing
+from coca_lit.models.config import Interpolation, ResizeMode
+from coca_lit.models.inputs import Images, InputKind, preprocessing
 
 SCALE = (0.9, 1.0)  # of the image's area
 RATIO = (3 / 4, 4 / 3)  # width to height

@@ -227,10 +227,10 @@ class Evaluation:
         for domain in dict.fromkeys(record.domain for record in records if record.domain):
             groups[domain] = [record for record in records if record.domain == domain]
         known: dict[str, Conditions] = {}
-        for domain, own in groups.items():
-            texts = self.compared_texts(own)
-            ids = digest(record.id for record in own)
-            images = len({record.image_key for record in own})  # of several questions about an image one
+        for domain, members in groups.items():
+            texts = self.compared_texts(members)
+            ids = digest(record.id for record in members)
+            images = len({record.image_key for record in members})  # of several questions about an image one
             known[domain] = Conditions(settings.split, images, ids, len(texts), digest(texts), {})
         of_all = known[""]
         return {

@@ -85,10 +85,10 @@ class CaptionScores(Evaluation):
         means: Parts = {name: (values.double().numpy(), None) for name, values in judged.items()}
         with ProgressBar("SPICE") as bar:
             scores = self._compare(metric := CaptionMetric(table=True, progress=bar.reach), captions, records)
-        own = bootstrap(list(captions), Ratios(self._measured(records, captions)))
-        self.draws = metric.draws | bootstrap(list(captions), Ratios(means)) | own
+        measured = bootstrap(list(captions), Ratios(self._measured(records, captions)))
+        self.draws = metric.draws | bootstrap(list(captions), Ratios(means)) | measured
         scores |= {name: values.mean().item() for name, values in judged.items()}
-        return scores | {name: draws.score for name, draws in own.items()}
+        return scores | {name: draws.score for name, draws in measured.items()}
 
     def write(self, model: CoCa, records: Sequence[Record], settings: Settings) -> dict[int | str, str]:
         """A caption of each record by its id, on every rank; a subclass may choose captions in another way."""
@@ -135,10 +135,10 @@ class CaptionScores(Evaluation):
         """The scores that can be computed, on every rank; `not_run` says which cannot, and why."""
         if dist.is_available() and dist.is_initialized():  # NCCL gathers nothing on the host, and waits minutes at most
             metric.process_group = host_group("objects")
-        own = records[rank() :: world_size()]
-        ids = [record.id for record in own]
-        references = [record.captions for record in own]
-        domains = [record.domain for record in own]
+        of_rank = records[rank() :: world_size()]
+        ids = [record.id for record in of_rank]
+        references = [record.captions for record in of_rank]
+        domains = [record.domain for record in of_rank]
         metric.update(ids, [captions[id] for id in ids], references, domains)
         try:
             scores = metric.compute()

@@ -66,10 +66,10 @@ def write_texts(
     """What `write` makes of each record and its pixels (B, 3, H, W), a batch at a time: texts by id, in the order of
     the records. Every rank gets all of them.
     """
-    own: list[tuple[int, str]] = []
+    written: list[tuple[int, str]] = []
     for positions, images in image_batches(model, records, batch_size, num_workers):
-        own += zip(positions, write([records[i] for i in positions], images), strict=True)
-    texts = dict(pair for part in gather_objects(own) for pair in part)
+        written += zip(positions, write([records[i] for i in positions], images), strict=True)
+    texts = dict(pair for part in gather_objects(written) for pair in part)
     return {record.id: texts[i] for i, record in enumerate(records)}
 
 
@@ -104,30 +104,30 @@ def rows_of(
     """What `compute` makes of records and their pixels, see `image_batches`, (B, E) of a batch and (I, E) of all; on
     the CPU of every rank.
     """
-    own = []
+    rows_of_rank = []
     with evaluating(model):
         for positions, images in image_batches(model, records, batch_size, num_workers):
             rows = compute([records[i] for i in positions], images)
-            own.append((positions, rows.float().cpu()))
-    return _gather_rows(own, len(records))
+            rows_of_rank.append((positions, rows.float().cpu()))
+    return _gather_rows(rows_of_rank, len(records))
 
 
 def embed_texts(model: DualEncoder, texts: Sequence[str], batch_size: int = 64) -> Tensor:
     """Features of all texts (T, E), of unit length, on the CPU of every rank."""
     numbers = range(rank(), len(texts), world_size())
     by_length = sorted(numbers, key=lambda i: len(texts[i]))  # less padding, same result
-    own = []
+    rows_of_rank = []
     with evaluating(model):
         for start in range(0, len(by_length), batch_size):
             positions = by_length[start : start + batch_size]
             tokens = model.tokenizer.tokens_of([texts[i] for i in positions]).to(model.device)
-            own.append((positions, model.encode_text(tokens).float().cpu()))
-    return _gather_rows(own, len(texts))
+            rows_of_rank.append((positions, model.encode_text(tokens).float().cpu()))
+    return _gather_rows(rows_of_rank, len(texts))
 
 
-def _gather_rows(own: list[tuple[list[int], Tensor]], count: int) -> Tensor:
+def _gather_rows(rows_of_rank: list[tuple[list[int], Tensor]], count: int) -> Tensor:
     """The rows of all ranks (count, E) in order, from positions and a row for each."""
-    parts = [batch for part in gather_objects(own) for batch in part]
+    parts = [batch for part in gather_objects(rows_of_rank) for batch in part]
     gathered = torch.empty(count, parts[0][1].shape[1])
     for positions, rows in parts:
         gathered[positions] = rows
@@ -149,7 +149,7 @@ def log_likelihoods(
         batch_size: images that are encoded, and pairs that the decoder reads, at a time.
     """
     tokens = model.tokenizer.tokens_of(texts).to(model.device)  # (T, L)
-    own: list[tuple[int, Tensor]] = []
+    of_rank: list[tuple[int, Tensor]] = []
     with evaluating(model):
         read = ReadTexts(model, tokens, batch_size)
         for positions, images in image_batches(model, records, batch_size, num_workers):
@@ -163,8 +163,8 @@ def log_likelihoods(
                     numbers = torch.stack([wanted[row] for row in rows])  # (R, K)
                     keys_values = [(keys[rows], values[rows]) for keys, values in encoded]
                     scored = _by_length(read, keys_values, numbers, max(batch_size // len(rows), 1))
-                    own += zip([positions[row] for row in rows], scored, strict=True)
-    found = dict(pair for part in gather_objects(own) for pair in part)
+                    of_rank += zip([positions[row] for row in rows], scored, strict=True)
+    found = dict(pair for part in gather_objects(of_rank) for pair in part)
     return [found[i] for i in range(len(records))]
 
 
@@ -209,9 +209,9 @@ def image_batches(
     """This rank's positions in `records` and their pixels (B, 3, H, W), or an `Input`, on the model's device; of
     records with n images n · B of them.
     """
-    own = range(rank(), len(records), world_size())
+    of_rank = range(rank(), len(records), world_size())
     every = cast(Dataset[Record], records)
-    parts = [list(own[start : start + batch_size]) for start in range(0, len(own), batch_size)]
+    parts = [list(of_rank[start : start + batch_size]) for start in range(0, len(of_rank), batch_size)]
     load = partial(_pixels, build_transform(**model.preprocessing))
     loader = DataLoader(every, batch_sampler=parts, collate_fn=load, **worker_options(num_workers))
     for positions, pixels in zip(parts, loader, strict=True):

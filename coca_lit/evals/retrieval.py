@@ -21,10 +21,9 @@ from torch import Tensor
 from coca_lit.data.records import Record
 from coca_lit.distributed import gather_objects, print_rank_zero, rank
 from coca_lit.errors import check_number
-from coca_lit.evals import inference
 from coca_lit.evals.base import Evaluation, NotRunError, Settings
-from coca_lit.evals.inference import embed_pairs, evaluating, image_batches
-from coca_lit.evals.samples import retrieval_samples
+from coca_lit.evals.inference import embed_pairs, evaluating, image_batches, log_likelihoods
+from coca_lit.evals.samples import retrieval_samples, retrieval_sheet
 from coca_lit.metrics.retrieval import Ranks, feature_ranks, folded_ranks, similarity_ranks
 from coca_lit.metrics.uncertainty import Draws, Ratios, bootstrap
 from coca_lit.models import CoCa, DualEncoder
@@ -112,12 +111,14 @@ class RetrievalScores(Evaluation):
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         images, texts, image_of_text = embed_pairs(model, records, settings.batch_size, settings.workers)
         ranks = feature_ranks(images, texts, image_of_text)
-        scores = ranks.recalls() | ranks.medians()
+        scores = ranks.scores()
         if not settings.full:
             return scores
         if rank() == 0:
             samples = retrieval_samples(records, images, texts, image_of_text)
             settings.write_json("samples", f"{self.name}_retrieval.json", samples)
+            sheet = retrieval_sheet(records, images, texts, image_of_text)
+            settings.write_image("samples", f"{self.name}_retrieval.png", sheet)
         ids = [record.id for record in records]
         self.draws = bootstrap(ids, ranks.resampled()) | self._unread(model, records)
         scores |= {name: self.draws[name].score for name in UNREAD if name in self.draws}
@@ -210,7 +211,7 @@ def rerank(
         scores = compared(model, records, pairs, comparison, batch_size, num_workers)
     else:
         assert isinstance(model, CoCa)  # a CLIP has no decoder
-        scores = informative(log_likelihoods(model, records, pairs, batch_size, num_workers))
+        scores = informative(candidate_log_likelihoods(model, records, pairs, batch_size, num_workers))
     return mix_scores(similarity, scores, weight)
 
 
@@ -241,14 +242,12 @@ def candidate_pairs(similarity: Tensor, candidates: int) -> Tensor:
     return pairs.scatter_(1, similarity.topk(each, dim=1).indices, True)
 
 
-def log_likelihoods(
+def candidate_log_likelihoods(
     model: CoCa, records: Sequence[Record], pairs: Tensor, batch_size: int = 64, num_workers: int = 0
 ) -> Tensor:
     """log p(text | image) (I, T) of the `pairs`, -inf elsewhere."""
     texts = [caption for record in records for caption in record.captions]
-    rows = inference.log_likelihoods(
-        model, records, texts, lambda i: pairs[i].nonzero()[:, 0].tolist(), batch_size, num_workers
-    )
+    rows = log_likelihoods(model, records, texts, lambda i: pairs[i].nonzero()[:, 0].tolist(), batch_size, num_workers)
     found = torch.full(pairs.shape, -torch.inf)
     for i, values in enumerate(rows):
         found[i, pairs[i]] = values
@@ -268,7 +267,7 @@ def compared(
     """
     captions = [caption for record in records for caption in record.captions]
     tokens = model.tokenizer.tokens_of(captions).to(model.device)  # (T, L)
-    own: list[tuple[int, Tensor]] = []
+    of_rank: list[tuple[int, Tensor]] = []
     with evaluating(model):
         texts = torch.cat([comparison.encode_texts(model, part) for part in tokens.split(batch_size)])  # (T, …)
         for positions, pixels in image_batches(model, records, batch_size, num_workers):
@@ -277,9 +276,9 @@ def compared(
                 image = images[row : row + 1]
                 parts = texts[pairs[position].to(texts.device)].split(batch_size)
                 rows = [comparison.compare(model, image, part) for part in parts]  # (1, n)
-                own.append((position, torch.cat(rows, dim=1)[0].float().cpu()))
+                of_rank.append((position, torch.cat(rows, dim=1)[0].float().cpu()))
     scores = torch.full(pairs.shape, -torch.inf)
-    for part in gather_objects(own):
+    for part in gather_objects(of_rank):
         for position, values in part:
             scores[position, pairs[position]] = values
     return scores

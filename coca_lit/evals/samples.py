@@ -21,7 +21,7 @@ from coca_lit.metrics.captions import is_reference, words_of
 THUMBNAIL = 240  # pixels of the longer side
 TOP = 5
 ROWS = 1024  # queries that are compared with all answers at a time
-COLUMNS, CARD, MARGIN, LINE = 4, 260, 12, 17  # of a sheet; all but the first in pixels
+COLUMNS, CARD, STRIP, MARGIN, LINE = 4, 260, 120, 12, 17  # of the sheets; all but the first in pixels
 HEADING = 2 * LINE + 8  # pixels: a title and a line that explains
 INK = (25, 25, 30)
 GREY = (120, 120, 128)
@@ -174,17 +174,65 @@ def _top(similarity: Tensor) -> list[int]:
     return torch.topk(similarity, min(TOP, len(similarity))).indices.tolist()
 
 
-# A sheet: captions as one picture, which every logger shows
+# Sheets: the samples as one picture, which every logger shows
+
+
+def retrieval_sheet(
+    records: Sequence[Record], images: Tensor, texts: Tensor, image_of_text: Tensor, count: int = 4
+) -> Image.Image:
+    """A strip for each query of `retrieval_samples`: first captions, each with the images found for it, then images,
+    each with the captions found for it. Right answers are green and have a tick.
+    """
+    captions = [caption for record in records for caption in record.captions]
+    queries = spread(range(len(records)), count)
+    width = MARGIN + (TOP + 1) * (STRIP + MARGIN)
+    height = 2 * LINE + STRIP + MARGIN
+    sheet = Image.new("RGB", (width, 2 * (len(queries) * height + HEADING) + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    how = "the best answers, best first; green with a tick: right"
+    y = _head(draw, MARGIN, "Text to image", f"A caption, and below it {how}.")
+    for i in queries:
+        text = int((image_of_text == i).nonzero()[0])
+        _write(draw, MARGIN, y, captions[text], INK, lines=1, width=120)
+        for column, j in enumerate(_top(images @ texts[text])):
+            left = MARGIN + column * (STRIP + MARGIN)
+            top = y + LINE + 4
+            _paste(sheet, records[j].image(), (left, top), STRIP)
+            frame = (left - 3, top - 3, left + STRIP + 2, top + STRIP + 2)
+            draw.rectangle(frame, outline=GREEN if j == i else GREY, width=3)
+            if j == i:
+                draw.rectangle((left, top, left + 18, top + LINE), fill="white")
+                _tick(draw, left + 3, top + 3)
+        y += height
+    y = _head(draw, y, "Image to text", f"An image, and beside it {how}.")
+    for i in queries:
+        _paste(sheet, records[i].image(), (MARGIN, y), STRIP)
+        for place, t in enumerate(_top(texts @ images[i])):
+            left = 2 * MARGIN + STRIP
+            top = y + place * (LINE + 4)
+            right = int(image_of_text[t]) == i
+            _write(draw, left + 18, top, captions[t], GREEN if right else GREY, lines=1, width=98)
+            if right:
+                _tick(draw, left, top + 2)
+        y += height
+    return sheet
+
+
+def _head(draw: ImageDraw.ImageDraw, y: int, title: str, note: str) -> int:
+    """Writes a heading; returns where the rest begins."""
+    draw.text((MARGIN, y), title, fill=INK, font=ImageFont.load_default(size=16))
+    draw.text((MARGIN, y + LINE + 4), note, fill=GREY, font=ImageFont.load_default(size=13))
+    return y + HEADING
 
 
 def _tick(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
     draw.line([(x, y + 6), (x + 4, y + 11), (x + 12, y)], fill=GREEN, width=2)
 
 
-def _paste(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int]) -> None:
-    """The picture, its longer side `CARD` pixels; small ones are enlarged without smoothing."""
-    enlarge = Image.Resampling.NEAREST if max(picture.size) < CARD / 2 else Image.Resampling.BICUBIC
-    scale = CARD / max(picture.size)
+def _paste(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int], edge: int) -> None:
+    """The picture, its longer side `edge` pixels; small ones are enlarged without smoothing."""
+    enlarge = Image.Resampling.NEAREST if max(picture.size) < edge / 2 else Image.Resampling.BICUBIC
+    scale = edge / max(picture.size)
     size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
     sheet.paste(picture.resize(size, enlarge), corner)
 
@@ -198,11 +246,10 @@ def sample_sheet(records: Sequence[Record], captions: Mapping[int | str, str], c
     what = "Answers" if any(record.question for record in chosen) else "Captions"
     note = "Generated (green with a tick: equals a reference); below, in grey, references."
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), what, fill=INK, font=ImageFont.load_default(size=16))
-    draw.text((MARGIN, MARGIN + LINE + 4), note, fill=GREY, font=ImageFont.load_default(size=13))
+    start = _head(draw, MARGIN, what, note)
     for i, record in enumerate(chosen):
-        corner = (MARGIN + i % COLUMNS * (CARD + MARGIN), MARGIN + HEADING + i // COLUMNS * height)
-        _paste(sheet, picture(record), corner)
+        corner = (MARGIN + i % COLUMNS * (CARD + MARGIN), start + i // COLUMNS * height)
+        _paste(sheet, picture(record), corner, CARD)
         x = corner[0]
         y = corner[1] + CARD + 4
         y = _write(draw, x, y, record.question, INK, lines=2)

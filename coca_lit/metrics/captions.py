@@ -25,9 +25,9 @@ from torch import Tensor
 from coca_lit.metrics.cider import ResampledCider
 from coca_lit.metrics.java.meteor import meteor_of_sums, shared_meteor, summable, warm_up
 from coca_lit.metrics.java.runtime import JavaError, ptb_tokenize
-from coca_lit.metrics.java.spice import Progress, corpus_scores, shared_spice, spice_jars
+from coca_lit.metrics.java.spice import Progress, shared_spice, spice_jars
 from coca_lit.metrics.rows import RowMetric
-from coca_lit.metrics.uncertainty import Draws, Ratios, Resampled, bootstrap
+from coca_lit.metrics.uncertainty import Draws, Ratios, Resampled, bootstrap, exact
 
 CLIP_WEIGHT = 2.5  # stretches the cosines of CLIP, which seldom exceed 0.4, over [0, 1]
 CLIP_PROMPT = "A photo depicts "  # goes before every caption and reference
@@ -99,16 +99,22 @@ def _cider(references: References, hypotheses: Hypotheses) -> Scored:
 
 
 def _spice(references: References, hypotheses: Hypotheses) -> Scored:
-    return _spice_of(shared_spice().score(list(references.values()), [text for (text,) in hypotheses.values()]))
+    return corpus_spice(shared_spice().score(list(references.values()), [text for (text,) in hypotheses.values()]))
 
 
-def _spice_of(of_images: Mapping[str, np.ndarray]) -> Scored:
-    """From the scores (images,) of each kind."""
-    scores = corpus_scores(dict(of_images))
-    parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {"SPICE": (of_images["SPICE"], None)}
-    for name in scores.keys() - parts.keys():
-        parts[name] = np.nan_to_num(of_images[name]), (~np.isnan(of_images[name])).astype(np.float64)
-    return Scored(scores, Ratios(parts))
+def corpus_spice(of_images: Mapping[str, np.ndarray]) -> Scored:
+    """From the scores (images,) of each kind: the whole over all images, as the official scorer has it; a category over
+    those that have one, nothing if no image has.
+    """
+    parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+    for name, values in of_images.items():
+        known = ~np.isnan(values)
+        if name == "SPICE":
+            parts[name] = values, None
+        elif known.any():
+            parts[name] = np.nan_to_num(values), known.astype(np.float64)
+    ratios = Ratios(parts)
+    return Scored(exact(len(of_images["SPICE"]), ratios), ratios)
 
 
 SCORERS: dict[str, Callable[[References, Hypotheses], Scored]] = {
@@ -200,15 +206,15 @@ def caption_table(
         found, failed = _try_scorers(tokens.of(ids), [name for name in metrics if name != "SPICE"])
         if spices:
             chosen = [position[key] for key in ids]
-            found.append(_spice_of({name: values[chosen] for name, values in spices.items()}))
+            found.append(corpus_spice({name: values[chosen] for name, values in spices.items()}))
         part = {name: score for scored in found for name, score in scored.scores.items()}
         resampled = [scored.resampled for scored in found]
         if not prefix:
-            exact = [is_reference(predictions[key], texts) for key, texts in references.items()]
+            matches = [is_reference(predictions[key], texts) for key, texts in references.items()]
             lengths = [len(WORD.findall(predictions[key])) for key in references]
-            means = {"exact_match": exact, "mean_length": lengths}
+            means = {"exact_match": matches, "mean_length": lengths}
             resampled.append(Ratios({name: (np.array(v, dtype=np.float64), None) for name, v in means.items()}))
-            part["exact_match"] = sum(exact) / len(exact)
+            part["exact_match"] = sum(matches) / len(matches)
             part |= caption_statistics(list(predictions.values()))
         scores |= {f"{prefix}{name}": score for name, score in part.items()}
         not_run |= {f"{prefix}{name}": reason for name, reason in failed.items()}
@@ -366,8 +372,8 @@ class CaptionMetric(RowMetric):
             warm_up()
         found, failed = _try_scorers(tokenize_captions(references, predictions, self.tokenize), self.metrics)
         scores = {name: score for scored in found for name, score in scored.scores.items()}
-        exact = [is_reference(predictions[key], texts) for key, texts in references.items()]
-        return CaptionTable(scores | {"exact_match": sum(exact) / len(exact)}, failed, {})
+        matches = [is_reference(predictions[key], texts) for key, texts in references.items()]
+        return CaptionTable(scores | {"exact_match": sum(matches) / len(matches)}, failed, {})
 
 
 def tokenize_captions(

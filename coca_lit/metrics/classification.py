@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from coca_lit.metrics.retrieval import check_numbers
 from coca_lit.metrics.rows import Id, RowMetric
-from coca_lit.metrics.uncertainty import Draws, Resampled, bootstrap
+from coca_lit.metrics.uncertainty import Draws, Resampled, bootstrap, exact
 
 
 def class_features(prompt_features: Tensor) -> Tensor:
@@ -33,7 +32,8 @@ def classification_scores(similarity: Tensor, labels: Tensor) -> dict[str, float
 
     Raises ValueError for NaN, for shapes that disagree and for labels beyond the classes.
     """
-    return _scores(class_ranks(similarity, labels), labels, similarity.shape[1])
+    ranks = class_ranks(similarity, labels)
+    return exact(len(labels), _resampled(ranks.cpu().numpy(), labels.cpu().numpy(), similarity.shape[1]))
 
 
 class ZeroShotAccuracy(RowMetric):
@@ -68,13 +68,11 @@ class ZeroShotAccuracy(RowMetric):
         by_id = self.rows()
         if not by_id:
             raise ValueError("there are no images to score: call update first")
-        rows = torch.tensor(list(by_id.values()))  # (I, 3)
-        ranks = rows[:, 0]
-        labels = rows[:, 1]
-        classes = int(rows[:, 2].max())
+        ranks, labels, classes = np.array(list(by_id.values())).T  # each (I,)
+        resampled = _resampled(ranks, labels, int(classes.max()))
         if self.resample:
-            self.draws = bootstrap(list(by_id), _resampled(ranks.numpy(), labels.numpy(), classes))
-        return _scores(ranks, labels, classes)
+            self.draws = bootstrap(list(by_id), resampled)
+        return exact(len(by_id), resampled)
 
 
 def class_ranks(similarity: Tensor, labels: Tensor) -> Tensor:
@@ -92,16 +90,8 @@ def class_ranks(similarity: Tensor, labels: Tensor) -> Tensor:
     return (similarity >= right).sum(dim=1) - 1  # the right class itself is not counted
 
 
-def _scores(ranks: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
-    ranks, labels = ranks.cpu(), labels.cpu()  # Apple's GPUs have no float64
-    found = (ranks == 0).double()
-    totals = torch.bincount(labels, minlength=classes)
-    per_class = torch.bincount(labels, weights=found, minlength=classes)[totals > 0] / totals[totals > 0]
-    top5 = {"top5": (ranks < 5).double().mean().item()} if classes >= 5 else {}
-    return {"top1": found.mean().item(), **top5, "mean_per_class_recall": per_class.mean().item()}
-
-
 def _resampled(ranks: np.ndarray, labels: np.ndarray, classes: int) -> Resampled:
+    """`classification_scores` of images that are drawn with replacement, from `class_ranks` (I,) and labels (I,)."""
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
     found = (ranks == 0)[order]

@@ -5,14 +5,13 @@ Shapes: I images, T texts, D features, Q queries, C candidates.
 """
 
 from collections.abc import Sequence
-from statistics import median
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from coca_lit.metrics.uncertainty import Resampled
+from coca_lit.metrics.uncertainty import Resampled, exact
 
 KS = (1, 5, 10)
 Matrix = Tensor | np.ndarray
@@ -35,12 +34,11 @@ class Ranks(NamedTuple):
         """Shares in [0, 1] of queries with a right answer among their k most similar candidates."""
         if not ks or min(ks) < 1:
             raise ValueError(f"ks must be one or more numbers from 1 on, got {list(ks)}")
-        both = {"t2i": self.t2i, "i2t": self.i2t}
-        return {f"{name}_recall@{k}": (ranks < k).sum().item() / len(ranks) for name, ranks in both.items() for k in ks}
+        return {name: value for name, value in self.scores(ks).items() if "recall" in name}
 
-    def medians(self) -> dict[str, float]:
-        """Median ranks; 1 is best."""
-        return {f"{name}_median_rank": 1.0 + float(median(getattr(self, name).tolist())) for name in ("t2i", "i2t")}
+    def scores(self, ks: Sequence[int] = KS) -> dict[str, float]:
+        """Recalls, and median ranks; 1 is best."""
+        return exact(len(self.i2t), self.resampled(ks))
 
     def resampled(self, ks: Sequence[int] = KS) -> Resampled:
         """Recalls and median ranks of images that are drawn with replacement, each with its texts. The candidates stay:
@@ -51,18 +49,19 @@ class Ranks(NamedTuple):
         image_of = {"t2i": owner, "i2t": np.arange(len(self.i2t))}
 
         def resampled(counts: np.ndarray) -> dict[str, np.ndarray]:
-            values = {}
+            recalls = {}
+            medians = {}
             for name, image in image_of.items():
                 queries = counts @ np.bincount(image, minlength=len(self.i2t))
                 for k in ks:
                     found = np.bincount(image, weights=ranks[name] < k, minlength=len(self.i2t))
-                    values[f"{name}_recall@{k}"] = counts @ found / queries
+                    recalls[f"{name}_recall@{k}"] = counts @ found / queries
                 order = np.argsort(ranks[name], kind="stable")
                 reached = counts[:, image[order]].cumsum(axis=1)  # (D, Q)
                 middle = [(reached <= (queries[:, None] - half) // 2).sum(axis=1) for half in (1, 0)]
                 lower, upper = (ranks[name][order][m] for m in middle)
-                values[f"{name}_median_rank"] = 1 + (lower + upper) / 2
-            return values
+                medians[f"{name}_median_rank"] = 1 + (lower + upper) / 2
+            return recalls | medians
 
         return resampled
 

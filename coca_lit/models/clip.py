@@ -12,8 +12,9 @@ from timm.layers import QuickGELU
 from torch import Tensor, nn
 
 from coca_lit.models.coca import CoCa
+from coca_lit.models.config import Interpolation, ResizeMode
 from coca_lit.models.image import ImageEncoder
-from coca_lit.models.inputs import Images, Input, Interpolation, Preprocessing, ResizeMode, preprocessing
+from coca_lit.models.inputs import Images, Input, Preprocessing, preprocessing
 from coca_lit.models.layers import SelfBlock
 from coca_lit.models.packing import expect_to_fit, expect_tokens
 from coca_lit.tokenizer import get_tokenizer

@@ -1,4 +1,4 @@
-"""The arguments of a CoCa."""
+"""The arguments of a CoCa. This module needs no torch, so that a command refuses a misspelt one soon."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,11 +7,12 @@ from typing import Any, Literal, Self, get_args
 
 from coca_lit import extensions
 from coca_lit.errors import check_choice, check_number
-from coca_lit.models.inputs import Interpolation, ResizeMode
-from coca_lit.models.text import ClsMask
 from coca_lit.tokenizer import CONTEXT_LENGTH
 
 Contrastive = Literal["softmax", "siglip"]
+ClsMask = Literal["correct", "legacy"]
+Interpolation = Literal["bicubic", "bilinear"]
+ResizeMode = Literal["shortest", "longest", "squash"]
 
 SIZES = (  # arguments that are whole numbers of at least 1
     *("image_size", "embed_dim", "pooler_queries", "pooler_heads"),

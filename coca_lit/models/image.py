@@ -10,7 +10,7 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from coca_lit.errors import check_number
+from coca_lit.errors import LEAST, check_number
 from coca_lit.models import kernels
 from coca_lit.models.convolutional import FrozenStages, as_tokens, frozen_stages, use_global_batch_norms
 from coca_lit.models.inputs import Images, Input, InputKind, expect_batch, expect_pixels
@@ -110,7 +110,7 @@ class ImageEncoder(nn.Module):
         Raises:
             ValueError: the encoder depends on the size of its images in another way.
         """
-        check_number("image_size", image_size, whole=True, at_least=1)
+        check_number("image_size", image_size, whole=True, at_least=LEAST["image_size"])
         if hasattr(self.trunk, "set_input_size"):
             self.trunk.set_input_size(img_size=(image_size, image_size))
         elif _shapes(self._build(image_size)) != _shapes(self.trunk):

@@ -7,7 +7,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NotRequired, Self, TypedDict, cast, get_args
+from typing import Any, ClassVar, NotRequired, Self, TypedDict, cast, get_args
 
 import torch
 from PIL import Image
@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from coca_lit.errors import DataError, check_choice
-
-Interpolation = Literal["bicubic", "bilinear"]
-ResizeMode = Literal["shortest", "longest", "squash"]
+from coca_lit.models.config import Interpolation, ResizeMode
 
 
 class Preprocessing(TypedDict):

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from coca_lit.errors import check_number
 from coca_lit.models import kernels
+from coca_lit.models.config import ClsMask
 from coca_lit.models.init import init_blocks, init_projection
 from coca_lit.models.layers import CrossBlock, KeysValues, SelfBlock, by_image, normalize_once
 from coca_lit.models.packing import KVCache, Layout, to_device
 from coca_lit.models.registry import TEXT_TOWERS, build_from
 from coca_lit.models.trainable import GradCheckpointing, run
-
-ClsMask = Literal["correct", "legacy"]
 
 
 @dataclass(frozen=True)

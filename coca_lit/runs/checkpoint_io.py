@@ -40,8 +40,8 @@ def save(checkpoint: dict[str, Any], target: Path) -> None:
         target = target / REST
     try:
         with replacing(target) as temporary:
-            tensors = (leaf for leaf in tree_leaves(checkpoint) if isinstance(leaf, torch.Tensor))
-            storages = {(own := t.untyped_storage()).data_ptr(): own.nbytes() for t in tensors}
+            tensors = [leaf for leaf in tree_leaves(checkpoint) if isinstance(leaf, torch.Tensor)]
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
             needed = sum(storages.values())
             free = shutil.disk_usage(target.parent).free
             if free < needed + SPARE:

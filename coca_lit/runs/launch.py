@@ -8,17 +8,15 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from coca_lit.errors import ConfigError, UserError
+from coca_lit.errors import ConfigError
 from coca_lit.machine import is_first_process
-from coca_lit.reading import printable
 from coca_lit.runs.redaction import redact
 
 RUN_ID = "COCA_LIT_RUN_ID"  # tells the processes that Lightning starts
@@ -103,22 +101,6 @@ def print_any_text() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         every = sys.stdout.encoding.lower().startswith("utf")
         sys.stdout.reconfigure(errors="surrogateescape" if every else "backslashreplace")
-
-
-@contextmanager
-def started(command: str, *mistakes: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
-    """Around a command without Hydra, which is announced: a `UserError`, and what else counts as a mistake of the user,
-    is one sentence on standard error and exit code 1.
-    """
-    print_any_text()
-    announce(command)
-    told: tuple[type[Exception], ...] = (UserError, *mistakes)
-    try:
-        yield
-    except told as error:
-        sys.exit(f"error: {printable(str(error))}")
-    except KeyboardInterrupt:
-        sys.exit(interrupted)
 
 
 def job_folder(overrides: str) -> str:

@@ -1,8 +1,29 @@
-"""What projects add to the commands of tools, in `[commands.TOOL]` of `project.toml`: subcommands and options."""
+"""Commands of tools: what is around them, and what projects add in `[commands.TOOL]` of `project.toml`."""
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from coca_lit import extensions
+from coca_lit.errors import UserError
+from coca_lit.reading import printable
+from coca_lit.runs.launch import announce, print_any_text
+
+
+@contextmanager
+def started(command: str, *mistakes: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
+    """Around a command without Hydra, which is announced: a `UserError`, and what else counts as a mistake of the user,
+    is one sentence on standard error and exit code 1.
+    """
+    print_any_text()
+    announce(command)
+    told: tuple[type[Exception], ...] = (UserError, *mistakes)
+    try:
+        yield
+    except told as error:
+        sys.exit(f"error: {printable(str(error))}")
+    except KeyboardInterrupt:
+        sys.exit(interrupted)
 
 
 def command_for(tool: str, words: Sequence[str]) -> Callable[[Sequence[str]], None] | None:

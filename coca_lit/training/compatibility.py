@@ -16,7 +16,7 @@ from coca_lit.errors import ConfigError, check_number, error_context, why_unread
 from coca_lit.models import CoCa
 from coca_lit.runs.launch import launched_processes
 from coca_lit.training.lightning_fixes import callbacks_of, is_sharded
-from coca_lit.training.objectives import Objective, check_captions, without_replaced
+from coca_lit.training.objectives import Objective, check_caption_count, without_replaced
 from coca_lit.training.optim import Grouped
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def check_run(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
     """Raises `ConfigError` if something does not go together, or the batch cannot be split over this many processes."""
     objectives = without_replaced(module.every_objective)
     check_together(features(trainer, module.net, objectives, module.micro_batch_size))
-    check_captions(objectives, getattr(data, "captions", 1))
+    check_caption_count(objectives, getattr(data, "captions", 1))
     _check_numbers(trainer)
     _check_processes(trainer)
     if isinstance(data, CaptionDataModule):

@@ -267,7 +267,7 @@ def without_replaced(objectives: Sequence[Objective]) -> list[Objective]:
     return [objective for objective in objectives if replaced.isdisjoint(objective.weights)]
 
 
-def check_captions(objectives: Sequence[Objective], captions: int) -> None:
+def check_caption_count(objectives: Sequence[Objective], captions: int) -> None:
     """Raises `ConfigError` if an objective needs several captions of each image and gets one, or if the data give
     several and none reads them. One with a pass of its own may read them in the batch.
     """

@@ -7,18 +7,17 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from numbers import Real
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.optim import Muon, create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import CheckpointError, ConfigError, check_names, check_number, suggest
-from coca_lit.models import CoCa
-from coca_lit.models.coca import OUTPUTS
+
+if TYPE_CHECKING:  # what only some functions need, they import: a misspelt argument is refused soon
+    from coca_lit.models import CoCa
 
 # Learned positions, tokens and queries are no transformations: pulling them to zero has no meaning.
 NOT_DECAYED = ("pos_embed", "cls_token", "position_embedding", "cls_embedding", "query")
@@ -39,7 +38,7 @@ class Grouped:
         image_factor: factor of the learning rate of the image encoder, for one that is pretrained when the rest is not.
 
     Raises:
-        ValueError: a number is out of range; when called, everything is frozen.
+        ValueError: a number is out of range; when called, everything is frozen, as PyTorch's optimizers say.
     """
 
     def __init__(self, lr: float, weight_decay: float, layer_decay: float, image_factor: float) -> None:
@@ -59,10 +58,6 @@ class Grouped:
             key: of a group, True in the groups of `FALLBACK` and in those without decay.
         """
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        if not trainable:
-            raise ValueError(
-                "nothing is left to train: all parameters are frozen; check model.freeze and the loss weights"
-            )
         kept = {
             f"{part}.{name}"
             for part, trunk in module.named_modules()
@@ -152,6 +147,8 @@ class Timm(Grouped):
         arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         super().__init__(lr, weight_decay, layer_decay, image_factor)
+        from timm.optim import get_optimizer_class, list_optimizers
+
         names = [str(known) for known in list_optimizers(exclude_filters=["fused*", "bnb*"])]
         if name not in names:
             raise ValueError(f"timm has no optimizer '{name}'{suggest(name, names)} It has {', '.join(names)}")
@@ -167,6 +164,9 @@ class Timm(Grouped):
 
     def __call__(self, module: nn.Module) -> torch.optim.Optimizer:
         """Raises `ConfigError` if the weights are sharded and the optimizer does not support that."""
+        from timm.optim import Muon
+        from torch.distributed.tensor import DTensor
+
         sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
         if sharded and any(part in self.name for part in WHOLE):
             raise ConfigError(
@@ -176,15 +176,18 @@ class Timm(Grouped):
         return self._make(groups)
 
     def _make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        from timm.optim import create_optimizer_v2
+
         return create_optimizer_v2(groups, self.name, self.lr, self.weight_decay, **self.arguments)
 
 
 def optimizer_of(make: Callable[[nn.Module], torch.optim.Optimizer], *modules: nn.Module) -> torch.optim.Optimizer:
     """One optimizer of all modules that have something to train."""
     trained = [module for module in modules if any(p.requires_grad for p in module.parameters())]
-    optimizer, *further = map(make, trained or modules[:1])  # which refuses one without any
-    for group in (group for other in further for group in other.param_groups):
-        optimizer.add_param_group(group)
+    optimizer, *others = map(make, trained or modules[:1])  # which refuses one without any
+    for other in others:
+        for group in other.param_groups:
+            optimizer.add_param_group(group)
     return optimizer
 
 
@@ -248,7 +251,7 @@ def _warmed_up(optimizer: torch.optim.Optimizer, warmup_steps: int, after: Calla
 # What is not trained: what the config names, and what no loss would train
 
 
-def freeze(net: CoCa, parts: Sequence[str], trained: Collection[str]) -> None:
+def freeze(net: "CoCa", parts: Sequence[str], trained: Collection[str]) -> None:
     """Freezes parts of the network and prints which.
 
     A parameter that never gets a gradient must be frozen: DistributedDataParallel would wait for that gradient.
@@ -257,16 +260,18 @@ def freeze(net: CoCa, parts: Sequence[str], trained: Collection[str]) -> None:
         parts: names or patterns, see `CoCa.freeze`; or a single one.
         trained: parts that get a gradient from some loss, which stay trainable unless `parts` names them.
     """
+    from coca_lit.models.coca import OUTPUTS
+
     parts = [parts] if isinstance(parts, str) else parts
-    wholes = dict.fromkeys(part.partition(".")[0] for part in net.parts_for(OUTPUTS))
-    unused = [part for whole in wholes for part in _without(net, whole, trained)]
+    modules = dict.fromkeys(part.partition(".")[0] for part in net.parts_for(OUTPUTS))
+    unused = [part for module in modules for part in _without(net, module, trained)]
     for reason, names in (("as configured", parts), ("no loss with a weight above 0 says that it trains them", unused)):
         if names:
             frozen = net.freeze(*names)
             print_rank_zero(f"frozen, {reason}: {', '.join(names)} ({len(frozen)} tensors)")
 
 
-def _without(net: CoCa, part: str, trained: Collection[str]) -> Iterator[str]:
+def _without(net: "CoCa", part: str, trained: Collection[str]) -> Iterator[str]:
     """The part itself, or its parts that are not trained; nothing if all of it is trained."""
     if any(f"{part}.".startswith(f"{name}.") for name in trained):
         return

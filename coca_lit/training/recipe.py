@@ -35,7 +35,7 @@ MAX_UNKNOWN = 0.03  # share of the words of the training captions that a vocabul
 VIEW_BYTES = 2 * 49 * 320  # of a stored view by the ImageNet encoder: the output of its last block at 224 px, in fp16
 
 
-class Facts(NamedTuple):
+class Basis(NamedTuple):
     """What the values depend on."""
 
     photos: int  # to train on
@@ -94,7 +94,7 @@ def small_data(data: CaptionDataModule, given: Mapping[str, Any], source: CoCa |
         choices.append(Choice("data.cache_dir", folder, why))
     kind = best_device()
     few = len(groups) < 5000 or kind == "cpu"
-    facts = Facts(
+    basis = Basis(
         photos=len(groups),
         captions=sum(map(len, groups)),
         counts=Counter(word for text in texts for word in split_words(text)),
@@ -109,9 +109,9 @@ def small_data(data: CaptionDataModule, given: Mapping[str, Any], source: CoCa |
     )
     others = {"mps": "an Apple GPU", "cpu": "no GPU"}
     device = torch.cuda.get_device_name() if kind == "cuda" else others[kind]
-    what = f"{facts.photos:,} photos to train on, {facts.captions:,} captions; {facts.cores} cores, {device}"
-    further = _new(facts) if source is None else _finetuned(source, given.get("init_from", PHOTOS), few)
-    return what, [*choices, *choose(facts), *further]
+    what = f"{basis.photos:,} photos to train on, {basis.captions:,} captions; {basis.cores} cores, {device}"
+    of_model = _new(basis) if source is None else _finetuned(source, given.get("init_from", PHOTOS), few)
+    return what, [*choices, *choose(basis), *of_model]
 
 
 def start(photos: int, texts: Sequence[str], tokenizer: Tokenizer) -> Choice:
@@ -141,30 +141,30 @@ def _cache() -> tuple[str, str]:
     return str(folder), f"of all runs, at most {MAX_BYTES / 1e9:.0f} GB; coca-data cache shows and removes them"
 
 
-def choose(facts: Facts) -> list[Choice]:
+def choose(basis: Basis) -> list[Choice]:
     """What any model needs."""
-    photos = facts.photos
-    gpu = facts.gpu
-    batch = facts.batch or min(photos, 2 ** int(math.log2(min(max(photos / 4, 2), 256 if gpu else 128))))
+    photos = basis.photos
+    gpu = basis.gpu
+    batch = basis.batch or min(photos, 2 ** int(math.log2(min(max(photos / 4, 2), 256 if gpu else 128))))
     # 700 √n photos in all on a CPU: 5,000 are seen 10 times, 500 31 times, 50,000 3 times
     usual = min(max(round((2800 if gpu else 700) / math.sqrt(photos)), 3), 60)
-    epochs = facts.epochs or usual
+    epochs = basis.epochs or usual
     per_epoch = max(photos // batch, 1)
-    most = facts.steps if facts.steps is not None and facts.steps >= 0 else None  # -1: no limit, of epochs too
+    most = basis.steps if basis.steps is not None and basis.steps >= 0 else None  # -1: no limit, of epochs too
     if epochs < 0:
         epochs = usual if most is None else math.ceil(most / per_epoch)
     steps = per_epoch * epochs if most is None else min(per_epoch * epochs, most)
     views = min(6, max(2, epochs // 3))
-    stored = views * photos * (facts.view_bytes or 0)
-    if facts.view_bytes is None:
+    stored = views * photos * (basis.view_bytes or 0)
+    if basis.view_bytes is None:
         views = 0
         why = "the encoder runs in every step, as it trains or takes no square photos"
-    elif 2 * stored <= facts.free_bytes:
+    elif 2 * stored <= basis.free_bytes:
         why = f"views of each photo, encoded once: {stored / 1e6:,.0f} MB"
     else:
         views = 0
         why = "no room for stored views, so the encoder runs in every step"
-    workers = min(facts.cores - 1, 8) if photos >= 1000 and workers_start_at_once() else 0
+    workers = min(basis.cores - 1, 8) if photos >= 1000 and workers_start_at_once() else 0
     averaged = min(max(steps / 10, 10), 200)  # steps
     return [
         Choice("data.batch_size", batch, "a quarter of the photos, at most 256 on a GPU and 128 on a CPU"),
@@ -176,11 +176,11 @@ def choose(facts: Facts) -> list[Choice]:
     ]
 
 
-def _new(facts: Facts) -> list[Choice]:
+def _new(basis: Basis) -> list[Choice]:
     """A new model around the ImageNet encoder."""
     trunk = "image_encoder.trunk"
-    count, why = (None, "the tokenizer is given") if facts.tokenizer else vocabulary(facts.counts)
-    trains_more = facts.gpu and facts.photos >= 2000
+    count, why = (None, "the tokenizer is given") if basis.tokenizer else vocabulary(basis.counts)
+    trains_more = basis.gpu and basis.photos >= 2000
     frozen = f"{trunk}.blocks.[0-4]" if trains_more else f"{trunk}.blocks"
     return [
         Choice("init_parts.image_encoder", ENCODER, "ImageNet weights; init_from=NAME starts from a CoCa instead"),
@@ -189,7 +189,7 @@ def _new(facts: Facts) -> list[Choice]:
         Choice("vocabulary", count, why),
         Choice("model.net.contrastive", "softmax", "the loss of CLIP"),
         Choice("model.net.tied_embeddings", True, "fewer parameters"),
-        Choice("model.net.dropout", 0.3 if facts.photos < 20_000 else 0.1, "0.3 below 20,000 photos"),
+        Choice("model.net.dropout", 0.3 if basis.photos < 20_000 else 0.1, "0.3 below 20,000 photos"),
         Choice(
             "model.freeze",
             [f"{trunk}.conv_stem", frozen, f"{trunk}.*bn?"],

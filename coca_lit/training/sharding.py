@@ -107,7 +107,9 @@ class FullySharded(ModelParallelStrategy):
 
 def _whole(x: Any, keep: bool) -> Any:
     whole = x.full_tensor() if isinstance(x, DTensor) else x
-    return whole.cpu() if keep and isinstance(whole, Tensor) else whole if keep else None
+    if not keep:
+        return None
+    return whole.cpu() if isinstance(whole, Tensor) else whole
 
 
 def _part(x: Any, like: Tensor) -> Any:
@@ -148,9 +150,9 @@ def shard_objective(objective: nn.Module, mesh: DeviceMesh) -> None:
 
 def check_sharded(net: nn.Module) -> None:
     """Raises for a trainable tensor that is whole on every rank: nothing would ever average its gradients."""
-    whole = [name for name, p in net.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
-    if whole:
-        raise RuntimeError(f"not sharded, so its gradient would differ between processes: {', '.join(whole)}")
+    not_sharded = [name for name, p in net.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    if not_sharded:
+        raise RuntimeError(f"not sharded, so its gradient would differ between processes: {', '.join(not_sharded)}")
 
 
 def unsharded(net: CoCa) -> CoCa:
@@ -304,8 +306,8 @@ def restore(folder: Path, model: nn.Module, optimizers: Iterable[Optimizer]) -> 
             _, number, which, _ = name.split(".")
             like = parameters[int(number)][int(which)]
             dtype = about.properties.dtype
-            whole = about.size == like.shape and like.ndim
-            tensors[name] = torch.zeros_like(like, dtype=dtype) if whole else torch.zeros(about.size, dtype=dtype)
+            is_split = about.size == like.shape and like.ndim
+            tensors[name] = torch.zeros_like(like, dtype=dtype) if is_split else torch.zeros(about.size, dtype=dtype)
     differing = sorted(tensors.keys() ^ stored.keys())
     if differing:
         raise CheckpointError(f"{folder} is the checkpoint of another model: only one of them has {differing[0]}")

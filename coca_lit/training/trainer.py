@@ -9,10 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
-from coca_lit.distributed import print_rank_zero
-from coca_lit.errors import ConfigError, error_context
-from coca_lit.models import kernels
-from coca_lit.models.kernels.process import Fp32Matmul
+from coca_lit.errors import ConfigError
 from coca_lit.runs.launch import launched_devices, under_srun
 from coca_lit.training.compatibility import check_run
 from coca_lit.training.lightning_fixes import say_which_rank_ended, set_ddp_options
@@ -85,17 +82,3 @@ def ddp_options(has_schedule: bool, same_graph: bool) -> dict[str, bool]:
         "find_unused_parameters": has_schedule,
         "static_graph": same_graph and not has_schedule,
     }
-
-
-def choose_fp32_matmul(trainer: L.Trainer, module: L.LightningModule, library: Fp32Matmul) -> None:
-    """Chooses and prints the library for fp32 matrix products, where the run computes them on the CPU or `library`
-    names one. For new runs: `Checkpoints` restores the library of a run that resumes.
-
-    Args:
-        library: mkl, onednn or auto.
-    """
-    fp32_on_cpu = trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true"
-    if fp32_on_cpu or library != "auto":
-        with error_context("kernels"):
-            chosen = kernels.use_fp32_matmul(library, sum(p.numel() for p in module.parameters()))
-        print_rank_zero(f"fp32_matmul: {chosen}")

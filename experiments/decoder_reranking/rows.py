@@ -30,7 +30,7 @@ from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import RandomCrop, load_pixels
 from coca_lit.evals import inference
 from coca_lit.evals.inference import blind_log_likelihoods, embed_images, embed_pairs
-from coca_lit.evals.retrieval import candidate_pairs, informative, log_likelihoods, mix_scores
+from coca_lit.evals.retrieval import candidate_log_likelihoods, candidate_pairs, informative, mix_scores
 from coca_lit.metrics.retrieval import recall_at_k
 from coca_lit.metrics.uncertainty import exact
 from coca_lit.models import CoCa
@@ -58,7 +58,8 @@ def reranked_rows(model: CoCa, records: Sequence[Record], counts: Sequence[int])
     (images, texts, image_of_text), before = timed(embed_pairs, model, records)
     similarity = model.logit_scale.exp().item() * images @ texts.T
     ends = {
-        n: timed(log_likelihoods, model, records, candidate_pairs(similarity, n)) for n in {min(counts), max(counts)}
+        n: timed(candidate_log_likelihoods, model, records, candidate_pairs(similarity, n))
+        for n in {min(counts), max(counts)}
     }
     all_read = ends[max(counts)][0]
     pairs, seconds = zip(*sorted((int(read.isfinite().sum()), spent) for read, spent in ends.values()), strict=True)

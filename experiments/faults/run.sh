@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The soak, and the table of its README; about half an hour on a core. Then object stores: a quarter of an hour, mostly of waiting.
+# The soak, and the table of its page; about half an hour on a core. Then object stores: a quarter of an hour, mostly of waiting.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python experiments/faults/soak.py --faults 100 --seed 2

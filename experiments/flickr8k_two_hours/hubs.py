@@ -15,7 +15,13 @@ from coca_lit.data.records import Record
 from coca_lit.errors import check_number
 from coca_lit.evals.base import Settings
 from coca_lit.evals.inference import embed_pairs
-from coca_lit.evals.retrieval import RetrievalScores, candidate_pairs, informative, log_likelihoods, mix_scores
+from coca_lit.evals.retrieval import (
+    RetrievalScores,
+    candidate_log_likelihoods,
+    candidate_pairs,
+    informative,
+    mix_scores,
+)
 from coca_lit.metrics.retrieval import Ranks, similarity_ranks
 from coca_lit.metrics.uncertainty import bootstrap
 from coca_lit.models import DualEncoder
@@ -52,7 +58,7 @@ class BankedRetrieval(RetrievalScores):
         if settings.rerank and model.decoder is not None:
             for_texts, for_images = (model.logit_scale.exp().item() * way for way in ways)
             near = [candidate_pairs(way, settings.rerank) for way in (for_texts, for_images)]
-            read = log_likelihoods(model, records, near[0] | near[1], settings.batch_size, settings.workers)
+            read = candidate_log_likelihoods(model, records, near[0] | near[1], settings.batch_size, settings.workers)
             found["reranked_"] = _ranks(
                 mix_scores(for_texts, informative(read.masked_fill(~near[0], -torch.inf)), self.rerank_weight),
                 mix_scores(for_images, informative(read.masked_fill(~near[1], -torch.inf)), self.rerank_weight),

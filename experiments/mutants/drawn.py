@@ -3,7 +3,7 @@
     pip install cosmic-ray                                   # and Python 3.12
     python experiments/mutants/drawn.py record               # which lines each test runs; a run of all tests
     python experiments/mutants/drawn.py draw --seed 1        # a row of drawn.csv for each
-    python experiments/mutants/drawn.py run                  # the tests that run the line, the quickest first
+    python experiments/mutants/drawn.py run                  # the tests that run the line
     python experiments/mutants/drawn.py check                # what noticed a mutant passes without it
 
 Every folder of the package gives as many lines as any other. A line is drawn among those that cosmic-ray's operators
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ RESULTS = Path(__file__).with_name("drawn.csv")
 RECORDED = ROOT / "outputs" / "mutants" / "lines.sqlite"
 LIMIT_S, LIMIT_ALONE_S, CHECK_S = 900, 300, 3600  # for the tests of a mutant, for one test, for all that noticed
 LAST = 10**9  # a line after all
-QUICK_S = 20  # tests of this time together run first: they notice most
+FIRST_S = 20  # tests of this time together run first: they notice most
 LIBRARIES = (
     "hypothesis",
     "duckdb",
@@ -163,16 +164,19 @@ def write_lines(notes: Path) -> None:
     """Writes `RECORDED` from what the processes of the tests wrote."""
     RECORDED.parent.mkdir(parents=True, exist_ok=True)
     RECORDED.unlink(missing_ok=True)
+    run = set(lines.recorded(notes))
+    counts = Counter(test for test, _ in run)
+    tests = [(test, seconds, counts[test]) for test, seconds in lines.seconds(notes).items()]
     with contextlib.closing(sqlite3.connect(RECORDED)) as base, base:
-        base.execute("CREATE TABLE seconds (test TEXT PRIMARY KEY, seconds REAL)")
-        base.executemany("INSERT INTO seconds VALUES (?, ?)", lines.seconds(notes).items())
+        base.execute("CREATE TABLE tests (test TEXT PRIMARY KEY, seconds REAL, lines INTEGER)")
+        base.executemany("INSERT INTO tests VALUES (?, ?, ?)", tests)
         base.execute("CREATE TABLE runs (test TEXT, line TEXT)")
-        base.executemany("INSERT INTO runs VALUES (?, ?)", set(lines.recorded(notes)))
+        base.executemany("INSERT INTO runs VALUES (?, ?)", run)
         base.execute("CREATE INDEX by_line ON runs (line, test)")
 
 
 def tests_of(row: Row) -> dict[str, float]:
-    """Tests that run the statement of a row, the quickest first, with the time of each.
+    """Tests that run the statement of a row, with the time of each. Those that run little else come first.
 
     A statement outside functions runs at the import, in whichever test comes first. Its tests are those that run any
     line of the class or the file around it, or of a file that has the name which it assigns.
@@ -210,7 +214,7 @@ def tests_of(row: Row) -> dict[str, float]:
                 (len(file) + 2, f"{file}:*", first, last),
             )
             found |= {test for test, _ in run}
-        times = dict(base.execute("SELECT test, seconds FROM seconds ORDER BY seconds"))
+        times = dict(base.execute("SELECT test, seconds FROM tests ORDER BY lines, seconds"))
     return {test: time for test, time in times.items() if {test, test.partition("::")[0]} & found}
 
 
@@ -243,15 +247,15 @@ def run(first: int, count: int) -> None:
 
 
 def _steps(tests: dict[str, float]) -> Iterator[list[str]]:
-    """Some quick tests, then the others."""
+    """The first tests, then the others."""
     total = 0.0
-    quick = list[str]()
+    first = list[str]()
     for test, duration in tests.items():
         total += duration
-        if total < QUICK_S:
-            quick.append(test)
-    others = [test for test in tests if test not in quick]
-    yield from filter(None, (quick, others))
+        if total < FIRST_S:
+            first.append(test)
+    others = [test for test in tests if test not in first]
+    yield from filter(None, (first, others))
 
 
 @contextlib.contextmanager

@@ -111,6 +111,22 @@ def test_a_reference_is_no_name_of_a_target() -> None:
         compose("train", ["+callbacks.mine._target_='${oc.env:HOME}'"])
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        "+hydra.callbacks.mine._target_=torch.load",
+        "+hydra.callbacks.mine='${oc.decode:\"{_target_: torch.load}\"}'",
+        "+hydra.callbacks.mine._target_=coca_lit.files.shutil.rmtree",
+        "hydra.callbacks.sweep.report=torch.load",
+        "+hydra.job_logging.handlers.mine.class=torch.load",
+        "hydra.job_logging.filters.secrets='${oc.decode:\"{(): torch.load}\"}'",
+    ],
+)
+def test_hydra_builds_from_its_own_part_no_more(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"hydra\.(callbacks|job_logging)( may not run|: .* must be plain)"):
+        compose("train", [word])
+
+
 ATTACKS = [
     {"_target_": "os.system", "command": "touch RUN"},
     {"_target_": "builtins.eval", "_args_": ["open('RUN', 'w')"]},
@@ -126,6 +142,7 @@ def test_a_strangers_config_runs_nothing(tmp_path: Path, attack: dict[str, objec
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "experiment").mkdir()
+    config["evals"] = {"mine": attack}  # in place of one of ours its arguments are refused first
     (tmp_path / "experiment" / "theirs.yaml").write_text("# @package _global_\n" + yaml.safe_dump(config))
     commands = [
         ["-m", "coca_lit.cli.evaluate", "checkpoint=outputs/x", "name=y"],

@@ -12,7 +12,6 @@ from email.message import Message
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from urllib.error import HTTPError, URLError
 
 import numpy as np
@@ -50,11 +49,6 @@ from helpers.running import compose, logged, run
 SIZE, COUNT = 16, 5
 TOKENIZER = WordTokenizer(VOCABULARIES["scenes"])
 CPU = torch.device("cpu")
-VIT: dict[str, Any] = {
-    "image_encoder": "vit_base_patch32_clip_224",
-    "image_encoder_args": {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 1},
-    "embed_dim": 32,
-}
 
 
 class Encoder(nn.Module):
@@ -273,16 +267,13 @@ def test_sides_are_swapped_in_phrases_of_places(text: str, mirror: str) -> None:
     assert swap_sides(text) == mirror
 
 
-@pytest.mark.parametrize("caption", ["一只棕色的狗在左边奔跑", "左側の犬、右側の猫", "Ein Hund links neben dem Auto"])
-def test_captions_in_other_languages_get_no_mirror_images(caption: str) -> None:
-    """Nobody knows their words for left and right."""
-    assert view_numbers([Record(0, partial(noise, 0), (caption,))], 3) == range(0, 6, 2)
-
-
 @pytest.mark.parametrize(
     ("question", "texts", "mirrored"),
     [
         ("Auf welcher Seite ist die Katze?", ("links", "rechts"), False),
+        ("", ("一只棕色的狗在左边奔跑",), False),  # nobody knows the words of other languages for left and right
+        ("", ("左側の犬、右側の猫",), False),
+        ("", ("Ein Hund links neben dem Auto",), False),
         ("on which side is the cat?", ("left", "right"), True),
         ("", ("turn left", "stop"), False),
         ("", ("golden retriever", "beagle"), True),

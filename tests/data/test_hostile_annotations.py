@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -25,11 +24,6 @@ def test_a_list_of_captions(tmp_path):
     assert "indices" not in str(caught.value)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fuzz")
-
-
 KARPATHY = {
     "images": [
         {"filename": f"{i}.jpg", "split": split, "imgid": i, "cocoid": 10 + i, "sentences": [{"raw": "a dog"}]}
@@ -45,14 +39,14 @@ RESULTS = [{"image_id": i, "caption": "a dog"} for i in range(3)]
 
 @fuzz
 @given(st.data())
-def test_forged_annotations(folder, data):
-    (folder / "images").mkdir(exist_ok=True)
+def test_forged_annotations(forged_files, data):
+    (forged_files / "images").mkdir(exist_ok=True)
     for i in range(2):
-        (folder / "images" / f"{i}.jpg").touch()
-    path = folder / "captions.json"
+        (forged_files / "images" / f"{i}.jpg").touch()
+    path = forged_files / "captions.json"
     for document, reader in (
         (KARPATHY, lambda: read_karpathy(path, "train")),
-        (COCO, lambda: coco_folder_records(folder)),
+        (COCO, lambda: coco_folder_records(forged_files)),
         (data.draw(st.sampled_from([KARPATHY, COCO])), lambda: read_references(path, "val")),
         (RESULTS, lambda: read_results(path)),
         ({"classes": {"a": "dog"}, "templates": ["a photo of a {}."]}, lambda: read_classes(path)),
@@ -61,7 +55,7 @@ def test_forged_annotations(folder, data):
         path.write_bytes(content)
         with bounded():
             reader()
-    packed = folder / "captions.json.gz"
+    packed = forged_files / "captions.json.gz"
     packed.write_bytes(data.draw(damaged(gzip.compress(json.dumps(COCO).encode()))))
     with bounded():
-        coco_folder_records(folder, annotations=packed.name)
+        coco_folder_records(forged_files, annotations=packed.name)

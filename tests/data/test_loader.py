@@ -198,15 +198,15 @@ def test_train_loader_asks_for_the_position_at_the_first_batch():
     assert len(loader) == 5
 
 
+def _collate_and_say_where(examples: list[Example]) -> Batch:
+    batch = collate(examples, 0)
+    return batch._replace(keys=[str(batch.images.is_shared())])
+
+
 def test_a_worker_writes_a_batch_where_the_training_process_reads_it():
     pixels = torch.randint(0, 256, (2, 5, 4, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     examples = [Example(image, [1, 2], "") for image in pixels]
-
-    def as_worker(examples: list[Example]) -> Batch:
-        batch = collate(examples, 0)
-        return batch._replace(keys=[str(batch.images.is_shared())])
-
-    (batch,) = DataLoader(examples, batch_size=2, num_workers=1, collate_fn=as_worker)
+    (batch,) = DataLoader(examples, batch_size=2, num_workers=1, collate_fn=_collate_and_say_where)
     assert batch.keys == ["True"]
     assert torch.equal(batch.images, pixels)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)

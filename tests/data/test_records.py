@@ -11,17 +11,13 @@ from PIL import Image
 from coca_lit.data.datasets.captions import flickr_records, mscoco_records, nocaps_records
 from coca_lit.data.records import ImageFile, trainable
 from coca_lit.errors import DataError, DataNotFoundError
+from helpers.scene_files import write_json
 
 
 def write_images(folder: Path, names: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         Image.new("RGB", (8, 6), (200, 10, 10)).save(folder / name)
-
-
-def write_json(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
 
 
 def karpathy_image(i: int, filename: str, split: str, **more: object) -> dict:

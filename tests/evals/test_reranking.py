@@ -132,7 +132,5 @@ def test_wrong_arguments(tmp_path) -> None:
         model.log_likelihood(torch.zeros(1, 3, 32, 32), model.tokenizer("one"))
     evaluation = RetrievalScores("seven", records())
     ranks = feature_ranks(*embed_pairs(model, records()))
-    assert set(evaluation.evaluate(model, Settings(tmp_path, rerank=3))) == {
-        f"seven/{name}" for name in (*ranks.recalls(), *ranks.medians())
-    }
+    assert set(evaluation.evaluate(model, Settings(tmp_path, rerank=3))) == {f"seven/{name}" for name in ranks.scores()}
     assert "no decoder" in evaluation.not_run["seven reranked recall"]

@@ -18,8 +18,7 @@ def naive_recall(similarity, image_of_text, k):
 
 
 def retrieval_scores(images, texts, image_of_text, ks=(1, 5, 10), chunk=1000):
-    ranks = feature_ranks(images, texts, image_of_text, chunk)
-    return ranks.recalls(ks) | ranks.medians()
+    return feature_ranks(images, texts, image_of_text, chunk).scores(ks)
 
 
 def unit_features(seed: int, texts_of: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -16,10 +16,10 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from coca_lit.metrics.captions import caption_scores, caption_table
+from coca_lit.metrics.captions import caption_scores, caption_table, corpus_spice
 from coca_lit.metrics.java import spice as module
 from coca_lit.metrics.java.runtime import Conversation, ptb_tokenize
-from coca_lit.metrics.java.spice import JARS, Spice, SpiceError, corpus_scores, shared_spice, spice_jars
+from coca_lit.metrics.java.spice import JARS, Spice, SpiceError, shared_spice, spice_jars
 from coca_lit.tools.prepare import spice_jars as fetch
 from coca_lit.tools.prepare.command import data
 from helpers.shared_data import CAPTIONS, SHARED, fakecap
@@ -94,7 +94,7 @@ def test_categories_by_hand(jars):
     assert scores["SPICE_count"].tolist() == pytest.approx([0.0, np.nan, np.nan, np.nan], nan_ok=True)
     assert scores["SPICE_size"].tolist() == pytest.approx([0.0, np.nan, np.nan, np.nan], nan_ok=True)
     assert scores["SPICE_relation"].tolist() == pytest.approx([np.nan, np.nan, np.nan, 0.0], nan_ok=True)
-    means = corpus_scores(scores)
+    means = corpus_spice(scores).scores
     assert means["SPICE"] == scores["SPICE"].mean()
     assert means["SPICE_object"] == pytest.approx((1 + 0 + 2 / 3) / 3)
 
@@ -113,7 +113,7 @@ def test_a_kind_without_tuples_is_no_zero(tmp_path, monkeypatch):
     spice.close()
     assert np.array_equal(scores["SPICE_color"], [1.0, np.nan], equal_nan=True)
     assert scores["SPICE_object"].tolist() == [0.5, 0.0]
-    means = corpus_scores(scores)
+    means = corpus_spice(scores).scores
     assert (means["SPICE"], means["SPICE_color"], means["SPICE_object"]) == (0.25, 1.0, 0.25)
 
 
@@ -261,7 +261,7 @@ def test_published_score(jars):
     """All 6,005 captions of coco-caption's example: 0.133."""
     pairs = tokens(*fakecap())
     scores = shared_spice().score(*pairs)
-    assert corpus_scores(scores)["SPICE"] == pytest.approx(0.13289623216413698, abs=1e-12)
+    assert corpus_spice(scores).scores["SPICE"] == pytest.approx(0.13289623216413698, abs=1e-12)
     start = time.monotonic()
     again = shared_spice().score(*pairs)
     assert time.monotonic() - start < 60  # not parsed again

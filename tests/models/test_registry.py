@@ -118,6 +118,15 @@ def inputs(model: CoCa) -> tuple[Tensor, Tensor]:
     return images, model.tokenizer(["a red circle", "a blue square left of a star"])
 
 
+def read_again(model: CoCa, folder: Path) -> CoCa:
+    """The model in evaluation as its file gives it, which encodes images to the same bits."""
+    coca_lit.save_model(model.eval(), folder / "model.safetensors")
+    again = coca_lit.load_model(folder / "model.safetensors")
+    images, _ = inputs(model)
+    assert torch.equal(again.encode_image(images), model.encode_image(images))
+    return again
+
+
 def test_guests_train_and_write() -> None:
     model = guest().train()
     images, tokens = inputs(model)
@@ -139,10 +148,8 @@ def test_a_file_stores_names_and_plain_arguments(tmp_path: Path) -> None:
         "pooler": "their_package:strongest",
         "text_tower": "their_package:shifted",
     }
-    coca_lit.save_model(model, tmp_path / "model.safetensors")
-    again = coca_lit.load_model(tmp_path / "model.safetensors")
-    images, tokens = inputs(model)
-    assert torch.equal(again.encode_image(images), model.encode_image(images))
+    again = read_again(model, tmp_path)
+    _, tokens = inputs(model)
     assert torch.equal(again.encode_text(tokens), model.encode_text(tokens))
     assert again.config == model.config
 
@@ -243,10 +250,7 @@ def test_arguments_of_guests_are_their_own(tmp_path: Path) -> None:
     register_text_tower("free")(lambda theta, **sizes: shifted(theta, **sizes))
     arguments = {"image_encoder_args": {"feature_dim": 24, "theta": 1e6}, "text_tower_args": {"theta": 1e6}}
     model = create_model("coca_tiny", image_encoder="free", text_tower="free", **arguments).eval()
-    coca_lit.save_model(model, tmp_path / "model.safetensors")
-    loaded = coca_lit.load_model(tmp_path / "model.safetensors")
-    images, _ = inputs(model)
-    assert torch.equal(loaded.encode_image(images), model.encode_image(images))
+    read_again(model, tmp_path)
     model.config.image_encoder_args["checkpoint_path"] = "evil.pth"
     coca_lit.save_model(model, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"image_encoder_args\.checkpoint_path"):
@@ -270,10 +274,7 @@ def test_what_a_guest_derives_from_its_first_values_is_as_before(tmp_path: Path)
             return self.fixed[0](super().forward(images).flatten(2).mT)
 
     model = create_model("coca_tiny", image_encoder="projected", image_encoder_args={}).eval()
-    coca_lit.save_model(model, tmp_path / "model.safetensors")
-    images, _ = inputs(model)
-    loaded = coca_lit.load_model(tmp_path / "model.safetensors")
-    assert torch.equal(loaded.encode_image(images), model.encode_image(images))
+    read_again(model, tmp_path)
 
 
 def test_what_a_guest_derives_is_as_before_with_tensors_of_open_clip() -> None:
@@ -307,10 +308,7 @@ def test_a_guest_whose_constructor_reads_tensors_is_loaded(tmp_path: Path) -> No
         return patches(image_size)
 
     model = create_model("coca_tiny", image_encoder="deep", image_encoder_args={}).eval()
-    coca_lit.save_model(model, tmp_path / "model.safetensors")
-    images, _ = inputs(model)
-    loaded = coca_lit.load_model(tmp_path / "model.safetensors")
-    assert torch.equal(loaded.encode_image(images), model.encode_image(images))
+    read_again(model, tmp_path)
     with pytest.raises(ConfigError, match='device="cpu"'):
         build_without_weights(compose("model.net.name=coca_tiny", "model.net.image_encoder=deep"))
 

@@ -29,7 +29,7 @@ def test_a_second_training_in_one_process_is_stopped_like_the_first() -> None:
 
 def test_the_end_of_the_terminal_saves_but_not_under_nohup() -> None:
     trainer: Any = SimpleNamespace(strategy=SimpleNamespace(barrier=lambda name: None))
-    before = signal.getsignal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     signals = Signals()
     try:
         signals.listen()

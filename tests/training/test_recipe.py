@@ -15,12 +15,12 @@ from coca_lit.errors import ConfigError
 from coca_lit.models import create_model
 from coca_lit.tokenizer import WordTokenizer
 from coca_lit.training import recipe
-from coca_lit.training.recipe import Facts, choose, small_data, start, vocabulary
+from coca_lit.training.recipe import Basis, choose, small_data, start, vocabulary
 
 
-def facts(photos: int, **others: Any) -> Facts:
+def facts(photos: int, **others: Any) -> Basis:
     given = {"captions": photos, "counts": Counter({"a": 9}), "cores": 4, "gpu": False, "free_bytes": 10**12}
-    return Facts(photos, **{**given, **others})
+    return Basis(photos, **{**given, **others})
 
 
 def values(photos: int, **others: Any) -> dict[str, Any]:

@@ -359,6 +359,8 @@ def test_a_model_in_the_cache_needs_no_connection(
         ("hf-hub:me/coca/run", "'me/coca' has no folder 'run'"),
         ("hf-hub:me/coca/../x", "'../x' is not a path within 'me/coca'"),
         ("hf-hub:me/coca/weights.pt", f"'me/coca' has no 'weights.pt': it has {SAFE}, {BIN}"),
+        ("hf-hub:me/study/epoch_9", "'me/study' has no 'epoch_9': it has the epochs 1, 2"),
+        ("hf-hub:me/several", "'me/several' has several files of weights: add one to its name, of a.pt, b.bin"),
         ("hf-hub:../../etc", "'../..' is not the name of a repository: expected ORG/REPO"),
     ],
 )
@@ -378,39 +380,13 @@ def test_refusals_are_one_sentence(
         "me/coca": Repository(files),
         "me/data": Repository({"data.csv": b"1"}),
         "me/gated": Repository(files, gated=True),
+        "me/study": Repository({"epoch_1.pt": b"1", "epoch_2.pt": b"1"}),
+        "me/several": Repository({"a.pt": b"1", "b.bin": b"1"}),
     }
     with pytest.raises(CheckpointError, match=f"^{re.escape(message.format(hub=hub.url))}") as refused:
         load_model(name)
     assert "\n" not in str(refused.value)
     assert_nothing_left(cache)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("repo", "folder", "names"),
-    [
-        (L14, "", [BIN, "open_clip_config.json"]),
-        ("apple/mobileclip2_coca_dfn2b_s13b_context77", "", ["mobileclip2_coca.pt", "config.json"]),
-        (STUDY, f"{RUN}/", ["epoch_1.pt", "epoch_2.pt"]),
-    ],
-    ids=["OpenCLIP", "Apple", "study"],
-)
-def test_refusals_in_every_layout(hub: Hub, repo: str, folder: str, names: list[str]) -> None:
-    def expect(name: str, message: str) -> None:
-        with pytest.raises(CheckpointError, match=f"^{re.escape(message)}") as refused:
-            load_model(name)
-        assert "\n" not in str(refused.value)
-
-    files, several = ({folder + name: b"1" for name in kind} for kind in (names, ["a.pt", "b.bin"]))
-    place, name = f"{repo}/{folder}".rstrip("/"), f"hf-hub:{repo}/{folder}".rstrip("/")
-    expect(name, f"there is no '{repo}' at {hub.url}, or you may not read it: check the name")
-    hub.repositories[repo] = Repository(files, gated=True)
-    expect(name, f"'{repo}' is gated: accept its terms at {hub.url}/{repo} and set HF_TOKEN")
-    hub.repositories[repo] = Repository(files)
-    there = "the epochs 1, 2" if folder else names[0]
-    expect(f"{name}/epoch_9", f"'{place}' has no 'epoch_9': it has {there}")
-    hub.repositories[repo] = Repository(several)
-    expect(name, f"'{place}' has several files of weights: add one to its name, of a.pt, b.bin")
 
 
 def test_a_broken_connection_is_resumed(
@@ -425,35 +401,27 @@ def test_a_broken_connection_is_resumed(
     assert starts == [None, f"bytes={5 * chunk}-", f"bytes={7 * chunk}-"]
 
 
-def test_a_connection_that_never_holds_leaves_nothing(hub: Hub, cache: Path, files: dict[str, bytes]) -> None:
-    hub.repositories[B32] = Repository(files)
-    hub.breaks = 1000
-    with pytest.raises(CheckpointError, match=r"^the connection to \S+ broke"):
-        locate(f"hf-hub:{B32}")
-    assert_nothing_left(cache)
-    hub.breaks = 0
-    load_model(f"hf-hub:{B32}")
-
-
-def test_other_bytes_than_announced_are_removed(hub: Hub, cache: Path, files: dict[str, bytes]) -> None:
-    hub.repositories[B32] = Repository(files)
-    hub.tampered = True
-    with pytest.raises(CheckpointError, match=rf"^'{SAFE}' of {B32} .*sha256"):
-        locate(f"hf-hub:{B32}")
-    assert_nothing_left(cache)
-    hub.tampered = False
-    load_model(f"hf-hub:{B32}")
-
-
-@pytest.mark.parametrize("lies", [-1000, 1000])
-def test_a_file_of_another_size_than_announced_is_refused(
-    hub: Hub, cache: Path, files: dict[str, bytes], lies: int
+@pytest.mark.parametrize(
+    ("fault", "value", "message"),
+    [
+        ("breaks", 1000, r"^the connection to \S+ broke"),
+        ("lies", -1000, "^the connection"),  # about the size
+        ("lies", 1000, "^the connection"),
+        ("tampered", True, rf"^'{SAFE}' of {B32} .*sha256"),
+    ],
+)
+def test_a_download_that_fails_leaves_nothing_that_is_loaded(
+    hub: Hub, cache: Path, files: dict[str, bytes], fault: str, value: int, message: str
 ) -> None:
     hub.repositories[B32] = Repository(files)
-    hub.lies = lies
-    with pytest.raises(CheckpointError, match=r"^the connection"):
+    setattr(hub, fault, value)
+    with pytest.raises(CheckpointError, match=message):
         locate(f"hf-hub:{B32}")
     assert names_in(cache) == set()
+    if fault != "lies":
+        assert_nothing_left(cache)
+    setattr(hub, fault, 0)
+    load_model(f"hf-hub:{B32}")
 
 
 def test_a_released_file_has_its_hash(hub: Hub, files: dict[str, bytes], model: CoCa) -> None:

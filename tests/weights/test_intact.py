@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from coca_lit.weights.load import MODEL_KEY, load_dual_encoder, load_model, read
 from coca_lit.weights.start import load_image_weights
 from helpers.slow import slow
 
-Build = Callable[..., CoCa]
 FLIPS = 60
 
 

@@ -156,15 +156,6 @@ class Spice:
             self._process.kill()
 
 
-def corpus_scores(scores: dict[str, np.ndarray]) -> dict[str, float]:
-    """Means over images: of the whole over all of them, as the official scorer has it; of a category over the images
-    that have one, nothing if no image has.
-    """
-    means = {"SPICE": float(np.mean(scores["SPICE"]))}
-    parts = {name: values[~np.isnan(values)] for name, values in scores.items() if name != "SPICE"}
-    return means | {name: float(values.mean()) for name, values in parts.items() if len(values)}
-
-
 def _start(jars: Path) -> Conversation:
     if find_spec("jpype") is None:
         raise SpiceError("SPICE needs JPype, by which Python calls Java: run `pip install 'coca_lit[spice]'`")

@@ -14,8 +14,9 @@ from hydra.types import HydraContext, TaskFunction
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from coca_lit.cli.allowed import hydra_builds
+from coca_lit.cli.allowed import check_names, hydra_builds
 from coca_lit.errors import ConfigError, TrainingError
+from coca_lit.metrics import lower_is_better
 from coca_lit.projects.clusters.launchers import require
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ class OptunaSweeper(Sweeper):
         self.n_trials, self.n_jobs, self.max_failure_rate, self.params = n_trials, n_jobs, max_failure_rate, params
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        objective = config.scoring.objective
+        wanted = "minimize" if objective is not None and lower_is_better(objective) else "maximize"
+        if self.direction != wanted:
+            raise ConfigError(
+                f"scoring.objective={objective} needs hydra.sweeper.direction={wanted}, got {self.direction}"
+            )
         self.config, self.hydra_context = config, hydra_context
         self.launcher = Plugins.instance().instantiate_launcher(
             config=config, hydra_context=hydra_context, task_function=task_function
@@ -101,6 +108,7 @@ class OptunaSweeper(Sweeper):
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        check_names(self.sampler, "hydra.sweeper.sampler", "optuna")
         with hydra_builds("optuna"):
             sampler = instantiate(self.sampler)
         study = optuna.create_study(

@@ -19,7 +19,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor, resize
 
 from coca_lit.data.transforms import Box, random_box, resized
-from coca_lit.models.inputs import Input, InputKind, Interpolation
+from coca_lit.models.config import Interpolation
+from coca_lit.models.inputs import Input, InputKind
 from coca_lit.models.packing import to_device
 
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from coca_lit.runs.launch import started
+from coca_lit.tools.commands import started
 
 
 def report_scaling(words: Sequence[str]) -> None:

@@ -91,7 +91,9 @@ def _opened(file: IO[bytes], name: str | Path) -> "Iterator[tuple[InputContainer
         raise DataError(f"{name} is not a readable clip: it is none of MP4, MOV, WebM, MKV, AVI")
     file.seek(0)
     try:
-        opening: Any = dict(format=container, options=_OPTIONS, metadata_errors="replace", timeout=MAX_WORK)
+        opening: Any = dict(format=container, options=_OPTIONS, timeout=MAX_WORK)
+        if int(av.__version__.partition(".")[0]) < 19:  # which would break off at texts that are not UTF-8
+            opening["metadata_errors"] = "replace"
         with av.open(file, "r", **opening) as opened:
             if not opened.streams.video or (stream := opened.streams.video[0]).codec_context is None:
                 raise DataError(f"{name} is not a readable clip: it has no video that can be decoded")
@@ -141,7 +143,7 @@ def _image(frame: "VideoFrame", name: str | Path) -> Image.Image:
     check_shape(frame.width, frame.height, name, MAX_PIXELS)  # it may change within a clip
     pixels = np.asarray(frame.to_image())
     parts: Any = frame.side_data
-    matrix = next((bytes(part) for part in parts if part.type.name == "DISPLAYMATRIX"), b"")
+    matrix = bytes(parts.get("DISPLAYMATRIX", b""))
     if len(matrix) == 36:
         a, b, _, c, d, *_ = struct.unpack("9i", matrix)
         signs = tuple((value > 0) - (value < 0) for value in (a, b, c, d))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from coca_lit.errors import ConfigError
 from coca_lit.extensions import projects
-from coca_lit.runs.launch import isolate, started
+from coca_lit.runs.launch import isolate
+from coca_lit.tools.commands import started
 
 TEMPLATE = Path(__file__).with_name("template")
 NAME = "my_method"  # in the template, also in names of files and folders

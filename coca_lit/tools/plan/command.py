@@ -75,10 +75,8 @@ def estimate(cfg: DictConfig, settings: "Settings", module: "CoCaLit") -> "tuple
 
     from coca_lit.tools.plan.estimate import measure
     from coca_lit.tools.plan.trace import cost, on_gpu
-    from coca_lit.training.objectives import check_captions
+    from coca_lit.training.objectives import check_caption_count
 
-    with error_context("data"):  # which a training would build
-        check_number("batch_size", cfg.data.batch_size, whole=True, at_least=1)
     tokens = settings.caption_tokens
     with error_context("caption_tokens"):
         check_number("the mean length of captions", tokens, at_most=module.net.config.context_length)
@@ -91,7 +89,7 @@ def estimate(cfg: DictConfig, settings: "Settings", module: "CoCaLit") -> "tuple
     precision = read_precision(cfg)
     autocast = AUTOCAST.get(precision)
     captions = cfg.data.get("captions", 1)
-    check_captions(module.every_objective, captions)
+    check_caption_count(module.every_objective, captions)
     if precision.endswith("-true") and precision.startswith(("bf16", "16")):
         module.net.to(torch.bfloat16)
     model = measure(module.net, objectives)

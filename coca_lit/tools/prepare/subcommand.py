@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coca_lit.runs.launch import started
+from coca_lit.tools.commands import started
 
 if TYPE_CHECKING:
     from coca_lit.tools.prepare.annotate import AnnotatedShard

@@ -1,5 +1,5 @@
 """`coca-report outputs/A` rewrites the report of a run; given several runs, or a sweep, it compares them. Of two
-runs with zero-shot accuracy on the same data sets it also draws the gaps, sorted: second run against first.
+runs it draws the differences, sorted: second run against first.
 """
 
 import argparse
@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from coca_lit.runs.launch import isolate, started
-from coca_lit.tools.commands import command_for, further_commands
+from coca_lit.runs.launch import isolate
+from coca_lit.tools.commands import command_for, further_commands, started
 
 EXAMPLE = "for example: coca-report outputs/demo   or, to compare: coca-report outputs/a outputs/b"
 
@@ -57,4 +57,4 @@ def report(arguments: Sequence[str] | None = None) -> None:
         else:
             output = options.output or (Path("outputs/comparison") if several else first)
             page = write_comparison(runs, failed, output, objective)
-        print(f"{summary(runs, failed, objective)}\n\n{printable(str(page))}".lstrip())
+        print(f"{summary(runs, failed, objective)}\n\n{printable(str(page))}".lstrip("\n"))

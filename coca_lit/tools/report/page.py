@@ -3,11 +3,12 @@
 import base64
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -15,16 +16,14 @@ from markupsafe import Markup
 
 from coca_lit.files import atomic_write
 from coca_lit.runs.scores import cell, data_name, headline, score_name
-from coca_lit.tools.report.figures import comparison_figure, curves_figures, curves_of_runs, gap_figure, side_by_side
+from coca_lit.tools.report.figures import comparison_figure, curves_figures, curves_of_runs, side_by_side
 from coca_lit.tools.report.runs import Run, obstacles, read_run
 from coca_lit.tools.report.tables import (
     APART,
-    PUBLISHED_SCORES,
     Table,
     all_scores,
     best_run,
     code,
-    difference_table,
     headline_cells,
     markdown,
     not_comparable,
@@ -38,7 +37,6 @@ from coca_lit.tools.report.tables import (
 )
 
 FACTS = {  # key of the config or the environment -> name for readers
-    "command": "command",
     "checkpoint": "checkpoint",
     "model.net.name": "model",
     "data": "training data",
@@ -57,30 +55,45 @@ DATA_MODULES = {  # of which the config has no folder -> name for readers
     "LAIONDataModule": "image-text shards",
 }
 CURVES = "curves.png"
+COMPARISON = "comparison.png"
 LINKS = ("checkpoints/last.ckpt", "checkpoints/best.ckpt")
-CURVES_NOTE = (
-    "Lines: scores during training, of the first few images only. Star: the score of all images at the end. Retrieval "
-    "among fewer images is easier, so its line may end above its star."
-)
 PARTS = re.compile(r"[^\W\d_]+|\d")  # of a word, alike in "t-shirt" and in "t - shirt", in "10" and in "1 0"
-MARKS_NOTE = "✓: it equals a reference. Underlined: words that no reference has, or none has there."
 MANY = 5  # runs, whose captions are too many for a card
 ASSETS = Path(__file__).parents[2] / "assets"
-SAMPLES = {"retrieval": "retrieval", "attention": "attention", "confusion": "confused classes"}
+Card = list[tuple[str, dict[str, Any]]]  # the runs and what each wrote about one image, as `SAMPLES` has it
 
 
-class Section(NamedTuple):
-    """A part of the page; nothing without content.
+@dataclass
+class Page:
+    """What a page shows, in this order, as far as there is any.
 
-    Args:
-        kind: name of the macro in `report.html.jinja` that shows the content.
-        folded: pictures, which the reader unfolds.
+    Attributes:
+        tiles: value, interval, name and data set of scores.
+        best: facts that stand first.
+        reasons: heading -> name -> why it is missing.
+        figures, curves, sheets: title -> PNG; sheets are folded, as all that follows.
+        pictures: files beside the page that show figures and curves, for Markdown.
+        captions, worst: data set -> cards.
+        samples: the other kinds of `SAMPLES` -> data set -> content.
+        facts, links: about the run, and files beside the page.
     """
 
     title: str
-    kind: str
-    content: Any
-    folded: bool = False
+    tables: list[Table]
+    tiles: Sequence[tuple[str, str, str, str]] = ()
+    best: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    figures: Mapping[str, bytes] = field(default_factory=dict)
+    curves: Mapping[str, bytes] = field(default_factory=dict)
+    pictures: Sequence[str] = ()
+    captions: Mapping[str, Sequence[Card]] = field(default_factory=dict)
+    worst: Mapping[str, Sequence[Card]] = field(default_factory=dict)
+    sheets: Mapping[str, bytes] = field(default_factory=dict)
+    samples: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    settings: list[Table] = field(default_factory=list)
+    command: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    links: Sequence[str] = ()
 
 
 def write_report(folder: Path) -> Path:
@@ -90,33 +103,31 @@ def write_report(folder: Path) -> Path:
         DataError: the run has no results, or a file that no run writes.
     """
     run = read_run(folder)
-    tables = score_tables(run)
     curves = curves_figures(run.curves)
-    facts = _facts(run)
-    links = [link for link in LINKS if (folder / link).exists()]
-    captions = run.samples["captions"]
-    retrieval = run.samples["retrieval"]
-    shown = {*captions, *(f"{name}_retrieval" for name in retrieval)}  # with more than the sheets have
     if curves:
         atomic_write(folder / CURVES, side_by_side(list(curves.values())))
-    worst = run.samples["worst"]
-    sections = [
-        Section("", "tiles", headline_cells(run)),
-        _tables(tables),
-        _reasons("not run", run.not_run),
-        _curves(curves, CURVES_NOTE if curves.keys() - {"losses"} else ""),
-        *(_captions(name, samples, worst.get(name, [])) for name, samples in captions.items()),
-        *(_figure(name, sheet, folded=True) for name, sheet in run.sheets.items() if name not in shown),
-    ]
-    for kind, title in SAMPLES.items():
-        for name, samples in run.samples[kind].items():
-            sections.append(Section(f"{data_name(name)}: {title}", kind, samples, folded=True))
-    sections.append(_facts_section("about this run", facts, links))
-    pictures = [CURVES] if curves else []
-    pictures += [f"samples/{name}.png" for name in sorted(run.sheets)]
     experiment = run.environment.get("experiment", "evaluation" if "checkpoint" in run.config else "")
-    title = f"{experiment}: {run.name}" if experiment not in ("", run.name) else run.name
-    return _write(folder, title, sections, tables, facts, {"not run": run.not_run}, pictures, links)
+    samples = dict(run.samples)
+    captions = samples.pop("captions")
+    # Of few photos, all are shown above.
+    worst = {name: rows for name, rows in samples.pop("worst").items() if any(s not in captions[name] for s in rows)}
+    shown = {*captions, *(f"{name}_retrieval" for name in samples["retrieval"])}  # with more than the sheets have
+    page = Page(
+        title=f"{experiment}: {run.name}" if experiment not in ("", run.name) else run.name,
+        tiles=headline_cells(run),
+        tables=score_tables(run),
+        reasons={"not run": run.not_run},
+        curves=curves,
+        pictures=[*([CURVES] if curves else []), *(f"samples/{name}.png" for name in sorted(run.sheets))],
+        captions={name: _cards(rows) for name, rows in captions.items()},
+        worst={name: _cards(rows) for name, rows in worst.items()},
+        sheets={name: sheet for name, sheet in run.sheets.items() if name not in shown},
+        samples=samples,
+        command=run.environment.get("command", ""),
+        facts=_facts(run),
+        links=[link for link in LINKS if (folder / link).exists()],
+    )
+    return _write(folder, page)
 
 
 def write_comparison(
@@ -129,33 +140,23 @@ def write_comparison(
         objective: the score that decides which run is the best; None takes the first headline score.
     """
     score = objective or headline(dict.fromkeys(name for run in runs for name in run.results))
-    table = runs_table(runs, failed, score)
-    overview = [table] if len(runs) + len(failed) > 2 or PUBLISHED_SCORES in table.note else []
-    compared = difference_table(*runs) if len(runs) == 2 else all_scores(runs)
-    scores = [table for table in (compared, *seed_tables(runs)) if table.rows]
-    settings = settings_table(runs)
-    apart = not_comparable(runs)
-    drawn = {"comparison": comparison_figure(runs, score), "zero-shot gaps": gap_figure(runs)}
-    figures = {title: figure for title, figure in drawn.items() if figure is not None}
-    pictures = {title: f"{title.replace(' ', '_')}.png" for title in figures}
-    for title, figure in figures.items():
-        atomic_write(output / pictures[title], figure)
-    facts = _best(runs, score)
-    sections = [
-        _facts_section("", facts),
-        _tables(overview),
-        _reasons("failed", failed),
-        _tables(scores),
-        _reasons(APART, apart),
-        *(_figure(title, figure) for title, figure in figures.items()),
-        _curves(curves_of_runs(runs), "Scores during training are of the first few images."),
-        *_side_by_side(runs),
-        _tables([settings]),
-    ]
+    overview = [runs_table(runs, failed, score)] if len(runs) + len(failed) > 2 else []
+    figure = comparison_figure(runs)
+    if figure is not None:
+        atomic_write(output / COMPARISON, figure)
     several = f"{len(runs)} runs in {Path(os.path.abspath(output)).name}"
-    title = " and ".join(run.name for run in runs) if len(runs) == 2 else several
-    tables = [*overview, *scores, *([settings] if settings.rows else [])]
-    return _write(output, title, sections, tables, facts, {"failed": failed, APART: apart}, list(pictures.values()))
+    page = Page(
+        title=" and ".join(run.name for run in runs) if len(runs) == 2 else several,
+        best=_best(runs, score),
+        tables=[*overview, all_scores(runs), *seed_tables(runs)],
+        reasons={"failed": failed, APART: not_comparable(runs)},
+        figures={"comparison": figure} if figure is not None else {},
+        curves=curves_of_runs(runs),
+        pictures=[COMPARISON] if figure is not None else [],
+        captions=_captions_of_runs(runs),
+        settings=[settings_table(runs)],
+    )
+    return _write(output, page)
 
 
 def _best(runs: Sequence[Run], score: str | None) -> dict[str, str]:
@@ -168,32 +169,6 @@ def _best(runs: Sequence[Run], score: str | None) -> dict[str, str]:
         return {}
     value = cell(score, results[best][score], runs[0].images(score))
     return {f"best {data_name(score.rpartition('/')[0])} {score_name(score)}": f"{value} ({best})"}
-
-
-def _write(
-    folder: Path,
-    title: str,
-    sections: Sequence[Section],
-    tables: Sequence[Table],
-    facts: Mapping[str, str],
-    reasons: Mapping[str, Mapping[str, str]],
-    pictures: Sequence[str],
-    links: Sequence[str] = (),
-) -> Path:
-    """Writes page and Markdown; `reasons` are lists of names with reasons, by heading."""
-    lines = [f"# {plain(title)}", ""]
-    lines += [f"- {plain(key)}: {code(value) if key == 'command' else plain(value)}" for key, value in facts.items()]
-    lines += [f"- [{Path(link).name}]({quote(link)})" for link in links]
-    for table in tables:
-        lines += ["", f"## {plain(table.title)}", "", markdown(table, literal=True)]
-        lines += ["", plain(table.note)] if table.note else []
-    for heading, items in reasons.items():
-        lines += ["", f"## {heading}", ""] if items else []
-        lines += [f"- {plain(name)}: {plain(why)}" for name, why in items.items()]
-    lines += [line for path in pictures for line in ("", f"![{plain(path)}]({quote(path)})")]
-    atomic_write(folder / "report.md", ("\n".join(lines) + "\n").encode())
-    atomic_write(folder / "report.html", _render(title, [part for part in sections if part.content]).encode())
-    return folder / "report.html"
 
 
 def _facts(run: Run) -> dict[str, str]:
@@ -212,37 +187,28 @@ def _facts(run: Run) -> dict[str, str]:
     return {name: str(known[key]) for key, name in FACTS.items() if known.get(key) is not None}
 
 
-# HTML
+def _cards(samples: Sequence[dict[str, Any]]) -> list[Card]:
+    return [[("", sample)] for sample in samples]
 
 
-def _contents(sections: Sequence[Section]) -> list[str]:
-    """The headings of the page, of each table its own."""
-    titles: list[str] = []
-    for section in sections:
-        titles += [table.title for table in section.content] if section.kind == "tables" else [section.title]
-    return [title for title in titles if title]
+def _captions_of_runs(runs: Sequence[Run]) -> dict[str, list[Card]]:
+    """What the runs write about the same images, by data set; nothing of other images, or of many runs."""
+    first, *others = runs
+    found: dict[str, list[Card]] = {}
+    for name, samples in first.samples["captions"].items() if 0 < len(others) < MANY else ():
+        for sample in samples:
+            same = [sample]
+            for run in others:
+                own = run.samples["captions"].get(name, [])
+                same += [s for s in own if (s["image"], s["references"]) == (sample["image"], sample["references"])][:1]
+            if len(same) == len(runs):
+                found.setdefault(name, []).append(list(zip(run_names(runs), same, strict=True)))
+    return found
 
 
-def _anchor(title: str) -> str:
-    return re.sub(r"\W+", "-", title)
-
-
-def _picture(source: str) -> str:
-    """Of a picture within the page; a stranger's run folder could name anything else."""
-    return source if source.startswith("data:image/") else ""
-
-
-def _words(sample: Mapping[str, Any]) -> list[tuple[str, bool]]:
-    return unlike(sample["caption"], sample["references"]) or [("(empty)", True)]
-
-
-def _shown(value: Any) -> Any:
-    """Text from anywhere on one line, without control characters; the template escapes it."""
-    return one_line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _render(title: str, sections: Sequence[Section]) -> str:
-    environment = Environment(
+def _write(folder: Path, page: Page) -> Path:
+    """Writes page and Markdown from their templates."""
+    html = Environment(
         loader=FileSystemLoader(ASSETS),
         autoescape=True,
         undefined=StrictUndefined,
@@ -250,68 +216,35 @@ def _render(title: str, sections: Sequence[Section]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"anchor": _anchor, "contents": _contents, "picture": _picture, "words": _words}
+    html.filters |= {"anchor": _anchor, "data_name": data_name, "picture": _picture, "words": _words}
     style = Markup((ASSETS / "report.css").read_text(encoding="utf-8"))
-    template = environment.get_template("report.html.jinja")
-    return template.render(title=title, sections=sections, style=style, marks_note=MARKS_NOTE).lstrip()
+    text = html.overlay(autoescape=False, finalize=None)  # its filters escape what is text
+    text.filters = {**html.filters, "plain": plain, "code": code, "quote": quote, "markdown": markdown}
+    lines = text.get_template("report.md.jinja").render(page=page)
+    atomic_write(folder / "report.md", lines.encode())
+    content = html.get_template("report.html.jinja").render(page=page, style=style)
+    atomic_write(folder / "report.html", content.encode())
+    return folder / "report.html"
 
 
-def _tables(contents: Iterable[Table]) -> Section:
-    """Tables side by side, as many as fit."""
-    return Section("", "tables", [table for table in contents if table.rows])
+def _shown(value: Any) -> Any:
+    """Text from anywhere on one line, without control characters; the template escapes it."""
+    return one_line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _facts_section(title: str, facts: Mapping[str, str], links: Sequence[str] = ()) -> Section:
-    """Facts about the run, below its command, with links to files beside the page."""
-    pairs = {key: value for key, value in facts.items() if key != "command"}
-    content = {"command": facts.get("command"), "pairs": pairs, "links": links}
-    return Section(title, "facts", content if facts or links else {})
+def _anchor(title: str) -> str:
+    return re.sub(r"\W+", "-", title)
 
 
-def _reasons(title: str, reasons: Mapping[str, str]) -> Section:
-    """Names with the reasons why they are missing; the same reason often applies to several."""
-    names: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        names.setdefault(reason, []).append(name)
-    return Section(title, "reasons", names)
+def _picture(source: str | bytes) -> str:
+    """The address of a picture within the page; a stranger's run folder could name anything else."""
+    if isinstance(source, bytes):
+        return f"data:image/png;base64,{base64.b64encode(source).decode()}"
+    return source if source.startswith("data:image/") else ""
 
 
-def _figure(title: str, png: bytes, folded: bool = False) -> Section:
-    return Section(title, "figure", {"name": title, "source": _png(png)}, folded)
-
-
-def _curves(panels: Mapping[str, bytes], note: str) -> Section:
-    figures = {name: _png(png) for name, png in panels.items()}
-    return Section("curves", "curves", {"figures": figures, "note": note} if figures else {})
-
-
-def _png(content: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
-
-
-def _captions(name: str, samples: Sequence[Mapping[str, Any]], worst: Sequence[Mapping[str, Any]]) -> Section:
-    what = "answer" if any("question" in sample for sample in samples) else "caption"
-    if all(sample in samples for sample in worst):  # of few photos, all are shown above
-        worst = []
-    content = {"what": what, "samples": samples, "worst": worst}
-    return Section(f"{data_name(name)}: {what}s", "captions", content, folded=True)
-
-
-def _side_by_side(runs: Sequence[Run]) -> list[Section]:
-    """What the runs write about the same images; nothing for runs of other images."""
-    first, *others = runs
-    if not 0 < len(others) < MANY:
-        return []
-    sections = []
-    for name, samples in first.samples["captions"].items():
-        found = [{(s["image"], *s["references"]): s for s in run.samples["captions"].get(name, [])} for run in others]
-        cards = []
-        for sample in samples:
-            same = [own.get((sample["image"], *sample["references"])) for own in found]
-            if all(same):
-                cards.append(list(zip(run_names(runs), [sample, *same], strict=True)))
-        sections.append(Section(f"{data_name(name)}: captions", "side_by_side", cards, folded=True))
-    return sections
+def _words(sample: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    return unlike(sample["caption"], sample["references"]) or [("(empty)", True)]
 
 
 def unlike(caption: str, references: Sequence[str]) -> list[tuple[str, bool]]:

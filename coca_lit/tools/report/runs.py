@@ -4,12 +4,11 @@ writes it is named in one sentence.
 
 import csv
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from coca_lit.cli.schema import argument_defaults, leaves
+from coca_lit.cli.schema import leaves
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.metrics.uncertainty import Conditions, Draws
 from coca_lit.reading import printable, read_run_file, read_run_json, read_run_yaml
@@ -19,14 +18,12 @@ from coca_lit.runs.scores import cell, interval_cell
 from coca_lit.tools.report import comparable
 from coca_lit.tools.report.comparable import obstacle
 
-Curves = dict[str, list[tuple[int, float]]]  # name -> (step, value)
+Points = list[tuple[int, float]]  # step and value
+Curves = dict[str, Points]  # by name
 BOOKKEEPING = ("name", "output_dir", "evals.", "report.")  # keys that differ between equal runs
 EVALUATED = "checkpoint"  # the key that names the model of an evaluation, which only evaluations have
-KNOWN = re.compile(r"(coca_lit|lightning)(\.\w+)+")  # constructors that a report may import
 RESULTS, JOB = "results.json", "job.json"  # of a finished run; of a job of a sweep, see `coca_lit.cli.sweep`
 MAX_CURVES, MAX_SHEET = 2**28, 2**25  # bytes of metrics.csv and of a sheet of samples
-REFERENCE = re.compile(r"(?<!\\)\$\{([\w.]+)\}")  # to another key, and no call: "${data.root}", not "${oc.env:HOME}"
-MAX_CHAIN = 16  # references that lead to another one
 Number = int | float
 _CAPTIONS = [{"image": str, "question?": str, "caption": str, "exact": bool, "references": [str]}]
 _IMAGES = [{"text": str, "answers": [{"image": str, "hit": bool}]}]
@@ -57,7 +54,6 @@ class Run(NamedTuple):
     results: dict[str, float]
     not_run: dict[str, str]  # score -> why it is missing
     config: dict[str, Any]  # flat: "model.optimizer.lr" -> value; a reference as it stands: "${seed}"
-    constructors: dict[str, Any]  # the config, nested, with the names of known constructors alone
     environment: dict[str, Any]  # command, commit, machine, versions, seconds
     curves: Curves
     samples: dict[str, dict[str, Any]]  # kind, as in `SAMPLES` -> data set -> content
@@ -94,7 +90,6 @@ def read_run(folder: Path) -> Run:
         results={score: float(value) for score, value in _read(folder, RESULTS, {str: Number}).items()},
         not_run=_read(folder, "not_run.json", {str: str}),
         config=flatten(config),
-        constructors=_with_known_targets(config),
         environment=environment,
         curves=read_curves(folder),
         samples={
@@ -108,14 +103,6 @@ def read_run(folder: Path) -> Run:
         draws=read_draws(folder),
         conditions=read_conditions(folder),
     )
-
-
-def _with_known_targets(node: Any) -> Any:
-    """A config without targets of other packages, which are not for a report to import."""
-    if not isinstance(node, dict):
-        return node
-    known = KNOWN.fullmatch(str(node.get("_target_", "")))
-    return {key: _with_known_targets(child) for key, child in node.items() if key != "_target_" or known}
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
@@ -157,48 +144,15 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Config keys in which the runs differ, with the value of each run, or else the default of the constructor. A key
-    that refers to another one in all runs, as `data.seed` does with "${seed}", is no difference of its own; nor is
-    one that refers to what another one writes out, nor one that only trainings have, beside an evaluation.
+    """Config keys in which the runs differ, with the value of each run as its config has it; None where it lists none.
+    Neither keys that differ between equal runs, nor, beside an evaluation, those that only trainings have.
     """
     keys = dict.fromkeys(key for run in runs for key in run.config)
     own = [key for key in keys if not key.startswith(BOOKKEEPING) and not key.endswith("_")]  # _target_, _partial_
     if len({EVALUATED in run.config for run in runs}) > 1:
         own = [key for key in own if all(key in run.config for run in runs)]
-    columns = [_values(run, own) for run in runs]
-    values = dict(zip(own, zip(*columns, strict=True), strict=True))
-    unlike = {key: row for key, row in values.items() if len(set(map(repr, row))) > 1}
-    meant = {key: [_resolved(v, run.config) for v, run in zip(row, runs, strict=True)] for key, row in unlike.items()}
-    return {key: row for key, row in meant.items() if len(set(map(repr, row))) > 1}
-
-
-def _values(run: Run, keys: Sequence[str]) -> list[Any]:
-    """The values of a run, defaults included. Constructors are imported only where a key is missing."""
-    complete = all(key in run.config for key in keys)
-    defaults = {} if complete else flatten(argument_defaults(run.constructors))
-    return [run.config.get(key, defaults.get(key)) for key in keys]
-
-
-def _resolved(value: Any, config: Mapping[str, Any]) -> Any:
-    """A value with what its references to other keys stand for; what is no such reference, or leads nowhere, stays.
-
-    OmegaConf would also call resolvers, which read the environment.
-    """
-
-    def text_of(reference: re.Match[str]) -> str:
-        target = config.get(reference[1])
-        return str(target) if isinstance(target, str | int | float) else reference[0]
-
-    found = value
-    for _ in range(MAX_CHAIN):
-        if not isinstance(found, str):
-            break
-        whole = REFERENCE.fullmatch(found)  # whose type is kept
-        further = config.get(whole[1], found) if whole else REFERENCE.sub(text_of, found)
-        if further == found:
-            return found
-        found = further
-    return value if isinstance(found, str) else found
+    rows = {key: [run.config.get(key) for run in runs] for key in own}
+    return {key: values for key, values in rows.items() if len(set(map(repr, values))) > 1}
 
 
 def obstacles(runs: Sequence[Run], score: str) -> list[str]:

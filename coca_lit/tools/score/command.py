@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coca_lit.runs.launch import isolate, started
-from coca_lit.tools.commands import command_for, further_commands
+from coca_lit.runs.launch import isolate
+from coca_lit.tools.commands import command_for, further_commands, started
 from coca_lit.tools.score.output import add_output, check_output, write_scores
 
 if TYPE_CHECKING:

@@ -199,11 +199,6 @@ def test_a_fifo_is_no_shard_and_no_index(tmp_path):
     assert "not a regular file" in bad.found[0].detail
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fuzz")
-
-
 def _tars() -> list[bytes]:
     """In the formats of GNU and POSIX, with names that need a header of their own and names that are not UTF-8."""
     import tarfile
@@ -223,10 +218,10 @@ def _tars() -> list[bytes]:
 
 @fuzz
 @given(st.data())
-def test_forged_shards(folder, data):
+def test_forged_shards(forged_files, data):
     content = data.draw(st.sampled_from(_tars()).flatmap(damaged))
     packed = data.draw(st.booleans())
-    path = folder / f"x.tar{'.gz' if packed else ''}"
+    path = forged_files / f"x.tar{'.gz' if packed else ''}"
     path.write_bytes(data.draw(damaged(gzip.compress(content, 1))) if packed and len(content) % 2 else content)
     if packed and not len(content) % 2:
         path.write_bytes(gzip.compress(content, 1))
@@ -239,7 +234,7 @@ def test_forged_shards(folder, data):
     if packed:
         return
     with bounded():
-        index, pairs = make_index(Shard(str(path)), folder), []
+        index, pairs = make_index(Shard(str(path)), forged_files), []
         for i in range(len(index)):
             with suppress(BadSampleError):
                 pairs.append(pair_of(index.read(i), ["txt", "caption"], str(path))[0])
@@ -250,24 +245,24 @@ def test_forged_shards(folder, data):
 
 @fuzz
 @given(st.data())
-def test_forged_indexes(folder, data):
-    (path,) = write_shards(folder, 1, 3)
+def test_forged_indexes(forged_files, data):
+    (path,) = write_shards(forged_files, 1, 3)
     os.utime(path, ns=(1, 1))
-    shard, index = Shard(str(path)), folder / ".00000.tar.index"
+    shard, index = Shard(str(path)), forged_files / ".00000.tar.index"
     index.unlink(missing_ok=True)
-    make_index(shard, folder)
+    make_index(shard, forged_files)
     index.write_bytes(data.draw(damaged(index.read_bytes())))
     with bounded():
-        if found := load_index(shard, folder):
+        if found := load_index(shard, forged_files):
             for i in range(len(found)):
                 assert found.read(i)["__key__"] == found.key(i)
 
 
 @fuzz
 @given(st.data())
-def test_forged_manifests(folder, data):
+def test_forged_manifests(forged_files, data):
     entries = {f"{i}.tar": {"name": f"{i}.tar", "samples": i, "bytes": 2 * i, "sha256": "0" * 64} for i in range(3)}
     document = {"samples": 3, "bytes": 6, "shards": [*entries.values()]}
-    (folder / MANIFEST).write_bytes(data.draw(forged(document)))
+    (forged_files / MANIFEST).write_bytes(data.draw(forged(document)))
     with bounded():
-        write_manifest(folder / "again", read_manifest(folder))
+        write_manifest(forged_files / "again", read_manifest(forged_files))

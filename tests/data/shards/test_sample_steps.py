@@ -55,7 +55,7 @@ def declared(monkeypatch: pytest.MonkeyPatch) -> None:
     step = extensions.DeclaredStep(f"{__name__}:painting", "in which images are painted")
     options = {"pairs": extensions.InputOption(reader, 0, "of pictures")}
     tables = {"inputs": {".pair": reader}}
-    monkeypatch.setattr(extensions, "declared", tables.__getitem__)
+    monkeypatch.setattr(extensions, "declared", lambda name: tables.get(name, {}))
     monkeypatch.setattr(extensions, "input_options", lambda: options)
     monkeypatch.setattr(extensions, "sample_steps", lambda: {"shade": step, "tint": step})
 

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import traceback
 from pathlib import Path
 
 import pytest
@@ -168,16 +167,6 @@ def test_unreadable_images_are_replaced_and_batches_stay_full(tmp_path, caplog):
     assert {bad.key for batch in found for bad in batch.bad} == {"00005", "00006"}  # one stood in for the other
     assert not {"00005", "00006"} & {key.rpartition("/")[2] for batch in found for key in batch.keys}
     assert f"unreadable image; most in {paths[0]} (2)" in caplog.text
-
-
-def test_the_message_surfaces_from_a_worker(tmp_path):
-    for path in write_shards(tmp_path, 2, 4):
-        spoil(path, {f"{path.stem[-1]}{i:04d}.jpg": b"junk" for i in range(4)})
-    stream = iter(laion(tmp_path, num_workers=2, max_bad_fraction=1.0).train_dataloader())
-    with pytest.raises(DataError, match=r"100 tries") as error:
-        next(stream)
-    traceback.clear_frames(error.tb)
-    del stream  # else the garbage collector finds it in a cycle, and torch then waits 5 s for each worker
 
 
 @pytest.mark.slow

@@ -300,6 +300,7 @@ def test_patience_ends_and_the_run_stops_saved(store, tmp_path):
     assert stopped.seen + resumed.seen == alone.seen
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_the_end_of_patience_is_said_by_a_worker(store, tmp_path):
     index_without_copies(tmp_path)
     data = laion(tmp_path, num_workers=1, store_patience=0.1)

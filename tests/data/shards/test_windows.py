@@ -199,6 +199,7 @@ def test_samples_to_look_at_are_of_the_shard_that_training_reads_first(store, tm
     assert whole == [(f"{first:05d}.tar", size_of(store[0]))]
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, *slow(2)])
 def test_global_batches_are_equal_on_other_ranks_and_workers_and_after_a_resume(store, tmp_path, workers):

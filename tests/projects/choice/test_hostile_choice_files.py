@@ -39,7 +39,7 @@ def objects(root: Path) -> Chair:
         (sugarcrepe_pp_records, "replace_obj.json", [[]], "a list stands where an object belongs"),
         (sugarcrepe_pp_records, "replace_obj.json", [{"caption": "a", "caption2": "b"}], "'negative_caption' is miss"),
         (winoground_records, "examples.jsonl", b"{\n", "line 1 of .* is not a readable JSON file"),
-        (winoground_records, "examples.jsonl", b"[" * 100_000, "recursion depth"),
+        (winoground_records, "examples.jsonl", b"[" * 100_000, "recursion depth|Stack overflow"),
         (winoground_records, "examples.jsonl", WINO | {"image_0": "../a"}, "images .*not found|lists, e.g."),
         (winoground_records, "examples.jsonl", WINO | {"caption_1": ["x"]}, "expected a text"),
         (objects, "synonyms.txt", b"\xff\xfe", "cannot be read"),

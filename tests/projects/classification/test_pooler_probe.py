@@ -17,7 +17,6 @@ from coca_lit.data.records import Record
 from coca_lit.evals import Settings
 from coca_lit.metrics.uncertainty import difference
 from coca_lit.models import CoCa, create_model
-from coca_lit.models.config import CoCaConfig
 from coca_lit.projects.classification.pooler_probe import ClassPooler, PoolerProbe
 from coca_lit.projects.classification.probes import ProbeScores
 
@@ -127,10 +126,6 @@ def test_scores_and_the_paired_test(model: CoCa, tmp_path: Path) -> None:
     interval = evaluation.draws["digits/pooler_gain/top1"].interval()
     assert interval == pytest.approx((tested.low, tested.high))
     assert scores["digits/pooler_gain/p"] == tested.p
-
-
-def test_the_probe_has_the_heads_of_the_models_poolers(tmp_path: Path) -> None:
-    assert PoolerProbe(str(tmp_path)).heads == CoCaConfig().pooler_heads
 
 
 def test_wrong_settings(tmp_path: Path) -> None:

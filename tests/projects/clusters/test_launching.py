@@ -114,7 +114,8 @@ def test_a_job_that_is_requeued_has_no_result() -> None:
 @pytest.mark.slow
 def test_optuna_study_survives_failures_and_goes_on(tmp_path: Path) -> None:
     optuna = pytest.importorskip("optuna")
-    study = ("hydra/sweeper=optuna_study", "model.optimizer.lr=0.5,0.6,7", "hydra.sweeper.n_trials=5")
+    study = ("hydra/sweeper=optuna_study", "model.optimizer.lr=9", "model.optimizer.lr=0.5,0.6,7")  # the last counts
+    study += ("hydra.sweeper.n_trials=5",)
     grid = ("hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=1")  # tries all three
     sweep = tmp_path / "outputs" / "sweeps" / "demo"
     done = run_in(tmp_path, APP, "-m", *study, *grid)
@@ -134,6 +135,8 @@ def test_optuna_study_survives_failures_and_goes_on(tmp_path: Path) -> None:
     assert len(states) == 7
     assert {"COMPLETE", "FAIL"} == set(states)
 
+    done = run_in(tmp_path, APP, "-m", *study, "scoring.objective=val/loss")
+    assert done.stderr == "error: scoring.objective=val/loss needs hydra.sweeper.direction=minimize, got maximize\n"
     done = run_in(tmp_path, APP, "-m", *study, "model.optimizer.lr=interval(0.1,0.2)")
     assert "error: the study 'demo None'" in done.stderr
 

@@ -68,13 +68,6 @@ def test_planned_flops() -> None:
     check_planned_flops(**MODERN, decoder_args={"qk_norm": True})
 
 
-def test_beams_of_transformers() -> None:
-    pytest.importorskip("transformers")
-    from helpers.transformers_beams import check_captions_and_scores
-
-    check_captions_and_scores(1, 1.0, 6, 12, 5, 1.0, MODERN)
-
-
 @pytest.mark.slow
 def test_graphs(tmp_path: Path) -> None:
     tower_args = {"pool": "mean", "qk_norm": True}

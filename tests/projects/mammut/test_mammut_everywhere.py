@@ -52,13 +52,6 @@ def test_planned_flops(arguments: dict[str, Any]) -> None:
     check_planned_flops(**arguments)
 
 
-def test_beams_of_transformers() -> None:
-    pytest.importorskip("transformers")
-    from helpers.transformers_beams import check_captions_and_scores
-
-    check_captions_and_scores(2, 2.0, 3, 16, 0, 1.0, MAMMUT)
-
-
 @pytest.mark.slow
 def test_graphs_beside_a_tokenizer_of_a_file(tmp_path: Path) -> None:
     tokenizer = {"file": str(trained_file("Metaspace", tmp_path)), **SPECIAL}

@@ -83,12 +83,7 @@ def test_consistency_is_the_share_of_texts_that_are_right_beside_all_images(tmp_
     assert 0 < low < high < 1
 
 
-def test_without_a_classifier_and_with_unknown_labels(tmp_path: Path) -> None:
+def test_a_record_without_a_label() -> None:
     records = entailment_records("val", size=32, count=3)
-    evaluation = StatementScores("mine", records)
-    assert evaluation.evaluate(None, Settings(tmp_path)) == {}  # type: ignore[arg-type]
-    assert "no classifier" in evaluation.not_run["mine labels"]
-    with pytest.raises(DataError, match=r"6 of 9 records have a label.*'neutral'|6 of 9"):
-        evaluation.evaluate(with_guess(("entailment", "other")), Settings(tmp_path))
     with pytest.raises(DataError, match="no caption"):
         StatementScores("mine", [records[0]._replace(captions=())])

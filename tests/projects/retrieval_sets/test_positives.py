@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coca_lit.data.datasets.captions import mscoco_records
-from coca_lit.errors import DataError, DataNotFoundError
+from coca_lit.errors import DataError
 from coca_lit.evals import Settings
 from coca_lit.metrics.uncertainty import exact
 from coca_lit.projects.retrieval_sets.evaluation import PositiveRetrieval, positive_scores
@@ -120,15 +120,6 @@ def test_scores_of_a_model(root: Path, tmp_path: Path) -> None:
     lone = Positives({record.id: range(9) for record in records()}, {}, {})
     with pytest.raises(DataError, match="no right answer"):
         PositiveRetrieval("x", records(), lone).evaluate(model, Settings(tmp_path))
-
-
-@pytest.mark.parametrize("read", [cxc_positives, eccv_positives])
-def test_missing_files_are_named(read, root: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataNotFoundError, match="not found"):
-        read(tmp_path / "nowhere", root)
-    (root / "dataset_coco.json").unlink()
-    with pytest.raises(DataNotFoundError, match=r"dataset_coco\.json"):
-        read(root, root)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_built_in_clips(tmp_path: Path) -> None:
     run(tmp_path, *TINY, *MOTION[:3], "+model.net.frame_positions=2")
     kinds = {f"scenes_motion_choice/{kind}_accuracy" for kind in ("object", "time", "mover")}
     assert {"scenes_motion/CIDEr", "scenes_motion/t2i_recall@10", *kinds} <= set(results(tmp_path))
-    assert (tmp_path / "samples" / "scenes_motion.png").is_file()
+    assert (tmp_path / "samples" / "scenes_motion_retrieval.png").is_file()
     model = load_model(tmp_path)
     assert model.pooling.frame_positions.abs().sum() > 0  # trained
 

@@ -31,7 +31,7 @@ from coca_lit.tools.plan.estimate import (
     measure,
     memory,
 )
-from coca_lit.tools.plan.trace import Cost, cost, trace
+from coca_lit.tools.plan.trace import Cost, cost, on_gpu, trace
 from coca_lit.training.objectives import Objective, terms_of
 from coca_lit.weights.load import load_model
 from helpers.family import check_planned_flops
@@ -163,6 +163,16 @@ def test_further_captions_cost_the_text_tower_as_much_as_the_first() -> None:
     all_three = trace(without_weights(), contrastive, TOKENS, None, 64, [FurtherTexts()], captions=3).forward
     assert all_three["text tower"] == 3 * first["text tower"]
     assert all_three["image encoder"] == first["image encoder"]
+
+
+@pytest.mark.parametrize(("half", "further"), [(False, (4 + 4 + 2) * 6 * 8 * 4), (True, 0)])
+def test_a_gpu_keeps_what_a_grid_of_captions_adds(half: bool, further: int) -> None:
+    """A text layer and a decoder layer of width 8; captions of 4 tokens become as long as the context of 10."""
+    net = create_model("coca_tiny", text_width=8, text_heads=1, text_layers=1, decoder_layers=1, context_length=10)
+    spent = on_gpu(net, Cost({}, 0.0, 100.0, 0.0), caption_tokens=4, bytes_of_number=2 if half else 4)
+    assert (
+        spent.activations == 100 + further
+    )  # queries, keys, values, results; again the queries and results of pooling
 
 
 @pytest.mark.slow
