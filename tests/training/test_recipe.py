@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,8 +92,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "coca_lit" / "views"
 
 
-def test_the_photo_model_starts_few_photos_whose_words_it_knows() -> None:
-    words = WordTokenizer(["a", "dog", "runs"])
+def test_the_photo_model_starts_few_photos_whose_words_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SimpleNamespace(tokenizer=WordTokenizer(["a", "dog", "runs"]))
+    loaded: list[str] = []
+    monkeypatch.setattr(recipe, "load_model", lambda name: loaded.append(name) or model)
     for photos, text, name in (
         (5000, "A dog runs", "photos"),
         (5001, "A dog runs", None),
@@ -100,9 +103,10 @@ def test_the_photo_model_starts_few_photos_whose_words_it_knows() -> None:
         (20, "a dog " * 9 + "barks", None),  # one of 19
         (20, "ein Hund rennt", None),
     ):
-        choice = start(photos, [text], words)
-        assert (choice.key, choice.value) == ("init_from", name)
+        choice, source = start(photos, [text])
+        assert (choice.key, choice.value, source) == ("init_from", name, model if name else None)
         assert f"init_from={'null' if name else 'photos'}" in choice.why
+    assert loaded == ["photos"] * 4  # not above 5,000
 
 
 def test_a_start_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
