@@ -75,7 +75,7 @@ def test_vocabularies() -> None:
 
 
 def test_a_tokenizer_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
+    offer_encoder(monkeypatch, ModuleSpec("any", None))
     for given, kept in (({}, False), ({"model.net.tokenizer.file": "tokenizer.json"}, True)):
         chosen = {choice.key: choice.value for choice in small_data(data_of(8), {"init_from": None, **given}, None)[1]}
         assert (chosen["vocabulary"] is None) == kept
@@ -84,6 +84,11 @@ def test_a_tokenizer_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> Non
 def data_of(count: int) -> RecordsDataModule:
     records = {"train": [Record(i, render(i).copy, f"a dog and {i}") for i in range(count)], "val": []}
     return RecordsDataModule(records, tokenizer=WordTokenizer(["a"]), batch_size=1)
+
+
+def offer_encoder(monkeypatch: pytest.MonkeyPatch, spec: ModuleSpec | None) -> None:
+    """Lets the recipe alone find the package of the ImageNet encoder, or not."""
+    monkeypatch.setattr(recipe, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: spec)))
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +115,7 @@ def test_the_photo_model_starts_few_photos_whose_words_it_knows(monkeypatch: pyt
 
 
 def test_a_start_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
+    offer_encoder(monkeypatch, ModuleSpec("any", None))
     records = {"train": [Record(i, render(i).copy, "a dog runs on the beach") for i in range(8)]}
     data = RecordsDataModule(records, tokenizer=WordTokenizer(["a"]), batch_size=1)
     chosen = {choice.key: choice.value for choice in small_data(data, {}, None)[1]}
@@ -134,7 +139,7 @@ def test_views_are_kept_for_all_runs_or_where_that_cannot_be_in_the_run_folder(c
 
 def test_weights_bring_their_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     source = create_model("coca_tiny", pooler="cascade")
-    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: None)
+    offer_encoder(monkeypatch, None)
     with pytest.raises(ConfigError, match=r"coca_lit\[pretrained\]"):
         small_data(data_of(8), {"init_from": None}, None)
     what, choices = small_data(data_of(8), {"init_from": "outputs/x", "trainer.max_epochs": 2}, source)
