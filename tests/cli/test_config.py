@@ -179,6 +179,7 @@ def test_wrong_value_is_blamed_on_its_key(refused: Callable[..., str], override:
         ("trainer=smok", "'trainer'.*'smok'.*'smoke'"),
         ("evals=mscoco_caption", "'evals'.*'mscoco_captions'"),
         *((f"{key}=null", f"^{key} .*null.* {key}=\\[\\]") for key in ("evals", "experiment", "logger", "callbacks")),
+        ("evals=", "^evals .*nothing.* evals=\\[\\]"),
     ],
 )
 def test_wrong_option_is_one_sentence(refused: Callable[..., str], override: str, said: str) -> None:

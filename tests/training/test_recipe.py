@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def test_vocabularies() -> None:
 
 
 def test_a_tokenizer_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
+    offer_encoder(monkeypatch, ModuleSpec("any", None))
     for given, kept in (({}, False), ({"model.net.tokenizer.file": "tokenizer.json"}, True)):
         chosen = {choice.key: choice.value for choice in small_data(data_of(8), {"init_from": None, **given}, None)[1]}
         assert (chosen["vocabulary"] is None) == kept
@@ -85,14 +86,21 @@ def data_of(count: int) -> RecordsDataModule:
     return RecordsDataModule(records, tokenizer=WordTokenizer(["a"]), batch_size=1)
 
 
+def offer_encoder(monkeypatch: pytest.MonkeyPatch, spec: ModuleSpec | None) -> None:
+    """Lets the recipe alone find the package of the ImageNet encoder, or not."""
+    monkeypatch.setattr(recipe, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: spec)))
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "coca_lit" / "views"
 
 
-def test_the_photo_model_starts_few_photos_whose_words_it_knows() -> None:
-    words = WordTokenizer(["a", "dog", "runs"])
+def test_the_photo_model_starts_few_photos_whose_words_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SimpleNamespace(tokenizer=WordTokenizer(["a", "dog", "runs"]))
+    loaded: list[str] = []
+    monkeypatch.setattr(recipe, "load_model", lambda name: loaded.append(name) or model)
     for photos, text, name in (
         (5000, "A dog runs", "photos"),
         (5001, "A dog runs", None),
@@ -100,13 +108,14 @@ def test_the_photo_model_starts_few_photos_whose_words_it_knows() -> None:
         (20, "a dog " * 9 + "barks", None),  # one of 19
         (20, "ein Hund rennt", None),
     ):
-        choice = start(photos, [text], words)
-        assert (choice.key, choice.value) == ("init_from", name)
+        choice, source = start(photos, [text])
+        assert (choice.key, choice.value, source) == ("init_from", name, model if name else None)
         assert f"init_from={'null' if name else 'photos'}" in choice.why
+    assert loaded == ["photos"] * 4  # not above 5,000
 
 
 def test_a_start_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
+    offer_encoder(monkeypatch, ModuleSpec("any", None))
     records = {"train": [Record(i, render(i).copy, "a dog runs on the beach") for i in range(8)]}
     data = RecordsDataModule(records, tokenizer=WordTokenizer(["a"]), batch_size=1)
     chosen = {choice.key: choice.value for choice in small_data(data, {}, None)[1]}
@@ -130,7 +139,7 @@ def test_views_are_kept_for_all_runs_or_where_that_cannot_be_in_the_run_folder(c
 
 def test_weights_bring_their_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     source = create_model("coca_tiny", pooler="cascade")
-    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: None)
+    offer_encoder(monkeypatch, None)
     with pytest.raises(ConfigError, match=r"coca_lit\[pretrained\]"):
         small_data(data_of(8), {"init_from": None}, None)
     what, choices = small_data(data_of(8), {"init_from": "outputs/x", "trainer.max_epochs": 2}, source)
