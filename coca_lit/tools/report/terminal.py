@@ -94,8 +94,8 @@ def report_sweep(folder: Path, rows: Sequence[Mapping[str, Any]], objective: str
     score = objective or headline(dict.fromkeys(name for job in scores.values() for name in job))
     print(f"{printable(str(folder))}\n{table_of(runs, failed, score)}")
     best = best_run(scores, score) if score is not None else None
-    if score is None and runs:
-        first = next(name for job in scores.values() for name in job)
+    first = next((name for job in scores.values() for name in job), None)
+    if score is None and first is not None:
         print(printable(f"no score is a headline score: scoring.objective={first} names the best run by that one"))
     elif score is not None and not same_data(runs, score):
         print(f"the jobs were scored on different data, so none is the best by {score}")

@@ -29,7 +29,7 @@ from coca_lit.tools.report.tables import (
     seed_tables,
     settings_table,
 )
-from coca_lit.tools.report.terminal import summary
+from coca_lit.tools.report.terminal import report_sweep, summary
 
 PNG = b"\x89PNG"
 USUAL = Conditions("test", 5000, "images", 25_010, "texts", {})
@@ -394,6 +394,16 @@ def test_a_sweep_has_a_line_per_job(tmp_path):
         ["lr=9", "", "failed", "", ""],
     ]
     assert table.best == [(1, 4)]
+
+
+def test_a_sweep_without_scores_has_a_line_per_job(tmp_path, capsys):
+    make_run(tmp_path / "seed=0", {})
+    rows = [{"job": "seed=0", "seed": "0", "status": "ok"}, {"job": "seed=1", "seed": "1", "status": "stopped"}]
+    report_sweep(tmp_path, rows, None)
+    said = capsys.readouterr().out
+    assert re.search(r"^seed=0 .*ok$", said, re.MULTILINE)
+    assert "failed: seed=1: stopped" in said
+    assert "best" not in said
 
 
 def test_scores_of_ones_own_stand_where_headline_scores_would(tmp_path):
