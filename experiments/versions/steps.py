@@ -2,8 +2,8 @@
 
     ENVIRONMENT/bin/python -m experiments.versions.steps NAME FOLDER
 
-in a checkout, whose tests run too. The commands run in the folder, which is empty, with the wheel alone. A step that ran
-says so, another has the last line that it wrote.
+in a checkout, whose tests run too. The commands run in the folder, which is empty, with the wheel alone. A step that
+ran says so, another has the last line that it wrote.
 """
 
 import argparse
