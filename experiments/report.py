@@ -20,8 +20,11 @@ from experiments.study import (
     VariantStudy,
     add_runs,
     by_variant,
+    mean_std,
+    numbers,
     read_rows,
     renamed,
+    unit,
     with_about,
     write_rows,
     write_tables,
@@ -55,6 +58,26 @@ DEMO_SCORES = {
     **SCENE_SCORES,
     "compositional/exact_match": "exact match, unseen combinations",
     "compositional/t2i_recall@1": "text to image R@1, unseen combinations",
+}
+
+VERSIONS = {
+    "python": "Python",
+    "hydra-core": "Hydra",
+    "omegaconf": "OmegaConf",
+    "torch": "torch",
+    "torchmetrics": "torchmetrics",
+    "numpy": "NumPy",
+    "warnings": "warnings",
+    "tests": "tests",
+    "seconds": "seconds",
+}
+VERSIONS_SCORES = {
+    "scenes/exact_match": "exact match",
+    "scenes/METEOR": "METEOR",
+    "scenes/CIDEr": "CIDEr",
+    "scenes/t2i_recall@1": "text to image R@1",
+    "scenes/i2t_recall@1": "image to text R@1",
+    "scenes/top1": "top-1",
 }
 
 OWN_PHOTOS = {f"photos_{count}": f"{count:,} photos" for count in (50, 500, 5000)} | {
@@ -120,6 +143,16 @@ def own_photos(rows: Sequence[Row]) -> str:
     return by_variant(renamed(rows, OWN_PHOTOS), OWN_SCORES)
 
 
+def versions(rows: Sequence[Row]) -> str:
+    """A line for each environment; the CSV also has a column for each step."""
+    header = [*VERSIONS.values(), *(unit(score, title) for score, title in VERSIONS_SCORES.items())]
+    lines = [
+        [*(row[column] for column in VERSIONS), *(mean_std(numbers([row], score)) for score in VERSIONS_SCORES)]
+        for row in rows
+    ]
+    return with_about(header, lines, rows)
+
+
 STUDIES: dict[str, Any] = {
     "demo": TableStudy(results("demo"), demo),
     "faults": TableStudy(results("faults"), faults),
@@ -145,6 +178,7 @@ STUDIES: dict[str, Any] = {
             "scenes_motion/t2i_recall@1": "text to clip R@1",
         },
     ),
+    "versions": TableStudy(results("versions"), versions),
     "negative": TableStudy(results("negative"), negative),
 }
 STUDIES |= {
