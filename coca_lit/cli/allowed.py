@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from coca_lit import extensions
 from coca_lit.errors import ConfigError
@@ -59,6 +59,8 @@ def check_packages(targets: Iterable[str]) -> None:
         ConfigError: a target of a package of which a config may run nothing.
     """
     for target in targets:
+        if target == MISSING:  # the user is still to name it
+            continue
         root = target.partition(".")[0]
         if "${" in target:
             raise ConfigError(f"_target_ must be the name of a class or a function, got '{target}'")

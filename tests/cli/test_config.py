@@ -78,6 +78,10 @@ def test_a_data_set_goes_with_the_evaluations_of_its_name() -> None:
     assert command.compose("evaluate", ["checkpoint=x", "evals=nocaps"]).evals.keys() == {"nocaps_captions"}
 
 
+def test_a_config_may_leave_its_target_to_the_user() -> None:
+    assert command.compose("train", ["data=records"]).data.records._partial_
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("data", OPTIONS["data"])
 def test_data_builds(data: str) -> None:
