@@ -4,16 +4,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 work=$PWD/outputs/versions
-[ -d "$work/dist" ] || pip wheel -q --no-deps -w "$work/dist" .
+uv build -q --wheel -o "$work/dist" .
 wheel=$(echo "$work"/dist/*.whl)
 
 row() { # NAME PYTHON OPTIONS AND REQUIREMENTS…
   grep -q "^$1," experiments/versions/results.csv 2>/dev/null && return
-  local python=$work/$1/bin/python
   [ -e "$work/$1" ] || uv venv -q --python "$2" "$work/$1"
-  uv pip install -q --python "$python" "${@:3}" "$wheel[test,demo]"
+  uv pip install -q --python "$work/$1" "${@:3}" "$wheel[test,demo]"
   rm -rf "$work/$1-run"
-  "$python" -m experiments.versions.steps "$1" "$work/$1-run"
+  PATH=$work/$1/bin:$PATH python -m experiments.versions.steps "$1" "$work/$1-run"
 }
 
 uv pip compile -q --python 3.11 --resolution lowest-direct --extra test --extra demo -o "$work/lowest.txt" pyproject.toml

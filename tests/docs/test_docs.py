@@ -166,7 +166,7 @@ RECORDER = """#!/bin/sh
 for word in "${{0##*/}}" "$@"; do printf '%s\\0' "$word" >>{record}; done
 echo >>{record}
 """
-PROGRAMS = ("python", "torchrun", *(f"coca-{name}" for name in ("train", "evaluate", "caption", "data", "report")))
+PROGRAMS = ("python", "torchrun", "uv", *(f"coca-{name}" for name in ("train", "evaluate", "caption", "data", "report")))
 
 
 def calls_of(script: Path, folder: Path) -> list[list[str]]:
