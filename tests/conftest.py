@@ -116,7 +116,7 @@ def target(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def forked_workers() -> Iterator[None]:
-    """Data workers find what a test keeps in memory, or has patched; since Python 3.14 a fork is not the default."""
+    """Data workers find what a test keeps in memory, or has patched; on macOS they are not forked by themselves."""
     before = multiprocessing.get_start_method(allow_none=True)
     multiprocessing.set_start_method("fork", force=True)
     yield

@@ -41,7 +41,7 @@ STEPS = {
     "torchrun": ("torchrun", "--nproc-per-node=2", "--no-python", *SMOKE, "name=torchrun", "trainer.devices=2"),
     "ddp": (*SMOKE, "name=ddp", "trainer.strategy=ddp", "trainer.devices=2"),
 }
-TESTS = ("tests/cli", "tests/data", "tests/models", "tests/weights/test_computation.py")
+TESTS = ("tests/models/test_coca.py", "tests/cli/test_config.py", "tests/data", "tests/weights/test_computation.py")
 ASK = """
 import sys
 from gradio_client import Client, handle_file

@@ -2,8 +2,10 @@
 
 import multiprocessing
 import random
+import sys
 from functools import partial
 from itertools import chain
+from multiprocessing import get_context
 from multiprocessing.synchronize import Event
 from typing import Any
 
@@ -20,7 +22,7 @@ from coca_lit.data.batch import Batch, Example, collate
 from coca_lit.data.datamodule import RecordsDataModule
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index
 from coca_lit.data.loader import Planned, Schedule, TrainLoader, training_loader, validation_loader
-from coca_lit.data.prefetch import worker_errors
+from coca_lit.data.prefetch import worker_errors, worker_options
 from coca_lit.data.records import Record
 from coca_lit.data.transforms import RandomCrop, build_transform
 from coca_lit.errors import DataError
@@ -210,6 +212,13 @@ def test_a_worker_writes_a_batch_where_the_training_process_reads_it():
     assert batch.keys == ["True"]
     assert torch.equal(batch.images, pixels)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are not forked")
+def test_workers_are_forked_whatever_python_starts_by_itself(monkeypatch):
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", get_context("forkserver"))
+    loader = DataLoader([3, 5], **worker_options(1), collate_fn=lambda numbers: numbers)  # which cannot be sent
+    assert list(loader) == [[3], [5]]
 
 
 def test_workers_live_on_in_the_next_epoch(records):
