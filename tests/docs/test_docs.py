@@ -166,7 +166,8 @@ RECORDER = """#!/bin/sh
 for word in "${{0##*/}}" "$@"; do printf '%s\\0' "$word" >>{record}; done
 echo >>{record}
 """
-PROGRAMS = ("python", "torchrun", "uv", *(f"coca-{name}" for name in ("train", "evaluate", "caption", "data", "report")))
+OURS = ("coca-train", "coca-evaluate", "coca-caption", "coca-data", "coca-report")
+PROGRAMS = ("python", "torchrun", "uv", *OURS)
 
 
 def calls_of(script: Path, folder: Path) -> list[list[str]]:
